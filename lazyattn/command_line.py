@@ -1,0 +1,80 @@
+"""Config flags whose mistakes come out as one clear sentence.
+
+`ml_collections.config_flags` does the parsing. Its own errors are a mixture of
+`KeyError`, `AttributeError` and flag errors with tracebacks in them, raised before
+a program gets a say; so the overrides are checked here first, against the same
+dataclasses that define the settings.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from lazyattn.errors import InputError, bad_value
+from lazyattn.experiment import check_override
+
+_OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
+_CONFIG = re.compile(r"--?config(=(?P<value>.*))?", re.DOTALL)
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the command line.
+
+    Args:
+      argv: program name and arguments.
+      flag_values: the flags to set, `config` (a config file) among them.
+
+    Returns:
+      `[argv[0]]`: there are no positional arguments.
+
+    Raises:
+      InputError: for anything wrong with the flags or the config file.
+    """
+    _check(list(argv[1:]))
+    try:
+        rest = flag_values(list(argv))
+    except Exception as error:
+        raise _translated(error) from None
+    if len(rest) > 1:
+        raise InputError(f"The argument {rest[1]!r} is not a flag; flags look like --workdir=DIR.")
+    return rest
+
+
+def _check(arguments: list[str]) -> None:
+    """Checks the config file's name and each override."""
+    config = None
+    for index, argument in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else None
+        if match := _CONFIG.fullmatch(argument):
+            config = match["value"] if match["value"] is not None else following
+            path = (config or "").split(":", 1)[0]
+            if not Path(path).is_file():
+                raise bad_value(
+                    "--config", path, "a config file that exists, such as configs/quickstart.py"
+                )
+        elif match := _OVERRIDE.fullmatch(argument):
+            key = match["key"]
+            if config is None:
+                raise InputError(f"config.{key} is set, but no --config=FILE comes before it.")
+            value = match["value"] if match["value"] is not None else following
+            check_override(key, "false" if match["no"] else "" if value is None else value)
+
+
+def _translated(error: BaseException) -> InputError:
+    """Returns the InputError inside `error`, or its message as one."""
+    cause: BaseException | None = error
+    innermost = None
+    while cause is not None:
+        if isinstance(cause, InputError):
+            innermost = cause
+        cause = cause.__cause__ or cause.__context__
+    if innermost is not None:
+        return innermost
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, flags.Error) and "Traceback" not in str(error):
+        return InputError(" ".join(lines).rstrip(".") + ".")
+    # A mistake inside a config file: the last line of its traceback says what it was.
+    problem = lines[-1] if lines else type(error).__name__
+    return InputError(f"The config file can't be used: {problem.rstrip('.')}.")

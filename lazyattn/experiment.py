@@ -1,0 +1,227 @@
+"""An experiment as plain data: one frozen dataclass built from a config file.
+
+The dataclasses are the schema: `defaults()` gives a config file its `ConfigDict`,
+and `from_config_dict` turns what the user made of it back into checked, immutable
+settings.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from lazyattn.data.config import DataConfig
+from lazyattn.errors import InputError, bad_value, require
+from lazyattn.model.config import ModelConfig
+from lazyattn.sharding import MeshConfig
+from lazyattn.training.config import OptimizerConfig, TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        require(
+            self.data.tokenizer is not None or self.data.vocab_size <= self.model.vocab_size,
+            "data.vocab_size",
+            self.data.vocab_size,
+            f"at most model.vocab_size = {self.model.vocab_size}",
+        )
+        require(
+            self.data.batch_size % self.training.microbatches == 0,
+            "data.batch_size",
+            self.data.batch_size,
+            f"a multiple of training.microbatches = {self.training.microbatches}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain data, fit for JSON."""
+        return dataclasses.asdict(self)
+
+
+# What a resumed run may do differently; all else decides what has been learned so
+# far or which batch comes next, and must stay. A dot at the end means the group.
+CHANGEABLE = (
+    "optimizer.",
+    "mesh.",
+    "training.",
+    "data.num_workers",
+    "data.prefetch",
+    "model.remat",
+    "model.loss_chunk",
+    "model.attention.implementation",
+)
+FIXED = ("training.seed",)
+
+
+def resumption_changes(
+    saved: Mapping[str, Any], experiment: ExperimentConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Returns what differs between a checkpoint's settings and those of the run resuming it.
+
+    Args:
+      saved: `ExperimentConfig.to_dict()` of the checkpoint.
+      experiment: what the run is asked to be.
+
+    Returns:
+      Key -> (value saved, value now), for the keys that may change.
+
+    Raises:
+      InputError: naming the first key that may not.
+    """
+    before, now = _flat(from_config_dict(saved).to_dict()), _flat(experiment.to_dict())
+    changes = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
+    for key, (old, new) in changes.items():
+        may_change = any(
+            key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in CHANGEABLE
+        )
+        if key in FIXED or not may_change:
+            raise InputError(
+                f"config.{key} is {new!r}, but the checkpoints in the workdir were made with"
+                f" {old!r}; set it back or choose another --workdir."
+            )
+    return changes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested dict's leaves by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns the default experiment for a config file to change.
+
+    Every key exists already, so a misspelt one is refused; a key whose default is
+    None may be given a value of its annotated type.
+    """
+    return _placeholders(ExperimentConfig)
+
+
+def _placeholders(cls: type) -> ml_collections.ConfigDict:
+    """Returns a ConfigDict of `cls`'s defaults that knows the types behind None."""
+    hints = typing.get_type_hints(cls)
+    config = ml_collections.ConfigDict()
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            config[field.name] = _placeholders(hints[field.name])
+        elif type(None) in (kinds := _allowed_types(hints[field.name])):
+            (kind,) = (k for k in kinds if k is not type(None))
+            config[field.name] = ml_collections.config_dict.placeholder(kind)
+            config[field.name] = field.default
+        else:
+            config[field.name] = field.default
+    config.lock()
+    return config
+
+
+def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
+    """Returns the checked experiment.
+
+    Raises:
+      InputError: for an unknown key, a wrong type or a value out of range, naming
+        the key as the command line would.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    return _build(ExperimentConfig, config, "")
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise _unknown(unknown[0], where, hints)
+    arguments = {}
+    for name, value in values.items():
+        hint, path = hints[name], f"config.{where}{name}"
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise bad_value(path, value, "a group of settings")
+            arguments[name] = _build(hint, value, f"{where}{name}.")
+        else:
+            arguments[name] = _checked(value, hint, path)
+    return cls(**arguments)
+
+
+def _allowed_types(hint: Any) -> tuple[type, ...]:
+    """Returns the plain types an annotation such as `int | None` admits."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return (str,)
+    if origin in (types.UnionType, typing.Union):
+        return tuple(kind for part in typing.get_args(hint) for kind in _allowed_types(part))
+    return (hint,)
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    kinds = _allowed_types(hint)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise bad_value(path, value, f"of type {names}")
+    return value
+
+
+def check_override(key: str, text: str) -> None:
+    """Checks one `--config.KEY=TEXT` of the command line.
+
+    Args:
+      key: dotted path below the config, e.g. "optimizer.learning_rate".
+      text: the value as typed.
+
+    Raises:
+      InputError: for an unknown key, or a value that isn't of its type.
+    """
+    cls: Any = ExperimentConfig
+    where = ""
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(cls):
+            raise InputError(f"config.{key} is unknown; config.{where.rstrip('.')} is a value.")
+        hints = typing.get_type_hints(cls)
+        if name not in hints:
+            raise _unknown(name, where, hints)
+        cls, where = hints[name], f"{where}{name}."
+    if dataclasses.is_dataclass(cls):
+        raise InputError(
+            f"config.{key} is a group of settings; set one of them, such as"
+            f" --config.{key}.{dataclasses.fields(cls)[0].name}."
+        )
+    kinds = [kind for kind in _allowed_types(cls) if kind is not type(None)]
+    if not any(_reads_as(text, kind) for kind in kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise bad_value(f"config.{key}", text, f"of type {names}")
+
+
+def _reads_as(text: str, kind: type) -> bool:
+    if kind is bool:
+        return text.lower() in ("true", "false", "t", "f", "1", "0")
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown(name: str, where: str, known: Mapping[str, Any]) -> InputError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    group = f"config.{where}".rstrip(".")
+    return InputError(f"config.{where}{name} is unknown{hint}; {group} has {', '.join(known)}.")

@@ -1,0 +1,1 @@
+"""The transformer that Lazy Attention lives in."""

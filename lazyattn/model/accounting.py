@@ -1,0 +1,95 @@
+"""Counting parameters, and the FLOPs that model FLOPs utilisation is measured by."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lazyattn.model.config import ModelConfig
+
+# Which group a parameter belongs to, by the last part of its path that is listed.
+_GROUPS = {
+    "embedding": "embedding",
+    "unembedding": "embedding",
+    "distance_bias": "distance_bias",
+    "distance_slope": "distance_bias",
+    "offset": "offset",
+    "scale": "norm",
+    "query": "attention",
+    "key": "attention",
+    "value": "attention",
+    "output": "attention",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}
+
+
+def parameter_group(path: tuple[Any, ...]) -> str:
+    """Returns the group of a parameter, given its key path in the tree.
+
+    One of embedding, attention, mlp (matrices), norm, distance_bias (tables and
+    slopes) and offset.
+    """
+    return _GROUPS[path[-1].key]
+
+
+def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the number of parameters in each group, and their "total".
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s, as `parameter_shapes(config)` gives.
+    """
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        group = parameter_group(path)
+        counts[group] = counts.get(group, 0) + math.prod(leaf.shape)
+    return counts | {"total": sum(counts.values())}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopsPerToken:
+    """Floating-point operations of matrix products, per token, a multiply-add being two.
+
+    Attributes:
+      weights: products with parameters, forward.
+      attention: queries with keys and weights with values, forward, over visible
+        (causal) pairs only.
+    """
+
+    weights: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        """A forward pass."""
+        return self.weights + self.attention
+
+    @property
+    def training(self) -> float:
+        """A forward and a backward pass; recomputation (remat) is not counted."""
+        return 3 * self.forward
+
+
+def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
+    """Returns what one token of a row of one document costs, on average.
+
+    What softmax attention would need is counted whatever the variant: tiles that
+    Lazy Attention skips count as done, so that utilisation (MFU) compares by tokens
+    a second. The embedding look-up is not a product and counts nothing.
+
+    Args:
+      config: the model.
+      length: tokens a row; a token sees (length + 1) / 2 keys on average.
+
+    Source: Chowdhery et al., arXiv 2204.02311, appendix B, with causal attention
+    counted as half.
+    """
+    att = config.attention
+    projections = config.width * config.head_dim * (2 * att.num_heads + 2 * att.kv_heads)
+    mlp = 3 * config.width * config.hidden_width
+    weights = config.num_layers * (projections + mlp) + config.vocab_size * config.width
+    pairs = config.num_layers * att.num_heads * config.head_dim * (length + 1) / 2
+    return FlopsPerToken(weights=2.0 * weights, attention=4.0 * pairs)

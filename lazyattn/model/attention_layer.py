@@ -1,0 +1,221 @@
+"""The attention layer: projections, RoPE, a head's bias and offset, one call of the op."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lazyattn import sharding
+from lazyattn.attention import lazy_attention
+from lazyattn.errors import require
+from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.distance_bias import slope_init, table_init
+from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
+from lazyattn.model.rope import rotate
+
+# Collection that receives every layer's attention weights when it is mutable.
+WEIGHTS = "attention_weights"
+
+# One layer's keys and values of a cache, [batch, cache_length, kv_heads, head_dim].
+LayerCache = tuple[
+    Float[Array, "batch cache_length kv_heads head_dim"],
+    Float[Array, "batch cache_length kv_heads head_dim"],
+]
+
+
+def variant_arguments(config: AttentionConfig, key_length: int) -> dict[str, Any]:
+    """Returns how `lazy_attention` divides the offset and whether it renormalises.
+
+    Args:
+      config: the attention layer.
+      key_length: keys a row holds: the training sequence's length, or the cache's
+        when decoding. `lazy_length_offset` divides tau by it, so that variant
+        decodes as it was trained only with a cache as long as its sequences were.
+    """
+    divisors = {"lazy_constant_offset": 1.0, "lazy_length_offset": float(key_length)}
+    return {
+        "offset_divisor": divisors.get(config.variant, "visible"),
+        "renormalize": config.variant == "lazy_renormalized",
+    }
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) causal attention of the configured variant.
+
+    Parameters, all float32: query [width, heads, head_dim], key and value
+    [width, kv_heads, head_dim], output [heads, head_dim, width], and where the
+    variant has them distance_bias [heads, bias_width], distance_slope [heads] and
+    offset [heads]. The projections have no biases.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: LayerCache | None = None,
+        query_start: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch length width"], LayerCache | None]:
+        """Attends within `x`, or from `x` to a cache that `x` is first added to.
+
+        Args:
+          x: normalised residual stream, compute dtype.
+          positions: place of each token in its document, for RoPE.
+          segment_ids: documents are runs of equal ids; None: one a row.
+          cache: keys and values so far; `x` is written at `query_start`.
+          query_start: with a cache, tokens of each row it already holds.
+
+        Returns:
+          The update to the residual stream, and the cache with `x` added.
+        """
+        cfg, att = self.config, self.config.attention
+
+        def projection(name: str, heads: int, axis: str) -> Float[Array, "batch length heads d"]:
+            shape = (cfg.width, heads, cfg.head_dim)
+            axes = ("embed", axis, "head_dim")
+            kernel = parameter(self, name, matrix_init(0, (1, 2)), shape, axes)
+            heads_out = jnp.einsum("blw,whd->blhd", x, kernel.astype(x.dtype))
+            return sharding.constrain(heads_out, "batch", "length", axis, "head_dim")
+
+        query = projection("query", att.num_heads, "heads")
+        key = projection("key", att.kv_heads, "kv_heads")
+        value = projection("value", att.kv_heads, "kv_heads")
+        if att.qk_norm:
+            query = RMSNorm(cfg.norm_eps, name="query_norm")(query)
+            key = RMSNorm(cfg.norm_eps, name="key_norm")(key)
+        if att.rope:
+            query = rotate(query, positions, att.rope_base)
+            key = rotate(key, positions, att.rope_base)
+        if cache is not None:
+            assert query_start is not None
+            key = _write(cache[0], key, query_start)
+            value = _write(cache[1], value, query_start)
+            cache = key, value
+
+        observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
+        # Only the definition returns weights; and what trains best may not decode.
+        implementation = att.implementation if cache is None else None
+        implementation = "xla" if observed else implementation
+        out = _attend(
+            query,
+            key,
+            value,
+            {"segment_ids": segment_ids, "query_start": query_start, **self._head_parameters()},
+            skip_mass=att.skip_mass,
+            implementation=implementation,
+            return_weights=observed,
+            **variant_arguments(att, key.shape[1]),
+        )
+        if observed:
+            out, weights = out
+            self.sow(WEIGHTS, "weights", weights, init_fn=lambda: None, reduce_fn=lambda _, w: w)
+
+        kernel = parameter(
+            self,
+            "output",
+            matrix_init((0, 1), 2, residual_variance(cfg)),
+            (att.num_heads, cfg.head_dim, cfg.width),
+            ("heads", "head_dim", "embed"),
+        )
+        return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype)), cache
+
+    def _head_parameters(self) -> dict[str, Array]:
+        """Returns the op's learned arguments, those the variant has."""
+        att = self.config.attention
+        heads = (att.num_heads,)
+        found = {}
+        if att.has_bias:
+            shape = (att.num_heads, att.bias_width)
+            found["distance_bias"] = parameter(
+                self, "distance_bias", table_init(att), shape, ("heads", "distance")
+            )
+        if att.has_bias and att.bias_tail:
+            found["distance_slope"] = parameter(
+                self, "distance_slope", slope_init(att), heads, ("heads",)
+            )
+        if att.has_offset:
+            init = nn.initializers.constant(att.offset_init)
+            found["offset"] = parameter(self, "offset", init, heads, ("heads",))
+        return found
+
+
+def _write(
+    held: Float[Array, "batch cache_length kv_heads head_dim"],
+    new: Float[Array, "batch length kv_heads head_dim"],
+    start: Int[Array, " batch"],
+) -> Float[Array, "batch cache_length kv_heads head_dim"]:
+    """Returns `held` with row b of `new` at `start[b]`; what would pass the end is dropped."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    columns = start[:, None] + jnp.arange(new.shape[1])
+    return held.at[rows, columns].set(new.astype(held.dtype), mode="drop")
+
+
+# Logical axes of the op's arguments and results.
+_AXES = {
+    "query": ("batch", None, "heads", "head_dim"),
+    "key": ("batch", None, "kv_heads", "head_dim"),
+    "value": ("batch", None, "kv_heads", "head_dim"),
+    "segment_ids": ("batch", None),
+    "query_start": ("batch",),
+    "distance_bias": ("heads", "distance"),
+    "distance_slope": ("heads",),
+    "offset": ("heads",),
+    "weights": ("batch", "heads", None, None),
+}
+
+
+def _attend(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch key_length kv_heads head_dim"],
+    value: Float[Array, "batch key_length kv_heads head_dim"],
+    arrays: dict[str, Array | None],
+    *,
+    return_weights: bool,
+    **settings: Any,
+) -> Any:
+    """Calls `lazy_attention`, on each device's rows and heads where there are several.
+
+    Rows and heads never meet in attention, so no device talks to another here. A
+    batch that does not divide evenly is worked on by every device.
+    """
+    given = {"query": query, "key": key, "value": value}
+    given |= {name: array for name, array in arrays.items() if array is not None}
+
+    def call(given: dict[str, Array]) -> Any:
+        rest = {k: v for k, v in given.items() if k not in ("query", "key", "value")}
+        return lazy_attention(
+            given["query"],
+            given["key"],
+            given["value"],
+            return_weights=return_weights,
+            **{**rest, **settings},
+        )
+
+    mesh = sharding.active_mesh()
+    if mesh is None:
+        return call(given)
+    for axis, heads in (("heads", query.shape[2]), ("kv_heads", key.shape[2])):
+        shards = sharding.num_shards(mesh, axis)
+        require(
+            heads % shards == 0,
+            f"model.attention.num_{axis}",
+            heads,
+            f"a multiple of {shards}, the devices of the mesh that share the heads",
+        )
+    specs = {
+        name: sharding.fitting_spec(mesh, array.shape, *_AXES[name])
+        for name, array in given.items()
+    }
+    out_specs: Any = specs["query"]
+    if return_weights:
+        batch, length, heads = query.shape[:3]
+        shape = (batch, heads, length, key.shape[1])
+        out_specs = out_specs, sharding.fitting_spec(mesh, shape, *_AXES["weights"])
+    # check_vma=False: the op's loops start from constants, which that check takes
+    # for a mistake.
+    return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs, check_vma=False)(given)

@@ -1,0 +1,182 @@
+"""What a model is: two frozen dataclasses and the two named attention recipes."""
+
+import dataclasses
+from typing import Literal
+
+from lazyattn.errors import require
+
+# Each variant changes one thing about `lazy`, so that a comparison is one line.
+VARIANTS = {
+    "lazy": "distance bias and Elastic-Softmax",
+    "softmax": "neither bias nor offset: ordinary attention",
+    "biased_softmax": "the distance bias without the offset",
+    "lazy_no_bias": "Elastic-Softmax without the distance bias",
+    "lazy_constant_offset": "threshold tau instead of tau / n",
+    "lazy_length_offset": "threshold tau / context length instead of tau / n",
+    "lazy_renormalized": "weights divided by their sum after the ReLU",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer; the defaults are the `sharp` recipe.
+
+    Attributes:
+      variant: a key of `VARIANTS`.
+      num_heads: query heads.
+      num_kv_heads: key/value heads, a divisor of `num_heads`; None: as many.
+      head_dim: size of a head, even; None: model width / num_heads.
+      rope: rotate queries and keys by position (half-split layout).
+      rope_base: RoPE's base; the authors' code has 10,000.
+      qk_norm: RMS-normalise each query and key head before RoPE.
+      bias_width: W, distances with a table entry of their own.
+      bias_init: "alibi" (table[x] = -m x) or "normal" (std `bias_std`).
+      bias_std: standard deviation of the "normal" initialisation.
+      bias_tail: learn a slope past W; otherwise the bias is zero there.
+      offset_init: initial tau of every head; negative suppresses.
+      skip_mass: softmax mass a row may lose to skipped tiles; 0 skips none.
+      implementation: a name `lazyattn.lazy_attention` knows; None: the best that
+        applies. Decoding with a cache always takes the best that can.
+    """
+
+    variant: str = "lazy"
+    num_heads: int = 16
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope: bool = True
+    rope_base: float = 10_000.0
+    qk_norm: bool = False
+    bias_width: int = 1024
+    bias_init: Literal["alibi", "normal"] = "alibi"
+    bias_std: float = 0.02
+    bias_tail: bool = True
+    offset_init: float = -0.5
+    skip_mass: float = 1e-6
+    implementation: str | None = None
+
+    def __post_init__(self):
+        where = "model.attention."
+        variants = "one of " + ", ".join(VARIANTS)
+        require(self.variant in VARIANTS, where + "variant", self.variant, variants)
+        require(self.num_heads >= 1, where + "num_heads", self.num_heads, "at least 1")
+        require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            where + "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads = {self.num_heads}",
+        )
+        require(self.rope_base > 0, where + "rope_base", self.rope_base, "positive")
+        require(self.bias_width >= 1, where + "bias_width", self.bias_width, "at least 1")
+        require(
+            self.bias_init in ("alibi", "normal"),
+            where + "bias_init",
+            self.bias_init,
+            "alibi or normal",
+        )
+        require(self.bias_std >= 0, where + "bias_std", self.bias_std, "non-negative")
+        require(
+            0 <= self.skip_mass < 1, where + "skip_mass", self.skip_mass, "at least 0 and below 1"
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the variant learns a distance bias."""
+        return self.variant not in ("softmax", "lazy_no_bias")
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the variant learns an offset."""
+        return self.variant not in ("softmax", "biased_softmax")
+
+
+# What separates the two recipes; docs/lazy_attention.md says why `sharp` is ours.
+RECIPES = {
+    "paper": {"bias_init": "normal", "bias_tail": False, "offset_init": -1.0},
+    "sharp": {"bias_init": "alibi", "bias_tail": True, "offset_init": -0.5},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      width: size of the residual stream.
+      num_layers: blocks.
+      mlp_width: hidden size of SwiGLU; None: 8/3 width rounded up to 256.
+      norm_eps: RMSNorm's epsilon.
+      tie_embeddings: use the embedding as the output projection too.
+      compute_dtype: dtype of activations, "float32" or "bfloat16"; parameters,
+        norms, logits and the loss are float32.
+      remat: what the backward pass recomputes: "none" (nothing), "dots" (all but
+        matrix products), "full" (each block).
+      scan_layers: compile one block and scan over it.
+      loss_chunk: positions whose logits are held at once by the loss.
+      attention: the attention layer.
+    """
+
+    vocab_size: int = 32_000
+    width: int = 1024
+    num_layers: int = 24
+    mlp_width: int | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    compute_dtype: str = "bfloat16"
+    remat: str = "none"
+    scan_layers: bool = True
+    loss_chunk: int = 1024
+    attention: AttentionConfig = AttentionConfig()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "loss_chunk"):
+            require(getattr(self, name) >= 1, "model." + name, getattr(self, name), "at least 1")
+        require(
+            self.mlp_width is None or self.mlp_width >= 1,
+            "model.mlp_width",
+            self.mlp_width,
+            "None or at least 1",
+        )
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "positive")
+        require(
+            self.compute_dtype in ("float32", "bfloat16"),
+            "model.compute_dtype",
+            self.compute_dtype,
+            "float32 or bfloat16",
+        )
+        require(
+            self.remat in ("none", "dots", "full"), "model.remat", self.remat, "none, dots or full"
+        )
+        if self.attention.head_dim is None:
+            require(
+                self.width % self.attention.num_heads == 0,
+                "model.width",
+                self.width,
+                f"a multiple of model.attention.num_heads = {self.attention.num_heads}"
+                " while model.attention.head_dim is None",
+            )
+        require(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            "the head size (model.attention.head_dim, or width / num_heads)",
+            self.head_dim,
+            "even, since RoPE rotates pairs",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        if self.attention.head_dim is not None:
+            return self.attention.head_dim
+        return self.width // self.attention.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden size of SwiGLU."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return -(-8 * self.width // (3 * 256)) * 256

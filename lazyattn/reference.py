@@ -1,0 +1,90 @@
+"""Lazy Attention as it is defined, in one page: the oracle of every kernel.
+
+Memory is quadratic in length. Source: arXiv 2601.00919 and docs/lazy_attention.md.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def lazy_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch key_length kv_heads head_dim"],
+    value: Float[Array, "batch key_length kv_heads value_dim"],
+    distance_bias: Float[Array, "heads width"] | None,
+    distance_slope: Float[Array, " heads"] | None,
+    offset: Float[Array, " heads"] | None,
+    position: Int[Array, "batch length"],
+    first_visible: Int[Array, "batch length"],
+    *,
+    offset_scale: Float[Array, "batch length"],
+    renormalize: bool,
+    scale: float,
+) -> tuple[
+    Float[Array, "batch length heads value_dim"],
+    Float[Array, "batch heads length key_length"],
+]:
+    """Returns the output and the attention weights.
+
+    Args:
+      query, key, value: as in `lazyattn.lazy_attention`.
+      distance_bias, distance_slope, offset: as there.
+      position: index of the key that stands at each query's own position.
+      first_visible: index of the first key each query sees.
+      offset_scale: 1 / n_i, or a constant.
+      renormalize: divide the weights by their sum, where it isn't 0.
+      scale: factor of the scores.
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    group = query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
+    keys = jnp.arange(key.shape[1])
+    distance = position[:, :, None] - keys
+    visible = ((distance >= 0) & (keys >= first_visible[:, :, None]))[:, None]
+
+    # Positional discrimination: s_ij = q_i . k_j / sqrt(d) + b(i - j).
+    scores = scale * jnp.einsum(
+        "bqhd,bkhd->bhqk",
+        query,
+        key,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    if distance_bias is not None:
+        scores += bias_of(distance_bias.astype(dtype), distance_slope, distance)
+
+    # Elastic-Softmax: a_ij = max(0, softmax(s)_ij + tau / n_i).
+    softmax = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    weights = softmax
+    if offset is not None:
+        threshold = offset[:, None].astype(dtype) * offset_scale[:, None, :].astype(dtype)
+        weights = jax.nn.relu(softmax + threshold[..., None])
+        weights = jnp.where(visible, weights, 0)
+        if renormalize:
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = weights / jnp.where(total > 0, total, 1)
+
+    out = jnp.einsum(
+        "bhqk,bkhd->bqhd",
+        weights.astype(value.dtype),
+        value,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    return out.astype(query.dtype), weights
+
+
+def bias_of(
+    distance_bias: Float[Array, "heads width"],
+    distance_slope: Float[Array, " heads"] | None,
+    distance: Int[Array, "batch length key_length"],
+) -> Float[Array, "batch heads length key_length"]:
+    """Returns b(x) for each distance x; anything where x is negative."""
+    width = distance_bias.shape[1]
+    near = distance_bias[:, jnp.clip(distance, 0, width - 1)]
+    if distance_slope is None:
+        far = jnp.zeros_like(near)
+    else:
+        far = near - distance_slope[:, None, None, None] * (distance - (width - 1))
+    return jnp.where(distance < width, near, far).swapaxes(0, 1)

@@ -1,0 +1,1 @@
+"""Parameters to better parameters: optimizer, step, checkpoints, loop."""

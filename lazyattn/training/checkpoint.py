@@ -1,0 +1,227 @@
+"""Checkpoints of a run: written in the background, read back even if the last is torn.
+
+    workdir/checkpoints/<step>/state        parameters, optimiser, counters, rng (arrays)
+                              /data         state of the data iterator (JSON)
+                              /experiment   the settings (JSON)
+    workdir/damaged/<step>-<n>              what could not be read back, moved aside
+
+Orbax writes a step under another name and renames it when all of it is there, so
+that a killed process leaves no half of one. Truncated files are still possible (a
+full disk, a power cut); a step that can't be read is then passed over.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+from lazyattn.errors import InputError
+from lazyattn.training.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      state: the state, on the devices its shapes' shardings named.
+      data: the data iterator's state.
+      experiment: the settings it was made with, as plain data.
+    """
+
+    state: TrainState
+    data: Any
+    experiment: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one working folder.
+
+    Use it as a context manager: leaving it waits for a save under way.
+    """
+
+    def __init__(
+        self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False
+    ):
+        """Opens (and unless `read_only` makes) the folder.
+
+        Args:
+          workdir: the run's folder.
+          keep: newest checkpoints kept.
+          keep_every: those at multiples of this are kept for good; 0: none.
+          read_only: never write, nor move damaged checkpoints aside.
+        """
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._read_only = read_only
+        policies: list[Any] = [checkpoint_managers.preservation_policy.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.preservation_policy.EveryNSteps(keep_every))
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.preservation_policy.AnyPreservationPolicy(
+                    policies
+                ),
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                save_root_metadata=not read_only,
+            ),
+            handler_registry=_registry(),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps there are checkpoints of, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, step: int, state: TrainState, data: Any, experiment: dict[str, Any]) -> None:
+        """Starts writing a checkpoint, having waited for the one before.
+
+        The arrays are copied first, so the state may be donated as soon as this
+        returns. A step that has one already is left alone.
+
+        Args:
+          step: steps taken.
+          state: to save.
+          data: state of the data iterator after `step` batches, fit for JSON.
+          experiment: the settings, fit for JSON.
+        """
+        assert not self._read_only
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                data=ocp.args.JsonSave({"iterator": data}),
+                experiment=ocp.args.JsonSave(experiment),
+            ),
+            force=True,
+        )
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def newest_experiment(self) -> tuple[int, dict[str, Any]] | None:
+        """Returns step and settings of the newest checkpoint whose settings can be read.
+
+        Returns:
+          None if there is no checkpoint, or none of them can be read.
+        """
+        for step in self.steps():
+            try:
+                return step, self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
+            except Exception as error:
+                logging.warning("checkpoint %d: settings not readable (%s)", step, _brief(error))
+        return None
+
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """Returns the newest checkpoint that can be read whole.
+
+        Those that can't are reported, and moved aside so that their steps can be
+        saved again.
+
+        Args:
+          abstract: the state's shapes, dtypes and shardings; None in place of a
+            field (say, `opt_state`) leaves it unread.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          InputError: if there are checkpoints but none can be read.
+        """
+        problems: list[tuple[int, str]] = []
+        for step in self.steps():
+            try:
+                restored = self._restore_step(step, abstract)
+            except Exception as error:
+                problems.append((step, _brief(error)))
+                logging.warning(
+                    "checkpoint %d in %s can't be read (%s); trying the one before",
+                    *(step, self.folder, _brief(error)),
+                )
+                continue
+            if not self._read_only:
+                for damaged, _ in problems:
+                    self._move_aside(damaged)
+            return restored
+        if problems:
+            step, problem = problems[0]
+            raise InputError(
+                f"none of the checkpoints in {self.folder} can be read (the newest, of step {step}:"
+                f" {problem}); move that folder away to start from the beginning."
+            )
+        return None
+
+    def _restore_step(self, step: int, abstract: TrainState) -> Restored:
+        wanted = {
+            field.name: value
+            for field in dataclasses.fields(abstract)
+            if (value := getattr(abstract, field.name)) is not None
+        }
+        items = self._restore(
+            step,
+            state=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+            data=ocp.args.JsonRestore(),
+            experiment=ocp.args.JsonRestore(),
+        )
+        state = dataclasses.replace(abstract, **items["state"])
+        if int(state.step) != step:
+            raise ValueError(f"it says it is of step {int(state.step)}")
+        return Restored(state, items["data"]["iterator"], items["experiment"])
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _move_aside(self, step: int) -> None:
+        shelf = self.folder.parent / "damaged"
+        shelf.mkdir(exist_ok=True)
+        target = next(path for path in _numbered(shelf, step) if not path.exists())
+        (self.folder / str(step)).rename(target)
+        self.reload()
+        logging.warning("moved the unreadable checkpoint %d to %s", step, target)
+
+
+def _registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Returns the item names and who reads and writes them."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave)
+    registry.add("state", ocp.args.PyTreeRestore)
+    for name in ("data", "experiment"):
+        registry.add(name, ocp.args.JsonSave)
+        registry.add(name, ocp.args.JsonRestore)
+    return registry
+
+
+def _numbered(folder: Path, step: int) -> Iterator[Path]:
+    n = 0
+    while True:
+        n += 1
+        yield folder / f"{step}-{n}"
+
+
+def _brief(error: Exception) -> str:
+    """Returns the first line of an error's message, shortened."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

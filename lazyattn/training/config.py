@@ -1,0 +1,100 @@
+"""What a training run is, besides its model and its data."""
+
+import dataclasses
+from typing import Literal
+
+from lazyattn.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      learning_rate: peak of the schedule.
+      schedule: "cosine", "wsd" (warm-up, stable, linear decay) or "constant"; all
+        start with a linear warm-up.
+      warmup_steps: steps of the warm-up.
+      decay_fraction: share of the steps that "wsd" spends decaying.
+      final_fraction: learning rate at the end, as a share of the peak.
+      b1, b2, eps: Adam's.
+      weight_decay: decoupled, on matrices only; never on norms, distance biases,
+        slopes or offsets.
+      clip_norm: largest global norm of the gradient; 0: no clipping.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 1024
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        where = "optimizer."
+        for name in ("learning_rate", "eps"):
+            require(getattr(self, name) > 0, where + name, getattr(self, name), "positive")
+        require(
+            self.schedule in ("cosine", "wsd", "constant"),
+            where + "schedule",
+            self.schedule,
+            "cosine, wsd or constant",
+        )
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")
+        for name in ("decay_fraction", "final_fraction"):
+            require(0 <= getattr(self, name) <= 1, where + name, getattr(self, name), "from 0 to 1")
+        for name in ("b1", "b2"):
+            require(
+                0 <= getattr(self, name) < 1, where + name, getattr(self, name), "from 0 to below 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Steps, seeds, logs and checkpoints.
+
+    Attributes:
+      steps: optimizer steps in all.
+      seed: seed of the parameters.
+      microbatches: parts a batch is split into, gradients accumulated exactly.
+      z_loss: weight of log(Z)^2 in the loss.
+      max_nonfinite_steps: steps in a row with a non-finite loss or gradient that
+        are skipped before the run stops.
+      log_every: steps between lines on the terminal.
+      eval_every: steps between validations; 0: only at the end.
+      eval_batches: batches of a validation; 0: the whole split.
+      checkpoint_every: steps between checkpoints; the last step always has one.
+      keep: newest checkpoints kept.
+      keep_every: checkpoints at multiples of this are kept for good; 0: none.
+    """
+
+    steps: int = 20_480
+    seed: int = 0
+    microbatches: int = 1
+    z_loss: float = 0.0
+    max_nonfinite_steps: int = 10
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 0
+    checkpoint_every: int = 100
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self):
+        where = "training."
+        for name in (
+            "steps",
+            "microbatches",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "max_nonfinite_steps",
+        ):
+            require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")
+        for name in ("z_loss", "eval_every", "eval_batches", "keep_every"):
+            require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")

@@ -1,0 +1,47 @@
+"""SIGTERM and Ctrl-C end a run after the step under way, not in the middle of it."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT set `received` instead of ending the process.
+
+    A second SIGINT interrupts at once. Before `arm` there is nothing to save: either
+    signal then ends the program where it stands.
+
+    Attributes:
+      received: the signal that arrived, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._armed = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def arm(self) -> None:
+        """From now on a signal waits for the step to end."""
+        self._armed = True
+
+    @property
+    def exit_status(self) -> int:
+        """0 after SIGTERM, which asked for an orderly end; 130 after Ctrl-C."""
+        return 130 if self.received == signal.SIGINT else 0
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = signal.Signals(number)
+        if not self._armed:
+            raise SystemExit(self.exit_status)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt

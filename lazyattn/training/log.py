@@ -1,0 +1,117 @@
+"""The log of a run: one record a step, sent to wherever numbers go."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lazyattn.training.metrics import JsonLines, Progress, TensorBoard, duration
+
+
+class RunLog:
+    """Sends each step's record on; silent on all processes but the first.
+
+    Use it as a context manager: leaving it closes the files.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        steps: int,
+        log_every: int,
+        flops_per_token: float,
+    ):
+        """Opens the files, cutting back what an earlier run wrote past `step`.
+
+        Args:
+          workdir: the run's folder.
+          step: steps taken before.
+          steps: steps in all.
+          log_every: steps between lines on the terminal and points in TensorBoard.
+          flops_per_token: of a training step, for utilisation.
+        """
+        self.enabled = jax.process_index() == 0
+        self._log_every = log_every
+        self._steps = steps
+        self._opened = self._last = time.perf_counter()
+        self._first_step: int | None = None
+        if not self.enabled:
+            return
+        self._progress = Progress(
+            sys.stdout,
+            step=step,
+            steps=steps,
+            flops_per_token=flops_per_token,
+            device_kind=jax.devices()[0].device_kind,
+            devices=jax.device_count(),
+        )
+        self._lines = JsonLines(workdir / "metrics.jsonl", step)
+        self._tensorboard = TensorBoard(workdir / "tensorboard", step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.enabled:
+            self._lines.close()
+            self._tensorboard.close()
+
+    def line(self, text: str) -> None:
+        """Prints a line for people."""
+        if self.enabled:
+            print(text, flush=True)
+
+    def started(self, step: int) -> None:
+        """Says that the first step, `step`, is done; rates count from here.
+
+        Its compilation would blur them.
+        """
+        self._last = time.perf_counter()
+        self._first_step = step
+        self.line(f"first step after {duration(self._last - self._opened)}, compilation included")
+        if self.enabled:
+            self._progress.restart(step)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on validation and checkpoints out of the rates."""
+        self._last += seconds
+        if self.enabled:
+            self._progress.pause(seconds)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Logs a step.
+
+        Args:
+          record: the step and its metrics, with "validation_..." where there was a
+            validation.
+        """
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        record = {**record, "seconds": max(now - self._last, 0.0)}
+        self._last = now
+        step = record["step"]
+        if step != self._first_step:
+            self._progress.count(record["tokens"])
+        scalars: dict[str, Any] = {}
+        if step % self._log_every == 0 or step == self._steps:
+            rates = self._progress.report(step, record)
+            record |= rates
+            names = ("loss", "learning_rate", "gradient_norm", "nonfinite_total", *rates)
+            scalars |= {f"training/{name}": record[name] for name in names}
+        validation = {
+            name.removeprefix("validation_"): value
+            for name, value in record.items()
+            if name.startswith("validation_")
+        }
+        if validation:
+            parts = "  ".join(f"{name} {value:.4f}" for name, value in validation.items())
+            self._progress.line(f"step {step}/{self._steps}  validation: {parts}")
+            scalars |= {f"validation/{name}": value for name, value in validation.items()}
+        self._lines.write(record)
+        self._tensorboard.write(step, scalars)

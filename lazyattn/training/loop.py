@@ -1,0 +1,143 @@
+"""The loop: one step dispatched while the numbers of the one before are fetched."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from lazyattn import sharding
+from lazyattn.training.checkpoint import Checkpoints
+from lazyattn.training.config import TrainingConfig
+from lazyattn.training.interrupt import StopSignal
+from lazyattn.training.log import RunLog
+from lazyattn.training.state import Params, TrainState
+from lazyattn.training.step import Metrics, StepFn
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that wasn't finite."""
+
+
+class DataIterator(Protocol):
+    """Endless batches, with a state fit for JSON."""
+
+    def __iter__(self) -> Iterator[Mapping[str, Int[np.ndarray, "rows length"]]]: ...
+
+    def __next__(self) -> Mapping[str, Int[np.ndarray, "rows length"]]: ...
+
+    def get_state(self) -> Any:
+        """Returns where the iterator stands."""
+
+    def set_state(self, state: Any) -> None:
+        """Makes it stand there again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    Attributes:
+      config: steps and intervals.
+      experiment: all settings as plain data, kept with every checkpoint.
+      mesh: where batches go.
+      step_fn: state, batch -> state, metrics.
+      batches: where batches come from.
+      checkpoints: where states go.
+      log: where numbers go.
+      validate: parameters -> scalars that join the step's metrics.
+      stop: asks the loop to end early.
+    """
+
+    config: TrainingConfig
+    experiment: dict[str, Any]
+    mesh: jax.sharding.Mesh
+    step_fn: StepFn
+    batches: DataIterator
+    checkpoints: Checkpoints
+    log: RunLog
+    validate: Callable[[Params], dict[str, float]]
+    stop: StopSignal
+
+
+def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Takes the steps that remain.
+
+    There is a checkpoint of the last step, whether it is the configured one or the
+    one after which `run.stop` asked to end.
+
+    Args:
+      run: everything besides the state.
+      state: where to go on; it is consumed.
+
+    Returns:
+      The last state, and that step's metrics with its validation ({} if no step
+      was left to take).
+
+    Raises:
+      NonFiniteError: after `max_nonfinite_steps` skipped steps in a row. Checkpoints
+        stay as they are: none is written while steps are being skipped.
+    """
+    config = run.config
+    start = int(state.step)
+    pending: tuple[int, Metrics] | None = None
+    record: dict[str, Any] = {}
+    for number in range(start + 1, config.steps + 1):
+        batch = sharding.shard_batch(next(run.batches), run.mesh)
+        state, metrics = run.step_fn(state, batch)
+        # Only now wait for the step before, so that the device always has work.
+        if pending is not None:
+            run.log.write(_fetch(run, *pending))
+        pending = number, metrics
+        if number == start + 1:
+            jax.block_until_ready(metrics)
+            run.log.started(number)  # compilation is over: rates count from here
+
+        stopping = run.stop.received is not None
+        last = number == config.steps or stopping
+        validating = not stopping and (
+            last or (config.eval_every > 0 and number % config.eval_every == 0)
+        )
+        saving = last or number % config.checkpoint_every == 0
+        if not (validating or saving):
+            continue
+        record = _fetch(run, *pending)
+        pending = None
+        begin = time.perf_counter()
+        if validating:
+            record |= run.validate(state.params)
+        run.log.pause(time.perf_counter() - begin)
+        # Logged first: no checkpoint may be of a step that the log lacks.
+        run.log.write(record)
+        if saving and (last or not record["nonfinite_in_row"]):
+            begin = time.perf_counter()
+            # The data iterator stands behind this very step: the next batch comes later.
+            run.checkpoints.save(number, state, run.batches.get_state(), run.experiment)
+            run.log.pause(time.perf_counter() - begin)
+        if last:
+            break
+    run.checkpoints.wait()
+    return state, record
+
+
+def _fetch(run: Run, number: int, metrics: Metrics) -> dict[str, Any]:
+    """Returns a step's metrics as Python numbers, waiting for them if need be."""
+    record = {"step": number} | {
+        name: value.item() for name, value in jax.device_get(metrics).items()
+    }
+    in_row = record["nonfinite_in_row"]
+    if in_row >= run.config.max_nonfinite_steps:
+        run.log.write(record)
+        run.checkpoints.wait()
+        saved = run.checkpoints.steps()
+        where = f"the last checkpoint is of step {saved[0]}" if saved else "there is no checkpoint"
+        raise NonFiniteError(
+            f"Stopped at step {number}: the loss or its gradient was not finite in {in_row} steps"
+            f" in a row (training.max_nonfinite_steps), and the parameters are those of step"
+            f" {number - in_row}; {where}. A lower optimizer.learning_rate or a longer"
+            " optimizer.warmup_steps usually helps."
+        )
+    return record

@@ -1,0 +1,215 @@
+"""Where a run's numbers go: the terminal, `metrics.jsonl` and TensorBoard."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+
+# Peak FLOP/s of dense bfloat16 matrix products of one device, by
+# `jax.Device.device_kind`, as the makers' data sheets state them.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float, device_kind: str, devices: int
+) -> float | None:
+    """Returns model FLOPs utilisation, from 0 to 1.
+
+    Args:
+      tokens_per_second: over all devices.
+      flops_per_token: of a training step, forward and backward.
+      device_kind: `jax.Device.device_kind`.
+      devices: how many there are.
+
+    Returns:
+      None where the device's peak isn't known.
+    """
+    peak = PEAK_FLOPS.get(device_kind)
+    return None if peak is None else tokens_per_second * flops_per_token / (peak * devices)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people, such as "3m05s", "2h03m" or "4d05h"."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a step, flushed as it is written.
+
+    Opened again at a step, it is first cut back to that step, so that a run which
+    was killed and resumed has every step once. Numbers that JSON lacks (NaN,
+    infinities) are written as null.
+    """
+
+    def __init__(self, path: Path, step: int):
+        """Opens the file.
+
+        Args:
+          path: the file.
+          step: lines of later steps, and a last line cut short, are dropped.
+        """
+        _cut_back(path, step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to `step`, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                keep = line.endswith("\n") and record["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                keep = False
+            if keep:
+                kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Progress:
+    """Lines for people: whole ones, so that they read the same in a log file."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        *,
+        step: int,
+        steps: int,
+        flops_per_token: float,
+        device_kind: str,
+        devices: int,
+    ):
+        """Starts the clock.
+
+        Args:
+          out: where to print.
+          step: steps taken before.
+          steps: steps in all.
+          flops_per_token: of a training step.
+          device_kind: `jax.Device.device_kind`.
+          devices: how many there are.
+        """
+        self._out = out
+        self._steps = steps
+        self._flops_per_token = flops_per_token
+        self._device = device_kind, devices
+        self._step = step
+        self._tokens = 0
+        self._time = time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """Starts the clock again after `step` steps."""
+        self._step, self._tokens, self._time = step, 0, time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """Counts the tokens of a step; `report` gives their rate."""
+        self._tokens += tokens
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was spent on something else than steps."""
+        self._time += seconds
+
+    def report(self, step: int, record: Mapping[str, Any]) -> dict[str, float]:
+        """Prints a line on the steps since the last one.
+
+        Args:
+          step: steps taken.
+          record: the metrics of that step.
+
+        Returns:
+          tokens_per_second, and mfu where the device's peak is known; empty if there
+          was nothing to time.
+        """
+        now = time.perf_counter()
+        width = len(str(self._steps))
+        parts = [
+            f"step {step:{width}d}/{self._steps}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['learning_rate']:.2e}",
+            f"grad norm {record['gradient_norm']:.3f}",
+        ]
+        rates = {}
+        if self._tokens:  # none have been timed just after the start
+            seconds = max(now - self._time, 1e-9)
+            rates["tokens_per_second"] = self._tokens / seconds
+            parts.append(f"{rates['tokens_per_second']:,.0f} tokens/s")
+            mfu = utilisation(rates["tokens_per_second"], self._flops_per_token, *self._device)
+            if mfu is not None:
+                rates["mfu"] = mfu
+                parts.append(f"MFU {mfu:.1%}")
+            steps_per_second = max(step - self._step, 1) / seconds
+            parts.append(f"{duration((self._steps - step) / steps_per_second)} left")
+        if record["nonfinite_total"]:
+            parts.append(f"skipped {record['nonfinite_total']}")
+        self.line("  ".join(parts))
+        self.restart(step)
+        return rates
+
+    def line(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=self._out, flush=True)
+
+
+class TensorBoard:
+    """Event files for TensorBoard; after a resumption later steps are overwritten."""
+
+    def __init__(self, folder: Path, step: int):
+        """Opens a new event file.
+
+        Args:
+          folder: where event files lie.
+          step: what an earlier run wrote past this step is purged.
+        """
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds a value to each of these curves."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()

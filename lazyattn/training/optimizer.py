@@ -1,0 +1,102 @@
+"""The learning-rate schedule, who is decayed, and the optimiser made of both.
+
+AdamW's decay pulls a parameter towards zero a little every step. That is a sound
+prior for a matrix, whose zero is a harmless place to be. It is not for
+
+- norms: their scale sets how loud a block is, and its rest value is one;
+- distance biases and slopes: zero is not "small" there but a different attention
+  span, and a head trained to look near would be pushed to look far;
+- offsets: zero turns Elastic-Softmax back into softmax, so decay would undo the
+  very sparsity that the offset learned.
+
+So those are exempt. The choice goes by name, not by number of axes: with scanned
+layers a norm's scale is a matrix too.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from lazyattn.training.config import OptimizerConfig
+
+DECAYED = frozenset(
+    {"embedding", "unembedding", "query", "key", "value", "output", "gate", "up", "down"}
+)
+EXEMPT = frozenset({"distance_bias", "distance_slope", "offset"})
+
+
+def is_decayed(path: tuple[str, ...]) -> bool:
+    """Returns whether weight decay applies to the parameter at `path`.
+
+    Args:
+      path: names from the root of the parameters to the array, e.g.
+        ("blocks", "attention", "query", "kernel").
+
+    Raises:
+      ValueError: if no name on the path belongs to a group, or names of both do:
+        a new kind of parameter must be put in one of them on purpose.
+    """
+    exempt = any(name in EXEMPT or name.endswith("norm") for name in path)
+    decayed = any(name in DECAYED for name in path)
+    if exempt == decayed:
+        raise ValueError(
+            f"parameter {'/'.join(path)} is in {'both' if exempt else 'no'} decay group"
+        )
+    return decayed
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    """Returns a tree like `params` (nested dicts) of bools: True where decay applies."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: is_decayed(path) for path in flat})
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the updates already made.
+
+    Update number n (from 1, so that none has rate zero) gets `learning_rate` n /
+    `warmup_steps` during the warm-up. After it, "cosine" falls to
+    `final_fraction` of the peak at update `steps`; "wsd" stays at the peak and
+    falls to it linearly over the last `decay_fraction` of all steps; "constant"
+    stays. A run shorter than its warm-up ends inside it.
+
+    Args:
+      config: the optimiser's settings.
+      steps: updates in all.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = config.warmup_steps
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        update = jnp.asarray(count, jnp.float32) + 1
+        if config.schedule == "cosine":
+            progress = jnp.clip((update - warmup) / max(steps - warmup, 1), 0, 1)
+            rate = final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "wsd":
+            length = max(min(round(config.decay_fraction * steps), steps - warmup), 1)
+            progress = jnp.clip((update - (steps - length)) / length, 0, 1)
+            rate = peak + (final - peak) * progress
+        else:
+            rate = jnp.full_like(update, peak)
+        return jnp.where(update < warmup, peak * update / max(warmup, 1), rate)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW with clipping by the global norm of the gradient.
+
+    The state has the same structure whatever the settings, so that a run may be
+    resumed with other ones.
+
+    Args:
+      config: the optimiser's settings.
+      steps: updates in all, for the schedule.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm if config.clip_norm > 0 else float("inf")),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )

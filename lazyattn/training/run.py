@@ -1,0 +1,186 @@
+"""A training run from its settings: check, prepare, resume, train, sum up."""
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+
+from lazyattn import sharding
+from lazyattn.data.pipeline import PreparedData, prepare, train_iterator
+from lazyattn.evaluation.perplexity import Evaluator, validation_rows
+from lazyattn.experiment import ExperimentConfig, resumption_changes
+from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.training import workdir as folders
+from lazyattn.training.checkpoint import Checkpoints, Restored
+from lazyattn.training.interrupt import StopSignal
+from lazyattn.training.log import RunLog
+from lazyattn.training.loop import Run, fit
+from lazyattn.training.objective import make_loss_fn
+from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.state import Params
+from lazyattn.training.step import make_train_step
+from lazyattn.training.summary import print_summary
+
+
+def train(
+    experiment: ExperimentConfig,
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> int:
+    """Trains, going on from the newest checkpoint if the folder has one.
+
+    Args:
+      experiment: all settings.
+      path: the run's folder (`--workdir`).
+      cache_dir: where prepared data is kept; None: the user's cache.
+
+    Returns:
+      The program's exit status: 0 when training is complete or SIGTERM ended it,
+      130 when Ctrl-C did.
+
+    Raises:
+      InputError: if something the user gave is wrong; as much as possible is found
+        before data is prepared or anything compiled.
+      NonFiniteError: if too many steps in a row weren't finite.
+    """
+    training = experiment.training
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_batch(mesh, experiment.data.batch_size, training.microbatches)
+    workdir = folders.open_workdir(path)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, keep=training.keep, keep_every=training.keep_every)
+        )
+        changes = _check_resumption(checkpoints, experiment)
+        factory = folders.make_state_factory(experiment, mesh)
+        restored = checkpoints.restore(factory.abstract)
+
+        if jax.process_index() == 0:
+            print(
+                f"data     preparing {experiment.data.source}, unless the cache has it", flush=True
+            )
+        prepared = prepare(experiment.data, cache_dir)
+        folders.check_vocabulary(prepared.tokenizer, experiment)
+        batches = train_iterator(
+            prepared,
+            experiment.data,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if jax.process_index() == 0:
+            folders.keep_tokenizer(workdir, prepared.tokenizer)
+            folders.write_experiment(workdir, experiment)
+
+        if restored is not None:
+            batches.set_state(restored.data)
+        state = factory.create() if restored is None else restored.state
+        evaluator = Evaluator(
+            experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
+        )
+
+        def validate(params: Params) -> dict[str, float]:
+            found = evaluator(params, validation_rows(experiment, prepared))
+            return {
+                "validation_loss": found.loss,
+                "validation_bits_per_byte": found.bits_per_byte,
+            }
+
+        start = int(state.step)
+        log = stack.enter_context(
+            RunLog(
+                workdir,
+                step=start,
+                steps=training.steps,
+                log_every=training.log_every,
+                flops_per_token=flops_per_token(
+                    experiment.model, experiment.data.sequence_length
+                ).training,
+            )
+        )
+        for line in _describe(experiment, mesh, factory.abstract.params, prepared):
+            log.line(line)
+        for line in _where_from(restored, changes):
+            log.line(line)
+        optimizer = make_optimizer(experiment.optimizer, training.steps)
+        run = Run(
+            config=training,
+            experiment=experiment.to_dict(),
+            mesh=mesh,
+            step_fn=make_train_step(
+                make_loss_fn(experiment.model, training.z_loss),
+                optimizer,
+                make_schedule(experiment.optimizer, training.steps),
+                mesh=mesh,
+                shardings=factory.shardings,
+                microbatches=training.microbatches,
+            ),
+            batches=batches,
+            checkpoints=checkpoints,
+            log=log,
+            validate=validate,
+            stop=stop,
+        )
+        stop.arm()
+        state, record = fit(run, state)
+        if int(state.step) < training.steps:
+            assert stop.received is not None
+            log.line(
+                f"{stop.received.name}: stopped after step {int(state.step)}, which is saved; run"
+                " the same command to go on"
+            )
+            return stop.exit_status
+        record = record or validate(state.params)
+        print_summary(
+            log.line,
+            path,
+            experiment,
+            prepared,
+            state,
+            checkpoint=checkpoints.folder / str(int(state.step)),
+            loss=record["validation_loss"],
+            bits_per_byte=record["validation_bits_per_byte"],
+        )
+    return 0
+
+
+def _check_resumption(
+    checkpoints: Checkpoints, experiment: ExperimentConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Returns what a resumed run does differently; {} if it starts from the beginning."""
+    found = checkpoints.newest_experiment()
+    return {} if found is None else resumption_changes(found[1], experiment)
+
+
+def _describe(
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, params: Params, prepared: PreparedData
+) -> list[str]:
+    """Returns lines on what is about to run."""
+    model, attention = experiment.model, experiment.model.attention
+    total = parameter_counts(params)["total"]
+    kind = attention.variant
+    if attention.has_bias:
+        kind += f", {attention.bias_init} bias"
+    if attention.has_offset:
+        kind += f", offset {attention.offset_init:g}"
+    counts = prepared.counts
+    devices = {name: size for name, size in mesh.shape.items() if size > 1}
+    return [
+        f"model    {total:,} parameters, {model.num_layers} layers of width {model.width},"
+        f" {attention.num_heads} heads, attention: {kind}",
+        f"data     {experiment.data.source}: {counts['train'].documents:,} documents,"
+        f" {counts['train'].targets:,} tokens to train on,"
+        f" {counts['validation'].targets:,} to validate on",
+        f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
+        + (f" as {devices}" if devices else ""),
+    ]
+
+
+def _where_from(restored: Restored | None, changes: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Returns lines on where the run goes on."""
+    if restored is None:
+        return []
+    lines = [f"resuming after step {int(restored.state.step)}"]
+    lines += [f"  config.{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items()]
+    return lines

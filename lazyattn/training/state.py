@@ -1,0 +1,107 @@
+"""All that a step changes and a checkpoint must keep, as one pytree."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, UInt32
+
+from lazyattn.sharding import check_divisible
+from lazyattn.training.objective import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run after `step` steps.
+
+    Attributes:
+      step: steps taken, skipped ones included.
+      params: float32 parameters.
+      opt_state: the optimiser's; its counts leave skipped steps out.
+      rng: legacy key data for whatever is random after initialisation; fold
+        `step` in before use.
+      nonfinite_total: steps skipped because of a non-finite loss or gradient.
+      nonfinite_in_row: those among them since the last good step.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    rng: UInt32[Array, "2"]
+    nonfinite_total: Int[Array, ""]
+    nonfinite_in_row: Int[Array, ""]
+
+
+class StateFactory:
+    """Knows a state's shapes and shardings before any of it exists.
+
+    Attributes:
+      abstract: the state as `jax.ShapeDtypeStruct`s that carry their shardings.
+      shardings: the state as `NamedSharding`s.
+    """
+
+    def __init__(
+        self,
+        init_params: Callable[[UInt32[Array, "2"]], Params],
+        specs: Params,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        seed: int,
+    ):
+        """Traces the initialisation without running it.
+
+        Args:
+          init_params: key -> parameters.
+          specs: the parameters' tree with `PartitionSpec`s; the optimiser's moments
+            are split in the same way, everything else is replicated.
+          optimizer: makes the optimiser's state.
+          mesh: where the state will live.
+          seed: of the parameters and of `TrainState.rng`.
+
+        Raises:
+          InputError: if the mesh doesn't divide a parameter.
+        """
+
+        def create() -> TrainState:
+            init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
+            params = init_params(init_key)
+            zero = jnp.zeros((), jnp.int32)
+            return TrainState(
+                step=zero,
+                params=params,
+                opt_state=optimizer.init(params),
+                rng=rng,
+                nonfinite_total=zero,
+                nonfinite_in_row=zero,
+            )
+
+        shapes = jax.eval_shape(create)
+        params = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+        check_divisible(shapes.params, params)
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self.shardings: TrainState = dataclasses.replace(
+            jax.tree.map(lambda _: everywhere, shapes),
+            params=params,
+            opt_state=optax.tree.map_params(
+                optimizer,
+                lambda _, sharding: sharding,
+                shapes.opt_state,
+                params,
+                transform_non_params=lambda _: everywhere,
+            ),
+        )
+        self.abstract: TrainState = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
+            shapes,
+            self.shardings,
+        )
+        self._create = create
+
+    def create(self) -> TrainState:
+        """Returns the initial state, each shard made where it belongs."""
+        return jax.jit(self._create, out_shardings=self.shardings)()

@@ -1,0 +1,79 @@
+"""What a finished run shows for itself."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lazyattn.data.pipeline import PreparedData, unigram_entropy, validation_batches
+from lazyattn.experiment import ExperimentConfig
+from lazyattn.generation.decode import generate_text
+from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.inspection.statistics import attention_statistics
+from lazyattn.training.state import TrainState
+
+_SAMPLE = SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.95)
+_PROMPT = "The "
+
+
+def print_summary(
+    say: Callable[[str], None],
+    path: str | os.PathLike[str],
+    experiment: ExperimentConfig,
+    prepared: PreparedData,
+    state: TrainState,
+    *,
+    checkpoint: Path,
+    loss: float,
+    bits_per_byte: float,
+) -> None:
+    """Prints the end of a run: loss, sparsity, a sample, and where to go from here.
+
+    Args:
+      say: prints a line.
+      path: the run's folder, as the user wrote it.
+      experiment: the settings.
+      prepared: the data.
+      state: the last state.
+      checkpoint: its checkpoint.
+      loss: validation loss, nats a token.
+      bits_per_byte: of the validation split.
+    """
+    rows = next(validation_batches(prepared, experiment.data))
+    found = attention_statistics(state.params, experiment.model, rows)
+    share = np.mean(found.first_token / np.maximum(found.mass, 1e-9))
+    (text,) = generate_text(
+        state.params,
+        experiment.model,
+        prepared.tokenizer,
+        [_PROMPT],
+        sampling=_SAMPLE,
+        key=jax.random.fold_in(state.rng, state.step),
+    )
+    say("")
+    say(
+        f"validation loss            {loss:.4f} nats a token"
+        f" (unigram entropy {unigram_entropy(prepared):.4f})"
+    )
+    say(f"bits per byte              {bits_per_byte:.4f}")
+    say(f"attention exactly zero     {found.zero_share.mean():.1%} of the visible pairs")
+    say(f"attention on first token   {share:.2%} of all attention, mean over layers and heads")
+    say("sample, after a given first word")
+    for line in textwrap.wrap(" ".join((_PROMPT + text).split()), 90):
+        say(f"    {line}")
+    say(f"checkpoint                 {checkpoint}")
+    say("go on with")
+    train = f"{_python()} train.py"
+    say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
+    say(f"    {train} --mode=eval --workdir={path}")
+
+
+def _python() -> str:
+    """Returns how to call this Python: one below the current folder by its path."""
+    path = Path(sys.executable)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else "python"

@@ -1,0 +1,74 @@
+"""The distance bias on tiles.
+
+The bias depends on i - j alone, so a tile of it is a Toeplitz matrix that depends
+only on the head and on how far the tile lies from the diagonal. Its gradient is the
+adjoint: sum each diagonal of dS, once per offset.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def expand(
+    distance_bias: Float[Array, "heads width"],
+    distance_slope: Float[Array, " heads"] | None,
+    length: int,
+) -> Float[Array, "heads length"]:
+    """Returns the bias of every distance 0 <= x < length, differentiably.
+
+    Inside the table b(x) = table[x]; past it table[W-1] - slope (x - (W-1)), or 0
+    where no slope is given.
+    """
+    heads, width = distance_bias.shape
+    if length <= width:
+        return distance_bias[:, :length]
+    if distance_slope is None:
+        tail = jnp.zeros((heads, length - width), distance_bias.dtype)
+    else:
+        past = jnp.arange(1, length - width + 1, dtype=distance_bias.dtype)
+        tail = distance_bias[:, -1:] - distance_slope[:, None] * past
+    return jnp.concatenate([distance_bias, tail], axis=1)
+
+
+def toeplitz(
+    values: Float[Array, "*axes diagonals"], rows: int, columns: int
+) -> Float[Array, "*axes rows columns"]:
+    """Returns the tile with tile[r, c] = values[r - c + columns - 1].
+
+    Args:
+      values: one value a diagonal, `rows + columns - 1` of them, the top right
+        corner's first.
+      rows: queries of the tile.
+      columns: keys of the tile.
+    """
+    period = rows + columns
+    # A sequence of that period, written into rows one entry shorter than the period,
+    # moves on by one place a row: skewed[r, c] = sequence[(c - r) mod period]. One
+    # entry of it is never read. No gather, which is slow everywhere.
+    sequence = jnp.concatenate(
+        [
+            values[..., :columns][..., ::-1],
+            jnp.zeros_like(values[..., :1]),
+            values[..., columns:][..., ::-1],
+        ],
+        axis=-1,
+    )
+    axes = values.shape[:-1]
+    repeated = jnp.broadcast_to(sequence[..., None, :], (*axes, rows, period))
+    flat = repeated.reshape(*axes, rows * period)[..., : rows * (period - 1)]
+    return flat.reshape(*axes, rows, period - 1)[..., :columns]
+
+
+def sum_diagonals(
+    tile: Float[Array, "*axes rows columns"],
+) -> Float[Array, "*axes diagonals"]:
+    """Returns the sum of each diagonal: the adjoint of `toeplitz`."""
+    *axes, rows, columns = tile.shape
+    period = rows + columns
+    no_axes = [(0, 0)] * len(axes)
+    skewed = jnp.pad(tile, [*no_axes, (0, 0), (0, rows - 1)])
+    flat = jnp.pad(skewed.reshape(*axes, rows * (period - 1)), [*no_axes, (0, rows)])
+    sums = flat.reshape(*axes, rows, period).sum(axis=-2)
+    return jnp.concatenate(
+        [sums[..., :columns][..., ::-1], sums[..., columns + 1 :][..., ::-1]], -1
+    )

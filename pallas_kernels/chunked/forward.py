@@ -1,0 +1,177 @@
+"""The forward pass of one head: log-sum-exp first, then what survives.
+
+Arrays are cut into tiles along the length and keep the batch behind it:
+[tiles, batch, size, ...].
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.chunked.tiling import Diagonal, over_diagonals, pad_lead
+
+# A tile counts as dead only if it is so by this much, in nats: more than the
+# rounding of its scores.
+_DEAD_SLACK = 1e-4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadInputs:
+    """What one query head reads.
+
+    Attributes:
+      query: [tiles, batch, size, head_dim].
+      key: [tiles, batch, size, head_dim].
+      value: [tiles, batch, size, value_dim].
+      bias: [length], b(x) of every distance; None: 0.
+      offset: [], tau; None: ordinary softmax.
+      first: [tiles, batch, size], first key each query sees.
+      offset_scale: [tiles, batch, size], 1 / n_i or a constant.
+      span: [], the farthest diagonal visited.
+    """
+
+    query: Float[Array, "tiles batch size head_dim"]
+    key: Float[Array, "tiles batch size head_dim"]
+    value: Float[Array, "tiles batch size value_dim"]
+    bias: Float[Array, " length"] | None
+    offset: Float[Array, ""] | None
+    first: Int[Array, "tiles batch size"]
+    offset_scale: Float[Array, "tiles batch size"]
+    span: Int[Array, ""]
+
+    @property
+    def threshold(self) -> Float[Array, "tiles batch size"]:
+        """Returns tau / n_i, what is added to each softmax weight."""
+        assert self.offset is not None
+        return self.offset * self.offset_scale
+
+
+def matmul(subscripts: str, a: Array, b: Array) -> Array:
+    """Contracts with at least float32 accumulation and no loss on float32 inputs."""
+    return jnp.einsum(
+        subscripts,
+        a,
+        b,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+    )
+
+
+def masked_scores(
+    head: HeadInputs, key: Array, diagonal: Diagonal, scale: float
+) -> tuple[Float[Array, "rows batch size size"], Bool[Array, "rows batch size size"]]:
+    """Returns the scores of a diagonal's tiles, -inf where unseen, and what is seen."""
+    scores = matmul("tbqd,tbkd->tbqk", diagonal.queries(head.query), diagonal.keys(key)) * scale
+    if head.bias is not None:
+        scores = scores + diagonal.bias(head.bias).astype(scores.dtype)
+    visible = diagonal.visible(head.first)
+    return jnp.where(visible, scores, -jnp.inf), visible
+
+
+def elastic_softmax(
+    softmax: Float[Array, "rows batch size size"],
+    threshold: Float[Array, "rows batch size"],
+    visible: Bool[Array, "rows batch size size"],
+) -> tuple[Float[Array, "rows batch size size"], Bool[Array, "rows batch size size"]]:
+    """Returns the weights max(0, p + tau / n) and which of them are live."""
+    shifted = softmax + threshold[..., None]
+    live = visible & (shifted > 0)
+    return jnp.where(live, shifted, 0), live
+
+
+def forward(
+    head: HeadInputs, scale: float, *, want_value_sum: bool
+) -> tuple[
+    Float[Array, "tiles batch size value_dim"],
+    Float[Array, "tiles batch size"],
+    Float[Array, "tiles batch size value_dim"] | None,
+    Bool[Array, " tiles"],
+]:
+    """Returns out, the log-sum-exp, the masked value sum and the live diagonals.
+
+    Without an offset one sweep does it all. With one, the threshold needs the whole
+    row's log-sum-exp, so there are two; the first also marks the diagonals in which
+    no weight can survive, and the second leaves them out.
+    """
+    key, value = pad_lead(head.key), pad_lead(head.value)
+    tiles, batch, size, _ = head.query.shape
+    dtype = jnp.promote_types(head.query.dtype, jnp.float32)
+    maximum = jnp.full((tiles, batch, size), -jnp.inf, dtype)
+    total = jnp.zeros((tiles, batch, size), dtype)
+    out = jnp.zeros((tiles, batch, size, head.value.shape[-1]), dtype)
+    live = jnp.zeros(tiles, bool)
+
+    def accumulate(diagonal: Diagonal, state: Any, *, with_values: bool) -> Any:
+        maximum, total, out, live = state
+        scores, _ = masked_scores(head, key, diagonal, scale)
+        row_maximum = scores.max(axis=-1)
+        old_maximum, old_total = diagonal.queries(maximum), diagonal.queries(total)
+        new_maximum = jnp.maximum(old_maximum, row_maximum)
+        # The main diagonal comes first, so new_maximum is finite from the start.
+        shrink = jnp.exp(old_maximum - new_maximum)
+        weights = jnp.exp(scores - new_maximum[..., None])
+        new_total = old_total * shrink + weights.sum(axis=-1)
+        if with_values:
+            old_out = diagonal.queries(out) * shrink[..., None]
+            values = diagonal.keys(value)
+            out = diagonal.set_queries(
+                out, old_out + matmul("tbqk,tbkd->tbqd", weights.astype(values.dtype), values)
+            )
+        else:
+            # The log-sum-exp only grows, so this never calls a live diagonal dead.
+            log_threshold = jnp.log(jnp.maximum(-diagonal.queries(head.threshold), 0))
+            bar = new_maximum + jnp.log(new_total) + log_threshold - _DEAD_SLACK
+            live = live.at[diagonal.offset].set(jnp.any(row_maximum > bar))
+        maximum = diagonal.set_queries(maximum, new_maximum)
+        total = diagonal.set_queries(total, new_total)
+        return maximum, total, out, live
+
+    def sweep(body, state):
+        return over_diagonals(head.span, tiles, size, body, state)
+
+    if head.offset is None:
+        maximum, total, out, _ = sweep(
+            lambda diagonal, state: accumulate(diagonal, state, with_values=True),
+            (maximum, total, out, live),
+        )
+        live = jnp.arange(tiles) <= head.span
+        return out / total[..., None], maximum + jnp.log(total), None, live
+
+    # `out` is not touched here, and not carried through the loop.
+    def first_sweep(diagonal, state):
+        maximum, total, live = state
+        maximum, total, _, live = accumulate(
+            diagonal, (maximum, total, out, live), with_values=False
+        )
+        return maximum, total, live
+
+    maximum, total, live = sweep(first_sweep, (maximum, total, live))
+    log_sum_exp = maximum + jnp.log(total)
+    value_sum = jnp.zeros_like(out) if want_value_sum else None
+
+    def add_values(diagonal: Diagonal, state: Any) -> Any:
+        out, value_sum = state
+        scores, visible = masked_scores(head, key, diagonal, scale)
+        softmax = jnp.exp(scores - diagonal.queries(log_sum_exp)[..., None])
+        weights, alive = elastic_softmax(softmax, diagonal.queries(head.threshold), visible)
+        values = diagonal.keys(value)
+        out = diagonal.add_to_queries(
+            out, matmul("tbqk,tbkd->tbqd", weights.astype(values.dtype), values)
+        )
+        if value_sum is not None:
+            value_sum = diagonal.add_to_queries(
+                value_sum, matmul("tbqk,tbkd->tbqd", alive.astype(values.dtype), values)
+            )
+        return out, value_sum
+
+    out, value_sum = sweep(
+        lambda diagonal, state: jax.lax.cond(
+            live[diagonal.offset], lambda s: add_values(diagonal, s), lambda s: s, state
+        ),
+        (out, value_sum),
+    )
+    return out, log_sum_exp, value_sum, live

@@ -1,0 +1,193 @@
+"""Which tiles of queries x keys are visited: everything but the negligible ones.
+
+Decided before any score is computed, once a call, for forward and backward and every
+backend alike. In a tile no score exceeds
+
+    max |q| max |k| scale + max b          (Cauchy-Schwarz; max over the tile)
+
+and a row's log-sum-exp is at least its score with itself. So the softmax mass of the
+far tiles of a row is bounded by the sum of exp(score bound - own score), and far
+tiles are left out while that sum stays below `skip_mass`: leaving all of them out
+moves no row's mass by more. Tiles before the first document of a row are never
+visited, whatever `skip_mass`.
+
+Where tau > 0 every visible key has weight of at least tau / n however little mass it
+has, so such a head visits all that its documents allow.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Added to score bounds, in nats: covers float32 rounding of norms and scores.
+_SLACK = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes:
+    """Queries and keys of a tile."""
+
+    queries: int
+    keys: int
+
+    def count(self, length: int) -> tuple[int, int]:
+        """Returns how many query tiles and key tiles cover `length`."""
+        return -(-length // self.queries), -(-length // self.keys)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisitRanges:
+    """The tiles that count, as one range of key tiles a query tile.
+
+    Attributes:
+      first: [batch, heads, query_tiles], first key tile visited.
+      last: [query_tiles], last key tile visited: the one with the diagonal's end.
+    """
+
+    first: Int[Array, "batch heads query_tiles"]
+    last: Int[Array, " query_tiles"]
+
+    @property
+    def visited(self) -> Int[Array, "batch heads query_tiles"]:
+        """How many key tiles each query tile visits."""
+        return self.last - self.first + 1
+
+    def fraction(self) -> Float[Array, ""]:
+        """Visited tiles as a share of the causal ones."""
+        batch, heads, _ = self.first.shape
+        return self.visited.sum() / (batch * heads * (self.last + 1).sum())
+
+    def last_query_tile(self, key_tiles: int) -> Int[Array, "batch heads key_tiles"]:
+        """Returns the last query tile that visits each key tile.
+
+        The query tiles from the diagonal up to it are a superset of those that visit
+        the key tile: test `first` on each.
+        """
+        tiles = jnp.arange(key_tiles)
+        visits = (self.first[..., None] <= tiles) & (tiles <= self.last[:, None])
+        query_tiles = jnp.arange(self.first.shape[-1])[:, None]
+        return jnp.max(jnp.where(visits, query_tiles, 0), axis=-2)
+
+
+def visit_ranges(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    bias: Float[Array, "heads length"] | None,
+    offset: Float[Array, " heads"] | None,
+    first_visible: Int[Array, "batch length"],
+    *,
+    scale: float,
+    skip_mass: float,
+    tiles: TileSizes,
+) -> VisitRanges:
+    """Returns the range of key tiles that each query tile must visit.
+
+    Args:
+      query: rotated queries, any float dtype.
+      key: rotated keys.
+      bias: b(x) of every distance 0 <= x < length, any shape of curve; None: 0.
+      offset: tau of each head; None: ordinary softmax.
+      first_visible: first key each query sees, in its document.
+      scale: factor of the scores.
+      skip_mass: bound on the softmax mass a row may lose in all; 0: visit all that
+        documents and causality allow.
+      tiles: tile sizes.
+
+    Source: docs/lazy_attention.md, "Three kinds of tiles".
+    """
+    batch, length, heads, _ = query.shape
+    query_tiles, key_tiles = tiles.count(length)
+    last = jnp.minimum((jnp.arange(query_tiles) + 1) * tiles.queries - 1, length - 1) // tiles.keys
+
+    # A padding row sees what the last row sees.
+    first_visible = _pad(first_visible, 1, tiles.queries, mode="edge")
+    document = first_visible.reshape(batch, 1, query_tiles, tiles.queries).min(-1) // tiles.keys
+    first = jnp.broadcast_to(document, (batch, heads, query_tiles))
+    if skip_mass > 0:
+        bound = _score_bounds(query, key, bias, scale, tiles)
+        tile = jnp.arange(key_tiles)
+        bound = jnp.where(tile >= document[..., None], bound, -jnp.inf)
+        # Far tiles first. The minimum only guards exp against overflow: such a tile
+        # is visited in any case.
+        mass = jnp.cumsum(tiles.keys * jnp.exp(jnp.minimum(bound, 20.0)), axis=-1)
+        negligible = (mass <= skip_mass) & (tile < last[:, None])
+        skipped = jnp.sum(negligible, axis=-1)
+        if offset is not None:
+            skipped = jnp.where(offset[:, None] > 0, 0, skipped)
+        first = jnp.maximum(first, skipped)
+    return VisitRanges(first=first.astype(jnp.int32), last=last.astype(jnp.int32))
+
+
+def _score_bounds(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    bias: Float[Array, "heads length"] | None,
+    scale: float,
+    tiles: TileSizes,
+) -> Float[Array, "batch heads query_tiles key_tiles"]:
+    """Returns, for each tile, a bound on score minus log-sum-exp over its entries."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    query, key = query.astype(accumulate), key.astype(accumulate)
+    query_norm = jnp.sqrt(jnp.sum(query**2, axis=-1)) * abs(scale)
+    key_norm = jnp.sqrt(jnp.sum(key**2, axis=-1))
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
+    own_score = own_score.reshape(batch, length, heads)
+    if bias is not None:
+        own_score = own_score + bias[:, 0]
+
+    def tile_maximum(x, size, fill):
+        padded = _pad(x, 1, size, constant_values=fill)
+        return padded.reshape(batch, -1, size, x.shape[-1]).max(axis=2).transpose(0, 2, 1)
+
+    query_norm = tile_maximum(query_norm, tiles.queries, 0)
+    key_norm = jnp.repeat(tile_maximum(key_norm, tiles.keys, 0), heads // kv_heads, axis=1)
+    lowest = -tile_maximum(-own_score, tiles.queries, -jnp.inf)
+    bound = query_norm[..., None] * key_norm[..., None, :] - lowest[..., None] + _SLACK
+    if bias is not None:
+        bound = bound + bias_maxima(bias.astype(accumulate), tiles)
+    return bound
+
+
+def bias_maxima(
+    bias: Float[Array, "heads length"], tiles: TileSizes
+) -> Float[Array, "heads query_tiles key_tiles"]:
+    """Returns the largest bias among each tile's causal distances (-inf: none)."""
+    heads, length = bias.shape
+    query_tiles, key_tiles = tiles.count(length)
+    # Cut distances into cells of the common divisor: a tile's distances are then
+    # whole cells, but for one entry at the near end.
+    cell = math.gcd(tiles.queries, tiles.keys)
+    cells = _pad(bias, 1, cell, constant_values=-jnp.inf).reshape(heads, -1, cell).max(-1)
+    per_tile = (tiles.queries + tiles.keys) // cell
+    before = tiles.keys // cell
+    after = query_tiles * tiles.queries // cell - cells.shape[1]
+    windows = jax.lax.reduce_window(
+        jnp.pad(cells, ((0, 0), (before, after)), constant_values=-jnp.inf),
+        -jnp.inf,
+        jax.lax.max,
+        window_dimensions=(1, per_tile),
+        window_strides=(1, 1),
+        padding="valid",
+    )
+    # Tile (I, J) covers distances from I queries - (J + 1) keys + 1 to
+    # (I + 1) queries - J keys - 1; window w starts at distance w cell - keys.
+    offset = jnp.arange(query_tiles)[:, None] * tiles.queries - jnp.arange(key_tiles) * tiles.keys
+    return jnp.where(
+        offset + tiles.queries > 0,
+        windows[:, jnp.clip(offset // cell, 0, windows.shape[1] - 1)],
+        -jnp.inf,
+    )
+
+
+def _pad(x: Array, axis: int, multiple: int, **how) -> Array:
+    """Pads one axis at its end to a multiple."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, **how) if missing else x

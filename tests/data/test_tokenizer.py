@@ -1,0 +1,136 @@
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tokenizers
+
+from lazyattn.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from lazyattn.errors import InputError
+
+TEXTS = [
+    "Attention that is allowed to look at nothing.",
+    "The model looks at the words that matter, and the rest of them get no weight at all.",
+    "Caf\u00e9 and \u4f60\u597d, \U0001f600; the theatre there, then the other.",
+] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 320)
+
+
+def test_special_tokens_have_fixed_ids(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == 320
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(st.text() | st.text(alphabet=" \n'aeth<|>bos\u0301"))
+def test_text_comes_back_and_bytes_add_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bytes_per_token[ids].sum() == len(text.encode())
+    assert not set(ids) & {0, 1, 2}
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_text_cannot_forge_a_special_token(tokenizer, token):
+    ids = tokenizer.encode(f"a{token} b")
+    assert min(ids) > 2
+    assert tokenizer.decode(ids) == f"a{token} b"
+
+
+def test_decode_leaves_special_tokens_out(tokenizer):
+    ids = np.asarray([1, *tokenizer.encode("the end"), 2, 0], np.int32)
+    assert tokenizer.decode(ids) == "the end"
+
+
+def test_merges_are_learned(tokenizer):
+    text = "the model looks at the words"
+    assert len(tokenizer.encode(text)) < 0.7 * len(text)
+    assert tokenizer.bytes_per_token.max() > 2
+    assert tokenizer.bytes_per_token.dtype == np.int32
+    assert tokenizer.bytes_per_token.shape == (320,)
+    np.testing.assert_array_equal(tokenizer.bytes_per_token[:3], 0)
+    assert (tokenizer.bytes_per_token[3:] > 0).all()
+
+
+def test_a_batch_is_each_text_by_itself(tokenizer):
+    texts = ["", *TEXTS]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_training_is_the_same_in_another_process(tokenizer):
+    program = (
+        "import sys; from lazyattn.data.tokenizer import Tokenizer;"
+        "print(Tokenizer.train(eval(sys.argv[1]), 320).fingerprint)"
+    )
+    command = [sys.executable, "-c", program, ascii(TEXTS)]
+    other = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert other.strip() == tokenizer.fingerprint
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode("the <|eos|>") == tokenizer.encode("the <|eos|>")
+    assert Tokenizer.train(TEXTS[:1], 320).fingerprint != tokenizer.fingerprint
+
+
+def test_a_small_vocabulary_has_no_room():
+    with pytest.raises(InputError, match=r"^vocab_size is 258, but it must be at least 259\.$"):
+        Tokenizer.train(TEXTS, 258)
+
+
+def test_loading_nothing_or_garbage(tmp_path):
+    with pytest.raises(InputError, match=r"'.*none\.json' cannot be read \(No such file"):
+        Tokenizer.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(InputError, match=r"'.*bad\.json' is not a tokenizer\.json"):
+        Tokenizer.load(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.load(tmp_path / "bad.json")
+
+
+def _foreign(tmp_path, change):
+    tokenizer = tokenizers.Tokenizer.from_str(Tokenizer.train(TEXTS, 300)._json)
+    change(tokenizer)
+    tokenizer.save(str(tmp_path / "foreign.json"))
+    return tmp_path / "foreign.json"
+
+
+def _prefix_space(tokenizer):
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def _normalizer(tokenizer):
+    tokenizer.normalizer = tokenizers.normalizers.NFKC()
+
+
+@pytest.mark.parametrize("change", [_prefix_space, _normalizer])
+def test_a_tokenizer_that_changes_text_is_refused(tmp_path, change):
+    with pytest.raises(InputError, match="The tokenizer changes text"):
+        Tokenizer.load(_foreign(tmp_path, change))
+
+
+def test_truncation_and_padding_are_switched_off(tmp_path):
+    def change(tokenizer):
+        tokenizer.enable_truncation(4)
+        tokenizer.enable_padding(length=4)
+
+    loaded = Tokenizer.load(_foreign(tmp_path, change))
+    assert loaded.decode(loaded.encode(TEXTS[0])) == TEXTS[0]
+    assert 0 not in loaded.encode("a")
+
+
+def test_missing_special_tokens_are_named(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.add_special_tokens(["<|pad|>", "<|bos|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"has no token <\|eos\|>"):
+        Tokenizer.load(tmp_path / "tokenizer.json")

@@ -1,0 +1,219 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn.errors import InputError
+from lazyattn.generation import decode
+from lazyattn.generation.cache import init_cache
+from lazyattn.generation.decode import generate, generate_text
+from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.model.transformer import Transformer, logits, output_embedding
+from tests.model.tiny import VOCAB, make_config, make_params
+
+CONFIG = make_config()
+KEY = jax.random.key(0)
+LENGTHS = np.array([3, 7, 1])
+PROMPTS = np.random.default_rng(0).integers(VOCAB, size=(3, 8))
+GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
+
+
+@functools.cache
+def _params(config=CONFIG):
+    return make_params(config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forced(config, params, tokens):
+    """Returns the logits of every position, computed at once."""
+    hidden = Transformer(config).apply({"params": params}, tokens)
+    return logits(hidden, output_embedding(params, config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cached(config, params, tokens, cache):
+    hidden, cache = Transformer(config).apply({"params": params}, tokens, cache=cache)
+    return logits(hidden, output_embedding(params, config)), cache
+
+
+VARIANTS = [
+    CONFIG,
+    make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
+    # One that cannot decode: with a cache the best that can takes its place.
+    make_config(
+        "softmax",
+        attention={"num_kv_heads": None, "implementation": "xla_chunked"},
+        scan_layers=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.attention.variant)
+def test_cached_logits_are_those_of_one_pass(config):
+    params = _params(config)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(VOCAB, size=(3, 12)))
+    expected = _forced(config, params, tokens)
+    # Room for 12 tokens, which lazy_length_offset takes for the context length.
+    cache = init_cache(config, 3, 12)
+    prompts, cache = _cached(config, params, tokens[:, :8], cache)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(
+            prompts[row, :length], expected[row, :length], rtol=1e-4, atol=1e-4
+        )
+    # Each row goes on from its own length, over what the padding left behind.
+    cache = dataclasses.replace(cache, lengths=jnp.asarray(LENGTHS))
+    rows = jnp.arange(3)
+    for step in range(4):
+        at = LENGTHS + step
+        found, cache = _cached(config, params, tokens[rows, at][:, None], cache)
+        np.testing.assert_allclose(found[:, 0], expected[rows, at], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + 4)
+
+
+def _greedy_by_hand(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(tokens)] = tokens
+        scores = _forced(CONFIG, _params(), jnp.asarray(padded))[0, len(tokens) - 1]
+        tokens.append(int(np.argmax(scores)))
+    return tokens[len(prompt) :]
+
+
+@functools.cache
+def _by_hand():
+    return [_greedy_by_hand(row[:n], 6) for row, n in zip(PROMPTS, LENGTHS, strict=True)]
+
+
+def test_greedy_continuations_of_unequal_prompts():
+    new = generate(_params(), CONFIG, PROMPTS, LENGTHS, sampling=GREEDY, key=KEY)
+    np.testing.assert_array_equal(new.tokens, _by_hand())
+    np.testing.assert_array_equal(new.lengths, 6)
+    assert new.tokens.dtype == jnp.int32
+
+
+def test_rows_end_at_the_end_of_sequence_token_however_padded():
+    eos = _by_hand()[1][2]
+    expected = [(row[: row.index(eos)] if eos in row else row) for row in _by_hand()]
+    padded = np.concatenate([PROMPTS, np.full((3, 5), 7)], axis=1)
+    new = generate(
+        _params(),
+        CONFIG,
+        padded,
+        LENGTHS,
+        sampling=GREEDY,
+        key=KEY,
+        eos_id=eos,
+        cache_length=13,
+    )
+    np.testing.assert_array_equal(new.lengths, [len(row) for row in expected])
+    for row, wanted in zip(np.asarray(new.tokens), expected, strict=True):
+        np.testing.assert_array_equal(row, wanted + [0] * (6 - len(wanted)))
+
+
+def test_draws_depend_on_the_key_and_not_on_other_rows_or_padding():
+    sampling = SamplingConfig(max_new_tokens=6, temperature=1.5, top_p=0.95)
+    run = functools.partial(generate, _params(), CONFIG, sampling=sampling)
+    tokens = run(PROMPTS, LENGTHS, key=KEY).tokens
+    np.testing.assert_array_equal(run(PROMPTS, LENGTHS, key=KEY).tokens, tokens)
+    others = PROMPTS.copy()
+    others[1:] = (others[1:] + 3) % VOCAB
+    others[0, LENGTHS[0] :] = 1
+    changed = run(others, np.array([LENGTHS[0], 2, 8]), key=KEY).tokens
+    np.testing.assert_array_equal(changed[0], tokens[0])
+    assert np.any(changed[1:] != tokens[1:])
+    assert np.any(run(PROMPTS, LENGTHS, key=jax.random.key(1)).tokens != tokens)
+
+
+def test_the_program_does_not_grow_with_the_tokens_it_makes():
+    def program(count):
+        arguments = (_params(), jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), KEY, jnp.asarray(1))
+        sampling = SamplingConfig(max_new_tokens=count)
+        traced = decode._generate.trace(
+            *arguments, config=CONFIG, sampling=sampling, cache_length=200
+        )
+        return str(traced.jaxpr).count("dot_general")
+
+    assert program(4) == program(100) > 0
+
+
+def test_other_prompts_and_keys_do_not_compile_again():
+    generate(_params(), CONFIG, PROMPTS, LENGTHS, sampling=GREEDY, key=KEY)
+    before = decode._generate._cache_size()
+    other = {"key": jax.random.key(9), "eos_id": 5, "sampling": GREEDY}
+    generate(_params(), CONFIG, (PROMPTS + 1) % VOCAB, LENGTHS[::-1], **other)
+    assert decode._generate._cache_size() == before
+
+
+def test_the_cache_is_in_the_compute_dtype():
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    cache = init_cache(config, 2, 5)
+    assert cache.keys.shape == cache.values.shape == (2, 2, 5, 2, 4)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cache.lengths, 0)
+
+
+class Letters:
+    """A tokenizer of the letters a, b, ...; 0 begins and 1 ends a sequence."""
+
+    bos_id = 0
+    eos_id = 1
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") + 2 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i - 2) for i in ids)
+
+
+def test_text_in_text_out():
+    run = functools.partial(generate_text, _params(), CONFIG, Letters(), sampling=GREEDY, key=KEY)
+    together = run(["hello", "", "abc"])
+    assert len(together) == 3 and all(isinstance(text, str) for text in together)
+    prompts = np.zeros((3, 32), np.int32)
+    for row, text in zip(prompts, ["hello", "", "abc"], strict=True):
+        row[1 : len(text) + 1] = Letters().encode(text)
+    ids = generate(
+        _params(), CONFIG, prompts, np.array([6, 1, 4]), sampling=GREEDY, key=KEY, eos_id=1
+    )
+    expected = [
+        Letters().decode(row[:n])
+        for row, n in zip(np.asarray(ids.tokens), np.asarray(ids.lengths), strict=True)
+    ]
+    assert together == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": PROMPTS[0]}, r"prompts' shape is \(8,\), .* \[batch, length\]"),
+        ({"prompts": PROMPTS * 1.0}, "prompts' dtype is 'float64', but it must be an integer"),
+        ({"prompt_lengths": LENGTHS[:2]}, r"prompt_lengths' shape is \(2,\), .* \(3,\)"),
+        ({"prompt_lengths": np.array([3, 0, 1])}, "A prompt is empty"),
+        ({"prompt_lengths": np.array([3, 9, 1])}, "prompt_lengths is 9, .* at most 8"),
+        ({"prompts": PROMPTS + VOCAB}, f"a token of prompts is .* from 0 to {VOCAB - 1}"),
+        ({"prompts": PROMPTS - 99}, f"a token of prompts is -.* from 0 to {VOCAB - 1}"),
+        (
+            {"cache_length": 12},
+            "the longest prompt's length is 7, but it must be at most 6: the cache has room for 12",
+        ),
+        ({"cache_length": 0}, "the longest prompt's length is 7"),
+    ],
+)
+def test_bad_inputs(change, message):
+    arguments = {"prompts": PROMPTS, "prompt_lengths": LENGTHS, **change}
+    with pytest.raises(InputError, match=message):
+        generate(_params(), CONFIG, **arguments, sampling=GREEDY, key=KEY)
+
+
+def test_no_prompt_at_all():
+    with pytest.raises(InputError, match="There is no prompt"):
+        generate_text(_params(), CONFIG, Letters(), [], sampling=GREEDY, key=KEY)
+
+
+def test_bad_cache_length():
+    with pytest.raises(InputError, match="cache_length is 0, but it must be at least 1"):
+        init_cache(CONFIG, 1, 0)

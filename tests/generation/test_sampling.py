@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn.errors import InputError
+from lazyattn.generation.sampling import SamplingConfig, next_token
+
+LOGITS = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
+DRAWS = 4000
+_next_token = jax.jit(next_token, static_argnums=2)
+
+
+def _draws(config, logits=LOGITS[:1]):
+    """Returns the share of each token in many draws of one row."""
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    many = jnp.broadcast_to(logits, (DRAWS, logits.shape[1]))
+    tokens = _next_token(many, keys, config)
+    return np.bincount(np.asarray(tokens), minlength=logits.shape[1]) / DRAWS
+
+
+def test_temperature_zero_takes_the_likeliest():
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens = next_token(LOGITS, keys, SamplingConfig(temperature=0.0, top_p=0.5))
+    np.testing.assert_array_equal(tokens, [0, 3])
+    assert tokens.dtype == jnp.int32
+
+
+def test_temperature_one_draws_from_the_softmax():
+    np.testing.assert_allclose(_draws(SamplingConfig()), [0.5, 0.25, 0.15, 0.1], atol=0.03)
+
+
+def test_temperature_sharpens():
+    squares = np.array([0.5, 0.25, 0.15, 0.1]) ** 2
+    found = _draws(SamplingConfig(temperature=0.5))
+    np.testing.assert_allclose(found, squares / squares.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.95, 4), (1e-6, 1)]
+)
+def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, kept):
+    shares = np.array([0.5, 0.25, 0.15, 0.1])[:kept]
+    found = _draws(SamplingConfig(top_p=top_p))
+    np.testing.assert_array_equal(found[kept:], 0)
+    np.testing.assert_allclose(found[:kept], shares / shares.sum(), atol=0.03)
+
+
+def test_top_p_counts_mass_at_the_temperature():
+    # At temperature 1/2 the first token alone has 0.72.
+    found = _draws(SamplingConfig(temperature=0.5, top_p=0.7))
+    np.testing.assert_array_equal(found, [1, 0, 0, 0])
+
+
+def test_a_row_s_draw_does_not_depend_on_the_others():
+    keys = jax.random.split(jax.random.key(1), 8)
+    logits = jnp.tile(LOGITS, (4, 1))
+    together = _next_token(logits, keys, SamplingConfig())
+    alone = _next_token(logits[5:6], keys[5:6], SamplingConfig())
+    assert together[5] == alone[0]
+    assert len(set(np.asarray(together).tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be at least 1"),
+        ({"temperature": -0.1}, "temperature is -0.1, but it must be 0 or positive"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0, but it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5, but it must be above 0 and at most 1"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        SamplingConfig(**settings)

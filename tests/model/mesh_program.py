@@ -1,0 +1,95 @@
+"""Run by test_mesh.py in a process of its own, with eight simulated devices.
+
+Prints one JSON object: for each check the largest relative difference between the mesh
+and one device, or the message of the expected error.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lazyattn import sharding
+from lazyattn.errors import InputError
+from lazyattn.generation.decode import generate
+from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.model.loss import cross_entropy, token_nll
+from lazyattn.model.parameters import partition_specs
+from lazyattn.model.transformer import Transformer, attention_weights, output_embedding
+from tests.model.tiny import make_batch, make_config, make_params
+
+
+def difference(found, expected):
+    """Returns the largest difference of two trees, each array's relative to its largest entry."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-9)) for a, b in pairs)
+
+
+def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert jax.device_count() == 8
+    config = make_config(vocab_size=32, attention={"implementation": "xla_chunked"})
+    params = make_params(config)
+    batch = make_batch(rows=8)
+
+    def loss(params, batch):
+        hidden = Transformer(config).apply(
+            {"params": params}, batch["inputs"], batch["segment_ids"]
+        )
+        weights = batch["segment_ids"] > 0
+        sums = cross_entropy(
+            hidden,
+            output_embedding(params, config),
+            batch["targets"],
+            weights,
+            chunk=config.loss_chunk,
+            z_loss=1e-2,
+        )
+        return sums.objective, (sums, hidden)
+
+    @jax.jit
+    def every_token(hidden, params):
+        return token_nll(hidden, params["unembedding"], batch["targets"], chunk=8)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.jit(gradient)(params, batch)
+    expected_nll = every_token(expected[0][1][1], params)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), partition_specs(config))
+    placed = jax.device_put(params, specs)
+    rows = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.spec("batch")))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient, out_shardings=((None, None), specs))
+        found = compiled(placed, rows)
+        hidden = found[0][1][1]
+        found_nll = every_token(hidden, placed)
+    report = {
+        "loss": difference(found[0], expected[0]),
+        "gradients": difference(found[1], expected[1]),
+        "token_nll": difference(found_nll, expected_nll),
+        "rows_of_hidden_states": hidden.addressable_shards[0].data.shape[0],
+    }
+
+    prompt, lengths = np.asarray(batch["inputs"][:1, :5]), np.array([4])
+    greedy = {"sampling": SamplingConfig(6, temperature=0.0), "key": jax.random.key(0)}
+    expected_tokens = generate(params, config, prompt, lengths, **greedy)
+    short = batch["inputs"][:2]
+    expected_weights = jax.jit(attention_weights, static_argnums=1)(params, config, short)
+    with jax.set_mesh(mesh):
+        found_tokens = generate(placed, config, prompt, lengths, **greedy)
+        found_weights = jax.jit(attention_weights, static_argnums=1)(placed, config, short)
+    report["one_prompt"] = bool(jnp.array_equal(found_tokens.tokens, expected_tokens.tokens))
+    report["weights"] = difference(found_weights, expected_weights)
+
+    try:
+        with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, tensor=8))):
+            jax.eval_shape(loss, params, batch)
+    except InputError as error:
+        report["error"] = str(error)
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

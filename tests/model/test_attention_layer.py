@@ -1,0 +1,165 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn import lazy_attention
+from lazyattn.model import attention_layer
+from lazyattn.model.attention_layer import Attention, variant_arguments
+from lazyattn.model.config import VARIANTS
+from lazyattn.model.layers import RMSNorm
+from lazyattn.model.parameters import parameter_shapes
+from lazyattn.model.transformer import attention_weights
+from tests.model.tiny import make_batch, make_config, make_params
+
+LENGTH = 9
+POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 16)), jnp.float32)
+
+
+def _params(config):
+    """Returns one layer's parameters."""
+    return jax.tree.map(lambda leaf: leaf[0], make_params(config)["blocks"]["attention"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(config, params, x=X, segment_ids=None):
+    return Attention(config).apply({"params": params}, x, POSITIONS, segment_ids)[0]
+
+
+ALL = {"distance_bias", "distance_slope", "offset"}
+ARGUMENTS = {
+    "lazy": (ALL, {}),
+    "softmax": (set(), {}),
+    "biased_softmax": ({"distance_bias", "distance_slope"}, {}),
+    "lazy_no_bias": ({"offset"}, {}),
+    "lazy_constant_offset": (ALL, {"offset_divisor": 1.0}),
+    "lazy_length_offset": (ALL, {"offset_divisor": float(LENGTH)}),
+    "lazy_renormalized": (ALL, {"renormalize": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_these_arguments_of_the_op(variant, monkeypatch):
+    learned, settings = ARGUMENTS[variant]
+    given = {}
+
+    def op(query, key, value, **arguments):
+        given.update(arguments)
+        return query
+
+    monkeypatch.setattr(attention_layer, "lazy_attention", op)
+    params = _params(make_config(variant))
+    assert set(params) == {"query", "key", "value", "output"} | learned
+    config = make_config(variant, attention={"skip_mass": 1e-3})
+    jax.eval_shape(lambda p: Attention(config).apply({"params": p}, X, POSITIONS), params)
+    assert {name for name in ALL if name in given} == learned
+    for name in learned:
+        assert given[name].shape == params[name].shape and given[name].dtype == jnp.float32
+    expected = {"offset_divisor": "visible", "renormalize": False, **settings}
+    expected |= {"skip_mass": 1e-3, "implementation": "xla", "return_weights": False}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_the_layer_by_hand():
+    config = make_config(attention={"rope": False})
+    params = _params(config)
+
+    @jax.jit
+    def expected(params):
+        query, key, value = (
+            jnp.einsum("blw,whd->blhd", X, params[name]) for name in ("query", "key", "value")
+        )
+        learned = {name: params[name] for name in ALL}
+        out = lazy_attention(query, key, value, **learned, implementation="xla")
+        return jnp.einsum("blhd,hdw->blw", out, params["output"])
+
+    np.testing.assert_allclose(_apply(config, params), expected(params), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_tail_there_is_no_slope():
+    params = _params(make_config(attention={"bias_tail": False}))
+    assert "distance_slope" not in params and params["distance_bias"].shape == (4, 6)
+
+
+def test_rope_is_applied_to_queries_and_keys():
+    config = make_config()
+    params = _params(config)
+    plain = _apply(make_config(attention={"rope": False}), params)
+    assert np.abs(plain - _apply(config, params)).max() > 1e-3
+
+
+def test_qk_norm_makes_scores_independent_of_the_projections_scale():
+    config = make_config("softmax", attention={"qk_norm": True})
+    params = _params(config)
+    assert params["query_norm"]["scale"].shape == params["key_norm"]["scale"].shape == (4,)
+    loud = {**params, "query": 1000 * params["query"], "key": 1000 * params["key"]}
+    np.testing.assert_allclose(_apply(config, loud), _apply(config, params), rtol=1e-3, atol=1e-4)
+    scaled = {**params, "query_norm": {"scale": 2 * params["query_norm"]["scale"]}}
+    assert np.abs(_apply(config, scaled) - _apply(config, params)).max() > 1e-3
+
+
+def test_at_offset_minus_one_the_first_token_of_a_document_gets_exactly_nothing():
+    config = make_config()
+    params = _params(config)
+    params["offset"] = jnp.full(4, -1.0)
+    segment_ids = jnp.array([[1] * 4 + [2] * 5, [1] * 9])
+    out = _apply(config, params, X, segment_ids)
+    nothing = np.all(np.asarray(out) == 0, axis=-1)
+    assert nothing[0, 0] and nothing[0, 4] and nothing[1, 0]
+    assert not nothing[0, 1:4].all() and not nothing[1, 1:].all()
+
+
+def test_length_divisor_is_the_number_of_keys():
+    config = make_config("lazy_length_offset").attention
+    assert variant_arguments(config, 640)["offset_divisor"] == 640.0
+
+
+def test_cache_writes_past_the_end_are_dropped():
+    held = jnp.zeros((2, 4, 1, 2))
+    new = jnp.ones((2, 3, 1, 2))
+    out = attention_layer._write(held, new, jnp.array([0, 3]))
+    np.testing.assert_array_equal(out[:, :, 0, 0], [[1, 1, 1, 0], [0, 0, 0, 1]])
+
+
+_weights = jax.jit(attention_weights, static_argnums=1)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_weights_of_every_layer(scan):
+    config = make_config(scan_layers=scan, num_layers=3)
+    batch = make_batch()
+    shapes = parameter_shapes(config)
+    found = jax.eval_shape(
+        lambda params: attention_weights(params, config, batch["inputs"], batch["segment_ids"]),
+        shapes,
+    )
+    assert found.shape == (3, 2, 4, 11, 11) and found.dtype == jnp.float32
+
+
+def test_weights_are_those_that_gave_the_output():
+    config = make_config(attention={"rope": False})
+    params, batch = make_params(config), make_batch()
+    inputs, segment_ids = batch["inputs"], batch["segment_ids"]
+
+    @jax.jit
+    def first_layer():
+        block = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+        x = params["embedding"][inputs] * config.width**0.5
+        x = RMSNorm(config.norm_eps).apply({"params": block["attention_norm"]}, x)
+        att = block["attention"]
+        query, key, value = (
+            jnp.einsum("blw,whd->blhd", x, att[name]) for name in ("query", "key", "value")
+        )
+        settings = {"implementation": "xla", "return_weights": True, "segment_ids": segment_ids}
+        return lazy_attention(query, key, value, **{n: att[n] for n in ALL}, **settings)[1]
+
+    found = jax.jit(attention_weights, static_argnums=1)(params, config, inputs, segment_ids)
+    np.testing.assert_allclose(found[0], first_layer(), atol=1e-6)
+    assert not np.allclose(found[0], found[1])
+    ids = np.asarray(segment_ids)
+    visible = np.tril(ids[:, :, None] == ids[:, None, :])[:, None]
+    assert np.all(np.where(visible, 0, found) == 0)
+    assert np.all(np.any(np.asarray(found) > 0, axis=(1, 3, 4)))

@@ -1,0 +1,74 @@
+import dataclasses
+
+import pytest
+
+from lazyattn.errors import InputError
+from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
+
+
+def test_the_default_is_the_sharp_recipe_of_the_lazy_variant():
+    assert AttentionConfig(**RECIPES["sharp"]) == AttentionConfig()
+    assert AttentionConfig().variant == "lazy"
+
+
+def test_recipes_name_settings_that_exist():
+    names = {field.name for field in dataclasses.fields(AttentionConfig)}
+    for recipe in RECIPES.values():
+        assert set(recipe) <= names
+        AttentionConfig(**recipe)
+
+
+def test_what_a_variant_learns():
+    without_bias = {name for name in VARIANTS if not AttentionConfig(variant=name).has_bias}
+    without_offset = {name for name in VARIANTS if not AttentionConfig(variant=name).has_offset}
+    assert without_bias == {"softmax", "lazy_no_bias"}
+    assert without_offset == {"softmax", "biased_softmax"}
+
+
+def test_derived_sizes():
+    config = ModelConfig(width=1024, attention=AttentionConfig(num_heads=16))
+    assert (config.head_dim, config.hidden_width) == (64, 2816)
+    assert config.attention.kv_heads == 16
+    attention = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=32)
+    config = ModelConfig(width=100, mlp_width=7, attention=attention)
+    assert (config.head_dim, config.hidden_width) == (32, 7)
+    assert config.attention.kv_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "sparse"}, "model.attention.variant is 'sparse', .* one of lazy, softmax"),
+        ({"num_heads": 0}, "model.attention.num_heads is 0, .* at least 1"),
+        ({"num_kv_heads": 5}, "model.attention.num_kv_heads is 5, .* a divisor of num_heads = 16"),
+        ({"num_kv_heads": 0}, "model.attention.num_kv_heads is 0"),
+        ({"rope_base": 0.0}, "model.attention.rope_base is 0.0, .* positive"),
+        ({"bias_width": 0}, "model.attention.bias_width is 0, .* at least 1"),
+        ({"bias_init": "zeros"}, "model.attention.bias_init is 'zeros', .* alibi or normal"),
+        ({"bias_std": -1.0}, "model.attention.bias_std is -1.0, .* non-negative"),
+        ({"skip_mass": 1.0}, "model.attention.skip_mass is 1.0, .* below 1"),
+    ],
+)
+def test_bad_attention_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        AttentionConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 0}, "model.vocab_size is 0, .* at least 1"),
+        ({"num_layers": 0}, "model.num_layers is 0, .* at least 1"),
+        ({"loss_chunk": 0}, "model.loss_chunk is 0, .* at least 1"),
+        ({"mlp_width": 0}, "model.mlp_width is 0, .* None or at least 1"),
+        ({"norm_eps": 0.0}, "model.norm_eps is 0.0, .* positive"),
+        ({"compute_dtype": "float16"}, "model.compute_dtype is 'float16', .* float32 or bfloat16"),
+        ({"remat": "some"}, "model.remat is 'some', .* none, dots or full"),
+        ({"width": 1000}, "model.width is 1000, .* a multiple of model.attention.num_heads = 16"),
+        ({"width": 48}, "the head size .* is 3, .* even"),
+        ({"attention": AttentionConfig(head_dim=0)}, "the head size .* is 0, .* even"),
+    ],
+)
+def test_bad_model_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig(**settings)

@@ -1,0 +1,54 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What tests/model/mesh_program.py found; devices are fixed when a process starts."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.mesh_program"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    return json.loads(done.stdout)
+
+
+def test_a_mesh_gives_one_device_s_loss_and_gradients(report):
+    assert report["loss"] < 1e-5
+    assert report["gradients"] < 1e-4
+    assert report["token_nll"] < 1e-5
+
+
+def test_activations_are_split_by_rows(report):
+    assert report["rows_of_hidden_states"] == 2
+
+
+def test_attention_weights_on_a_mesh(report):
+    assert report["weights"] < 1e-5
+
+
+def test_one_prompt_is_continued_on_a_mesh_that_it_does_not_divide_over(report):
+    assert report["one_prompt"]
+
+
+def test_heads_must_divide_among_devices(report):
+    assert report["error"] == (
+        "model.attention.num_heads is 4, but it must be a multiple of 8, "
+        "the devices of the mesh that share the heads."
+    )

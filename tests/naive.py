@@ -1,0 +1,59 @@
+"""The definition once more, row by row in numpy: what the oracle itself is held to."""
+
+from typing import Any
+
+import numpy as np
+
+
+def naive_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    distance_bias: np.ndarray | None = None,
+    distance_slope: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
+    offset_divisor: Any = "visible",
+    renormalize: bool = False,
+    scale: float | None = None,
+    skip_mass: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns out and weights in float64."""
+    del skip_mass
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, length, heads, head_dim = query.shape
+    group = heads // key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    out = np.zeros((batch, length, heads, value.shape[-1]))
+    weights = np.zeros((batch, heads, length, length))
+    for b in range(batch):
+        start = 0
+        for i in range(length):
+            if segment_ids is not None and i > 0 and segment_ids[b, i] != segment_ids[b, i - 1]:
+                start = i
+            for h in range(heads):
+                scores = []
+                for j in range(start, i + 1):
+                    score = scale * query[b, i, h] @ key[b, j, h // group]
+                    if distance_bias is not None:
+                        score += naive_bias(distance_bias[h], distance_slope, h, i - j)
+                    scores.append(score)
+                p = np.exp(np.array(scores) - max(scores))
+                p /= p.sum()
+                if offset is not None:
+                    divisor = len(p) if offset_divisor == "visible" else offset_divisor
+                    p = np.maximum(0, p + np.float64(offset[h]) / divisor)
+                    if renormalize and p.sum() > 0:
+                        p /= p.sum()
+                weights[b, h, i, start : i + 1] = p
+                out[b, i, h] = p @ value[b, start : i + 1, h // group]
+    return out, weights
+
+
+def naive_bias(table: np.ndarray, slopes: np.ndarray | None, head: int, x: int) -> float:
+    """Returns b_h(x)."""
+    if x < len(table):
+        return float(table[x])
+    if slopes is None:
+        return 0.0
+    return float(table[-1]) - float(slopes[head]) * (x - (len(table) - 1))

@@ -1,0 +1,220 @@
+"""The one parametrised suite that every implementation of the op runs.
+
+`CASES` names the situations, `inputs` makes their arrays, and `check` holds an
+implementation's output and all its gradients to the definition in float64.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lazyattn import lazy_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of the op.
+
+    Attributes:
+      name: what the test is called.
+      shape: (batch, length, heads, kv_heads, head_dim).
+      width: entries of the bias table; 0: no bias.
+      bias: "normal", "alibi", "bumpy" (large, not monotone) or "steep".
+      slope: give the tail a slope.
+      tau: offset of the heads, dealt out in turn; None: no offset.
+      documents: lengths of packed documents, cycled; None: one document.
+      settings: further keyword arguments of the op.
+      score_scale: factor of queries and keys, for sharp scores.
+    """
+
+    name: str
+    shape: tuple[int, int, int, int, int] = (2, 40, 2, 2, 16)
+    width: int = 16
+    bias: str = "normal"
+    slope: bool = False
+    tau: tuple[float, ...] | None = (-1.0,)
+    documents: tuple[int, ...] | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+    score_scale: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("paper"),
+    Case("sharp", bias="alibi", slope=True, tau=(-0.5,)),
+    Case("several_tiles", shape=(1, 300, 2, 2, 32), width=64, bias="alibi", slope=True),
+    Case("many_tiles", shape=(1, 1100, 2, 1, 16), width=128, bias="steep", slope=True),
+    Case("learned_tau_of_both_signs", tau=(-0.7, 0.3), shape=(2, 150, 4, 4, 16)),
+    Case("tau_zero", tau=(0.0,)),
+    Case("positive_tau_with_steep_bias", tau=(0.5, 1.0), shape=(1, 300, 2, 2, 16), bias="steep"),
+    Case("table_longer_than_sequence", width=100, bias="bumpy"),
+    Case("table_of_one", width=1, slope=True),
+    Case("no_tail", width=8, shape=(1, 200, 2, 2, 16), bias="bumpy"),
+    Case("bumpy_bias", shape=(1, 300, 2, 2, 16), width=300, bias="bumpy"),
+    Case("no_bias", width=0),
+    Case("no_offset", tau=None, bias="alibi", slope=True, shape=(2, 150, 2, 2, 16)),
+    Case("plain_softmax", tau=None, width=0),
+    Case("grouped_query", shape=(2, 70, 6, 2, 16)),
+    Case("multi_query", shape=(2, 140, 4, 1, 16), tau=(-0.5, -2.0)),
+    Case("documents", documents=(17, 3, 1, 40, 1), shape=(2, 150, 2, 2, 16)),
+    Case("documents_grouped", documents=(130, 60), shape=(1, 300, 4, 2, 16), bias="alibi"),
+    Case("one_token_documents", documents=(1,), shape=(1, 20, 2, 2, 16)),
+    Case("one_token", shape=(2, 1, 2, 2, 16)),
+    Case("two_tokens", shape=(1, 2, 2, 1, 16)),
+    Case("odd_length", shape=(1, 131, 2, 2, 16)),
+    Case("sharp_scores", score_scale=3.0, shape=(1, 200, 2, 2, 16)),
+    Case("constant_offset", settings=(("offset_divisor", 1.0),), tau=(-0.05,)),
+    Case("length_offset", settings=(("offset_divisor", 40.0),)),
+    Case("renormalized", settings=(("renormalize", True),), shape=(1, 140, 2, 2, 16)),
+    Case("own_scale", settings=(("scale", 0.7),)),
+    Case(
+        "visit_everything", settings=(("skip_mass", 0.0),), bias="steep", shape=(1, 300, 2, 2, 16)
+    ),
+    Case("everything_dead", tau=(-50.0,)),
+]
+
+
+def inputs(case: Case, seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
+    """Returns the arguments of the op as numpy arrays."""
+    rng = np.random.default_rng(seed)
+    batch, length, heads, kv_heads, head_dim = case.shape
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    args: dict[str, Any] = {
+        "query": normal(batch, length, heads, head_dim) * dtype(case.score_scale),
+        "key": normal(batch, length, kv_heads, head_dim) * dtype(case.score_scale),
+        "value": normal(batch, length, kv_heads, head_dim),
+    }
+    if case.width:
+        args["distance_bias"] = make_bias(case.bias, heads, case.width, rng).astype(np.float32)
+        if case.slope:
+            args["distance_slope"] = (0.02 + 0.3 * rng.random(heads)).astype(np.float32)
+    if case.tau is not None:
+        args["offset"] = np.resize(np.array(case.tau, np.float32), heads)
+    if case.documents is not None:
+        args["segment_ids"] = segment_ids(case.documents, batch, length)
+    return args | dict(case.settings)
+
+
+def make_bias(kind: str, heads: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a table of the named kind, [heads, width]."""
+    x = np.arange(width)
+    slope = 2.0 ** (-4 * (np.arange(heads)[:, None] + 1) / heads)
+    return {
+        "normal": 0.02 * rng.standard_normal((heads, width)),
+        "alibi": -slope * x,
+        "steep": -0.5 * (1 + np.arange(heads)[:, None]) * x,
+        "bumpy": 4 * np.sin(x / 7 + np.arange(heads)[:, None])
+        + rng.standard_normal((heads, width)),
+    }[kind]
+
+
+def segment_ids(lengths: tuple[int, ...], batch: int, length: int) -> np.ndarray:
+    """Returns packed documents of the cycled lengths, each row starting elsewhere."""
+    rows = []
+    for row in range(batch):
+        turns = np.roll(lengths, row)
+        ids = np.repeat(np.arange(1, length + 1), np.resize(turns, length))
+        rows.append(ids[:length])
+    return np.stack(rows).astype(np.int32)
+
+
+GRADIENTS = ("query", "key", "value", "distance_bias", "distance_slope", "offset")
+
+
+def out_and_gradients(args: dict[str, Any], implementation: str, d_out: Any) -> dict[str, Any]:
+    """Returns out and the gradient of every float input, as float64 numpy arrays."""
+    arrays = {name: jnp.asarray(args[name]) for name in GRADIENTS if name in args}
+    rest = {name: x for name, x in args.items() if name not in arrays}
+
+    @jax.jit
+    def run(arrays, d_out):
+        def call(arrays):
+            return lazy_attention(**arrays, **rest, implementation=implementation)
+
+        out, vjp = jax.vjp(call, arrays)
+        return out, vjp(d_out.astype(out.dtype))[0]
+
+    out, gradients = run(arrays, jnp.asarray(d_out))
+    result = {"out": out} | gradients
+    return {
+        name: np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x, np.float64)
+        for name, x in result.items()
+    }
+
+
+def relative_error(x: np.ndarray, true: np.ndarray) -> float:
+    """Returns |x - true| / |true| in the Euclidean norm."""
+    size = np.linalg.norm(true)
+    return float(np.linalg.norm(x - true) / (size if size > 1e-6 else 1.0))
+
+
+@functools.cache
+def true_results(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+    """Returns float32 arguments, a cotangent, and the definition's float64 results."""
+    args = inputs(case, seed)
+    d_out = np.random.default_rng(seed + 1).standard_normal(args["query"].shape)
+    with jax.enable_x64(True):
+        exact = {
+            name: x.astype(np.float64) if getattr(x, "dtype", None) == np.float32 else x
+            for name, x in args.items()
+        }
+        return args, d_out, out_and_gradients(exact, "xla", d_out)
+
+
+def check(implementation: str, case: Case, *, tolerance: float = 1e-5, seed: int = 0) -> None:
+    """Holds float32 output and gradients to the definition in float64."""
+    args, d_out, true = true_results(case, seed)
+    found = out_and_gradients(args, implementation, d_out.astype(np.float32))
+    errors = {name: relative_error(found[name], true[name]) for name in true}
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+# Gradients of few numbers, each a long sum: rounding leaves them less alike than arrays.
+SUMMED = ("distance_slope", "offset")
+
+
+@functools.cache
+def half_precision_errors(
+    case: Case, dtype: str, implementation: str, seed: int = 0
+) -> dict[str, float]:
+    """Returns relative errors of out and gradients against float64 on the same inputs.
+
+    The inputs are rounded to `dtype` first, so that only the computation's own errors
+    count.
+    """
+    args = inputs(case, seed)
+    d_out = np.random.default_rng(seed + 1).standard_normal(args["query"].shape)
+    d_out = np.asarray(jnp.asarray(d_out, dtype))
+    for name in ("query", "key", "value"):
+        args[name] = np.asarray(jnp.asarray(args[name], dtype))
+    with jax.enable_x64(True):
+        exact = {
+            name: np.asarray(x, np.float64) if name in GRADIENTS else x for name, x in args.items()
+        }
+        true = out_and_gradients(exact, "xla", d_out.astype(np.float64))
+    found = out_and_gradients(args, implementation, d_out)
+    return {name: relative_error(found[name], true[name]) for name in true}
+
+
+def check_half_precision(
+    implementation: str, case: Case, dtype: str, *, factor: float = 1.2, seed: int = 0
+) -> None:
+    """Holds errors in half precision to `factor` times those of "xla" in the same dtype."""
+    ours = half_precision_errors(case, dtype, implementation, seed)
+    plain = half_precision_errors(case, dtype, "xla", seed)
+    unit = float(jnp.finfo(dtype).eps)
+    worse = {
+        name: (ours[name], plain[name])
+        for name in ours
+        if not ours[name] <= factor * plain[name] + unit * (0.5 if name in SUMMED else 0.03)
+    }
+    assert not worse, worse

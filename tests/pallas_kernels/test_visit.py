@@ -1,0 +1,182 @@
+"""Every skipped tile's true mass is below the bound, and little else is visited."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn.attention import document_starts
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.visit import TileSizes, bias_maxima, visit_ranges
+from tests import oracle
+
+SKIP_MASS = 1e-6
+
+CASES = {
+    "alibi": oracle.Case("", (2, 520, 4, 2, 16), 64, "alibi", True),
+    "steep": oracle.Case("", (1, 600, 2, 2, 16), 64, "steep", True),
+    "bumpy": oracle.Case("", (2, 400, 2, 1, 16), 400, "bumpy"),
+    "rising_tail": oracle.Case("", (1, 400, 2, 2, 16), 300, "steep"),
+    "normal": oracle.Case("", (1, 300, 2, 2, 16), 64, "normal"),
+    "no_offset": oracle.Case("", (1, 400, 2, 2, 16), 64, "steep", True, None),
+    "documents": oracle.Case("", (2, 500, 2, 2, 16), 64, "steep", True, documents=(70, 9, 200, 1)),
+    "sharp_scores": oracle.Case("", (1, 500, 2, 2, 16), 64, "steep", True, score_scale=4.0),
+    "no_bias": oracle.Case("", (1, 300, 2, 2, 16), 0, score_scale=5.0),
+}
+TILES = [TileSizes(64, 64), TileSizes(128, 64), TileSizes(32, 128), TileSizes(48, 32)]
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "skip_mass"))
+def _ranges(args, tiles, skip_mass=SKIP_MASS):
+    batch, length = args["query"].shape[:2]
+    bias = None
+    if "distance_bias" in args:
+        bias = bias_lib.expand(args["distance_bias"], args.get("distance_slope"), length)
+    first = jnp.zeros((batch, length), jnp.int32)
+    if "segment_ids" in args:
+        first = document_starts(args["segment_ids"])
+    return visit_ranges(
+        args["query"],
+        args["key"],
+        bias,
+        args.get("offset"),
+        first,
+        scale=args["query"].shape[-1] ** -0.5,
+        skip_mass=skip_mass,
+        tiles=tiles,
+    )
+
+
+def _softmax(args):
+    """Returns the true softmax weights [batch, heads, length, length], float64."""
+    length, heads, head_dim = args["query"].shape[1:]
+    key = np.repeat(args["key"].astype(np.float64), heads // args["key"].shape[2], axis=2)
+    scores = np.einsum("bqhd,bkhd->bhqk", args["query"], key, optimize=True) / np.sqrt(head_dim)
+    i, j = np.mgrid[:length, :length]
+    if "distance_bias" in args:
+        bias = bias_lib.expand(args["distance_bias"], args.get("distance_slope"), length)
+        scores += np.asarray(bias, np.float64)[:, np.maximum(i - j, 0)]
+    visible = (i >= j)[None]
+    if "segment_ids" in args:
+        ids = args["segment_ids"]
+        visible = visible & (ids[:, :, None] == ids[:, None, :])
+    scores = np.where(visible[:, None], scores, -np.inf)
+    softmax = np.exp(scores - scores.max(-1, keepdims=True))
+    return softmax / softmax.sum(-1, keepdims=True)
+
+
+def _visited(ranges, tiles, length):
+    """Returns which entries lie in visited tiles, [batch, heads, length, length]."""
+    query_tile = np.arange(length) // tiles.queries
+    key_tile = np.arange(length) // tiles.keys
+    first = np.asarray(ranges.first)[:, :, query_tile]
+    last = np.asarray(ranges.last)[query_tile]
+    return (key_tile >= first[..., None]) & (key_tile <= last[:, None])
+
+
+def _adversarial(kind, args):
+    args = {k: v.copy() for k, v in args.items()}
+    length = args["query"].shape[1]
+    if kind == "large_far_key":
+        args["key"][:, 3] *= 60
+    elif kind == "weak_own_score":
+        args["query"][:, length // 2 :] = -8 * np.repeat(
+            args["key"][:, length // 2 :], args["query"].shape[2] // args["key"].shape[2], axis=2
+        )
+    elif kind == "aligned_far_keys":
+        args["key"][:, :40] = args["query"][:, -1:, : args["key"].shape[2]] * 3
+    elif kind == "zero_inputs":
+        args["query"][:] = 0
+        args["key"][:] = 0
+    return args
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "large_far_key", "weak_own_score", "aligned_far_keys", "zero_inputs"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_skipped_mass_is_below_the_bound(name, kind):
+    args = _adversarial(kind, oracle.inputs(CASES[name]))
+    softmax = _softmax(args)
+    for tiles in TILES:
+        visited = _visited(_ranges(args, tiles), tiles, softmax.shape[-1])
+        assert np.max(np.where(visited, 0, softmax).sum(-1)) <= SKIP_MASS
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_steep_heads_visit_few_tiles(tiles):
+    """The bound is of use: a steep head's span does not grow with the length."""
+    visited = [
+        int(
+            _ranges(
+                oracle.inputs(dataclasses.replace(CASES["steep"], shape=(1, length, 2, 2, 16))),
+                tiles,
+            ).visited.max()
+        )
+        for length in (400, 1200)
+    ]
+    assert visited[0] == visited[1]
+    assert visited[1] * tiles.keys < 400
+
+
+def test_fraction_counts_causal_tiles():
+    args = oracle.inputs(CASES["normal"])
+    assert float(_ranges(args, TileSizes(64, 64)).fraction()) == 1.0
+    steep = oracle.inputs(CASES["steep"])
+    ranges = _ranges(steep, TileSizes(64, 64))
+    causal = 2 * sum(range(1, 11))
+    assert float(ranges.fraction()) == pytest.approx(int(ranges.visited.sum()) / causal)
+    assert float(ranges.fraction()) < 0.5
+
+
+def test_no_skip_mass_visits_all_but_other_documents():
+    args = oracle.inputs(CASES["documents"])
+    tiles = TileSizes(64, 64)
+    first = np.asarray(_ranges(args, tiles, skip_mass=0.0).first)
+    starts = np.asarray(document_starts(args["segment_ids"]))
+    for tile in range(first.shape[-1]):
+        true = starts[:, tile * 64 : (tile + 1) * 64].min(axis=1) // 64
+        np.testing.assert_array_equal(first[:, :, tile], np.tile(true[:, None], (1, 2)))
+
+
+def test_positive_offsets_visit_everything():
+    args = oracle.inputs(CASES["steep"])
+    args["offset"] = np.array([0.5, -1.0], np.float32)
+    first = np.asarray(_ranges(args, TileSizes(64, 64)).first)
+    assert np.all(first[:, 0] == 0)
+    assert np.all(first[:, 1, 5:] > 0)
+
+
+def test_not_a_number_is_never_skipped():
+    args = oracle.inputs(CASES["steep"])
+    args["key"][:, 2, 0, 0] = np.nan
+    assert np.all(np.asarray(_ranges(args, TileSizes(64, 64)).first)[:, 0] == 0)
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_bias_maxima_bound_every_entry(tiles):
+    bias = np.random.default_rng(0).standard_normal((2, 300)).astype(np.float32)
+    maxima = np.asarray(bias_maxima(jnp.asarray(bias), tiles))
+    i, j = np.mgrid[:300, :300]
+    causal = i >= j
+    entries = bias[:, np.clip(i - j, 0, None)]
+    bound = maxima[:, i // tiles.queries, j // tiles.keys]
+    assert np.all((bound >= entries) | ~causal)
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_last_query_tile_is_the_transpose(tiles):
+    args = oracle.inputs(CASES["alibi"])
+    ranges = _ranges(args, tiles)
+    key_tiles = tiles.count(args["query"].shape[1])[1]
+    found = np.asarray(ranges.last_query_tile(key_tiles))
+    first, last = np.asarray(ranges.first), np.asarray(ranges.last)
+    for key_tile in range(key_tiles):
+        visits = (first <= key_tile) & (key_tile <= last)
+        np.testing.assert_array_equal(
+            found[..., key_tile],
+            np.where(visits, np.arange(first.shape[-1]), 0).max(-1),
+        )

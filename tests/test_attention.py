@@ -1,0 +1,281 @@
+"""The public op: every implementation against the definition, and its own checks."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from lazyattn import InputError, lazy_attention
+from tests import oracle
+from tests.naive import naive_attention
+
+IMPLEMENTATIONS = ("xla", "xla_chunked")
+GOLDEN = ("paper_init", "positive_tau", "sharp_scores")
+
+
+@pytest.mark.parametrize("case", oracle.CASES, ids=str)
+def test_definition_matches_row_by_row_numpy(case):
+    if case.shape[1] > 320:
+        pytest.skip("a Python loop over pairs is too slow at this length")
+    args = oracle.inputs(case)
+    true_out, true_weights = naive_attention(**args)
+    with jax.enable_x64(True):
+        exact = {k: v.astype(np.float64) if hasattr(v, "dtype") else v for k, v in args.items()}
+        if "segment_ids" in args:
+            exact["segment_ids"] = args["segment_ids"]
+        out, weights = lazy_attention(**exact, implementation="xla", return_weights=True)
+    np.testing.assert_allclose(out, true_out, atol=1e-12)
+    np.testing.assert_allclose(weights, true_weights, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", oracle.CASES, ids=str)
+def test_output_and_gradients(case, implementation):
+    oracle.check(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_vectors(name, implementation):
+    folder = os.environ.get("LAZYATTN_TEST_DATA")
+    if not folder:
+        pytest.skip("LAZYATTN_TEST_DATA does not name a folder with golden/*.npz")
+    golden = np.load(pathlib.Path(folder) / "golden" / f"{name}.npz")
+
+    def ours(array):
+        return np.swapaxes(golden[array], 1, 2)
+
+    args = {"query": ours("q"), "key": ours("k"), "value": ours("v")}
+    args |= {"distance_bias": golden["bias"], "offset": golden["tau"]}
+    found = oracle.out_and_gradients(args, implementation, ours("dout"))
+    true = {"out": ours("f64_out"), "query": ours("f64_dq"), "key": ours("f64_dk")}
+    true |= {"value": ours("f64_dv"), "distance_bias": golden["f64_dbias"]}
+    true |= {"offset": golden["f64_dtau"]}
+    errors = {k: oracle.relative_error(found[k], true[k]) for k in true}
+    assert all(error <= 1e-5 for error in errors.values()), errors
+    authors = oracle.relative_error(found["out"], ours("authors_out"))
+    assert authors <= 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tau", [-0.6, 0.4, None])
+def test_gradients_against_finite_differences(implementation, tau):
+    case = oracle.Case(
+        "small", shape=(1, 13, 2, 1, 4), width=6, slope=True, tau=None if tau is None else (tau,)
+    )
+    args = oracle.inputs(case, seed=3)
+    args["segment_ids"] = oracle.segment_ids((8, 5), 1, 13)
+    with jax.enable_x64(True):
+        arrays = {k: jnp.asarray(args.pop(k), jnp.float64) for k in oracle.GRADIENTS if k in args}
+        jax.test_util.check_grads(
+            jax.jit(lambda arrays: lazy_attention(**arrays, **args, implementation=implementation)),
+            (arrays,),
+            order=1,
+            modes=["rev"],
+            eps=1e-6,
+        )
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(
+    length=st.integers(1, 290),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6, 16]),
+    width=st.integers(0, 300),
+    slope=st.booleans(),
+    bias=st.sampled_from(["normal", "alibi", "bumpy", "steep"]),
+    tau=st.sampled_from([None, (-1.0,), (-0.3, 0.4), (2.0,)]),
+    documents=st.none() | st.lists(st.integers(1, 200), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(length, kv_heads, group, head_dim, width, slope, bias, tau, documents, seed):
+    shape = (1, length, kv_heads * group, kv_heads, head_dim)
+    case = oracle.Case("any", shape, width, bias, slope, tau, documents)
+    oracle.check("xla_chunked", case, seed=seed)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_softmax_limit(implementation):
+    """No bias, tau 0 or none: ordinary attention, as JAX has it."""
+    args = oracle.inputs(oracle.Case("limit", shape=(2, 150, 4, 2, 16), width=0, tau=(0.0,)))
+    offset = args.pop("offset")
+    true = jax.nn.dot_product_attention(*args.values(), is_causal=True)
+    for kwargs in ({}, {"offset": offset}):
+        out = lazy_attention(**args, **kwargs, implementation=implementation)
+        np.testing.assert_allclose(out, true, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_first_token_attends_to_nothing(implementation):
+    args = oracle.inputs(oracle.Case("first", documents=(30,), shape=(1, 60, 2, 2, 16)))
+    out = lazy_attention(**args, implementation=implementation)
+    np.testing.assert_array_equal(out[:, [0, 30]], 0)
+    assert np.all(np.any(np.asarray(out[:, 40:50]) != 0, axis=(2, 3)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tau", [-1.0, 0.5])
+def test_causality_and_document_isolation(implementation, tau):
+    case = oracle.Case("isolated", shape=(1, 200, 2, 2, 16), tau=(tau,), documents=(90, 110))
+    args = oracle.inputs(case)
+    call = jax.jit(lambda args: lazy_attention(**args, implementation=implementation))
+    before = np.asarray(call(args))
+    changed = {k: v.copy() for k, v in args.items()}
+    for name in ("query", "key", "value"):
+        changed[name][:, 150:] = 7.0
+        changed[name][:, :90] = -3.0
+    after = np.asarray(call(changed))
+    np.testing.assert_array_equal(before[:, 90:150], after[:, 90:150])
+    assert not np.allclose(before[:, 151:], after[:, 151:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_float64(implementation, dtype):
+    case = oracle.Case("half", shape=(2, 150, 4, 2, 32), width=64, bias="alibi", slope=True)
+    args, d_out, true = oracle.true_results(case)
+    args = dict(args)
+    for name in ("query", "key", "value"):
+        args[name] = jnp.asarray(args[name], dtype)
+    found = oracle.out_and_gradients(args, implementation, d_out)
+    # Rounding flips entries near the threshold; the offset's gradient counts them.
+    bound = {"bfloat16": 0.015, "float16": 0.006}[dtype]
+    errors = {name: oracle.relative_error(found[name], true[name]) for name in true}
+    assert errors.pop("offset") <= 0.03
+    assert all(error <= bound for error in errors.values()), errors
+    assert lazy_attention(**args, implementation=implementation).dtype == dtype
+
+
+def test_threshold_is_not_rounded_to_the_input_dtype():
+    """At length 2,000 tau / n is far below bfloat16's spacing at p: it must still count."""
+    args = oracle.inputs(oracle.Case("fine", shape=(1, 2000, 1, 1, 8), width=0, score_scale=0.0))
+    args = {k: jnp.asarray(v, jnp.bfloat16) if v.ndim == 4 else v for k, v in args.items()}
+    # Equal scores: p = 1 / n exactly, so half of it is left everywhere.
+    args["offset"] = np.array([-0.5], np.float32)
+    for implementation in IMPLEMENTATIONS:
+        out = lazy_attention(**args, implementation=implementation)
+        value = np.asarray(args["value"].astype(jnp.float32))
+        np.testing.assert_allclose(out[0, -1, 0], 0.5 * value[0, :, 0].mean(0), atol=2e-3)
+        _, weights = lazy_attention(**args, implementation="xla", return_weights=True)
+        np.testing.assert_allclose(weights[0, 0, -1], 0.5 / 2000, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_key_value_cache_gives_the_rows_of_the_whole_call(start):
+    case = oracle.Case("cache", shape=(2, 40, 4, 2, 16), documents=(13, 27), slope=True)
+    args = oracle.inputs(case)
+    whole = lazy_attention(**args, implementation="xla")
+    starts = np.array([start, start + 20], np.int32)
+    args["query"] = np.stack([args["query"][b, s : s + 3] for b, s in enumerate(starts)])
+    # Keys after the queries are what a cache holds beyond its length: anything.
+    for b, s in enumerate(starts):
+        args["key"][b, s + 3 :] = 1e4
+        args["value"][b, s + 3 :] = 1e4
+    part = lazy_attention(**args, query_start=starts)
+    for b, s in enumerate(starts):
+        np.testing.assert_allclose(part[b], whole[b, s : s + 3], atol=1e-5)
+
+
+def test_skipping_changes_less_than_the_bound():
+    case = oracle.Case("skip", shape=(1, 1100, 2, 2, 16), width=128, bias="steep", slope=True)
+    args = oracle.inputs(case)
+    whole = lazy_attention(**args, implementation="xla_chunked", skip_mass=0.0)
+    cut = lazy_attention(**args, implementation="xla_chunked", skip_mass=1e-2)
+    difference = np.abs(np.asarray(whole) - np.asarray(cut)).max()
+    assert difference <= 2 * 1e-2 * np.abs(args["value"]).max()
+
+
+def test_works_under_vmap_scan_and_remat():
+    args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))
+    shared = {k: args.pop(k) for k in ("distance_bias", "offset")}
+
+    def loss(shared, rows, implementation="xla_chunked"):
+        rows = {k: v[None] for k, v in rows.items()}
+        return jnp.sum(lazy_attention(**rows, **shared, implementation=implementation) ** 2)
+
+    def by_vmap(shared):
+        return jax.vmap(lambda rows: loss(shared, rows))(args).sum()
+
+    def by_scan(shared):
+        step = jax.checkpoint(lambda total, rows: (total + loss(shared, rows), None))
+        return jax.lax.scan(step, 0.0, args)[0]
+
+    def plain(shared):
+        return sum(loss(shared, {k: v[b] for k, v in args.items()}, "xla") for b in range(3))
+
+    true = jax.value_and_grad(plain)(shared)
+    for form in (by_vmap, by_scan):
+        found = jax.jit(jax.value_and_grad(form))(shared)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, true
+        )
+
+
+MEMORY_PROGRAM = """
+import resource, jax, jax.numpy as jnp
+from lazyattn import lazy_attention
+q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 16384, 4, 64))
+m = 2.0 ** (-2 * jnp.arange(1, 5))
+bias = -m[:, None] * jnp.arange(1024)
+def loss(q, k, v, bias, m, tau):
+    out = lazy_attention(q, k, v, distance_bias=bias, distance_slope=m, offset=tau)
+    return jnp.sum(out * out)
+grads = jax.jit(jax.grad(loss, argnums=range(6)))(q, k, v, bias, m, -jnp.ones(4))
+assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_length_16384_trains_in_two_gibibytes():
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM], check=True, capture_output=True, text=True
+    )
+    assert float(run.stdout) < 2.0
+
+
+def _bad(**changes):
+    args = oracle.inputs(oracle.Case("bad", documents=(20,)))
+    return args | changes
+
+
+BAD_CALLS = {
+    "query.shape": _bad(query=np.zeros((2, 40, 16), np.float32)),
+    "query.dtype": _bad(query=np.zeros((2, 40, 2, 16), np.int32)),
+    "key.dtype": _bad(key=np.zeros((2, 40, 2, 16), np.float16)),
+    "key.shape": _bad(key=np.zeros((2, 40, 2, 8), np.float32)),
+    "value.shape": _bad(value=np.zeros((2, 39, 2, 16), np.float32)),
+    "key length": _bad(
+        query=np.zeros((2, 10, 2, 16), np.float32),
+    ),
+    "distance_bias.shape": _bad(distance_bias=np.zeros((3, 16), np.float32)),
+    "distance_bias.dtype": _bad(distance_bias=np.zeros((2, 16), np.int32)),
+    "distance_slope": _bad(distance_bias=None, distance_slope=np.zeros(2, np.float32)),
+    "offset.shape": _bad(offset=np.zeros(1, np.float32)),
+    "segment_ids.shape": _bad(segment_ids=np.zeros((2, 39), np.int32)),
+    "segment_ids.dtype": _bad(segment_ids=np.zeros((2, 40), np.float32)),
+    "query_start.shape": _bad(query_start=np.zeros(3, np.int32)),
+    "offset_divisor": _bad(offset_divisor=-1.0),
+    "renormalize": _bad(offset=None, renormalize=True),
+    "skip_mass": _bad(skip_mass=1.0),
+    "implementation": _bad(implementation="cuda"),
+    "return_weights": _bad(return_weights=True, implementation="xla_chunked"),
+    "query_start is given": _bad(query_start=np.zeros(2, np.int32), implementation="xla_chunked"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_are_refused_by_name(name):
+    with pytest.raises(InputError) as error:
+        lazy_attention(**BAD_CALLS[name])
+    message = str(error.value)
+    assert name in message
+    assert message.endswith(".") and "\n" not in message

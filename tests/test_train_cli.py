@@ -1,0 +1,265 @@
+"""`train.py` as a user runs it: killed, stopped, damaged, and gone on with.
+
+Starting Python with JAX takes seconds, so that one story serves several tests.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[1]
+STEPS = 64
+# For what is compiled once and runs for moments.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@dataclasses.dataclass
+class Shell:
+    """Runs train.py with one cache for data and one for compiled functions."""
+
+    folder: Path
+
+    def start(self, *arguments, **environment):
+        environment = os.environ | {
+            "LAZYATTN_CACHE": str(self.folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "JAX_PLATFORMS": "cpu",
+            **environment,
+        }
+        return subprocess.Popen(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, name, *overrides, **environment):
+        config = ROOT / "tests" / "training" / "tiny.py"
+        return self.start(
+            f"--config={config}:{self.folder / 'text'}",
+            f"--workdir={self.folder / name}",
+            f"--config.training.steps={STEPS}",
+            *overrides,
+            **environment,
+        )
+
+    def lines(self, name):
+        """Returns the whole lines of metrics.jsonl so far."""
+        path = self.folder / name / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def wait_for_step(self, process, name, step):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            records = self.lines(name)
+            if records and records[-1]["step"] >= step:
+                return
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        raise AssertionError(f"step {step} never came")
+
+
+def _finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@dataclasses.dataclass
+class Story:
+    """What happened, for the tests to look at."""
+
+    shell: Shell
+    whole: tuple
+    stopped: tuple
+    step_of_stop: int
+    final: tuple
+    torn_step: int
+    kills: list
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    shell = Shell(tmp_path_factory.mktemp("cli"))
+    tiny.write_text(shell.folder / "text")
+    draw = random.Random(1)
+    whole = _finish(shell.train("whole"))
+
+    # Saves are under way nearly all the time here, so most kills hit one.
+    step, kills = 0, []
+    for _ in range(3):
+        process = shell.train("killed")
+        step += draw.randint(6, 15)
+        shell.wait_for_step(process, "killed", step)
+        time.sleep(draw.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills.append(shell.lines("killed")[-1]["step"])
+
+    process = shell.train("killed")
+    shell.wait_for_step(process, "killed", kills[-1] + 5)
+    process.send_signal(signal.SIGTERM)
+    stopped = _finish(process)
+    step_of_stop = shell.lines("killed")[-1]["step"]
+
+    newest = _checkpoints(shell.folder / "killed")[-1]
+    (item,) = (shell.folder / "killed" / "checkpoints" / str(newest) / "state" / "d").iterdir()
+    os.truncate(item, item.stat().st_size // 2)
+    final = _finish(shell.train("killed"))
+    return Story(shell, whole, stopped, step_of_stop, final, newest, kills)
+
+
+def _checkpoints(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def test_an_uninterrupted_run(story):
+    status, out, err = story.whole
+    assert status == 0, err
+    records = story.shell.lines("whole")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert _checkpoints(story.shell.folder / "whole") == [STEPS - 8, STEPS - 4, STEPS]
+    for expected in (
+        "parameters",
+        f"step {STEPS}/{STEPS}",
+        "validation loss",
+        "unigram entropy",
+        "bits per byte",
+        "attention exactly zero",
+        "attention on first token",
+        "sample",
+        f"checkpoint                 {story.shell.folder / 'whole' / 'checkpoints' / str(STEPS)}",
+        "--mode=sample",
+        "--mode=eval",
+    ):
+        assert expected in out
+    assert "\r" not in out
+    assert "orbax" not in err and "Traceback" not in err
+
+
+def test_the_losses_after_kills_are_bit_identical(story):
+    assert story.final[0] == 0, story.final[2]
+    assert max(story.kills) < STEPS  # or nothing was interrupted
+
+    def curve(name):
+        return [(r["step"], r["loss"], r["gradient_norm"]) for r in story.shell.lines(name)]
+
+    assert curve("killed") == curve("whole")
+
+
+def test_sigterm_saves_and_exits_with_0(story):
+    status, out, err = story.stopped
+    assert status == 0, err
+    assert story.kills[-1] < story.step_of_stop < STEPS
+    assert f"SIGTERM: stopped after step {story.step_of_stop}, which is saved" in out
+    assert story.torn_step == story.step_of_stop
+
+
+def test_a_torn_checkpoint_falls_back_with_a_warning(story):
+    _, out, err = story.final
+    assert f"checkpoint {story.torn_step} in" in err and "trying the one before" in err
+    before = int(out.split("resuming after step ")[1].split()[0])
+    assert before < story.torn_step
+    assert (story.shell.folder / "killed" / "damaged" / f"{story.torn_step}-1").is_dir()
+
+
+def test_eval_and_sample_on_the_checkpoint(story):
+    workdir = f"--workdir={story.shell.folder / 'whole'}"
+    evaluation = story.shell.start("--mode=eval", workdir)
+    sample = story.shell.start(
+        "--mode=sample", workdir, "--prompt=attention may", "--max_new_tokens=8"
+    )
+    status, out, err = _finish(evaluation)
+    assert status == 0, err
+    loss = story.shell.lines("whole")[-1]["validation_loss"]
+    assert f"validation loss  {loss:.4f} nats" in out
+    assert "perplexity" in out and "bits per byte" in out
+    status, out, err = _finish(sample)
+    assert status == 0, err
+    assert out.startswith("attention may")
+    assert len(out) > len("attention may\n")
+
+
+def test_a_run_goes_on_with_the_same_losses_on_a_mesh_of_devices(story):
+    folder = story.shell.folder
+    shutil.copytree(folder / "whole", folder / "mesh")
+    for step in (STEPS - 4, STEPS):
+        shutil.rmtree(folder / "mesh" / "checkpoints" / str(step))
+    status, out, err = _finish(
+        story.shell.train(
+            "mesh",
+            *("--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+            JAX_NUM_CPU_DEVICES="4",
+            **QUICK,
+        )
+    )
+    assert status == 0, err
+    assert "devices  4 cpu as {'fsdp': 2, 'tensor': 2}" in out
+    assert f"resuming after step {STEPS - 8}" in out
+    assert "config.mesh.fsdp: 1 before, 2 now" in out
+    losses = {
+        name: [r["loss"] for r in story.shell.lines(name)[STEPS - 8 :]]
+        for name in ("whole", "mesh")
+    }
+    assert len(losses["mesh"]) == 8
+    assert losses["mesh"] == pytest.approx(losses["whole"], rel=1e-4)
+
+
+def test_mistakes_are_one_sentence(story):
+    """One process for each of the places a mistake is found."""
+    parsing = story.shell.train("bad", "--config.optimizer.lr=1")
+    starting = story.shell.train("whole", "--config.model.width=32")
+    running = story.shell.train(
+        "bad",
+        "--config.optimizer.learning_rate=1e38",
+        "--config.training.max_nonfinite_steps=3",
+        **QUICK,
+    )
+    for process, expected_status, message in (
+        (parsing, 2, "config.optimizer.lr is unknown; config.optimizer has learning_rate"),
+        (starting, 2, "config.model.width is 32, but the checkpoints in the workdir were made wit"),
+        (running, 1, "Stopped at step 4: the loss or its gradient was not finite in 3 steps in a"),
+    ):
+        status, out, err = _finish(process)
+        assert status == expected_status
+        assert "validation" not in out
+        assert err.startswith(message) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is not given, but --mode=train needs a config file."),
+        (["--mode=tune"], "--mode is 'tune', but it must be one of train, eval, sample."),
+        (["--mode=eval"], "--workdir is not given, but it must be the folder of the run."),
+        (["--mode=sample"], "--workdir is not given, but it must be the folder of the run."),
+        (["--mode=eval", "--workdir=/nowhere"], "--workdir is '/nowhere', but it must be the fol"),
+        (["--mode=sample", "--workdir=w", "--temperature=-1"], "temperature is -1.0, but it must "),
+    ],
+)
+def test_missing_and_bad_flags(arguments, message, monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with flagsaver.flagsaver():
+        train._parse(sys.argv)
+        assert train.main([]) == 2
+    assert capsys.readouterr().err.startswith(message)

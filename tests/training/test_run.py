@@ -1,0 +1,178 @@
+"""What is refused before data is prepared or anything compiled, and what a run keeps."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError
+from lazyattn.evaluation.checkpoint import evaluate
+from lazyattn.experiment import from_config_dict
+from lazyattn.generation.checkpoint import sample
+from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.sharding import MeshConfig
+from lazyattn.training import run, workdir
+from lazyattn.training.checkpoint import Checkpoints
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def trained(text, cache, tmp_path_factory):
+    """A folder of a run of 2 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run.train(_experiment(text, training__steps=2), folder, cache) == 0
+    return folder
+
+
+@pytest.fixture
+def nothing_long(monkeypatch):
+    """Fails the test if data is prepared or a state is made."""
+
+    def too_late(*_, **__):
+        pytest.fail("the mistake was not found before the work began")
+
+    monkeypatch.setattr(run, "prepare", too_late)
+    monkeypatch.setattr(run, "make_train_step", too_late)
+
+
+def _experiment(text, **changes):
+    config = tiny.get_config(text)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(config)
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_a_mesh_that_does_not_fit(text, tmp_path):
+    experiment = dataclasses.replace(_experiment(text), mesh=MeshConfig(data=1, tensor=3))
+    with pytest.raises(InputError, match=r"mesh is .* number of devices"):
+        run.train(experiment, tmp_path)
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_an_unwritable_workdir(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--workdir is '.*/file/run', .* can be written to \(Not"):
+        run.train(_experiment(text), tmp_path / "file" / "run")
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_resuming_with_a_different_model(text, trained):
+    with pytest.raises(InputError, match=r"config.model.width is 32, but the checkpoints .* 16"):
+        run.train(_experiment(text, model__width=32), trained)
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_resuming_with_other_data(text, trained):
+    with pytest.raises(InputError, match=r"config.data.batch_size is 8, but the checkpoints"):
+        run.train(_experiment(text, data__batch_size=8), trained)
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_no_checkpoint_of_this_run_can_be_read(text, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for path in (folder / "checkpoints").glob("*/experiment/metadata"):
+        path.write_text("{")
+    with pytest.raises(InputError, match=r"none of the checkpoints in .* can be read"):
+        run.train(_experiment(text), folder)
+
+
+def test_missing_data(tmp_path, cache):
+    with pytest.raises(InputError, match=r"data\.source"):
+        run.train(_experiment(tmp_path / "nowhere"), tmp_path / "run", cache)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"data\.source"):
+        run.train(_experiment(tmp_path / "empty"), tmp_path / "run", cache)
+
+
+def test_a_tokenizer_bigger_than_the_vocabulary(text, tmp_path, cache):
+    big = Tokenizer.train([tiny.TEXT * 5, "some other words, too"], 320)
+    big.save(tmp_path / "big.json")
+    assert big.vocab_size > 280
+    experiment = _experiment(text, data__tokenizer=str(tmp_path / "big.json"))
+    message = rf"model.vocab_size is 280, but it must be at least {big.vocab_size}"
+    with pytest.raises(InputError, match=message):
+        run.train(experiment, tmp_path / "run", cache)
+
+
+def test_another_tokenizer_than_the_one_in_the_workdir(text, trained, cache, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer.json is not the tokenizer of this data"):
+        run.train(_experiment(text, training__steps=3), folder, cache)
+    with pytest.raises(InputError, match="another tokenizer than the run was trained with"):
+        evaluate(folder, cache_dir=cache)
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, lambda folder: folder / "nowhere"])
+def test_no_checkpoint_to_evaluate_or_sample_from(tmp_path, make):
+    folder = make(tmp_path)
+    for use in (lambda: evaluate(folder), lambda: sample(folder, "", SamplingConfig())):
+        with pytest.raises(InputError, match=r"--workdir is .* a run with a checkpoint"):
+            use()
+
+
+def test_evaluating_another_model(text, trained, cache):
+    with pytest.raises(InputError, match=r"config.model.num_layers is 3, but the checkpoints"):
+        evaluate(trained, _experiment(text, model__num_layers=3), cache)
+
+
+def test_what_a_workdir_holds(trained, text):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    saved = json.loads((trained / "config.json").read_text())
+    assert from_config_dict(saved) == _experiment(text, training__steps=2)
+
+
+def test_a_trained_model_comes_back(trained, text):
+    found = workdir.load_trained(trained)
+    assert found.step == 2
+    assert found.experiment == _experiment(text, training__steps=2)
+    assert found.checkpoint == trained / "checkpoints" / "2"
+    assert found.tokenizer.decode(found.tokenizer.encode("may look")) == "may look"
+    abstract = workdir.make_state_factory(found.experiment, found.mesh).abstract
+    with Checkpoints(trained, read_only=True) as checkpoints:
+        state = checkpoints.restore(abstract).state
+    np.testing.assert_array_equal(found.params["embedding"], state.params["embedding"])
+    assert jnp.any(state.params["embedding"] != 0)
+
+
+def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, capsys):
+    lines = (trained / "metrics.jsonl").read_text()
+    assert run.train(_experiment(text, training__steps=2), trained, cache) == 0
+    assert (trained / "metrics.jsonl").read_text() == lines
+    out = capsys.readouterr().out
+    assert "resuming after step 2" in out and "validation loss" in out
+
+
+def test_every_parameter_of_the_model_is_in_a_decay_group(text):
+    from lazyattn.model.parameters import parameter_shapes
+    from lazyattn.training.optimizer import decay_mask
+
+    for variant in ("lazy", "softmax"):
+        experiment = _experiment(text, model__attention__variant=variant)
+        model = dataclasses.replace(
+            experiment.model,
+            tie_embeddings=False,
+            attention=dataclasses.replace(experiment.model.attention, qk_norm=True),
+        )
+        # Raises for a parameter in no group.
+        mask = decay_mask(parameter_shapes(model))
+        assert mask["embedding"] and mask["unembedding"]
+        assert mask["blocks"]["attention"]["query"] and mask["blocks"]["mlp"]["down"]
+        assert not any(mask["final_norm"].values())
+        assert not mask["blocks"]["attention"].get("offset", False)
+        assert not any(mask["blocks"]["attention"]["query_norm"].values())

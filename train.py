@@ -1,0 +1,115 @@
+"""The only entry point: trains, evaluates and samples.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python train.py --config=configs/quickstart.py --workdir=DIR --config.training.steps=50
+    python train.py --mode=eval --workdir=runs/quickstart
+    python train.py --mode=sample --workdir=runs/quickstart --prompt="The "
+
+Training goes on from the newest checkpoint in --workdir. eval and sample read the
+settings from the checkpoint, so they need no --config.
+
+Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, 2 when
+something given is wrong, 130 when stopped by Ctrl-C.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lazyattn import command_line
+from lazyattn.errors import InputError
+from lazyattn.experiment import ExperimentConfig, from_config_dict
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/quickstart.py; FILE:NAME for a kind of attention."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, settings.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval or sample.")
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", None, "Folder for prepared data; default: LAZYATTN_CACHE or the user's cache."
+)
+_PROMPT = flags.DEFINE_string("prompt", "", "sample: text to continue.")
+_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: tokens to add at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sample: 0 takes the likeliest token.")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "sample: share of probability to draw from.")
+_SEED = flags.DEFINE_integer("seed", 0, "sample: seed of the draws.")
+
+
+def _workdir() -> str:
+    if not _WORKDIR.value:
+        raise InputError("--workdir is not given, but it must be the folder of the run.")
+    return _WORKDIR.value
+
+
+def _experiment() -> ExperimentConfig | None:
+    return None if _CONFIG.value is None else from_config_dict(_CONFIG.value)
+
+
+# Each mode imports what it needs, so that mistakes in the flags come out at once.
+def _train() -> int:
+    experiment = _experiment()
+    if experiment is None:
+        raise InputError("--config is not given, but --mode=train needs a config file.")
+    path = _workdir()
+    from lazyattn.training.loop import NonFiniteError
+    from lazyattn.training.run import train
+
+    try:
+        return train(experiment, path, _CACHE_DIR.value)
+    except NonFiniteError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _eval() -> int:
+    experiment, path = _experiment(), _workdir()
+    from lazyattn.evaluation.checkpoint import evaluate
+
+    evaluate(path, experiment, _CACHE_DIR.value)
+    return 0
+
+
+def _sample() -> int:
+    experiment, path = _experiment(), _workdir()
+    from lazyattn.generation.checkpoint import sample
+    from lazyattn.generation.sampling import SamplingConfig
+
+    sampling = SamplingConfig(_TOKENS.value, _TEMPERATURE.value, _TOP_P.value)
+    sample(path, _PROMPT.value, sampling, seed=_SEED.value, experiment=experiment)
+    return 0
+
+
+_MODES: dict[str, Callable[[], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+
+
+def _refuse(error: InputError) -> int:
+    print(error, file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return command_line.parse(argv)
+    except InputError as error:
+        sys.exit(_refuse(error))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the chosen mode; returns the exit status."""
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries tell all they do at INFO
+    try:
+        if _MODE.value not in _MODES:
+            raise InputError(
+                f"--mode is {_MODE.value!r}, but it must be one of {', '.join(_MODES)}."
+            )
+        return _MODES[_MODE.value]()
+    except InputError as error:
+        return _refuse(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,1 @@
+"""Programs that measure; NOTES.md says what they found."""

@@ -1,0 +1,299 @@
+"""Times every implementation of the op, and softmax attention by others, in one run.
+
+    python -m benchmarks.attention --implementations=triton,cudnn,tokamax
+
+Implementations of `lazy_attention` by their names; peers, which compute plain causal
+softmax: "cudnn" and "xla_softmax" (jax.nn.dot_product_attention), "tokamax" (its Triton
+kernel as it configures itself) and "tokamax_tuned" (the fastest of a few configurations).
+Writes a JSON file and a Markdown table; `--profile` adds each kernel's share.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jaxtyping import Array
+
+from benchmarks import cases, peers, timing
+from lazyattn import lazy_attention
+
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations", ["triton", "cudnn", "tokamax"], "What to time, see above."
+)
+_SHAPES = flags.DEFINE_list(
+    "shapes",
+    ["4x16x4096x64", "4x16x4096x128"],
+    "Batch x heads x length x head size, and x key heads where they are fewer.",
+)
+_CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "Of " + ", ".join(cases.CASES))
+_LEARNED = flags.DEFINE_string("learned", None, "File of the case `learned`.")
+_PASSES = flags.DEFINE_list("passes", ["forward", "training"], "training: forward and backward.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Inputs.")
+_WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
+_SKIP_MASS = flags.DEFINE_float("skip_mass", 1e-6, "0 visits every tile.")
+_SKIP_DEAD = flags.DEFINE_boolean("skip_dead", True, "False computes dead tiles in full.")
+_CALLS = flags.DEFINE_integer("calls", 20, "Calls in a row.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Times each is timed; the median counts.")
+_JOBS = flags.DEFINE_integer("jobs", 4, "Programs compiled at once.")
+_PROFILE = flags.DEFINE_boolean("profile", False, "Also list the kernels of our own.")
+_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/attention", "Without suffix.")
+
+
+@dataclasses.dataclass
+class Result:
+    """One line of the table.
+
+    Attributes:
+      shape, case, implementation, which: what was timed; case "" for peers.
+      milliseconds, least, greatest: median and extremes of a call.
+      teraflops: what softmax attention computes, over that time: 1e12 a second.
+      temporary: bytes of memory beyond inputs and outputs.
+      temporary_arrays: the same in arrays of the query's size.
+      visited, live: shares of the causal tiles, as measured.
+      kernels: milliseconds a call of each kernel, with --profile.
+    """
+
+    shape: str
+    case: str
+    implementation: str
+    which: str
+    milliseconds: float = 0.0
+    least: float = 0.0
+    greatest: float = 0.0
+    teraflops: float = 0.0
+    temporary: int = 0
+    temporary_arrays: float = 0.0
+    visited: float | None = None
+    live: float | None = None
+    kernels: dict[str, float] | None = None
+    error: str | None = None
+
+
+def _function(result: Result, attention: Callable[..., Array]) -> Callable[..., Any]:
+    """Returns a function of (tensors, parameters): out, or out and every gradient."""
+
+    def forward(tensors: Any, parameters: Any) -> Any:
+        query, key, value, _ = tensors
+        return attention(query, key, value, **parameters)
+
+    def training(tensors: Any, parameters: Any) -> Any:
+        query, key, value, d_out = tensors
+        out, vjp = jax.vjp(
+            lambda *args: attention(*args[:3], **args[3]), query, key, value, parameters
+        )
+        return out, vjp(d_out)
+
+    return forward if result.which == "forward" else training
+
+
+def _lazy(implementation: str, query: Array, key: Array, value: Array, **parameters: Array) -> Any:
+    return lazy_attention(
+        query,
+        key,
+        value,
+        **parameters,
+        skip_mass=_SKIP_MASS.value,
+        implementation=implementation,
+    )
+
+
+def _jobs(shape: cases.Shape) -> list[tuple[Result, Callable[..., Array]]]:
+    """Returns a line and a function for everything to be timed at one shape."""
+    found: list[tuple[Result, Callable[..., Array]]] = []
+    for name in _IMPLEMENTATIONS.value:
+        for which in _PASSES.value:
+            if name in peers.PEERS:
+                for variant, attention in peers.PEERS[name](shape.head_dim):
+                    found.append((Result(str(shape), "", variant, which), attention))
+            else:
+                for case in _CASES.value:
+                    attention = functools.partial(_lazy, name)
+                    found.append((Result(str(shape), case, name, which), attention))
+    return found
+
+
+def tile_shares(shape: cases.Shape, arrays: Any, parameters: Any) -> tuple[float, float]:
+    """Returns the visited and the live share of causal tiles, as the kernels find them."""
+    from pallas_kernels.triton import op
+    from pallas_kernels.types import AttentionSettings, Visibility
+
+    query, key, value, _ = arrays
+    bias, slope = parameters.get("distance_bias"), parameters.get("distance_slope")
+    settings = AttentionSettings(shape.head_dim**-0.5, _SKIP_MASS.value)
+    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=False)
+
+    @jax.jit
+    def count(query, key, value, bias, slope, offset):
+        position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
+        scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
+        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
+        kernels = op.Kernels(query, key, value, bias, slope, offset, visibility, plan)
+        first = kernels.visit_ranges(plan.blocks.forward)
+        live = kernels.forward(first, training=True)[-1]
+        tiles = plan.blocks.forward
+        end = jnp.arange(1, first.shape[-1] + 1) * tiles.queries
+        stop = -(-jnp.minimum(end, shape.length) // tiles.keys)
+        every = shape.batch * shape.heads * stop.sum()
+        return (stop - first).sum() / every, (stop - live).sum() / every
+
+    visited, live = count(query, key, value, bias, slope, parameters["offset"])
+    return float(visited), float(live)
+
+
+def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
+    """Returns milliseconds a call of each kernel on the device, longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([run() for _ in range(calls)])
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    totals: dict[str, float] = {}
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                name = event.name
+                totals[name] = totals.get(name, 0.0) + event.duration_ns / 1e6 / calls
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def _run_shape(shape: cases.Shape) -> list[Result]:
+    learned = None if _LEARNED.value is None else pathlib.Path(_LEARNED.value)
+    parameters = {
+        case: cases.parameters(case, shape, _WIDTH.value, learned) for case in _CASES.value
+    } | {"": {}}
+    # Two sets of inputs in turn.
+    sets = [cases.tensors(shape, _DTYPE.value, seed) for seed in (1, 2)]
+    jobs = _jobs(shape)
+
+    def compiled(job: tuple[Result, Callable[..., Array]]) -> Any:
+        result, attention = job
+        try:
+            lowered = jax.jit(_function(result, attention)).lower(sets[0], parameters[result.case])
+            program = lowered.compile()
+            jax.block_until_ready(program(sets[0], parameters[result.case]))
+        except Exception as error:  # A line that says so is worth more than no table.
+            result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            print(result.implementation, result.case, result.which, result.error, flush=True)
+            return None
+        memory = program.memory_analysis()
+        result.temporary = int(memory.temp_size_in_bytes)
+        result.temporary_arrays = result.temporary / sets[0][0].nbytes
+        return program
+
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+        programs = list(pool.map(compiled, jobs))
+
+    runs: dict[str, Callable[[], Any]] = {}
+    for n, ((result, _), program) in enumerate(zip(jobs, programs, strict=True)):
+        if program is not None:
+            turns = [0]
+
+            def run(program=program, result=result, turns=turns) -> Any:
+                turns[0] += 1
+                return program(sets[turns[0] % 2], parameters[result.case])
+
+            runs[str(n)] = run
+    times = timing.rounds_of(runs, calls=_CALLS.value, rounds=_ROUNDS.value)
+    shares = {
+        case: tile_shares(shape, sets[0], parameters[case])
+        for case in _CASES.value
+        if "triton" in _IMPLEMENTATIONS.value
+    }
+    for n, (result, _) in enumerate(jobs):
+        if str(n) not in runs:
+            continue
+        result.milliseconds, result.least, result.greatest = times[str(n)]
+        flops = shape.flops(result.which == "training")
+        result.teraflops = flops / result.milliseconds / 1e9
+        result.visited, result.live = shares.get(result.case, (None, None))
+        if _PROFILE.value and result.case:
+            try:
+                result.kernels = _profile(runs[str(n)])
+            except Exception as error:
+                print("no profile:", error, flush=True)
+    return peers.keep_fastest([result for result, _ in jobs])
+
+
+def table(results: list[Result]) -> str:
+    """Returns the results as Markdown."""
+    lines = [
+        "| shape | case | implementation | pass | ms | TFLOP/s | x cuDNN | x tokamax |"
+        " temporary, arrays of q | visited | live |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_key = {(r.shape, r.implementation, r.which): r.milliseconds for r in results if not r.case}
+
+    def ratio(result: Result, peer: str) -> str:
+        base = by_key.get((result.shape, peer, result.which))
+        return f"{result.milliseconds / base:.2f}" if base else ""
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    for r in results:
+        if r.error:
+            cells = [r.shape, r.case, r.implementation, r.which, r.error] + [""] * 6
+        else:
+            cells = [
+                r.shape,
+                r.case,
+                r.implementation,
+                r.which,
+                f"{r.milliseconds:.3f}",
+                f"{r.teraflops:.0f}",
+                ratio(r, "cudnn"),
+                ratio(r, "tokamax"),
+                f"{r.temporary_arrays:.2f}",
+                share(r.visited),
+                share(r.live),
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Times everything and writes what came out."""
+    del argv
+    from pallas_kernels.triton import op
+
+    op.skip_dead_tiles = _SKIP_DEAD.value
+    results: list[Result] = []
+    for text in _SHAPES.value:
+        results += _run_shape(cases.Shape.parse(text))
+        print(table(results), flush=True)
+    device = jax.devices()[0]
+    about = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "dtype": _DTYPE.value,
+        "width": _WIDTH.value,
+        "skip_mass": _SKIP_MASS.value,
+        "skip_dead": _SKIP_DEAD.value,
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    head = f"{device.device_kind}, {_DTYPE.value}, W = {_WIDTH.value}, jax {jax.__version__}\n\n"
+    output.with_suffix(".md").write_text(head + table(results))
+    for result in results:
+        if result.kernels:
+            print(result.shape, result.case, result.implementation, result.which)
+            for name, ms in list(result.kernels.items())[:25]:
+                print(f"  {ms:8.4f} ms  {name}")
+
+
+if __name__ == "__main__":
+    app.run(main)

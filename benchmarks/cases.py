@@ -1,0 +1,82 @@
+"""Inputs that the attention benchmarks share."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+CASES = ("dense", "alibi", "learned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one call."""
+
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    kv_heads: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """Reads "4x16x4096x64" (batch, heads, length, head size) or "...x4" (key heads)."""
+        sizes = [int(size) for size in text.split("x")]
+        return cls(*sizes, *([] if len(sizes) == 5 else [sizes[1]]))
+
+    def __str__(self) -> str:
+        text = f"{self.batch}x{self.heads}x{self.length}x{self.head_dim}"
+        return text if self.kv_heads == self.heads else f"{text}x{self.kv_heads}"
+
+    def flops(self, backward: bool) -> float:
+        """Returns what causal softmax attention needs: half of 2, or of 2 + 5, products."""
+        product = self.batch * self.heads * self.length**2 * self.head_dim
+        return (7.0 if backward else 2.0) * product
+
+
+def tensors(shape: Shape, dtype: Any, seed: int) -> tuple[Float[Array, "batch length _ dim"], ...]:
+    """Returns query, key, value and the gradient of out: normal(0, 1)."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    return tuple(
+        jax.random.normal(key, (shape.batch, shape.length, n, shape.head_dim), dtype)
+        for key, n in zip(keys, heads, strict=True)
+    )
+
+
+def parameters(
+    case: str, shape: Shape, width: int, learned: pathlib.Path | None, seed: int = 0
+) -> dict[str, Float[Array, "heads ..."]]:
+    """Returns distance_bias, distance_slope where the case has one, and offset.
+
+    Args:
+      case: "dense": the paper's initialisation, bias normal with standard deviation 0.02
+        and no tail; every tile is live. "alibi": b_h(x) = -m_h x with m_h =
+        2^(-8 (h + 1) / heads), and that slope. "learned": biases and offsets of a
+        trained model, heads taken evenly from all its layers. Offset -1 but there.
+      shape: of the call.
+      width: of the table, but for "learned".
+      learned: an npz file with bias [layers, heads, width] and tau [layers, heads].
+      seed: of the normal biases.
+    """
+    offset = -jnp.ones(shape.heads)
+    if case == "dense":
+        bias = 0.02 * jax.random.normal(jax.random.key(seed), (shape.heads, width))
+        return {"distance_bias": bias, "offset": offset}
+    if case == "alibi":
+        slope = 2.0 ** (-8 * jnp.arange(1, shape.heads + 1) / shape.heads)
+        bias = -slope[:, None] * jnp.arange(width)
+        return {"distance_bias": bias, "distance_slope": slope, "offset": offset}
+    assert case == "learned" and learned is not None
+    with np.load(learned) as file:
+        every = file["bias"].reshape(-1, file["bias"].shape[-1])
+        taus = file["tau"].reshape(-1)
+    chosen = np.arange(shape.heads) * len(every) // shape.heads
+    return {
+        "distance_bias": jnp.asarray(every[chosen], jnp.float32),
+        "offset": jnp.asarray(taus[chosen], jnp.float32),
+    }

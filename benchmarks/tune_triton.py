@@ -1,0 +1,303 @@
+"""Writes pallas_kernels/triton/blocks.py: which block sizes each kernel is launched with.
+
+On a GPU, by timing every candidate on the `dense` and `alibi` cases of attention.py:
+
+    python -m benchmarks.tune_triton --head_dims=64,128 --dtype=bfloat16
+
+Without one, the first candidate that neither spills nor runs out of shared memory:
+
+    python -m benchmarks.tune_triton --static --capabilities=80,89,90
+"""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jaxtyping import Array
+
+from benchmarks import cases, timing, triton_static
+from pallas_kernels.triton import blocks as table
+from pallas_kernels.triton import config, op, support
+from pallas_kernels.triton.plan import Plan
+from pallas_kernels.types import AttentionSettings, Visibility
+
+Row = tuple[int, int, int, int]
+KERNELS = [field.name for field in dataclasses.fields(config.Blocks)]
+
+_HEADER = '''"""Block sizes by GPU, bytes of an input number and head size; see `config.py`.
+
+Each row: queries and keys of a tile, warps, pipeline stages. Written by
+benchmarks/tune_triton.py.
+"""
+
+BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
+'''
+
+
+def candidates(kernel: str, itemsize: int, head_dim: int) -> list[Row]:
+    """Returns what is worth trying, the likely best first."""
+    if itemsize == 4:
+        # No tensor cores: every product is a sum of registers, so tiles are small.
+        sizes = [(32, 32), (32, 16), (16, 16)] if head_dim > 64 else [(64, 32), (32, 32), (16, 16)]
+        return [(*size, warps, 1) for size in sizes for warps in (4, 8)]
+    wide = head_dim > 128
+    rows: list[Row]
+    if kernel in ("inference", "forward"):
+        rows = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)]
+        rows += [(128, 128, 8, 2), (64, 128, 4, 2)]
+        if head_dim == 128:
+            rows = [(128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3)]
+            rows += [(128, 128, 8, 2), (128, 32, 8, 3)]
+        rows += [(64, 32, 4, 3), (64, 32, 4, 2)]
+    elif kernel == "backward_key":
+        rows = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 64, 4, 2)]
+        rows += [(32, 128, 8, 3)]
+        if head_dim == 128:
+            rows = [
+                (32, 64, 4, 3),
+                (32, 64, 4, 2),
+                (32, 128, 8, 3),
+                (64, 64, 8, 2),
+                (32, 128, 8, 2),
+            ]
+            rows += [(64, 64, 4, 2)]
+    else:
+        rows = [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 3)]
+        if head_dim == 128:
+            rows = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2)]
+    if wide:
+        rows = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)]
+    small = [(32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 8, 1)]
+    return [*rows, (64, 32, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1), *small]
+
+
+def _allowed(kernel: str, row: Row, chosen: dict[str, Row]) -> bool:
+    """Returns whether a row goes with those chosen before it."""
+    queries, keys = row[:2]
+    if kernel == "backward_query":
+        return chosen["forward"][0] % queries == 0 and queries % keys == 0
+    if kernel == "backward_bias":
+        return row[:2] == chosen["backward_query"][:2]
+    return True
+
+
+def _blocks(chosen: dict[str, Row], kernel: str, row: Row) -> config.Blocks:
+    """Returns the blocks chosen so far with one more; small ones for the rest."""
+    rows = {name: (16, 16, 4, 1) for name in KERNELS} | chosen | {kernel: row}
+    if kernel != "backward_bias" and (kernel == "backward_query" or "backward_bias" not in chosen):
+        rows["backward_bias"] = rows["backward_query"]
+    return config.Blocks(**{name: config.Block(*row) for name, row in rows.items()})
+
+
+def choose_static(capability: int, itemsize: int, head_dim: int) -> dict[str, Row]:
+    """Returns the first candidates that compile well, packed documents included."""
+    chosen: dict[str, Row] = {}
+    dtype = "float32" if itemsize == 4 else "bfloat16"
+    for kernel in KERNELS:
+        best: tuple[int, Row] | None = None
+        for row in candidates(kernel, itemsize, head_dim):
+            if not _allowed(kernel, row, chosen):
+                continue
+            blocks, spilled = _blocks(chosen, kernel, row), 0
+            for packed in (False, True):
+                launches = triton_static.launches(
+                    capability, head_dim, dtype, packed=packed, blocks=blocks
+                )
+                found = triton_static.report(launches[kernel], capability)
+                spilled += found.spilled if found.programs else 10**9
+            print(capability, itemsize, head_dim, kernel, row, f"spilled {spilled}", flush=True)
+            if best is None or spilled < best[0]:
+                best = spilled, row
+            if spilled == 0:
+                break
+        assert best is not None
+        chosen[kernel] = best[1]
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """One case's arrays on the GPU, and how much its time counts."""
+
+    plan: Plan
+    arrays: tuple[Any, ...]
+    d_out: Array
+    weight: float
+
+    @classmethod
+    def make(cls, case: str, shape: cases.Shape, dtype: str, weight: float) -> "Inputs":
+        query, key, value, d_out = cases.tensors(shape, dtype, seed=0)
+        parameters = cases.parameters(case, shape, 1024, None)
+        position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
+        scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
+        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
+        bias, slope = parameters["distance_bias"], parameters.get("distance_slope")
+        offset = parameters["offset"]
+        settings = AttentionSettings(shape.head_dim**-0.5, 1e-6)
+        plan = op.make_plan(query, bias, slope, offset, settings, packed=False)
+        return cls(plan, (query, key, value, bias, slope, offset, visibility), d_out, weight)
+
+
+def _saved(inputs: Inputs, kernel: str, chosen: dict[str, Row]) -> tuple[Plan, Any]:
+    """Returns the plan, and what the kernel reads that other kernels write."""
+    names = KERNELS[: KERNELS.index(kernel)]
+    known = {name: chosen[name] for name in names if name in chosen}
+    plan = dataclasses.replace(
+        inputs.plan, blocks=_blocks(known, "forward", known.get("forward", (64, 64, 4, 2)))
+    )
+
+    @jax.jit
+    def run(arrays: Any, d_out: Array) -> Any:
+        kernels = op.Kernels(*arrays, plan)
+        first = kernels.visit_ranges(plan.blocks.forward)
+        out, mean, rounding, log_total, live = kernels.forward(first, training=True)
+        before = (first, live, log_total, out, mean, rounding, d_out)
+        if kernel == "backward_query":
+            return before
+        _, delta, threshold, *_ = kernels.backward_query(*before)
+        return first, live, log_total, delta, threshold, d_out
+
+    return plan, run(inputs.arrays, inputs.d_out)
+
+
+def measure(
+    kernel: str, rows: list[Row], chosen: dict[str, Row], every: list[Inputs]
+) -> dict[Row, float]:
+    """Returns the weighted milliseconds of a kernel with each row; failed rows left out."""
+    backward = kernel.startswith("backward")
+    saved = [_saved(inputs, kernel, chosen)[1] if backward else None for inputs in every]
+
+    def compile_one(row: Row, inputs: Inputs, before: Any) -> Callable[[], Any] | None:
+        known = {name: value for name, value in chosen.items() if name != "backward_bias"}
+        if kernel == "backward_bias":
+            known["backward_query"] = (*row[:2], 4, 1)
+        plan = dataclasses.replace(inputs.plan, blocks=_blocks(known, kernel, row))
+
+        def run(arrays: Any, before: Any) -> Any:
+            kernels = op.Kernels(*arrays, plan)
+            if backward:
+                return getattr(kernels, kernel)(*before)
+            return kernels.forward(before, training=kernel == "forward")
+
+        if not backward:
+            block = getattr(plan.blocks, kernel)
+            before = jax.jit(lambda arrays: op.Kernels(*arrays, plan).visit_ranges(block))(
+                inputs.arrays
+            )
+        try:
+            function = jax.jit(run).lower(inputs.arrays, before).compile()
+            jax.block_until_ready(function(inputs.arrays, before))
+        except Exception as error:
+            print(f"{kernel} {row}: {str(error).splitlines()[0][:120]}", flush=True)
+            return None
+        return lambda: function(inputs.arrays, before)
+
+    jobs = [(row, n) for row in rows for n in range(len(every))]
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+        functions = dict(
+            zip(
+                jobs,
+                pool.map(lambda job: compile_one(job[0], every[job[1]], saved[job[1]]), jobs),
+                strict=True,
+            )
+        )
+    times: dict[Row, float] = {}
+    for row in rows:
+        runs = [functions[row, n] for n in range(len(every))]
+        if any(run is None for run in runs):
+            continue
+        each = [timing.milliseconds(run) for run in runs]
+        times[row] = sum(inputs.weight * ms for inputs, ms in zip(every, each, strict=True))
+        shown = " ".join(f"{ms:.3f}" for ms in each)
+        print(f"{kernel} {row}: {shown} ms", flush=True)
+    return times
+
+
+def choose_measured(shape: cases.Shape, dtype: str) -> dict[str, Row]:
+    """Returns the fastest candidates on this GPU."""
+    itemsize = jnp.dtype(dtype).itemsize
+    # A sparse case takes less time, and matters at least as much.
+    every = [Inputs.make("dense", shape, dtype, 1.0), Inputs.make("alibi", shape, dtype, 2.0)]
+    chosen: dict[str, Row] = {}
+
+    def fastest(kernel: str, rows: list[Row]) -> dict[Row, float]:
+        allowed = [row for row in rows if _allowed(kernel, row, chosen)]
+        return measure(kernel, allowed, chosen, every)
+
+    def tried(kernel: str) -> list[Row]:
+        return candidates(kernel, itemsize, shape.head_dim)[: _TRIED.value]
+
+    for kernel in ("inference", "forward"):
+        times = fastest(kernel, tried(kernel))
+        chosen[kernel] = min(times, key=times.__getitem__)
+    # These two have tiles of the same size.
+    query_times = fastest("backward_query", tried("backward_query"))
+    chosen["backward_query"] = min(query_times, key=query_times.__getitem__)
+    sizes = {row[:2] for row in query_times}
+    bias_rows = [row for row in tried("backward_bias") if row[:2] in sizes]
+    bias_times = measure("backward_bias", bias_rows, chosen, every)
+    pairs = {
+        (one, other): query_times[one] + bias_times[other]
+        for one in query_times
+        for other in bias_times
+        if one[:2] == other[:2]
+    }
+    chosen["backward_query"], chosen["backward_bias"] = min(pairs, key=pairs.__getitem__)
+    times = fastest("backward_key", tried("backward_key"))
+    chosen["backward_key"] = min(times, key=times.__getitem__)
+    return chosen
+
+
+def write(rows: dict[tuple[str, int, int], dict[str, Row]], path: pathlib.Path) -> None:
+    """Writes the table."""
+    lines = [_HEADER]
+    for key in sorted(rows):
+        lines.append(f'    ("{key[0]}", {key[1]}, {key[2]}): {{\n')
+        lines += [f'        "{kernel}": {rows[key][kernel]},\n' for kernel in KERNELS]
+        lines.append("    },\n")
+    lines.append("}\n")
+    path.write_text("".join(lines))
+
+
+_STATIC = flags.DEFINE_boolean("static", False, "Choose without a GPU.")
+_CAPABILITIES = flags.DEFINE_list("capabilities", ["80", "89", "90"], "With --static.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "float16 is as bfloat16.")
+_HEAD_DIMS = flags.DEFINE_list("head_dims", ["32", "64", "128", "256"], "Head sizes.")
+_SIZES = flags.DEFINE_string("sizes", "4x16x4096", "Batch x heads x length to time with.")
+_TRIED = flags.DEFINE_integer("tried", 8, "Candidates a kernel, of those that may be best.")
+_JOBS = flags.DEFINE_integer("jobs", 8, "Kernels compiled at once.")
+_OUTPUT = flags.DEFINE_string(
+    "output", str(pathlib.Path(table.__file__)), "Table to update, or a new file."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Chooses, prints and writes."""
+    del argv
+    rows: dict[tuple[str, int, int], dict[str, Row]] = dict(table.BLOCKS)
+    itemsize = jnp.dtype(_DTYPE.value).itemsize
+    path = pathlib.Path(_OUTPUT.value)
+    capabilities = [int(x) for x in _CAPABILITIES.value]
+    if not _STATIC.value:
+        capability = support.compute_capability()
+        assert capability is not None, "no NVIDIA GPU; --static does without"
+        capabilities = [capability]
+    for capability in capabilities:
+        for head_dim in map(int, _HEAD_DIMS.value):
+            if _STATIC.value:
+                chosen = choose_static(capability, itemsize, head_dim)
+            else:
+                shape = cases.Shape.parse(f"{_SIZES.value}x{head_dim}")
+                chosen = choose_measured(shape, _DTYPE.value)
+            rows[config.table_key(capability, itemsize, head_dim)] = chosen
+            print(capability, head_dim, chosen, flush=True)
+            write(rows, path)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,94 @@
+"""One way to launch a Triton kernel from JAX, whatever the versions in use."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from pallas_kernels.triton.config import Block
+from pallas_kernels.triton.plan import Static
+from pallas_kernels.triton.support import compute_capability
+
+# Tests on a CPU put Triton's interpreter here: it is called as `launch` is.
+interpreter: Callable[..., Any] | None = None
+
+
+def launch(
+    kernel: Any,
+    arrays: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    block: Block,
+    static: Static,
+) -> list[Array]:
+    """Runs `kernel` once and returns its outputs.
+
+    Args:
+      kernel: a `triton.jit` function whose parameters are pointers to `arrays`, then to
+        `outputs`, then the constant `static`.
+      arrays: inputs.
+      outputs: shapes and dtypes; their memory starts uninitialised.
+      grid: programs along each axis, at most 65535 along the second.
+      block: gives warps and stages; its sizes are in `static` already.
+      static: what the kernel is compiled for.
+    """
+    run = _triton_call if interpreter is None else interpreter
+    results = run(kernel, arrays, outputs, grid, block, static)
+    return vary_alike(*results, like=arrays)
+
+
+def _triton_call(
+    kernel: Any,
+    arrays: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    block: Block,
+    static: Static,
+) -> list[Array]:
+    import jax_triton
+    import triton
+
+    capability = compute_capability()
+    assert capability is not None
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if hasattr(jax_triton, "TensorDescriptor"):
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+            # Triton writes the newest PTX it can, which an older CUDA refuses.
+            options["ptx_version"] = 87 if capability <= 100 else 90
+        settings: dict[str, Any] = {"out_type": list(outputs), "backend_options": options}
+    else:  # jax-triton 0.3
+        settings = {"out_shape": list(outputs)} | options
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        name=kernel.__name__,
+        num_warps=block.warps,
+        num_stages=block.stages,
+        compute_capability=capability,
+        static=static,
+        **settings,
+    )
+
+
+def vary_alike(*arrays: Array, like: Sequence[Array] = ()) -> list[Array]:
+    """Makes arrays differ over the same mesh axes, inside `jax.shard_map`.
+
+    A kernel's outputs differ wherever some input does, which JAX can't know. And where
+    parameters are the same on all shards, the gradients that the backward pass gives them
+    are not: this function's transpose sums them.
+    """
+    axes: set[Any] = set()
+    for array in (*arrays, *like):
+        axes |= _mesh_axes(array)
+
+    def vary(array: Array) -> Array:
+        missing = tuple(axes - _mesh_axes(array))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return [vary(array) for array in arrays]
+
+
+def _mesh_axes(array: Array) -> set[Any]:
+    return set(jax.typeof(array).manual_axis_type.varying)

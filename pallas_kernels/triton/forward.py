@@ -1,0 +1,324 @@
+"""The forward pass: log-sum-exp first, then what survives.
+
+One program does one tile of queries of one head. Its first sweep walks from the diagonal
+backwards over the tiles that are not negligible, sums the exponentials and notes the
+farthest tile that may be live; the second goes over the live ones only. Without an offset
+one sweep does it all.
+
+Loops count from 0, since Triton does not fetch ahead in loops that don't.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array
+
+from pallas_kernels.triton.call import launch
+from pallas_kernels.triton.plan import Plan
+from pallas_kernels.triton.tile import (
+    DEAD_SLACK,
+    LOWEST,
+    PRECISION,
+    UNREACHABLE,
+    biased,
+    load_keys,
+    load_queries,
+    load_row,
+    ones_where_positive,
+    sees,
+    store_queries,
+    thresholds,
+)
+
+
+@triton.jit
+def _scores(
+    query,
+    key,
+    column0,
+    row0,
+    bias,
+    static: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Returns a tile's scores and what is still to be added to each row."""
+    keys = load_keys(key, column0, static, CAUSAL)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * static.score_scale
+    return biased(scores, bias, row0 - column0, static, False, BIAS)
+
+
+@triton.jit
+def _visible(column0, row0, document, static: tl.constexpr, CAUSAL: tl.constexpr):
+    rows = tl.arange(0, static.queries)[:, None]
+    columns = tl.arange(0, static.keys)[None, :]
+    return sees(rows, columns, row0 - column0, (document - column0)[:, None], static, CAUSAL)
+
+
+@triton.jit
+def _sum_exponentials(
+    start,
+    stop,
+    state,
+    inputs,
+    bar,
+    row0,
+    static: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """First sweep, over key tiles stop-1, ..., start.
+
+    state: maximum, sum and farthest live tile of each row. inputs: query tile, keys,
+    values, first key seen, bias. bar: what a tile must stay below to be dead.
+    """
+    maximum, total, farthest = state
+    query, key, _, document, bias = inputs
+    for step in tl.range(0, stop - start):
+        tile = stop - 1 - step
+        column0 = tile * static.keys
+        scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
+        if CAUSAL or static.packed:
+            visible = _visible(column0, row0, document, static, CAUSAL)
+            scores = tl.where(visible, scores, LOWEST)
+        highest = tl.max(scores, 1) + rest
+        new_maximum = tl.maximum(maximum, highest)
+        exponentials = tl.exp2(scores - (new_maximum - rest)[:, None])
+        total = total * tl.exp2(maximum - new_maximum) + tl.sum(exponentials, 1)
+        maximum = new_maximum
+        if static.skip_dead:
+            # The sum only grows, so this never calls a live tile dead; and a NaN is
+            # not below anything.
+            dead = tl.exp2(highest - maximum) <= total * bar
+            farthest = tl.where(dead, farthest, tile)
+    return maximum, total, farthest
+
+
+@triton.jit
+def _add_values(
+    start,
+    stop,
+    state,
+    inputs,
+    log_total,
+    threshold,
+    row0,
+    static: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Second sweep, over key tiles start, ..., stop-1.
+
+    state: sum of weighted values, and of the values of live entries. inputs: as above.
+    """
+    out, value_sum = state
+    query, key, value, document, bias = inputs
+    for step in tl.range(0, stop - start):
+        column0 = (start + step) * static.keys
+        scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
+        weights = tl.exp2(scores - (log_total - rest)[:, None]) - threshold[:, None]
+        # A NaN must come through.
+        weights = tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if CAUSAL or static.packed:
+            visible = _visible(column0, row0, document, static, CAUSAL)
+            weights = tl.where(visible, weights, 0.0)
+        values = load_keys(value, column0, static, CAUSAL)
+        rounded = weights.to(values.dtype)
+        out = tl.dot(rounded, values, out, input_precision=PRECISION)
+        if static.training:
+            live = ones_where_positive(weights, rounded, static)
+            value_sum = tl.dot(live, values, value_sum, input_precision=PRECISION)
+    return out, value_sum
+
+
+@triton.jit
+def _softmax(
+    start,
+    stop,
+    state,
+    inputs,
+    row0,
+    static: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """The only sweep where there is no offset, over key tiles stop-1, ..., start."""
+    maximum, total, out = state
+    query, key, value, document, bias = inputs
+    for step in tl.range(0, stop - start):
+        column0 = (stop - 1 - step) * static.keys
+        scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
+        if CAUSAL or static.packed:
+            visible = _visible(column0, row0, document, static, CAUSAL)
+            scores = tl.where(visible, scores, LOWEST)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) + rest)
+        shrink = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(scores - (new_maximum - rest)[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        maximum = new_maximum
+        values = load_keys(value, column0, static, CAUSAL)
+        out = out * shrink[:, None]
+        out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
+    return maximum, total, out
+
+
+@triton.jit
+def lazy_forward(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    slope_ptr,
+    offset_ptr,
+    offset_scale_ptr,
+    document_ptr,
+    first_ptr,
+    out_ptr,
+    value_mean_ptr,
+    rounding_ptr,
+    log_total_ptr,
+    live_ptr,
+    static: tl.constexpr,
+):
+    """One tile of queries of one head; grid (batch * heads, query tiles), longest first."""
+    near: tl.constexpr = static.near_bias
+    far: tl.constexpr = static.far_bias
+    row = tl.program_id(0)
+    batch = (row // static.heads).to(tl.int64)
+    head = row % static.heads
+    query_tile = static.query_tiles - 1 - tl.program_id(1)
+    row0 = query_tile * static.queries
+    at_query = batch * (static.length * static.query_stride) + head * static.head_dim
+    at_key = batch * (static.length * static.key_stride) + head // static.group * static.head_dim
+    at_batch = batch * static.length
+    at_tile = row * static.query_tiles + query_tile
+
+    slope = 0.0
+    if static.has_slope:
+        slope = tl.load(slope_ptr + head)
+    bias = (table_ptr + head * static.pitch + static.lead, slope)
+    document = tl.zeros((static.queries,), tl.int32)
+    if static.packed:
+        document = load_row(document_ptr + at_batch, row0, 0, static)
+    query = load_queries(query_ptr + at_query, row0, static)
+    inputs = (query, key_ptr + at_key, value_ptr + at_key, document, bias)
+
+    # Key tiles first..stop: past the table up to far_stop, below the diagonal up to
+    # diagonal, the rest across it.
+    first = tl.load(first_ptr + at_tile)
+    stop = tl.cdiv(tl.minimum(row0 + static.queries, static.length), static.keys)
+    diagonal = tl.maximum((row0 + 1) // static.keys, first)
+    far_stop = diagonal
+    if static.has_bias:
+        far_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
+
+    rows = row0 + tl.arange(0, static.queries)
+    inside = rows < static.length
+    maximum = tl.full((static.queries,), LOWEST, tl.float32)
+    total = tl.zeros((static.queries,), tl.float32)
+    out = tl.zeros((static.queries, static.padded_dim), tl.float32)
+    if static.has_offset:
+        offset = tl.load(offset_ptr + head)
+        scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
+        # Rows past the end are dead.
+        threshold = tl.where(inside, thresholds(offset, scale), UNREACHABLE)
+        bar = threshold * (1 - DEAD_SLACK)
+        state = (maximum, total, tl.zeros((static.queries,), tl.int32) + stop)
+        state = _sum_exponentials(diagonal, stop, state, inputs, bar, row0, static, True, near)
+        if static.has_bias:
+            state = _sum_exponentials(
+                far_stop, diagonal, state, inputs, bar, row0, static, False, near
+            )
+        if static.has_far:
+            state = _sum_exponentials(first, far_stop, state, inputs, bar, row0, static, False, far)
+        maximum, total, farthest = state
+        log_total = maximum + tl.log2(total)
+        live = first
+        if static.skip_dead:
+            live = tl.min(farthest, 0)
+        sums = (out, tl.zeros((static.queries, static.padded_dim), tl.float32))
+        if static.has_far:
+            sums = _add_values(
+                live, far_stop, sums, inputs, log_total, threshold, row0, static, False, far
+            )
+        if static.has_bias:
+            start = tl.maximum(far_stop, live)
+            sums = _add_values(
+                start, diagonal, sums, inputs, log_total, threshold, row0, static, False, near
+            )
+        start = tl.maximum(diagonal, live)
+        out, value_sum = _add_values(
+            start, stop, sums, inputs, log_total, threshold, row0, static, True, near
+        )
+        if static.training:
+            value_mean = value_sum * scale[:, None]
+            store_queries(value_mean_ptr + at_query, row0, value_mean, static)
+            if static.keep_rounding:
+                rounding = value_mean - value_mean.to(query.dtype).to(tl.float32)
+                rounding = (out - out.to(query.dtype).to(tl.float32)) - offset * rounding
+                store_queries(rounding_ptr + at_query, row0, rounding, static)
+            tl.store(live_ptr + at_tile, live)
+    else:
+        state = (maximum, total, out)
+        state = _softmax(diagonal, stop, state, inputs, row0, static, True, near)
+        if static.has_bias:
+            state = _softmax(far_stop, diagonal, state, inputs, row0, static, False, near)
+        if static.has_far:
+            state = _softmax(first, far_stop, state, inputs, row0, static, False, far)
+        maximum, total, out = state
+        log_total = maximum + tl.log2(total)
+        out = out / total[:, None]
+        if static.keep_rounding:
+            rounding = out - out.to(query.dtype).to(tl.float32)
+            store_queries(rounding_ptr + at_query, row0, rounding, static)
+    store_queries(out_ptr + at_query, row0, out, static)
+    if static.training:
+        at_row = row.to(tl.int64) * static.length
+        tl.store(log_total_ptr + at_row + rows, log_total, mask=inside)
+
+
+def forward(
+    plan: Plan, training: bool, groups: int, query: Array, key: Array, value: Array, *rest: Array
+) -> Any:
+    """Launches the forward pass on the kernel's inputs.
+
+    Args:
+      plan: of the call.
+      training: also return residuals.
+      groups: see `batching.over_batch`; only dummies need it.
+      query: [batch, length, heads, head_dim].
+      key: [batch, length, kv_heads, head_dim].
+      value: the same.
+      *rest: the other inputs of `lazy_forward`, in its order.
+
+    Returns:
+      out [batch, length, heads, head_dim]; the mean of the values of live entries over
+      all visible ones, and what out - offset * mean lost to rounding, the same shape; the
+      log2-sum-exp2 of each row [batch, heads, length]; the first live key tile of each
+      query tile [batch, heads, query_tiles]. Dummies for what is not wanted.
+    """
+    block = plan.blocks.forward if training else plan.blocks.inference
+    static = plan.static(query, key, block, training=training)
+    batch, length, heads, _ = query.shape
+    nothing = jax.ShapeDtypeStruct((groups,), query.dtype)
+    same = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    live = jax.ShapeDtypeStruct((batch, heads, static.query_tiles), jnp.int32)
+    with_offset = training and plan.has_offset
+    return launch(
+        lazy_forward,
+        (query, key, value, *rest),
+        (
+            same,
+            same if with_offset else nothing,
+            same if static.keep_rounding else nothing,
+            rows if training else nothing,
+            live if with_offset else nothing,
+        ),
+        (batch * heads, static.query_tiles),
+        block,
+        static,
+    )

@@ -1,0 +1,91 @@
+"""The Triton kernels on a GPU: `make test-gpu`."""
+
+import jax
+import pytest
+
+from pallas_kernels.triton import support
+
+_REASON = support.unsupported(64, 64, "bfloat16")
+if _REASON is not None:
+    pytest.skip(f"no Triton here: {_REASON}", allow_module_level=True)
+
+import numpy as np  # noqa: E402
+import triton  # noqa: E402
+
+from lazyattn import attention, lazy_attention  # noqa: E402
+from pallas_kernels.triton.forward import lazy_forward  # noqa: E402
+from tests import oracle  # noqa: E402
+from tests.pallas_kernels import triton_suite as suite  # noqa: E402
+
+if not isinstance(lazy_forward, triton.JITFunction):
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+# As long as to have all kinds of tiles at the block sizes in use.
+LONG = [
+    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
+    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
+    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
+    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
+    oracle.Case(
+        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
+    ),
+    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimised():
+    """Kernels as users get them, unlike other tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("case", suite.CASES + suite.HEAD_SIZES + LONG, ids=str)
+def test_bfloat16(case):
+    suite.check_half_precision(case, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "case", suite.CASES[:3] + suite.CASES[12:18] + suite.HEAD_SIZES + LONG[:1], ids=str
+)
+def test_float16(case):
+    suite.check_half_precision(case, "float16")
+
+
+@pytest.mark.parametrize("case", [*suite.CASES[:3], suite.SPARSE, *suite.HEAD_SIZES[1:4]], ids=str)
+def test_float32(case):
+    oracle.check("triton", case)
+
+
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[::2]], ids=str)
+def test_same_bits_every_time(case):
+    suite.check_same_bits_every_time(case, "bfloat16")
+
+
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:1]], ids=str)
+def test_dead_tiles_do_not_matter(case):
+    suite.check_dead_tiles_do_not_matter(case, "bfloat16", 2**-8)
+
+
+def test_vmap_scan_and_remat():
+    suite.check_transformations("bfloat16", 2**-7)
+
+
+def test_shard_map():
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, len(devices)), ("batch", "heads"))
+    suite.check_sharded(mesh, "bfloat16", 2**-7)
+
+
+def test_not_a_number_comes_through():
+    suite.check_not_a_number_comes_through("bfloat16")
+
+
+def test_is_the_default(monkeypatch):
+    names = []
+    choose = attention.choose
+    monkeypatch.setattr(attention, "choose", lambda *args: names.append(choose(*args)) or names[-1])
+    args = oracle.inputs(suite.CASES[0])
+    lazy_attention(**args)
+    assert names[0].name == "triton"

@@ -1,0 +1,153 @@
+"""What the Triton kernels must do, wherever they run.
+
+`test_triton.py` runs it in Triton's interpreter, `test_triton_gpu.py` on a GPU.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lazyattn import lazy_attention
+from pallas_kernels.triton import op
+from tests import oracle
+
+# Renormalised weights are not supported.
+CASES = [case for case in oracle.CASES if "renormalize" not in dict(case.settings)]
+
+HEAD_SIZES = [
+    oracle.Case(
+        f"head_size_{size}", (1, 150, 2, 1, size), 64, "alibi", True, (-0.7,), documents=(90, 60)
+    )
+    for size in (32, 64, 96, 128, 256)
+]
+
+# Some tiles live, some dead, some negligible; near the table's end and past it.
+SPARSE = oracle.Case("sparse", (1, 400, 2, 1, 32), 100, "alibi", True, (-1.0, -0.4))
+
+# Half precision rounds weights before it multiplies values, as every fused attention does,
+# and so delta is off by that much; "xla" takes delta from unrounded weights. That shows
+# where one weight holds nearly all of its row's mass.
+HALF_PRECISION_FACTOR = {"sharp_scores": 3.0}
+
+
+def check_half_precision(case: oracle.Case, dtype: str) -> None:
+    """Holds a case's errors to those of "xla"."""
+    factor = HALF_PRECISION_FACTOR.get(case.name, 1.2)
+    oracle.check_half_precision("triton", case, dtype, factor=factor)
+
+
+def _arrays(case: oracle.Case, dtype: str) -> tuple[dict[str, Any], np.ndarray]:
+    args = oracle.inputs(case)
+    for name in ("query", "key", "value"):
+        args[name] = jnp.asarray(args[name], dtype)
+    d_out = np.random.default_rng(1).standard_normal(args["query"].shape)
+    return args, np.asarray(jnp.asarray(d_out, dtype))
+
+
+def check_same_bits_every_time(case: oracle.Case, dtype: str) -> None:
+    """Runs twice and compares every bit."""
+    args, d_out = _arrays(case, dtype)
+    one = oracle.out_and_gradients(args, "triton", d_out)
+    other = oracle.out_and_gradients(args, "triton", d_out)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def check_dead_tiles_do_not_matter(case: oracle.Case, dtype: str, tolerance: float) -> None:
+    """Compares with every visited tile computed in full."""
+    args, d_out = _arrays(case, dtype)
+    skipping = oracle.out_and_gradients(args, "triton", d_out)
+    assert op.skip_dead_tiles
+    op.skip_dead_tiles = False
+    try:
+        whole = oracle.out_and_gradients(args, "triton", d_out)
+    finally:
+        op.skip_dead_tiles = True
+    for name in whole:
+        error = oracle.relative_error(skipping[name], whole[name])
+        assert error <= tolerance, (name, error)
+
+
+def check_transformations(dtype: str, tolerance: float, batch: int = 3) -> None:
+    """vmap, scan and remat, with packed documents, against one call for the whole batch."""
+    case = oracle.Case("", (batch, 70, 2, 1, 16), 32, "alibi", True, documents=(50, 20))
+    args, _ = _arrays(case, dtype)
+    shared = {k: args.pop(k) for k in ("distance_bias", "distance_slope", "offset")}
+    arrays = {k: args[k] for k in ("query", "key", "value")}
+    ids = args["segment_ids"]
+
+    def loss(shared, arrays, ids):
+        out = lazy_attention(**arrays, **shared, segment_ids=ids, implementation="triton")
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    def one(shared, row):
+        arrays, ids = row
+        return loss(shared, {k: v[None] for k, v in arrays.items()}, ids[None])
+
+    def by_vmap(shared, arrays):
+        return jax.vmap(one, in_axes=(None, 0))(shared, (arrays, ids)).sum()
+
+    def by_vmap_of_parameters(shared, arrays):
+        # Every row with parameters of its own.
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), shared)
+        return jax.vmap(one)(copies, (arrays, ids)).sum()
+
+    def by_scan(shared, arrays):
+        def step(total, row):
+            return total + jax.checkpoint(one)(shared, row), None
+
+        return jax.lax.scan(step, 0.0, (arrays, ids))[0]
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    true = jax.jit(gradient)(shared, arrays, ids)
+    for form in (by_vmap, by_vmap_of_parameters, by_scan):
+        found = jax.jit(jax.value_and_grad(form, argnums=(0, 1)))(shared, arrays)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+            error = oracle.relative_error(np.asarray(a, np.float64), np.asarray(b, np.float64))
+            assert error <= tolerance, (form.__name__, error)
+
+
+def check_sharded(mesh: jax.sharding.Mesh, dtype: str, tolerance: float) -> None:
+    """Batch and heads shared out over a mesh ("batch", "heads") with shard_map."""
+    batch, heads = mesh.devices.shape
+    case = oracle.Case("", (2 * batch, 40, 2 * heads, heads, 16), 16, "alibi", True)
+    args, _ = _arrays(case, dtype)
+    spec = jax.sharding.PartitionSpec
+    rows, by_head = spec("batch", None, "heads"), spec("heads")
+    specs = {name: rows if x.ndim == 4 else by_head for name, x in args.items()}
+
+    def call(args):
+        return lazy_attention(**args, implementation="triton")
+
+    def loss(call, args):
+        return jnp.sum(call(args).astype(jnp.float32) ** 2)
+
+    true = jax.jit(jax.value_and_grad(lambda args: loss(call, args)))(args)
+    for check_vma in (True, False):
+        sharded = jax.shard_map(
+            call, mesh=mesh, in_specs=(specs,), out_specs=rows, check_vma=check_vma
+        )
+        found = jax.jit(jax.value_and_grad(lambda args, f=sharded: loss(f, args)))(args)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+            error = oracle.relative_error(np.asarray(a, np.float64), np.asarray(b, np.float64))
+            assert error <= tolerance, (check_vma, error)
+
+
+def check_not_a_number_comes_through(dtype: str) -> None:
+    """A NaN in a key reaches the queries that see it and no others; one in a value, too.
+
+    (A value's may reach earlier queries of its tile: 0 times NaN is NaN.)
+    """
+    args, _ = _arrays(dataclasses.replace(SPARSE, shape=(1, 100, 2, 1, 32)), dtype)
+
+    def out_with(name):
+        broken = args | {name: args[name].at[0, 60, 0, 3].set(jnp.nan)}
+        return np.asarray(lazy_attention(**broken, implementation="triton").astype(jnp.float32))
+
+    out = out_with("key")
+    assert np.all(np.isfinite(out[0, :60]))
+    assert np.all(np.isnan(out[0, 60:64]))
+    assert np.any(np.isnan(out_with("value")[0, 60:64]))

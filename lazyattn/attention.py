@@ -7,6 +7,8 @@ it does not.
 
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -159,8 +161,8 @@ def lazy_attention(
     )
     _check(query, key, value, distance_bias, distance_slope, offset, segment_ids, query_start)
     require(
-        offset_divisor == "visible"
-        or (isinstance(offset_divisor, int | float) and offset_divisor > 0),
+        (isinstance(offset_divisor, str) and offset_divisor == "visible")
+        or (_is_number(offset_divisor) and offset_divisor > 0),
         "offset_divisor",
         offset_divisor,
         '"visible" or a positive number',
@@ -168,7 +170,13 @@ def lazy_attention(
     require(
         not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
     )
-    require(0 <= skip_mass < 1, "skip_mass", skip_mass, "at least 0 and below 1")
+    require(scale is None or _is_number(scale), "scale", scale, "None or a finite number")
+    require(
+        _is_number(skip_mass) and 0 <= skip_mass < 1,
+        "skip_mass",
+        skip_mass,
+        "a number of at least 0 and below 1",
+    )
     call = Call(
         query,
         key,
@@ -180,8 +188,8 @@ def lazy_attention(
         renormalize,
         segment_ids,
         query_start,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        skip_mass,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(skip_mass),
         return_weights,
     )
     return choose(call, implementation).run(call)
@@ -312,6 +320,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("xla", lambda call: None, _run_xla),
     )
 }
+
+
+def _is_number(x: Any) -> bool:
+    """Returns whether x is a finite number of Python's or numpy's, not a traced array."""
+    return isinstance(x, numbers.Real) and math.isfinite(x)
 
 
 def _check(query, key, value, distance_bias, distance_slope, offset, segment_ids, query_start):

@@ -194,6 +194,19 @@ def test_skipping_changes_less_than_the_bound():
     assert difference <= 2 * 1e-2 * np.abs(args["value"]).max()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["query", "key", "offset"])
+def test_not_a_number_stays_one(name, implementation):
+    """Elastic-Softmax may set weights to 0, but never those that aren't numbers."""
+    args = oracle.inputs(oracle.Case("nan", shape=(1, 300, 2, 2, 16), bias="steep", slope=True))
+    where = {"query": (0, 200, 1, 3), "key": (0, 5, 1, 3), "offset": (1,)}[name]
+    args[name][where] = np.nan
+    out = np.asarray(lazy_attention(**args, implementation=implementation))
+    rows = {"query": slice(200, 201), "key": slice(5, None), "offset": slice(None)}[name]
+    assert np.all(np.isnan(out[0, rows, 1]))
+    assert np.all(np.isfinite(out[0, :, 0]))
+
+
 def test_works_under_vmap_scan_and_remat():
     args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))
     shared = {k: args.pop(k) for k in ("distance_bias", "offset")}
@@ -266,6 +279,14 @@ BAD_CALLS = {
     "offset_divisor": _bad(offset_divisor=-1.0),
     "renormalize": _bad(offset=None, renormalize=True),
     "skip_mass": _bad(skip_mass=1.0),
+    "skip_mass is 'none'": _bad(skip_mass="none"),
+    "offset_divisor is 'seen'": _bad(offset_divisor="seen"),
+    "scale": _bad(scale=float("nan")),
+    "scale is Array": _bad(scale=jnp.ones(())),
+    "value.dtype": _bad(value=np.zeros((2, 40, 2, 16), np.float16)),
+    "value.shape is (2, 40, 2, 0)": _bad(value=np.zeros((2, 40, 2, 0), np.float32)),
+    "offset.dtype": _bad(offset=np.zeros(2, np.int32)),
+    "query_start.dtype": _bad(query_start=np.zeros(2, np.float32)),
     "implementation": _bad(implementation="cuda"),
     "return_weights": _bad(return_weights=True, implementation="xla_chunked"),
     "query_start is given": _bad(query_start=np.zeros(2, np.int32), implementation="xla_chunked"),

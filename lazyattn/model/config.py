@@ -1,6 +1,7 @@
 """What a model is: two frozen dataclasses and the two named attention recipes."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from lazyattn.errors import require
@@ -65,7 +66,12 @@ class AttentionConfig:
             self.num_kv_heads,
             f"a divisor of num_heads = {self.num_heads}",
         )
-        require(self.rope_base > 0, where + "rope_base", self.rope_base, "positive")
+        require(
+            0 < self.rope_base < math.inf,
+            where + "rope_base",
+            self.rope_base,
+            "positive and finite",
+        )
         require(self.bias_width >= 1, where + "bias_width", self.bias_width, "at least 1")
         require(
             self.bias_init in ("alibi", "normal"),
@@ -73,7 +79,13 @@ class AttentionConfig:
             self.bias_init,
             "alibi or normal",
         )
-        require(self.bias_std >= 0, where + "bias_std", self.bias_std, "non-negative")
+        require(
+            0 <= self.bias_std < math.inf,
+            where + "bias_std",
+            self.bias_std,
+            "non-negative and finite",
+        )
+        require(math.isfinite(self.offset_init), where + "offset_init", self.offset_init, "finite")
         require(
             0 <= self.skip_mass < 1, where + "skip_mass", self.skip_mass, "at least 0 and below 1"
         )

@@ -79,7 +79,7 @@ def elastic_softmax(
 ) -> tuple[Float[Array, "rows batch size size"], Bool[Array, "rows batch size size"]]:
     """Returns the weights max(0, p + tau / n) and which of them are live."""
     shifted = softmax + threshold[..., None]
-    live = visible & (shifted > 0)
+    live = visible & ~(shifted <= 0)  # so that NaN stays NaN
     return jnp.where(live, shifted, 0), live
 
 
@@ -122,10 +122,11 @@ def forward(
                 out, old_out + matmul("tbqk,tbkd->tbqd", weights.astype(values.dtype), values)
             )
         else:
-            # The log-sum-exp only grows, so this never calls a live diagonal dead.
+            # The log-sum-exp only grows, so this never calls a live diagonal dead, nor
+            # one with NaN in it.
             log_threshold = jnp.log(jnp.maximum(-diagonal.queries(head.threshold), 0))
             bar = new_maximum + jnp.log(new_total) + log_threshold - _DEAD_SLACK
-            live = live.at[diagonal.offset].set(jnp.any(row_maximum > bar))
+            live = live.at[diagonal.offset].set(jnp.any(~(row_maximum <= bar)))
         maximum = diagonal.set_queries(maximum, new_maximum)
         total = diagonal.set_queries(total, new_total)
         return maximum, total, out, live

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_derived_sizes():
         ({"bias_width": 0}, "model.attention.bias_width is 0, .* at least 1"),
         ({"bias_init": "zeros"}, "model.attention.bias_init is 'zeros', .* alibi or normal"),
         ({"bias_std": -1.0}, "model.attention.bias_std is -1.0, .* non-negative"),
+        ({"offset_init": math.nan}, "model.attention.offset_init is nan, .* finite"),
         ({"skip_mass": 1.0}, "model.attention.skip_mass is 1.0, .* below 1"),
     ],
 )

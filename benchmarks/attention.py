@@ -12,18 +12,19 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from jaxtyping import Array
 
-from benchmarks import cases, peers, timing
+from benchmarks import cases, peers, shares, timing
 from lazyattn import lazy_attention
+from lazyattn.errors import require
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["triton", "cudnn", "tokamax"], "What to time, see above."
@@ -34,7 +35,11 @@ _SHAPES = flags.DEFINE_list(
     "Batch x heads x length x head size, and x key heads where they are fewer.",
 )
 _CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "Of " + ", ".join(cases.CASES))
-_LEARNED = flags.DEFINE_string("learned", None, "File of the case `learned`.")
+_LEARNED = flags.DEFINE_string(
+    "learned",
+    os.path.join(os.environ.get("LAZYATTN_TEST_DATA", ""), "learned", "alibi_4096.npz"),
+    "File of the case `learned`: bias [layers, heads, width] and tau [layers, heads].",
+)
 _PASSES = flags.DEFINE_list("passes", ["forward", "training"], "training: forward and backward.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Inputs.")
 _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
@@ -57,7 +62,8 @@ class Result:
       teraflops: what softmax attention computes, over that time: 1e12 a second.
       temporary: bytes of memory beyond inputs and outputs.
       temporary_arrays: the same in arrays of the query's size.
-      visited, live: shares of the causal tiles, as measured.
+      visited, live: shares of the causal tiles, measured on these inputs.
+      in_full: share of them that the kernel does not take to be dead, as it says itself.
       kernels: milliseconds a call of each kernel, with --profile.
     """
 
@@ -73,6 +79,7 @@ class Result:
     temporary_arrays: float = 0.0
     visited: float | None = None
     live: float | None = None
+    in_full: float | None = None
     kernels: dict[str, float] | None = None
     error: str | None = None
 
@@ -120,34 +127,6 @@ def _jobs(shape: cases.Shape) -> list[tuple[Result, Callable[..., Array]]]:
     return found
 
 
-def tile_shares(shape: cases.Shape, arrays: Any, parameters: Any) -> tuple[float, float]:
-    """Returns the visited and the live share of causal tiles, as the kernels find them."""
-    from pallas_kernels.triton import op
-    from pallas_kernels.types import AttentionSettings, Visibility
-
-    query, key, value, _ = arrays
-    bias, slope = parameters.get("distance_bias"), parameters.get("distance_slope")
-    settings = AttentionSettings(shape.head_dim**-0.5, _SKIP_MASS.value)
-    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=False)
-
-    @jax.jit
-    def count(query, key, value, bias, slope, offset):
-        position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
-        scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
-        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
-        kernels = op.Kernels(query, key, value, bias, slope, offset, visibility, plan)
-        first = kernels.visit_ranges(plan.blocks.forward)
-        live = kernels.forward(first, training=True)[-1]
-        tiles = plan.blocks.forward
-        end = jnp.arange(1, first.shape[-1] + 1) * tiles.queries
-        stop = -(-jnp.minimum(end, shape.length) // tiles.keys)
-        every = shape.batch * shape.heads * stop.sum()
-        return (stop - first).sum() / every, (stop - live).sum() / every
-
-    visited, live = count(query, key, value, bias, slope, parameters["offset"])
-    return float(visited), float(live)
-
-
 def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
     """Returns milliseconds a call of each kernel on the device, longest first."""
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +148,7 @@ def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
 
 
 def _run_shape(shape: cases.Shape) -> list[Result]:
-    learned = None if _LEARNED.value is None else pathlib.Path(_LEARNED.value)
+    learned = pathlib.Path(_LEARNED.value)
     parameters = {
         case: cases.parameters(case, shape, _WIDTH.value, learned) for case in _CASES.value
     } | {"": {}}
@@ -206,10 +185,10 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
 
             runs[str(n)] = run
     times = timing.rounds_of(runs, calls=_CALLS.value, rounds=_ROUNDS.value)
-    shares = {
-        case: tile_shares(shape, sets[0], parameters[case])
+    query, key = sets[0][:2]
+    counted = {
+        case: shares.by_definition(query, key, parameters[case], skip_mass=_SKIP_MASS.value)
         for case in _CASES.value
-        if "triton" in _IMPLEMENTATIONS.value
     }
     for n, (result, _) in enumerate(jobs):
         if str(n) not in runs:
@@ -217,7 +196,11 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         result.milliseconds, result.least, result.greatest = times[str(n)]
         flops = shape.flops(result.which == "training")
         result.teraflops = flops / result.milliseconds / 1e9
-        result.visited, result.live = shares.get(result.case, (None, None))
+        if result.case:
+            result.visited, result.live = map(float, counted[result.case])
+            if result.implementation == "triton":
+                found = shares.by_triton(sets[0], parameters[result.case], _SKIP_MASS.value)
+                result.in_full = float(found)
         if _PROFILE.value and result.case:
             try:
                 result.kernels = _profile(runs[str(n)])
@@ -230,8 +213,8 @@ def table(results: list[Result]) -> str:
     """Returns the results as Markdown."""
     lines = [
         "| shape | case | implementation | pass | ms | TFLOP/s | x cuDNN | x tokamax |"
-        " temporary, arrays of q | visited | live |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        " temporary, arrays of q | visited | live | in full |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_key = {(r.shape, r.implementation, r.which): r.milliseconds for r in results if not r.case}
 
@@ -244,7 +227,7 @@ def table(results: list[Result]) -> str:
 
     for r in results:
         if r.error:
-            cells = [r.shape, r.case, r.implementation, r.which, r.error] + [""] * 6
+            cells = [r.shape, r.case, r.implementation, r.which, r.error] + [""] * 7
         else:
             cells = [
                 r.shape,
@@ -258,21 +241,13 @@ def table(results: list[Result]) -> str:
                 f"{r.temporary_arrays:.2f}",
                 share(r.visited),
                 share(r.live),
+                share(r.in_full),
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str]) -> None:
-    """Times everything and writes what came out."""
-    del argv
-    from pallas_kernels.triton import op
-
-    op.skip_dead_tiles = _SKIP_DEAD.value
-    results: list[Result] = []
-    for text in _SHAPES.value:
-        results += _run_shape(cases.Shape.parse(text))
-        print(table(results), flush=True)
+def _write(results: list[Result]) -> None:
     device = jax.devices()[0]
     about = {
         "device": device.device_kind,
@@ -288,6 +263,25 @@ def main(argv: list[str]) -> None:
     output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     head = f"{device.device_kind}, {_DTYPE.value}, W = {_WIDTH.value}, jax {jax.__version__}\n\n"
     output.with_suffix(".md").write_text(head + table(results))
+
+
+def main(argv: list[str]) -> None:
+    """Times everything and writes what came out, shape by shape."""
+    del argv
+    for name in _CASES.value:
+        require(name in cases.CASES, "--cases", name, "one of " + ", ".join(cases.CASES))
+    if "learned" in _CASES.value:
+        exists = os.path.exists(_LEARNED.value)
+        require(exists, "--learned", _LEARNED.value, "a file for the case `learned`")
+    if not _SKIP_DEAD.value:
+        from pallas_kernels.triton import op
+
+        op.skip_dead_tiles = False
+    results: list[Result] = []
+    for text in _SHAPES.value:
+        results += _run_shape(cases.Shape.parse(text))
+        print(table(results), flush=True)
+        _write(results)
     for result in results:
         if result.kernels:
             print(result.shape, result.case, result.implementation, result.which)

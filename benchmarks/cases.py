@@ -49,7 +49,7 @@ def tensors(shape: Shape, dtype: Any, seed: int) -> tuple[Float[Array, "batch le
 
 
 def parameters(
-    case: str, shape: Shape, width: int, learned: pathlib.Path | None, seed: int = 0
+    case: str, shape: Shape, width: int, learned: pathlib.Path | None = None, seed: int = 0
 ) -> dict[str, Float[Array, "heads ..."]]:
     """Returns distance_bias, distance_slope where the case has one, and offset.
 

@@ -43,8 +43,8 @@ def candidates(kernel: str, itemsize: int, head_dim: int) -> list[Row]:
     """Returns what is worth trying, the likely best first."""
     if itemsize == 4:
         # No tensor cores: every product is a sum of registers, so tiles are small.
-        sizes = [(32, 32), (32, 16), (16, 16)] if head_dim > 64 else [(64, 32), (32, 32), (16, 16)]
-        return [(*size, warps, 1) for size in sizes for warps in (4, 8)]
+        rows = [(16, 16, 8, 1), (16, 16, 4, 1)]
+        return [(32, 32, 8, 1), (32, 16, 4, 1), *rows] if head_dim <= 64 else rows
     wide = head_dim > 128
     rows: list[Row]
     if kernel in ("inference", "forward"):

@@ -175,11 +175,25 @@ def check(implementation: str, case: Case, *, tolerance: float = 1e-5, seed: int
     args, d_out, true = true_results(case, seed)
     found = out_and_gradients(args, implementation, d_out.astype(np.float32))
     errors = {name: relative_error(found[name], true[name]) for name in true}
-    assert all(error <= tolerance for error in errors.values()), errors
+    worse = {name: error for name, error in errors.items() if not error <= tolerance}
+    if worse.keys() <= set(SUMMED):
+        # Such a sum of both signs may be near 0 by chance, and then float32 leaves
+        # nobody many digits of it.
+        plain = {name: float32_errors(case, "xla", seed)[name] for name in worse}
+        worse = {name: e for name, e in worse.items() if not e <= 4 * plain[name]}
+    assert not worse, errors
 
 
 # Gradients of few numbers, each a long sum: rounding leaves them less alike than arrays.
 SUMMED = ("distance_slope", "offset")
+
+
+@functools.cache
+def float32_errors(case: Case, implementation: str, seed: int = 0) -> dict[str, float]:
+    """Returns relative errors of float32 output and gradients against float64."""
+    args, d_out, true = true_results(case, seed)
+    found = out_and_gradients(args, implementation, d_out.astype(np.float32))
+    return {name: relative_error(found[name], true[name]) for name in true}
 
 
 @functools.cache

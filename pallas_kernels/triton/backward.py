@@ -138,7 +138,7 @@ def lazy_backward_query(
         # half precision's rounding of out would make several times the others'.
         pulled += load_queries(rounding_ptr + at_query, row0, static).to(tl.float32)
     delta = tl.sum(d_out.to(tl.float32) * pulled, 1)
-    threshold = tl.zeros((static.queries,), tl.float32)
+    threshold = tl.full((static.queries,), 0, tl.float32)
     if static.has_offset:
         value_mean = load_queries(value_mean_ptr + at_query, row0, static).to(tl.float32)
         pull = tl.sum(d_out.to(tl.float32) * value_mean, 1)
@@ -153,7 +153,7 @@ def lazy_backward_query(
     if static.has_slope:
         slope = tl.load(slope_ptr + head)
     bias = (table_ptr + head * static.pitch + static.lead, slope)
-    document = tl.zeros((static.queries,), tl.int32)
+    document = tl.full((static.queries,), 0, tl.int32)
     if static.packed:
         document = load_row(document_ptr + at_batch, row0, 0, static)
     query = load_queries(query_ptr + at_query, row0, static)
@@ -174,8 +174,8 @@ def lazy_backward_query(
     if static.has_bias:
         far_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
 
-    d_query = tl.zeros((static.queries, static.padded_dim), tl.float32)
-    zeros = tl.zeros((static.queries,), tl.float32)
+    d_query = tl.full((static.queries, static.padded_dim), 0, tl.float32)
+    zeros = tl.full((static.queries,), 0, tl.float32)
     state = (d_query, zeros, zeros)
     if static.has_offset:
         if static.has_far:
@@ -241,7 +241,7 @@ def _add_key_gradients(
         scores, rest = biased(scores, bias, apart, static, True, BIAS)
         softmax = tl.exp2(scores - (log_total - rest)[None, :])
         if CAUSAL or static.packed:
-            first = tl.zeros((static.queries,), tl.int32)
+            first = tl.full((static.queries,), 0, tl.int32)
             if static.packed:
                 first = load_row(documents, row0, 0, static) - column0
             visible = sees(rows[None, :], columns[:, None], apart, first[None, :], static, CAUSAL)
@@ -312,7 +312,7 @@ def lazy_backward_key(
     far_start = diagonal
     if static.has_bias:
         far_start = tl.cdiv(static.width + column0 + static.keys - 1, static.queries)
-    zeros = tl.zeros((static.keys, static.padded_dim), tl.float32)
+    zeros = tl.full((static.keys, static.padded_dim), 0, tl.float32)
     state = (zeros, zeros)
     for member in tl.range(0, static.group):
         head = key_head * static.group + member

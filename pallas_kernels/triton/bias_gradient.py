@@ -110,7 +110,7 @@ def lazy_backward_bias(
     bias = gather((table + distance + rows)[:, None] - columns[None, :])
     bias = tl.where(rows[:, None] + distance >= columns[None, :], bias, LOWEST)
     tiles = tl.arange(0, tiles_pad)
-    total = tl.zeros((static.queries, static.keys), tl.float32)
+    total = tl.full((static.queries, static.keys), 0, tl.float32)
     for member in tl.range(0, static.batches):
         batch = (part // static.chunks * static.batches + member).to(tl.int64)
         row = batch * static.heads + head

@@ -200,7 +200,7 @@ def lazy_forward(
     if static.has_slope:
         slope = tl.load(slope_ptr + head)
     bias = (table_ptr + head * static.pitch + static.lead, slope)
-    document = tl.zeros((static.queries,), tl.int32)
+    document = tl.full((static.queries,), 0, tl.int32)
     if static.packed:
         document = load_row(document_ptr + at_batch, row0, 0, static)
     query = load_queries(query_ptr + at_query, row0, static)
@@ -218,15 +218,15 @@ def lazy_forward(
     rows = row0 + tl.arange(0, static.queries)
     inside = rows < static.length
     maximum = tl.full((static.queries,), LOWEST, tl.float32)
-    total = tl.zeros((static.queries,), tl.float32)
-    out = tl.zeros((static.queries, static.padded_dim), tl.float32)
+    total = tl.full((static.queries,), 0, tl.float32)
+    out = tl.full((static.queries, static.padded_dim), 0, tl.float32)
     if static.has_offset:
         offset = tl.load(offset_ptr + head)
         scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
         # Rows past the end are dead.
         threshold = tl.where(inside, thresholds(offset, scale), UNREACHABLE)
         bar = threshold * (1 - DEAD_SLACK)
-        state = (maximum, total, tl.zeros((static.queries,), tl.int32) + stop)
+        state = (maximum, total, tl.full((static.queries,), 0, tl.int32) + stop)
         state = _sum_exponentials(diagonal, stop, state, inputs, bar, row0, static, True, near)
         if static.has_bias:
             state = _sum_exponentials(
@@ -239,7 +239,7 @@ def lazy_forward(
         live = first
         if static.skip_dead:
             live = tl.min(farthest, 0)
-        sums = (out, tl.zeros((static.queries, static.padded_dim), tl.float32))
+        sums = (out, tl.full((static.queries, static.padded_dim), 0, tl.float32))
         if static.has_far:
             sums = _add_values(
                 live, far_stop, sums, inputs, log_total, threshold, row0, static, False, far

@@ -165,7 +165,7 @@ def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, 
     table, slope = bias
     queries = tl.arange(0, static.queries)
     keys = tl.arange(0, static.keys)
-    rest = tl.zeros((static.queries,), tl.float32)
+    rest = tl.full((static.queries,), 0, tl.float32)
     if BIAS == TABLE:
         # Written so that the entries of a thread that lie on one diagonal share a load,
         # and that all addresses are constants away from few registers. It matters which

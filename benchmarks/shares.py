@@ -1,0 +1,101 @@
+"""How much of the causal matrix counts: measured from a call's own inputs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.visit import TileSizes, visit_ranges
+
+TILES = TileSizes(128, 64)
+
+
+@functools.partial(jax.jit, static_argnames=("skip_mass",))
+def by_definition(
+    query: Float[Array, "batch length heads dim"],
+    key: Float[Array, "batch length kv_heads dim"],
+    parameters: dict[str, Array],
+    *,
+    skip_mass: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the visited and the live share of the causal tiles of 128 queries x 64 keys.
+
+    Live tiles are found from their weights, tile by tile, as the definition has them;
+    kernels may take a few more to be live.
+
+    Args:
+      query: queries of one document a row.
+      key: keys.
+      parameters: distance_bias, distance_slope, offset, of which each may be missing.
+      skip_mass: as in `lazyattn.lazy_attention`.
+    """
+    batch, length, heads, dim = query.shape
+    table, offset = parameters.get("distance_bias"), parameters.get("offset")
+    bias = jnp.zeros((heads, length))
+    if table is not None:
+        bias = bias_lib.expand(table, parameters.get("distance_slope"), length)
+    ranges = visit_ranges(
+        query,
+        key,
+        bias,
+        offset,
+        jnp.zeros((batch, length), jnp.int32),
+        scale=dim**-0.5,
+        skip_mass=skip_mass,
+        tiles=TILES,
+    )
+    count, _ = TILES.count(length)
+    rows = jnp.pad(query, ((0, 0), (0, count * TILES.queries - length), (0, 0), (0, 0)))
+    rows = rows.reshape(batch, count, TILES.queries, heads, dim)
+    column = jnp.arange(-(-length // TILES.keys) * TILES.keys)
+    keys = jnp.pad(key, ((0, 0), (0, column.size - length), (0, 0), (0, 0)))
+
+    def live_tiles(index: Array) -> Any:
+        b, head, tile = index // (heads * count), index // count % heads, index % count
+        row = tile * TILES.queries + jnp.arange(TILES.queries)[:, None]
+        of_head = jax.lax.dynamic_index_in_dim(keys[b], head * key.shape[2] // heads, 1, False)
+        scores = dim**-0.5 * jnp.dot(
+            rows[b, tile, :, head], of_head.T, preferred_element_type=jnp.float32
+        )
+        scores += bias[head, jnp.clip(row - column, 0, length - 1)]
+        visible = (column <= row) & (row < length)
+        softmax = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
+        threshold = 0.0 if offset is None else -offset[head] / (row + 1)
+        live = (softmax > threshold) & visible
+        return live.reshape(TILES.queries, -1, TILES.keys).any((0, 2)).sum()
+
+    live = jax.lax.map(live_tiles, jnp.arange(batch * heads * count), batch_size=8).sum()
+    causal = batch * heads * (ranges.last + 1).sum()
+    return ranges.visited.sum() / causal, live / causal
+
+
+def by_triton(tensors: Any, parameters: dict[str, Array], skip_mass: float) -> Float[Array, ""]:
+    """Returns the share of causal tiles that the Triton kernels compute in full.
+
+    They take live tiles to be one range from the diagonal on.
+    """
+    from pallas_kernels.triton import op
+    from pallas_kernels.types import AttentionSettings, Visibility
+
+    query, key, value, _ = tensors
+    batch, length, heads, dim = query.shape
+    bias, slope = parameters.get("distance_bias"), parameters.get("distance_slope")
+    settings = AttentionSettings(dim**-0.5, skip_mass)
+    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=False)
+
+    @jax.jit
+    def count(query, key, value, bias, slope, offset):
+        position = jnp.arange(1, length + 1, dtype=jnp.float32)
+        scale = jnp.broadcast_to(1 / position, (batch, length))
+        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
+        kernels = op.Kernels(query, key, value, bias, slope, offset, visibility, plan)
+        live = kernels.forward(kernels.visit_ranges(plan.blocks.forward), training=True)[-1]
+        tiles = plan.blocks.forward
+        end = jnp.arange(1, live.shape[-1] + 1) * tiles.queries
+        stop = -(-jnp.minimum(end, length) // tiles.keys)
+        return (stop - live).sum() / (batch * heads * stop.sum())
+
+    return count(query, key, value, bias, slope, parameters["offset"])

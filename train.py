@@ -109,6 +109,9 @@ def main(argv: Sequence[str]) -> int:
         return _MODES[_MODE.value]()
     except InputError as error:
         return _refuse(error)
+    except KeyboardInterrupt:  # before training began, or a second one
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

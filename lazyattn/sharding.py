@@ -35,7 +35,10 @@ RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+    """Devices along each mesh axis; one of them may be -1, "the rest".
+
+    `sequence` is kept for splitting the length, which nothing does yet: it must be 1.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -51,6 +54,12 @@ class MeshConfig:
             "mesh",
             sizes,
             "a mesh with at most one size of -1",
+        )
+        require(
+            self.sequence == 1,
+            "mesh.sequence",
+            self.sequence,
+            "1, since nothing is split along the length yet",
         )
 
 
@@ -68,8 +77,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     require(
         math.prod(sizes) == len(devices),
         "mesh",
-        dict(zip(MESH_AXES, sizes, strict=True)),
-        f"a product of {len(devices)}, the number of devices",
+        dataclasses.asdict(config),
+        f"sizes with a product of {len(devices)}, the number of devices",
     )
     return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 

@@ -31,7 +31,9 @@ def test_mesh_must_fit_the_devices():
         make_mesh(MeshConfig(data=-1, tensor=3), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("sizes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "tensor": -1}])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "tensor": -1}, {"sequence": 2}]
+)
 def test_bad_mesh_sizes(sizes):
     with pytest.raises(InputError, match="mesh"):
         MeshConfig(**sizes)

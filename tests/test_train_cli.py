@@ -263,3 +263,17 @@ def test_missing_and_bad_flags(arguments, message, monkeypatch, capsys):
         train._parse(sys.argv)
         assert train.main([]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_ctrl_c_before_training_shows_no_traceback(monkeypatch, capsys):
+    import train
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setitem(train._MODES, "train", interrupted)
+    with flagsaver.flagsaver():
+        train._parse(sys.argv)
+        assert train.main([]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"

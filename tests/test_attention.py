@@ -1,5 +1,6 @@
 """The public op: every implementation against the definition, and its own checks."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -233,26 +234,15 @@ def test_works_under_vmap_scan_and_remat():
         )
 
 
-MEMORY_PROGRAM = """
-import resource, jax, jax.numpy as jnp
-from lazyattn import lazy_attention
-q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 16384, 4, 64))
-m = 2.0 ** (-2 * jnp.arange(1, 5))
-bias = -m[:, None] * jnp.arange(1024)
-def loss(q, k, v, bias, m, tau):
-    out = lazy_attention(q, k, v, distance_bias=bias, distance_slope=m, offset=tau)
-    return jnp.sum(out * out)
-grads = jax.jit(jax.grad(loss, argnums=range(6)))(q, k, v, bias, m, -jnp.ones(4))
-assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-
-
 def test_length_16384_trains_in_two_gibibytes():
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROGRAM], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "tests.memory_program", "16384", "sharp"],
+        cwd=pathlib.Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    assert float(run.stdout) < 2.0
+    assert json.loads(run.stdout)["gibibytes"] < 2.0
 
 
 def _bad(**changes):

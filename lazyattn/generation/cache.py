@@ -53,3 +53,15 @@ def init_cache(config: ModelConfig, batch: int, cache_length: int) -> KVCache:
     empty = jnp.zeros(shape, config.compute_dtype)
     empty = sharding.constrain(empty, "layers", "batch", None, "kv_heads", "head_dim")
     return KVCache(empty, empty, jnp.zeros(batch, jnp.int32))
+
+
+def trained_cache_length(config: ModelConfig, sequence_length: int) -> int | None:
+    """Returns the only length of cache that decodes as the model was trained; None: any.
+
+    `lazy_length_offset` divides its offset by the number of keys a row has room for.
+
+    Args:
+      config: the model.
+      sequence_length: of the rows it was trained on.
+    """
+    return sequence_length if config.attention.variant == "lazy_length_offset" else None

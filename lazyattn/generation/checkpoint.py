@@ -5,6 +5,7 @@ import os
 import jax
 
 from lazyattn.experiment import ExperimentConfig
+from lazyattn.generation.cache import trained_cache_length
 from lazyattn.generation.decode import generate_text
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.training.workdir import load_trained
@@ -28,16 +29,19 @@ def sample(
       experiment: settings to use; None: the checkpoint's own.
 
     Raises:
-      InputError: if there is no checkpoint.
+      InputError: if there is no checkpoint, or the text would not fit a cache whose
+        length the model fixes.
     """
     trained = load_trained(path, experiment)
+    model = trained.experiment.model
     with jax.set_mesh(trained.mesh):
         (text,) = generate_text(
             trained.params,
-            trained.experiment.model,
+            model,
             trained.tokenizer,
             [prompt],
             sampling=sampling,
             key=jax.random.PRNGKey(seed),
+            cache_length=trained_cache_length(model, trained.experiment.data.sequence_length),
         )
     print(prompt + text)

@@ -1,5 +1,6 @@
 """What a finished run shows for itself."""
 
+import dataclasses
 import os
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import numpy as np
 
 from lazyattn.data.pipeline import PreparedData, unigram_entropy, validation_batches
 from lazyattn.experiment import ExperimentConfig
+from lazyattn.generation.cache import trained_cache_length
 from lazyattn.generation.decode import generate_text
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.inspection.statistics import attention_statistics
@@ -46,14 +48,6 @@ def print_summary(
     rows = next(validation_batches(prepared, experiment.data))
     found = attention_statistics(state.params, experiment.model, rows)
     share = np.mean(found.first_token / np.maximum(found.mass, 1e-9))
-    (text,) = generate_text(
-        state.params,
-        experiment.model,
-        prepared.tokenizer,
-        [_PROMPT],
-        sampling=_SAMPLE,
-        key=jax.random.fold_in(state.rng, state.step),
-    )
     say("")
     say(
         f"validation loss            {loss:.4f} nats a token"
@@ -63,13 +57,35 @@ def print_summary(
     say(f"attention exactly zero     {found.zero_share.mean():.1%} of the visible pairs")
     say(f"attention on first token   {share:.2%} of all attention, mean over layers and heads")
     say("sample, after a given first word")
-    for line in textwrap.wrap(" ".join((_PROMPT + text).split()), 90):
+    text = _PROMPT + _continuation(experiment, prepared, state)
+    for line in textwrap.wrap(" ".join(text.split()), 90):
         say(f"    {line}")
     say(f"checkpoint                 {checkpoint}")
     say("go on with")
     train = f"{_python()} train.py"
     say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
     say(f"    {train} --mode=eval --workdir={path}")
+
+
+def _continuation(experiment: ExperimentConfig, prepared: PreparedData, state: TrainState) -> str:
+    """Returns what the model says after `_PROMPT`, shorter where its cache is."""
+    model, tokenizer = experiment.model, prepared.tokenizer
+    room = trained_cache_length(model, experiment.data.sequence_length)
+    sampling = _SAMPLE
+    if room is not None:
+        room = max(room, len(tokenizer.encode(_PROMPT)) + 2)
+        new = min(sampling.max_new_tokens, room - len(tokenizer.encode(_PROMPT)) - 1)
+        sampling = dataclasses.replace(sampling, max_new_tokens=new)
+    (text,) = generate_text(
+        state.params,
+        model,
+        tokenizer,
+        [_PROMPT],
+        sampling=sampling,
+        key=jax.random.fold_in(state.rng, state.step),
+        cache_length=room,
+    )
+    return text
 
 
 def _python() -> str:

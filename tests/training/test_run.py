@@ -125,6 +125,20 @@ def test_no_checkpoint_to_evaluate_or_sample_from(tmp_path, make):
             use()
 
 
+def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
+    text, cache, tmp_path, capsys
+):
+    experiment = _experiment(
+        text, training__steps=1, model__attention__variant="lazy_length_offset"
+    )
+    length = experiment.data.sequence_length
+    assert run.train(experiment, tmp_path, cache) == 0
+    assert "sample" in capsys.readouterr().out
+    sample(tmp_path, "", SamplingConfig(max_new_tokens=length - 1))
+    with pytest.raises(InputError, match=f"the cache has room for {length} tokens"):
+        sample(tmp_path, "", SamplingConfig(max_new_tokens=length))
+
+
 def test_evaluating_another_model(text, trained, cache):
     with pytest.raises(InputError, match=r"config.model.num_layers is 3, but the checkpoints"):
         evaluate(trained, _experiment(text, model__num_layers=3), cache)

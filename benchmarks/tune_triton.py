@@ -10,6 +10,7 @@ Without one, the first candidate that neither spills nor runs out of shared memo
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -218,8 +219,10 @@ def measure(
     return times
 
 
-def choose_measured(shape: cases.Shape, dtype: str) -> dict[str, Row]:
-    """Returns the fastest candidates on this GPU."""
+def choose_measured(
+    shape: cases.Shape, dtype: str, save: Callable[[dict[str, Row]], None]
+) -> dict[str, Row]:
+    """Returns the fastest candidates on this GPU; `save` gets those known so far."""
     itemsize = jnp.dtype(dtype).itemsize
     # A sparse case takes less time, and matters at least as much.
     every = [Inputs.make("dense", shape, dtype, 1.0), Inputs.make("alibi", shape, dtype, 2.0)]
@@ -235,6 +238,7 @@ def choose_measured(shape: cases.Shape, dtype: str) -> dict[str, Row]:
     for kernel in ("inference", "forward"):
         times = fastest(kernel, tried(kernel))
         chosen[kernel] = min(times, key=times.__getitem__)
+        save(chosen)
     # These two have tiles of the same size.
     query_times = fastest("backward_query", tried("backward_query"))
     chosen["backward_query"] = min(query_times, key=query_times.__getitem__)
@@ -248,6 +252,7 @@ def choose_measured(shape: cases.Shape, dtype: str) -> dict[str, Row]:
         if one[:2] == other[:2]
     }
     chosen["backward_query"], chosen["backward_bias"] = min(pairs, key=pairs.__getitem__)
+    save(chosen)
     times = fastest("backward_key", tried("backward_key"))
     chosen["backward_key"] = min(times, key=times.__getitem__)
     return chosen
@@ -289,14 +294,23 @@ def main(argv: list[str]) -> None:
         capabilities = [capability]
     for capability in capabilities:
         for head_dim in map(int, _HEAD_DIMS.value):
+            key = config.table_key(capability, itemsize, head_dim)
+            before = rows.get(key, {})
+
+            def save(chosen: dict[str, Row], key: Any = key, before: Any = before) -> None:
+                merged = before | chosen
+                with contextlib.suppress(AssertionError, TypeError):  # not a whole row yet
+                    config.Blocks(**{name: config.Block(*row) for name, row in merged.items()})
+                    rows[key] = merged
+                    write(rows, path)
+
             if _STATIC.value:
                 chosen = choose_static(capability, itemsize, head_dim)
             else:
                 shape = cases.Shape.parse(f"{_SIZES.value}x{head_dim}")
-                chosen = choose_measured(shape, _DTYPE.value)
-            rows[config.table_key(capability, itemsize, head_dim)] = chosen
+                chosen = choose_measured(shape, _DTYPE.value, save)
+            save(chosen)
             print(capability, head_dim, chosen, flush=True)
-            write(rows, path)
 
 
 if __name__ == "__main__":

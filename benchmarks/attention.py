@@ -190,6 +190,11 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         case: shares.by_definition(query, key, parameters[case], skip_mass=_SKIP_MASS.value)
         for case in _CASES.value
     }
+    done = [result for n, (result, _) in enumerate(jobs) if str(n) in runs]
+    in_full = {
+        case: float(shares.by_triton(sets[0], parameters[case], _SKIP_MASS.value))
+        for case in {result.case for result in done if result.implementation == "triton"}
+    }
     for n, (result, _) in enumerate(jobs):
         if str(n) not in runs:
             continue
@@ -198,9 +203,8 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         result.teraflops = flops / result.milliseconds / 1e9
         if result.case:
             result.visited, result.live = map(float, counted[result.case])
-            if result.implementation == "triton":
-                found = shares.by_triton(sets[0], parameters[result.case], _SKIP_MASS.value)
-                result.in_full = float(found)
+        if result.implementation == "triton":
+            result.in_full = in_full[result.case]
         if _PROFILE.value and result.case:
             try:
                 result.kernels = _profile(runs[str(n)])

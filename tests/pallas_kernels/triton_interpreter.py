@@ -18,11 +18,11 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-import triton.experimental.gluon  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.experimental.gluon
+import triton.language as tl
+from triton.runtime import interpreter
 
-from pallas_kernels.triton import call, config, op, support  # noqa: E402
+from pallas_kernels.triton import call, config, op, support
 
 # All that reads it is imported by now; the processes that other tests start need not.
 assert triton.experimental.gluon and op

@@ -1,7 +1,8 @@
 """What the Triton compiler makes of the kernels, without a GPU.
 
 Registers, spilled bytes and shared memory of every kernel that one call launches, for any
-compute capability:
+compute capability, and whether the assembler had to let tensor cores wait for each
+other's results:
 
     python -m benchmarks.triton_static --capability=90 --head_dim=64 --dtype=bfloat16
 
@@ -54,12 +55,15 @@ class Report:
       spilled: bytes a thread stores for want of registers.
       shared: bytes of shared memory a program.
       programs: of them that fit on one multiprocessor; 0: not one does.
+      serialized: products on compute capability 9.0 wait for each other, since the
+        compiler moved their accumulators about.
     """
 
     registers: int
     spilled: int
     shared: int
     programs: int
+    serialized: bool
 
 
 def shared_memory(capability: int) -> int:
@@ -187,7 +191,7 @@ def report(launch: Launch, capability: int) -> Report:
     if shared <= limit:
         by_shared = (limit + 1024) // (shared + 1024)
         programs = min(by_shared, 65536 // (-(-registers // 8) * 8 * threads), 2048 // threads)
-    return Report(registers, spilled, shared, programs)
+    return Report(registers, spilled, shared, programs, "instructions are serialized" in log)
 
 
 def _number(pattern: str, text: str) -> str:
@@ -202,8 +206,8 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     bad = False
     print(f"sm_{options.capability}, head size {options.head_dim}, {options.dtype}")
-    print("| kernel | queries x keys, warps, stages | registers | spilled | shared | programs |")
-    print("|---|---|---|---|---|---|")
+    print("| kernel | queries x keys, warps, stages | registers | spilled | shared | programs | |")
+    print("|---|---|---|---|---|---|---|")
     every = launches(
         options.capability,
         options.head_dim,
@@ -219,7 +223,8 @@ def main(argv: list[str]) -> None:
         found, block = report(every[name], options.capability), every[name].block
         print(
             f"| {name} | {block.queries} x {block.keys}, {block.warps}, {block.stages}"
-            f" | {found.registers} | {found.spilled} | {found.shared} | {found.programs} |",
+            f" | {found.registers} | {found.spilled} | {found.shared} | {found.programs}"
+            f" | {'serialized' if found.serialized else ''} |",
             flush=True,
         )
         bad |= found.spilled > 0 or found.programs == 0

@@ -111,6 +111,7 @@ def choose_static(capability: int, itemsize: int, head_dim: int) -> dict[str, Ro
                 )
                 found = triton_static.report(launches[kernel], capability)
                 spilled += found.spilled if found.programs else 10**9
+                spilled += 1000 * found.serialized
             print(capability, itemsize, head_dim, kernel, row, f"spilled {spilled}", flush=True)
             if best is None or spilled < best[0]:
                 best = spilled, row

@@ -34,7 +34,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "backward_bias": (64, 32, 8, 2),
     },
     ("sm_80", 4, 32): {
-        "inference": (32, 32, 8, 1),
+        "inference": (16, 16, 8, 1),
         "forward": (32, 32, 8, 1),
         "backward_query": (32, 32, 8, 1),
         "backward_key": (32, 32, 8, 1),
@@ -59,7 +59,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "forward": (16, 16, 8, 1),
         "backward_query": (16, 16, 8, 1),
         "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
+        "backward_bias": (16, 16, 4, 1),
     },
     ("sm_89", 2, 32): {
         "inference": (64, 64, 4, 3),
@@ -90,7 +90,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "backward_bias": (32, 32, 8, 2),
     },
     ("sm_89", 4, 32): {
-        "inference": (32, 32, 8, 1),
+        "inference": (16, 16, 8, 1),
         "forward": (32, 32, 8, 1),
         "backward_query": (32, 32, 8, 1),
         "backward_key": (32, 32, 8, 1),
@@ -115,7 +115,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "forward": (16, 16, 8, 1),
         "backward_query": (16, 16, 8, 1),
         "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
+        "backward_bias": (16, 16, 4, 1),
     },
     ("sm_90", 2, 32): {
         "inference": (64, 64, 4, 3),
@@ -128,7 +128,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "inference": (128, 64, 8, 3),
         "forward": (128, 64, 8, 3),
         "backward_query": (64, 64, 4, 3),
-        "backward_key": (64, 64, 4, 3),
+        "backward_key": (64, 64, 4, 2),
         "backward_bias": (64, 64, 4, 3),
     },
     ("sm_90", 2, 128): {
@@ -146,7 +146,7 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "backward_bias": (64, 32, 8, 2),
     },
     ("sm_90", 4, 32): {
-        "inference": (32, 32, 8, 1),
+        "inference": (16, 16, 8, 1),
         "forward": (32, 32, 8, 1),
         "backward_query": (32, 32, 8, 1),
         "backward_key": (32, 32, 8, 1),
@@ -171,6 +171,6 @@ BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
         "forward": (16, 16, 8, 1),
         "backward_query": (16, 16, 8, 1),
         "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
+        "backward_bias": (16, 16, 4, 1),
     },
 }

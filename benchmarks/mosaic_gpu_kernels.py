@@ -1,0 +1,185 @@
+"""Times each of the Hopper kernels, with several blocks, on the cases of attention.py.
+
+    python -m benchmarks.mosaic_gpu_kernels --shapes=4x16x4096x64 --cases=dense,alibi
+
+Prints one line a kernel, case and block: milliseconds, and what a tile of 64 queries x 64
+keys that is not negligible costs in clocks of one SM. What is best belongs into
+pallas_kernels/mosaic_gpu/config.py. MOSAIC_GPU_DUMP_PTXAS=1 adds registers and spills.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import cases, timing
+from pallas_kernels.mosaic_gpu import config, op
+from pallas_kernels.mosaic_gpu.config import Block, ForwardBlock, KeyBlock
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.types import Visibility
+
+KERNELS = ("inference", "forward", "backward_query", "backward_key", "backward_bias")
+
+_SHAPES = flags.DEFINE_list("shapes", ["4x16x4096x64"], "As for attention.py.")
+_CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "As for attention.py.")
+_KERNELS = flags.DEFINE_list("kernels", list(KERNELS), "Which to time.")
+_WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
+_CANDIDATES = flags.DEFINE_boolean("candidates", True, "Try other blocks than the config's.")
+_OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax; else softmax.")
+_JOBS = flags.DEFINE_integer("jobs", 12, "Programs compiled at once.")
+_CALLS = flags.DEFINE_integer("calls", 10, "Calls in a row.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Times each is timed; the median counts.")
+
+_SMS, _GIGAHERTZ = 132, 1.755
+
+
+def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
+    """Returns blocks worth trying, the config's first."""
+    chosen = getattr(config.blocks(head_dim), kernel)
+    yield chosen
+    if not _CANDIDATES.value:
+        return
+    found: list[Any] = []
+    both = (False, True)
+    if kernel in ("inference", "forward"):
+        for keys, groups, stages in ((64, 2, 3), (128, 2, 2), (64, 3, 3), (128, 3, 2), (64, 3, 4)):
+            if head_dim == 128 and keys == 128 and (groups == 3 or kernel == "forward"):
+                continue
+            for share in ((0, 1), (1, 4), (1, 2)):
+                found.append(
+                    ForwardBlock(
+                        warpgroups=groups,
+                        stages=stages,
+                        keys=keys,
+                        polynomial=share,
+                        in_registers=head_dim == 64 and groups == 2,
+                    )
+                )
+    elif kernel == "backward_key":
+        for groups, registers, early in ((2, True, True), (2, False, True), (3, False, True),
+                                         (2, False, False), (3, False, False)):  # fmt: skip
+            if head_dim == 64 or not registers:
+                found.append(
+                    KeyBlock(warpgroups=groups, in_registers=registers, early=early, stages=2)
+                )
+    else:
+        for groups in (2, 3) if kernel == "backward_query" else (1, 2, 3):
+            for stages in (2, 4) if head_dim == 64 else (2, 3):
+                for registers in both if head_dim == 64 else (False,):
+                    if kernel == "backward_bias" and (
+                        registers or 2 * stages + 2 * (stages + groups - 1) > 12
+                    ):
+                        continue
+                    found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
+    yield from (block for block in found if block != chosen)
+
+
+@dataclasses.dataclass
+class Job:
+    """One kernel, with one block, on one case."""
+
+    case: str
+    kernel: str
+    block: Any
+    run: Callable[[], Any] | None = None
+
+
+def _kernels(plan: Plan, arrays: Any) -> op.Kernels:
+    return op.Kernels(*arrays, plan)
+
+
+def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
+    query, key, value, d_out = cases.tensors(shape, "bfloat16", seed=0)
+    parameters = cases.parameters(case, shape, _WIDTH.value, None)
+    position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
+    scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
+    visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
+    bias, slope = parameters["distance_bias"], parameters.get("distance_slope")
+    offset = parameters["offset"] if _OFFSET.value else None
+    plan = Plan(
+        scale=shape.head_dim**-0.5,
+        skip_mass=1e-6,
+        skip_dead=True,
+        packed=False,
+        width=min(_WIDTH.value, shape.length),
+        has_slope=slope is not None,
+        has_offset=offset is not None,
+        blocks=config.blocks(shape.head_dim),
+    )
+    return plan, (query, key, value, bias, slope, offset, visibility), d_out
+
+
+def measure(shape: cases.Shape) -> None:
+    """Times everything at one shape and prints it."""
+    jobs: list[tuple[Job, Plan, Any, Any]] = []
+    tiles: dict[str, tuple[float, float]] = {}
+    for case in _CASES.value:
+        plan, arrays, d_out = _inputs(case, shape)
+
+        @jax.jit
+        def before(arrays, d_out, plan=plan):
+            kernels = _kernels(plan, arrays)
+            first = kernels.visited()
+            out, mean, rounding, log_total, live = kernels.forward(first, training=True)
+            live = first if live is None else live
+            rows, _ = kernels.row_facts(log_total, out, mean, rounding, d_out)
+            return rows, first, live, d_out
+
+        saved = before(arrays, d_out)
+        unit = jnp.arange(saved[1].shape[-1])
+        every = shape.batch * shape.heads * (unit + 1).sum()
+        visited, live = ((unit + 1 - x).sum() for x in saved[1:3])
+        print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
+        tiles[case] = (float(visited), float(live))
+        for kernel in _KERNELS.value:
+            if kernel == "backward_bias" and plan.width == 0:
+                continue
+            for block in candidates(kernel, shape.head_dim):
+                blocks = dataclasses.replace(plan.blocks, **{kernel: block})
+                job = Job(case, kernel, block)
+                jobs.append((job, dataclasses.replace(plan, blocks=blocks), arrays, saved))
+
+    def compiled(item: tuple[Job, Plan, Any, Any]) -> None:
+        job, plan, arrays, saved = item
+
+        def run(arrays, saved):
+            kernels = _kernels(plan, arrays)
+            if job.kernel in ("inference", "forward"):
+                return kernels.forward(saved[1], training=job.kernel == "forward")[0]
+            return getattr(kernels, job.kernel)(*saved)
+
+        try:
+            program = jax.jit(run).lower(arrays, saved).compile()
+            jax.block_until_ready(program(arrays, saved))
+            job.run = lambda: program(arrays, saved)
+        except Exception as error:
+            print(job.case, job.kernel, job.block, str(error).splitlines()[0][:150], flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+        list(pool.map(compiled, jobs))
+    for job, *_ in jobs:
+        if job.run is None:
+            continue
+        ms = timing.milliseconds(job.run, calls=_CALLS.value, rounds=_ROUNDS.value)
+        clocks = ms * 1e6 * _GIGAHERTZ * _SMS / tiles[job.case][0]
+        fields = dataclasses.asdict(job.block)
+        said = " ".join(f"{name}={value}" for name, value in fields.items())
+        print(
+            f"{job.case:6s} {job.kernel:15s} {ms:7.3f} ms {clocks:6.0f} clocks  {said}", flush=True
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Measures every shape."""
+    del argv
+    print(jax.devices()[0].device_kind, "tiles of", UNIT)
+    for text in _SHAPES.value:
+        measure(cases.Shape.parse(text))
+
+
+if __name__ == "__main__":
+    app.run(main)

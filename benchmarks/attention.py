@@ -138,9 +138,8 @@ def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU"):
             continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
+        lines = list(plane.lines)
+        for line in [line for line in lines if "Stream" in line.name] or lines:
             for event in line.events:
                 name = event.name
                 totals[name] = totals.get(name, 0.0) + event.duration_ns / 1e6 / calls

@@ -2,8 +2,8 @@
 
     python -m tests.memory_program 16384 sharp
 
-Batch 1, 4 heads of size 64, float32, W = 1024; a kind of `CALLS`. The memory is all that
-the process ever held, Python and JAX included.
+Batch 1, 4 heads of size 64, float32, W = 1024; a kind of `CALLS`. The time is the least of
+up to ten calls, the memory all that the process ever held, Python and JAX included.
 """
 
 import json
@@ -56,11 +56,13 @@ def main(length: int, kind: str) -> None:
     arguments = (query, key, value), parameters()
     found = jax.block_until_ready(gradients(*arguments))
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
-    begin = time.perf_counter()
-    jax.block_until_ready(gradients(*arguments))
-    seconds = time.perf_counter() - begin
+    times: list[float] = []
+    while len(times) < 10 and sum(times) < 5:
+        begin = time.perf_counter()
+        jax.block_until_ready(gradients(*arguments))
+        times.append(time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": round(seconds, 3), "gibibytes": round(peak, 3)}))
+    print(json.dumps({"seconds": round(min(times), 3), "gibibytes": round(peak, 3)}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Lazy Attention on TPUs: Pallas kernels for Mosaic."""

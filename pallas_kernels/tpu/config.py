@@ -1,0 +1,133 @@
+"""What a launch is made with: tile sizes, and how many keys stay in VMEM at a time."""
+
+import dataclasses
+
+from pallas_kernels.visit import TileSizes
+
+LANES = 128
+_MIB = 2**20
+
+# Bytes of VMEM a core has.
+VMEM = {"v4": 16 * _MIB, "v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB, "7x": 64 * _MIB}
+# Of it, what the compiler may use, and what a launch is planned to need at most.
+_LIMIT = 0.94
+_PLANNED = 0.80
+# Bytes of scalar memory that tile ranges may take.
+SMEM_FOR_RANGES = 512 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tiles of one launch: queries a multiple of keys, keys of 128."""
+
+    queries: int
+    keys: int
+
+    def __post_init__(self):
+        assert self.queries % self.keys == 0 and self.keys % LANES == 0
+
+    @property
+    def tiles(self) -> TileSizes:
+        """Returns the tile sizes."""
+        return TileSizes(self.queries, self.keys)
+
+
+# (generation, head size) -> queries and keys of a tile. Chosen by bundles of the final
+# schedule, see `benchmarks/tpu_static.py`.
+_BLOCKS: dict[tuple[str, int], tuple[int, int]] = {
+    ("v4", 64): (256, 256),
+    ("v4", 128): (256, 256),
+    ("v4", 256): (256, 128),
+    ("v5e", 64): (512, 256),
+    ("v5e", 128): (512, 256),
+    ("v5e", 256): (256, 256),
+    ("v5p", 64): (512, 256),
+    ("v5p", 128): (512, 256),
+    ("v5p", 256): (256, 256),
+    ("v6e", 64): (512, 256),
+    ("v6e", 128): (512, 256),
+    ("v6e", 256): (512, 256),
+    ("7x", 64): (512, 256),
+    ("7x", 128): (512, 256),
+    ("7x", 256): (512, 256),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Returns the head size the kernels see."""
+    return 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
+
+
+def block(generation: str, itemsize: int, head_dim: int, length: int) -> Block:
+    """Returns the tiles for a call.
+
+    Args:
+      generation: of the TPU, one of `support.GENERATIONS`.
+      itemsize: bytes of an input number, 2 or 4.
+      head_dim: at most 256.
+      length: of the sequence; a short one gets small tiles.
+    """
+    queries, keys = _BLOCKS[generation, padded_head_dim(head_dim)]
+    if itemsize == 4:
+        queries, keys = min(queries, 256), min(keys, 128)
+    while queries >= 2 * LANES and queries // 2 >= length:
+        queries //= 2
+    return Block(queries, min(keys, queries))
+
+
+def vmem_limit(generation: str) -> int:
+    """Returns the bytes of VMEM the compiler may use."""
+    return int(_LIMIT * VMEM[generation])
+
+
+def key_chunks(
+    generation: str, block: Block, length: int, head_dim: int, itemsize: int, *, backward: bool
+) -> int:
+    """Returns into how many chunks the keys are cut so that one fits into VMEM.
+
+    Args:
+      generation: of the TPU.
+      block: tiles.
+      length: padded to a multiple of `block.queries`.
+      head_dim: padded.
+      itemsize: bytes of an input number.
+      backward: for the backward pass rather than the forward pass.
+
+    Raises:
+      ValueError: if not even a chunk of one query tile's keys fits.
+    """
+    tiles = length // block.queries
+    budget = _PLANNED * VMEM[generation]
+    for chunks in range(1, tiles + 1):
+        if tiles % chunks:
+            continue
+        need = vmem_bytes(block, length, length // chunks, head_dim, itemsize, backward=backward)
+        if need <= budget:
+            return chunks
+    raise ValueError(
+        f"implementation 'tpu' needs {need / _MIB:.0f} MiB of VMEM for tiles of {block.queries}"
+        f" queries x {block.keys} keys at length {length} and head_dim {head_dim}, but a TPU"
+        f" {generation} allows {budget / _MIB:.0f} MiB."
+    )
+
+
+def vmem_bytes(
+    block: Block, length: int, chunk: int, head_dim: int, itemsize: int, *, backward: bool
+) -> int:
+    """Returns the bytes of VMEM a launch is planned to need; arguments as above."""
+    queries, keys = block.queries, block.keys
+    twice = 2  # Blocks are fetched ahead.
+    row = 8 * queries * 4
+    bias = 8 * (length + queries) * 4
+    tile = queries * keys
+    of_query = head_dim * queries * itemsize
+    need = twice * 2 * head_dim * chunk * itemsize + twice * bias
+    if backward:
+        need += twice * 2 * chunk * max(head_dim, LANES) * 4
+        need += twice * bias + twice * 6 * of_query + head_dim * queries * 4
+        need += twice * 5 * row + 6 * tile * 4
+    else:
+        need += twice * 4 * of_query + 2 * head_dim * queries * 4
+        need += twice * 4 * row + 4 * row + 4 * tile * 4
+        need += length // keys * queries * 4
+    return need

@@ -1,0 +1,66 @@
+"""What these kernels can do, decided without compiling anything."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "7x")
+
+MAX_HEAD_DIM = 256
+
+_pretended: str | None = None
+
+
+@contextlib.contextmanager
+def pretend_generation(generation: str) -> Iterator[None]:
+    """Takes the device to be a TPU of this generation, to compile for it without one."""
+    global _pretended
+    assert generation in GENERATIONS
+    before, _pretended = _pretended, generation
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def generation() -> str | None:
+    """Returns the generation of the TPU in use, one of `GENERATIONS`; None: none of them."""
+    if _pretended is not None:
+        return _pretended
+    device = jax.local_devices()[0]
+    if device.platform != "tpu":
+        return None
+    return generation_of(device.device_kind)
+
+
+def generation_of(device_kind: str) -> str | None:
+    """Returns the generation that a device kind names, e.g. "TPU v5 lite"."""
+    kind = device_kind.lower().replace("tpu", "").strip()
+    match = re.match(r"v?(\d)\s*(lite|e|p|x)?", kind)
+    if match is None:
+        return None
+    number, letter = match.groups()
+    named = {"4": "v4", "5": "v5p", "6": "v6e", "7": "7x"}.get(number)
+    if number == "5" and letter in ("lite", "e"):
+        named = "v5e"
+    if number == "4" and letter in ("lite", "i"):
+        named = None
+    return named
+
+
+def unsupported(head_dim: int, value_dim: int, dtype: Any) -> str | None:
+    """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
+    if generation() is None:
+        if jax.default_backend() == "tpu":
+            return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
+        return f"it needs a TPU and JAX runs on {jax.default_backend()!r}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"
+    if value_dim != head_dim:
+        return f"value_dim is {value_dim} and head_dim {head_dim}"
+    if str(dtype) not in ("float32", "bfloat16"):
+        return f"inputs are {dtype}"
+    return None

@@ -24,153 +24,238 @@ from pallas_kernels.tpu.tile import (
     FIRST_FIRST,
     LAST_FIRST,
     LAST_LAST,
-    add_diagonals,
+    Bias,
     at_tile,
-    bias_start,
-    bias_tile,
     dot,
+    over_pairs,
+    strips,
     thresholds,
+    views,
     visible,
 )
 
+# References that hold the queries of a step.
+_OF_QUERIES = ("query", "scale", "document", "out", "d_out", "log_sum", "mean", "rounding", "pull")
 
-class _Step:
-    """One step's references, and what it does to each tile."""
 
-    def __init__(self, plan: Plan, refs: Any):
-        self.plan, self.refs = plan, refs
-        self.batch, self.key_head, self.chunk = (pl.program_id(n) for n in range(3))
-        self.member, self.query_tile = pl.program_id(3), pl.program_id(4)
-        self.head = self.key_head * plan.group + self.member
+class _QueryTile:
+    """One tile of queries, and what is done to each of its tiles."""
+
+    def __init__(self, plan: Plan, refs: Any, within: Any):
+        self.plan = plan
+        self.batch, self.head = pl.program_id(0), _head(plan)
+        self.query_tile = pl.program_id(4) * plan.tiles_a_step + within
         self.chunk_tiles = plan.padded_length // plan.backward_chunks // plan.keys
-        self.base = self.chunk * self.chunk_tiles
+        self.base = pl.program_id(2) * self.chunk_tiles
         at = (self.batch * plan.heads + self.head) * plan.query_tiles + self.query_tile
         self.first = refs.first[at]
         self.live_tile = refs.live[at] if plan.has_offset else self.first
         self.diagonal = self.query_tile * plan.ratio
+        names = _OF_QUERIES + (("d_query",) if plan.backward_chunks == 1 else ())
+        self.refs = views(refs, names, at_tile(within, plan.queries))
+        self.bias = Bias(plan, refs)
 
     def facts(self) -> None:
         """Before the tiles: delta, and the query's part in the gradient of the offset."""
         plan, refs = self.plan, self.refs
-        d_out = refs.d_out[0, 0].astype(jnp.float32)
-        out = refs.out[0, 0].astype(jnp.float32)
+        d_out = refs.d_out[...].astype(jnp.float32)
+        out = refs.out[...].astype(jnp.float32)
         if plan.half:
-            out = out + refs.rounding[0, 0].astype(jnp.float32)
+            out = out + refs.rounding[...].astype(jnp.float32)
         delta = jnp.sum(d_out * out, axis=0, keepdims=True)
         if plan.has_offset:
             tau = refs.tau[self.head]
-            pull = jnp.sum(d_out * refs.mean[0, 0].astype(jnp.float32), axis=0, keepdims=True)
-            refs.pull[0, 0] = pull
+            pull = jnp.sum(d_out * refs.mean[...].astype(jnp.float32), axis=0, keepdims=True)
+            refs.pull[...] = pull
             delta = delta - tau * pull
-            refs.threshold[...] = thresholds(plan, tau, refs.scale[0], self.query_tile)
+            refs.threshold[...] = thresholds(plan, tau, refs.scale[...], self.query_tile)
         refs.delta[...] = delta
         refs.sum[...] = jnp.zeros_like(refs.sum)
 
-    def add(self, live: bool, tile: Any, skipped: int | None = None) -> None:
-        """Adds a tile's part to all gradients."""
-        plan, refs = self.plan, self.refs
-        diagonal, cut = skipped is not None, slice(skipped or 0, None)
-        at = at_tile(tile - self.base, plan.keys)
-        key, query = refs.key[0, 0, :, at], refs.query[0, 0, :, cut]
-        scores = dot(key, query, FIRST_FIRST) * plan.score_scale
-        start = bias_start(plan, self.diagonal - tile)
-        if plan.has_bias:
-            window = refs.bias[0, :, pl.ds(start, plan.bias_window)]
-            scores = scores + bias_tile(plan, window, cut.start)
-        document = refs.document[0, :, cut] if plan.packed else None
-        seen = visible(plan, document, tile, scores.shape, diagonal=diagonal)
-        softmax = jnp.exp2(scores - refs.log_sum[0, 0, :, cut])
-        if seen is not None:
-            softmax = jnp.where(seen, softmax, 0)
-        delta = refs.delta[:, cut]
+    def raw_products(self, tile: Any, skipped: int, *, live: bool) -> tuple[Any, Any]:
+        """Returns K^T Q and, for a live tile, V^T dO."""
+        refs, at = self.refs, at_tile(tile - self.base, self.plan.keys)
+        raw = dot(refs.key[0, 0, :, at], refs.query[:, skipped:], FIRST_FIRST)
+        if not live:
+            return raw, None
+        return raw, dot(refs.value[0, 0, :, at], refs.d_out[:, skipped:], FIRST_FIRST)
+
+    def prepare(self, tile: Any, *, live: bool) -> None:
+        """Stores the products of the tile that the next turn works on."""
+        raw, d_weights = self.raw_products(jnp.maximum(tile, self.base), 0, live=live)
+        self.refs.scores[...] = raw
         if live:
-            d_out = refs.d_out[0, 0, :, cut]
-            d_weights = dot(refs.value[0, 0, :, at], d_out, FIRST_FIRST)
-            weights = softmax
-            if plan.has_offset:
-                weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
-                if seen is not None:
-                    weights = jnp.where(seen, weights, 0)
-                d_weights = jnp.where(weights == 0, 0, d_weights)
-            refs.d_value[0, 0, at, :] += dot(weights.astype(d_out.dtype), d_out, LAST_LAST)
-            d_scores = softmax * (d_weights - delta)
-        else:
-            d_scores = -softmax * delta
-        if plan.has_bias:
-            add_diagonals(plan, refs.d_bias.at[0, 0, 0], start, d_scores, cut.start)
-        d_scores = d_scores.astype(query.dtype)
-        refs.d_key[0, 0, at, :] += dot(d_scores, query, LAST_LAST)
-        refs.sum[:, cut] += dot(key, d_scores, LAST_FIRST)
+            self.refs.d_weights[...] = d_weights
+
+    def work(self, tile: Any, raw: Any, raw_d: Any, skipped: int | None = None) -> None:
+        """Stores a tile's weights and dS, and adds dS to the gradient of the bias.
+
+        Args:
+          tile: index of the tile of keys.
+          raw: K^T Q.
+          raw_d: V^T dO; None: the tile is dead.
+          skipped: queries cut off; None: not on the diagonal.
+        """
+        plan, refs = self.plan, self.refs
+        cut, dtype = slice(skipped or 0, None), refs.d_scores.dtype
+        for keys in strips(plan):
+            scores = raw[keys, :] * plan.score_scale
+            if plan.has_bias:
+                scores = scores + self.bias.tile(self.diagonal - tile, keys, cut.start)
+            document = refs.document[:, cut] if plan.packed else None
+            key = tile * plan.keys + keys.start
+            on_diagonal = None if skipped is None else keys.start
+            seen = visible(document, key, scores.shape, on_diagonal)
+            softmax = jnp.exp2(scores - refs.log_sum[:, cut])
+            if seen is not None:
+                softmax = jnp.where(seen, softmax, 0)
+            if raw_d is None:
+                d_scores = -softmax * refs.delta[:, cut]
+            else:
+                weights, d_weights = softmax, raw_d[keys, :]
+                if plan.has_offset:
+                    weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
+                    if seen is not None:
+                        weights = jnp.where(seen, weights, 0)
+                    d_weights = jnp.where(weights == 0, 0, d_weights)
+                refs.weights[keys, cut] = weights.astype(dtype)
+                d_scores = softmax * (d_weights - refs.delta[:, cut])
+            if plan.has_bias:
+                self.bias.add(self.diagonal - tile, keys, d_scores, cut.start)
+            refs.d_scores[keys, cut] = d_scores.astype(dtype)
+
+    def multiply(self, tile: Any, skipped: int = 0, *, live: bool) -> None:
+        """Adds what `work` stored to dQ, dK and dV."""
+        refs, cut = self.refs, slice(skipped, None)
+        at = at_tile(tile - self.base, self.plan.keys)
+        if live:
+            d_out = refs.d_out[:, cut]
+            refs.d_value[0, 0, at, :] += dot(refs.weights[:, cut], d_out, LAST_LAST)
+        d_scores = refs.d_scores[:, cut]
+        refs.d_key[0, 0, at, :] += dot(d_scores, refs.query[:, cut], LAST_LAST)
+        refs.sum[:, cut] += dot(refs.key[0, 0, :, at], d_scores, LAST_FIRST)
+
+    def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> None:
+        """Goes over tiles from `stop` back to `first`, all live or all dead.
+
+        `before` is a live tile that is still to be multiplied; None: there is none.
+        """
+
+        @pl.when(first < stop)
+        def _():
+            self.prepare(stop - 1, live=live)
+
+        def turn(n: Any) -> None:
+            tile = stop - 1 - n
+            self.multiply(jnp.where(n == 0, before, tile + 1), live=live)
+            self.work(tile, self.refs.scores, self.refs.d_weights if live else None)
+            self.prepare(tile - 1, live=live)
+
+        over_pairs(stop - first, turn)
+        self.multiply(jnp.where(first == stop, before, first), live=live)
 
     def tiles(self) -> None:
         """Adds all visited tiles of the chunk."""
+        plan, refs = self.plan, self.refs
         end = self.base + self.chunk_tiles
         stop = jnp.minimum(self.diagonal, end)
         first = jnp.minimum(jnp.maximum(self.first, self.base), stop)
-        live = jnp.clip(self.live_tile, first, stop)
-        if self.plan.has_offset and self.plan.skip_dead:
-
-            @pl.loop(first, live)
-            def _(tile):
-                self.add(False, tile)
-        else:
-            live = first
-
-        @pl.loop(live, stop)
-        def _(tile):
-            self.add(True, tile)
+        has_dead = plan.has_offset and plan.skip_dead
+        live = jnp.clip(self.live_tile, first, stop) if has_dead else first
 
         def on_diagonal() -> None:
-            for crossed in range(self.plan.ratio):
-                self.add(True, self.diagonal + crossed, crossed * self.plan.keys)
+            for crossed in range(plan.ratio):
+                tile, skipped = self.diagonal + crossed, crossed * plan.keys
+                raw, d_weights = self.raw_products(tile, skipped, live=True)
+                if crossed:
+                    self.multiply(tile - 1, skipped - plan.keys, live=True)
+                self.work(tile, raw, d_weights, skipped)
+            if plan.ratio > 1:
+                clear(slice(0, (plan.ratio - 1) * plan.keys))
 
-        if self.plan.backward_chunks == 1:
+        def clear(cut: slice) -> None:
+            for ref in (refs.weights, refs.d_scores):
+                ref[:, cut] = jnp.zeros_like(ref[:, cut])
+
+        if plan.backward_chunks == 1:
             on_diagonal()
         else:
-            pl.when((self.diagonal >= self.base) & (self.diagonal < end))(on_diagonal)
+            own = (self.diagonal >= self.base) & (self.diagonal < end)
+            pl.when(own)(on_diagonal)
+            pl.when(jnp.logical_not(own))(lambda: clear(slice(0, None)))
+        before = jnp.minimum(self.diagonal + plan.ratio - 1, end - 1)
+        self.walk(live, stop, before, live=True)
+        if has_dead:
 
-    def start(self) -> None:
-        """Clears the sums over queries and over the heads of a group."""
-        refs = self.refs
-
-        @pl.when((self.member == 0) & (self.query_tile == 0))
-        def _():
-            refs.d_key[...] = jnp.zeros_like(refs.d_key)
-            refs.d_value[...] = jnp.zeros_like(refs.d_value)
-
-        if self.plan.has_bias:
-
-            @pl.when(self.query_tile == 0)
+            @pl.when(first < live)
             def _():
-                refs.d_bias[...] = jnp.zeros_like(refs.d_bias)
+                refs.d_scores[...] = jnp.zeros_like(refs.d_scores)
+                self.walk(first, live, live - 1, live=False)
 
     def run(self) -> None:
-        """Does the step."""
+        """Does one query tile."""
         plan, refs = self.plan, self.refs
-        self.start()
         self.facts()
         if plan.backward_chunks == 1:
             self.tiles()
-            refs.d_query[0, 0] = (refs.sum[...] * plan.scale).astype(refs.d_query.dtype)
-        else:
-            end = self.base + self.chunk_tiles
+            refs.d_query[...] = (refs.sum[...] * plan.scale).astype(refs.d_query.dtype)
+            return
+        end = self.base + self.chunk_tiles
 
-            @pl.when((self.first < end) & (self.diagonal >= self.base))
-            def _():
-                at = at_tile(self.query_tile, plan.queries)
-                stored = refs.d_query.at[self.batch, self.head, :, at]
-                pltpu.sync_copy(stored, refs.before)
-                self.tiles()
-                refs.before[...] += refs.sum[...] * plan.scale
-                pltpu.sync_copy(refs.before, stored)
-
-        @pl.when((self.member == plan.group - 1) & (self.query_tile == plan.query_tiles - 1))
+        @pl.when((self.first < end) & (self.diagonal >= self.base))
         def _():
-            refs.d_key[...] *= plan.scale
+            at = at_tile(self.query_tile, plan.queries)
+            stored = refs.d_query.at[self.batch, self.head, :, at]
+            pltpu.sync_copy(stored, refs.before)
+            self.tiles()
+            refs.before[...] += refs.sum[...] * plan.scale
+            pltpu.sync_copy(refs.before, stored)
+
+
+def _head(plan: Plan) -> Any:
+    return pl.program_id(1) * plan.group + pl.program_id(3)
+
+
+def _start(plan: Plan, refs: Any) -> None:
+    """Clears the sums over queries and over the heads of a group."""
+    member, step = pl.program_id(3), pl.program_id(4)
+
+    @pl.when((member == 0) & (step == 0))
+    def _():
+        refs.d_key[...] = jnp.zeros_like(refs.d_key)
+        refs.d_value[...] = jnp.zeros_like(refs.d_value)
+
+    if plan.has_bias:
+
+        @pl.when(step == 0)
+        def _():
+            Bias(plan, refs).start()
+            Bias(plan, refs).clear()
+
+
+def _finish(plan: Plan, refs: Any) -> None:
+    """Hands over the sums."""
+    last = pl.program_id(4) == plan.steps - 1
+
+    @pl.when((pl.program_id(3) == plan.group - 1) & last)
+    def _():
+        refs.d_key[...] *= plan.scale
+
+    if plan.has_bias:
+        pl.when(last)(Bias(plan, refs).finish)
 
 
 def _kernel(plan: Plan, refs: Any) -> None:
-    _Step(plan, refs).run()
+    _start(plan, refs)
+    if plan.tiles_a_step == 1:
+        _QueryTile(plan, refs, 0).run()
+    else:
+
+        @pl.loop(0, plan.tiles_a_step)
+        def _(within):
+            _QueryTile(plan, refs, within).run()
+
+    _finish(plan, refs)
 
 
 def backward(
@@ -233,12 +318,13 @@ def backward(
     def row(b, h, c, g, i, *refs):
         return b, 0, i
 
-    tile = (1, 1, dim, queries)
+    block = queries * plan.tiles_a_step
+    tile = (1, 1, dim, block)
     inputs = [
         Operand("query", query, tile, own),
         Operand("key", key, (1, 1, dim, chunk), keys),
         Operand("value", value, (1, 1, dim, chunk), keys),
-        Operand("log_sum", log_sum, (1, 1, 1, queries), own),
+        Operand("log_sum", log_sum, (1, 1, 1, block), own),
         Operand("out", out, tile, own),
         Operand("d_out", d_out, tile, own),
     ]
@@ -254,7 +340,11 @@ def backward(
     scratch = {
         "sum": pltpu.VMEM((dim, queries), float32),
         "delta": pltpu.VMEM((1, queries), float32),
-    }
+        "scores": pltpu.VMEM((plan.keys, queries), float32),
+        "d_weights": pltpu.VMEM((plan.keys, queries), float32),
+        "weights": pltpu.VMEM((plan.keys, queries), query.dtype),
+        "d_scores": pltpu.VMEM((plan.keys, queries), query.dtype),
+    } | Bias.scratch(plan, backward=True)
     aliases = {}
     if chunks == 1:
         same = jax.ShapeDtypeStruct(query.shape, query.dtype)
@@ -268,14 +358,14 @@ def backward(
     if plan.half:
         inputs.append(Operand("rounding", rounding, tile, own))
     if plan.packed:
-        inputs.append(Operand("document", document, (1, 1, queries), row))
+        inputs.append(Operand("document", document, (1, 1, block), row))
     scalars = {"first": plan.ranges(first)}
     if plan.has_offset:
         scalars |= {"live": plan.ranges(live), "tau": tau}
-        inputs.append(Operand("scale", scale, (1, 1, queries), row))
+        inputs.append(Operand("scale", scale, (1, 1, block), row))
         inputs.append(Operand("mean", mean, tile, own))
         rows = jax.ShapeDtypeStruct((batch, heads, 1, length), float32)
-        outputs.append(Operand("pull", rows, (1, 1, 1, queries), own))
+        outputs.append(Operand("pull", rows, (1, 1, 1, block), own))
         scratch["threshold"] = pltpu.VMEM((1, queries), float32)
     if plan.has_bias:
         inputs.append(
@@ -298,7 +388,7 @@ def backward(
     found = launch(
         functools.partial(_kernel, plan),
         "lazy_backward",
-        (batch, plan.key_heads, chunks, plan.group, plan.query_tiles),
+        (batch, plan.key_heads, chunks, plan.group, plan.steps),
         2,
         scalars,
         inputs,

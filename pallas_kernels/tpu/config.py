@@ -12,6 +12,10 @@ VMEM = {"v4": 16 * _MIB, "v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB,
 # Of it, what the compiler may use, and what a launch is planned to need at most.
 _LIMIT = 0.94
 _PLANNED = 0.80
+# Up to this length keys are rather cut into more chunks than a bias not turned.
+_TURNED_LENGTH = 8192
+# Queries of one step, as many tiles as that makes: a step has a price of its own.
+_STEP_QUERIES = {"v4": 512, "v5e": 2048, "v5p": 2048, "v6e": 2048, "7x": 2048}
 # Bytes of scalar memory that tile ranges may take.
 SMEM_FOR_RANGES = 512 * 1024
 
@@ -75,13 +79,53 @@ def block(generation: str, itemsize: int, head_dim: int, length: int) -> Block:
     return Block(queries, min(keys, queries))
 
 
+def tiles_a_step(generation: str, block: Block, length: int) -> int:
+    """Returns the tiles of queries of one step, a divisor of all there are."""
+    tiles = length // block.queries
+    most = max(1, min(tiles, _STEP_QUERIES[generation] // block.queries))
+    return max(n for n in range(1, most + 1) if tiles % n == 0)
+
+
 def vmem_limit(generation: str) -> int:
     """Returns the bytes of VMEM the compiler may use."""
     return int(_LIMIT * VMEM[generation])
 
 
+def layout(
+    generation: str, block: Block, length: int, head_dim: int, itemsize: int
+) -> tuple[bool, int, int]:
+    """Returns whether VMEM holds a turned bias, and the chunks forward and backward.
+
+    Arguments and errors as those of `key_chunks`. Turned if it fits without more chunks
+    than otherwise.
+    """
+
+    def chunks(turned: bool) -> tuple[int, int]:
+        forward, backward = (
+            key_chunks(
+                generation, block, length, head_dim, itemsize, backward=backward, turned=turned
+            )
+            for backward in (False, True)
+        )
+        return forward, backward
+
+    plain = chunks(False)
+    try:
+        turned = chunks(True)
+    except ValueError:
+        return False, *plain
+    return (True, *turned) if turned == plain or length <= _TURNED_LENGTH else (False, *plain)
+
+
 def key_chunks(
-    generation: str, block: Block, length: int, head_dim: int, itemsize: int, *, backward: bool
+    generation: str,
+    block: Block,
+    length: int,
+    head_dim: int,
+    itemsize: int,
+    *,
+    backward: bool,
+    turned: bool,
 ) -> int:
     """Returns into how many chunks the keys are cut so that one fits into VMEM.
 
@@ -92,6 +136,7 @@ def key_chunks(
       head_dim: padded.
       itemsize: bytes of an input number.
       backward: for the backward pass rather than the forward pass.
+      turned: VMEM holds a turned bias too, see `tile.Bias`.
 
     Raises:
       ValueError: if not even a chunk of one query tile's keys fits.
@@ -101,7 +146,16 @@ def key_chunks(
     for chunks in range(1, tiles + 1):
         if tiles % chunks:
             continue
-        need = vmem_bytes(block, length, length // chunks, head_dim, itemsize, backward=backward)
+        need = vmem_bytes(
+            block,
+            length,
+            length // chunks,
+            head_dim,
+            itemsize,
+            backward=backward,
+            turned=turned,
+            step_queries=block.queries * tiles_a_step(generation, block, length),
+        )
         if need <= budget:
             return chunks
     raise ValueError(
@@ -112,16 +166,26 @@ def key_chunks(
 
 
 def vmem_bytes(
-    block: Block, length: int, chunk: int, head_dim: int, itemsize: int, *, backward: bool
+    block: Block,
+    length: int,
+    chunk: int,
+    head_dim: int,
+    itemsize: int,
+    *,
+    backward: bool,
+    turned: bool,
+    step_queries: int,
 ) -> int:
     """Returns the bytes of VMEM a launch is planned to need; arguments as above."""
     queries, keys = block.queries, block.keys
     twice = 2  # Blocks are fetched ahead.
-    row = 8 * queries * 4
+    row = 8 * step_queries * 4
     bias = 8 * (length + queries) * 4
     tile = queries * keys
-    of_query = head_dim * queries * itemsize
+    of_query = head_dim * step_queries * itemsize
     need = twice * 2 * head_dim * chunk * itemsize + twice * bias
+    if turned:
+        need += (2 if backward else 1) * LANES * (length + queries + LANES) * 4
     if backward:
         need += twice * 2 * chunk * max(head_dim, LANES) * 4
         need += twice * bias + twice * 6 * of_query + head_dim * queries * 4

@@ -27,11 +27,13 @@ from pallas_kernels.tpu.tile import (
     LAST_FIRST,
     LOWEST,
     UNREACHABLE,
+    Bias,
     at_tile,
-    bias_start,
-    bias_tile,
     dot,
+    over_pairs,
+    strips,
     thresholds,
+    views,
     visible,
 )
 
@@ -45,111 +47,186 @@ def _fold(x: Array, combine: Any) -> Array:
     return parts[0]
 
 
-class _Step:
-    """One step's references, and the sweeps over them."""
+# References that hold the queries of a step.
+_OF_QUERIES = ("query", "scale", "document", "out", "log_sum", "mean", "rounding")
 
-    def __init__(self, plan: Plan, training: bool, refs: Any):
-        self.plan, self.training, self.refs = plan, training, refs
-        self.batch, self.head = pl.program_id(0), pl.program_id(1)
-        self.query_tile, self.step = pl.program_id(2), pl.program_id(3)
+
+class _QueryTile:
+    """One tile of queries, and the sweeps over its keys.
+
+    A sweep's loop is a pipeline: one turn stores the raw scores of the next tile, works on
+    those the turn before stored, and multiplies values by the weights of the tile before
+    that. So the matrix units have work that waits for nothing, and what a turn holds in
+    registers is little.
+    """
+
+    def __init__(self, plan: Plan, training: bool, refs: Any, within: Any):
+        self.plan, self.training = plan, training
+        self.head, self.step = pl.program_id(1), pl.program_id(3)
+        self.query_tile = pl.program_id(2) * _tiles_a_step(plan) + within
         self.chunk_tiles = plan.padded_length // plan.forward_chunks // plan.keys
-        at = (self.batch * plan.heads + self.head) * plan.query_tiles + self.query_tile
-        self.first = refs.first[at]
+        row = pl.program_id(0) * plan.heads + self.head
+        self.first = refs.first[row * plan.query_tiles + self.query_tile]
         self.diagonal = self.query_tile * plan.ratio
+        self.refs = views(refs, _OF_QUERIES, at_tile(within, plan.queries))
+        self.bias = Bias(plan, refs)
 
-    def scores(self, tile: Any, base: Any, *, skipped: int | None = None) -> tuple[Array, Any]:
-        """Returns a tile's scores, and what its queries see.
+    def raw_scores(self, tile: Any, base: Any, skipped: int = 0) -> Array:
+        """Returns K^T Q of a tile; `base` is the first tile in VMEM."""
+        refs = self.refs
+        key = refs.key[0, 0, :, at_tile(tile - base, self.plan.keys)]
+        return dot(key, refs.query[:, skipped:], FIRST_FIRST)
+
+    def scores(self, tile: Any, raw: Array, keys: slice, skipped: int | None) -> Any:
+        """Returns the scores of some keys of a tile, and what is seen of them.
 
         Args:
-          tile: index of the tile of keys.
-          base: index of the first one in VMEM.
+          tile: index of the tile.
+          raw: `raw_scores` of these keys.
+          keys: which ones.
           skipped: queries cut off; None: not on the diagonal.
         """
         plan, refs = self.plan, self.refs
-        diagonal, skipped = skipped is not None, skipped or 0
-        key = refs.key[0, 0, :, at_tile(tile - base, plan.keys)]
-        scores = dot(key, refs.query[0, 0, :, skipped:], FIRST_FIRST) * plan.score_scale
+        on_diagonal, skipped = None if skipped is None else keys.start, skipped or 0
+        scores = raw * plan.score_scale
         if plan.has_bias:
-            start = bias_start(plan, self.diagonal - tile)
-            window = refs.bias[0, :, pl.ds(start, plan.bias_window)]
-            scores = scores + bias_tile(plan, window, skipped)
-        document = refs.document[0, :, skipped:] if plan.packed else None
-        return scores, visible(plan, document, tile, scores.shape, diagonal=diagonal)
+            scores = scores + self.bias.tile(self.diagonal - tile, keys, skipped)
+        document = refs.document[:, skipped:] if plan.packed else None
+        key = tile * plan.keys + keys.start
+        return scores, visible(document, key, scores.shape, on_diagonal)
 
-    def values(self, tile: Any, base: Any) -> Array:
-        return self.refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
-
-    def over_diagonal(self, body: Any) -> None:
-        for crossed in range(self.plan.ratio):
-            body(self.diagonal + crossed, crossed * self.plan.keys)
-
-    def add_exponentials(self, tile: Any, base: Any, skipped: int | None = None) -> None:
+    def add_exponentials(self, tile: Any, raw: Any, skipped: int | None = None) -> None:
         """First sweep: keys that are equal modulo eight have a maximum and a sum each."""
         refs, cut = self.refs, slice(skipped or 0, None)
-        scores, seen = self.scores(tile, base, skipped=skipped)
-        if seen is not None:
-            scores = jnp.where(seen, scores, LOWEST)
-        highest = _fold(scores, jnp.maximum)
-        maximum = jnp.maximum(refs.maximum[:, cut], highest)
-        vectors = scores.shape[0] // SUBLANES
-        shifted = scores.reshape(vectors, SUBLANES, -1) - maximum[None]
-        total = _fold(jnp.exp2(shifted).reshape(scores.shape), jnp.add)
-        refs.total[:, cut] = refs.total[:, cut] * jnp.exp2(refs.maximum[:, cut] - maximum) + total
-        refs.maximum[:, cut] = maximum
-        if skipped is None and self.plan.skip_dead and self.plan.has_offset:
-            refs.highest[pl.ds(tile, 1), :] = jnp.max(highest, axis=0, keepdims=True)
+        maximum, total = refs.maximum[:, cut], refs.total[:, cut]
+        every = jnp.full(maximum.shape, LOWEST)
+        for keys in strips(self.plan):
+            scores, seen = self.scores(tile, raw[keys, :], keys, skipped)
+            if seen is not None:
+                scores = jnp.where(seen, scores, LOWEST)
+            highest = _fold(scores, jnp.maximum)
+            every = jnp.maximum(every, highest)
+            new = jnp.maximum(maximum, highest)
+            vectors = scores.reshape(-1, SUBLANES, scores.shape[1])
+            exponentials = jnp.exp2(vectors - new[None]).reshape(scores.shape)
+            total = total * jnp.exp2(maximum - new) + _fold(exponentials, jnp.add)
+            maximum = new
+        refs.maximum[:, cut], refs.total[:, cut] = maximum, total
+        if skipped is None and self.plan.skip_dead:
+            refs.highest[pl.ds(tile, 1), :] = jnp.max(every, axis=0, keepdims=True)
 
-    def add_values(self, tile: Any, base: Any, skipped: int | None = None) -> None:
-        """Second sweep."""
+    def weigh(self, tile: Any, raw: Any, skipped: int | None = None) -> None:
+        """Second sweep: stores a tile's weights."""
         refs, cut = self.refs, slice(skipped or 0, None)
-        scores, seen = self.scores(tile, base, skipped=skipped)
-        softmax = jnp.exp2(scores - refs.log_total[:, cut])
-        weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
-        if seen is not None:
-            weights = jnp.where(seen, weights, 0)
-        value = self.values(tile, base)
-        refs.sum[:, cut] += dot(value, weights.astype(value.dtype), LAST_FIRST)
-        if self.training:
-            # Not a number must come through.
-            live = jnp.where(weights == 0, 0.0, 1.0).astype(value.dtype)
-            refs.live_sum[:, cut] += dot(value, live, LAST_FIRST)
+        dtype = refs.weights.dtype
+        for keys in strips(self.plan):
+            scores, seen = self.scores(tile, raw[keys, :], keys, skipped)
+            softmax = jnp.exp2(scores - refs.log_total[:, cut])
+            weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
+            if seen is not None:
+                weights = jnp.where(seen, weights, 0)
+            refs.weights[keys, cut] = weights.astype(dtype)
+            if self.training:
+                # Not a number must come through.
+                refs.alive[keys, cut] = jnp.where(weights == 0, 0.0, 1.0).astype(dtype)
 
-    def add_softmax(self, tile: Any, base: Any, skipped: int | None = None) -> None:
+    def multiply(self, tile: Any, base: Any, skipped: int = 0) -> None:
+        """Second sweep: multiplies values by the weights that `weigh` stored."""
+        refs, cut = self.refs, slice(skipped, None)
+        value = refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
+        refs.sum[:, cut] += dot(value, refs.weights[:, cut], LAST_FIRST)
+        if self.training:
+            refs.live_sum[:, cut] += dot(value, refs.alive[:, cut], LAST_FIRST)
+
+    def add_softmax(self, tile: Any, base: Any, raw: Any, skipped: int | None = None) -> None:
         """The only sweep where there is no offset."""
         refs, cut = self.refs, slice(skipped or 0, None)
-        scores, seen = self.scores(tile, base, skipped=skipped)
-        if seen is not None:
-            scores = jnp.where(seen, scores, LOWEST)
-        highest = jnp.max(_fold(scores, jnp.maximum), axis=0, keepdims=True)
+
+        def masked(keys: slice) -> Array:
+            scores, seen = self.scores(tile, raw[keys, :], keys, skipped)
+            return scores if seen is None else jnp.where(seen, scores, LOWEST)
+
+        parts = [_fold(masked(keys), jnp.maximum) for keys in strips(self.plan)]
+        highest = jnp.max(functools.reduce(jnp.maximum, parts), axis=0, keepdims=True)
         maximum = jnp.maximum(refs.log_total[:, cut], highest)
         shrink = jnp.exp2(refs.log_total[:, cut] - maximum)
-        weights = jnp.exp2(scores - maximum)
-        refs.total[:, cut] = refs.total[:, cut] * shrink + _fold(weights, jnp.add)
-        refs.log_total[:, cut] = maximum
-        value = self.values(tile, base)
-        product = dot(value, weights.astype(value.dtype), LAST_FIRST)
-        refs.sum[:, cut] = refs.sum[:, cut] * shrink + product
+        total = refs.total[:, cut] * shrink
+        for keys in strips(self.plan):
+            weights = jnp.exp2(masked(keys) - maximum)
+            total += _fold(weights, jnp.add)
+            refs.weights[keys, cut] = weights.astype(refs.weights.dtype)
+        refs.log_total[:, cut], refs.total[:, cut] = maximum, total
+        refs.sum[:, cut] *= shrink
+        value = refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
+        refs.sum[:, cut] += dot(value, refs.weights[:, cut], LAST_FIRST)
 
-    def sweep(self, body: Any, chunk: Any, first: Any, *, backwards: bool) -> None:
-        """Runs `body` over the tiles of a chunk from `first` to the diagonal."""
+    def chunk_range(self, chunk: Any, first: Any) -> tuple[Any, Any, Any]:
+        """Returns a chunk's first tile, and its tiles from `first` to the diagonal."""
         base = chunk * self.chunk_tiles
-        start = jnp.maximum(first, base)
         stop = jnp.minimum(self.diagonal, base + self.chunk_tiles)
+        return base, jnp.minimum(jnp.maximum(first, base), stop), stop
+
+    def on_own_chunk(self, base: Any, then: Any, otherwise: Any) -> None:
+        """Does what is to be done at the diagonal if it lies in this chunk."""
+        if self.plan.forward_chunks == 1:
+            then()
+        else:
+            own = (self.diagonal >= base) & (self.diagonal < base + self.chunk_tiles)
+            pl.when(own)(then)
+            pl.when(jnp.logical_not(own))(otherwise)
+
+    def one_by_one(self, chunk: Any, first: Any, body: Any) -> None:
+        """Runs `body(tile, base, raw scores, skipped)`, from the diagonal backwards."""
+        plan, refs = self.plan, self.refs
+        base, start, stop = self.chunk_range(chunk, first)
 
         def on_diagonal() -> None:
-            self.over_diagonal(lambda tile, skipped: body(tile, base, skipped))
+            for crossed in range(plan.ratio):
+                tile, skipped = self.diagonal + crossed, crossed * plan.keys
+                body(tile, base, self.raw_scores(tile, base, skipped), skipped)
 
-        def below() -> None:
-            @pl.loop(0, jnp.maximum(stop - start, 0))
-            def _(n):
-                body(stop - 1 - n if backwards else start + n, base)
+        self.on_own_chunk(base, on_diagonal, lambda: None)
+        refs.scores[...] = self.raw_scores(jnp.maximum(stop - 1, base), base)
 
-        own = (self.diagonal >= base) & (self.diagonal < base + self.chunk_tiles)
-        if self.plan.forward_chunks == 1:
-            on_diagonal()
-        else:
-            pl.when(own)(on_diagonal)
-        below()
+        def turn(n: Any) -> None:
+            tile = stop - 1 - n
+            body(tile, base, refs.scores, None)
+            refs.scores[...] = self.raw_scores(jnp.maximum(tile - 1, base), base)
+
+        over_pairs(stop - start, turn)
+
+    def second_sweep(self, chunk: Any, first: Any) -> None:
+        """Adds the values of a chunk's tiles, from the diagonal backwards."""
+        plan, refs = self.plan, self.refs
+        base, start, stop = self.chunk_range(chunk, first)
+        last = self.diagonal + plan.ratio - 1
+
+        def on_diagonal() -> None:
+            for crossed in range(plan.ratio):
+                tile, skipped = self.diagonal + crossed, crossed * plan.keys
+                raw = self.raw_scores(tile, base, skipped)
+                if crossed:
+                    self.multiply(tile - 1, base, skipped - plan.keys)
+                self.weigh(tile, raw, skipped)
+            if plan.ratio > 1:
+                clear(slice(0, (plan.ratio - 1) * plan.keys))
+
+        def clear(cut: slice) -> None:
+            for ref in [refs.weights, *([refs.alive] if self.training else [])]:
+                ref[:, cut] = jnp.zeros_like(ref[:, cut])
+
+        self.on_own_chunk(base, on_diagonal, lambda: clear(slice(0, None)))
+        before = jnp.minimum(last, base + self.chunk_tiles - 1)
+        refs.scores[...] = self.raw_scores(jnp.maximum(stop - 1, base), base)
+
+        def turn(n: Any) -> None:
+            tile = stop - 1 - n
+            self.multiply(jnp.where(n == 0, before, tile + 1), base)
+            self.weigh(tile, refs.scores)
+            refs.scores[...] = self.raw_scores(jnp.maximum(tile - 1, base), base)
+
+        over_pairs(stop - start, turn)
+        self.multiply(jnp.where(start == stop, before, start), base)
 
     def start(self) -> None:
         """Before the first sweep."""
@@ -167,7 +244,7 @@ class _Step:
         maximum = jnp.max(refs.maximum[...], axis=0, keepdims=True)
         total = jnp.sum(refs.total[...] * jnp.exp2(refs.maximum[...] - maximum), 0, keepdims=True)
         log_total = maximum + jnp.log2(total)
-        threshold = thresholds(plan, refs.tau[self.head], refs.scale[0], self.query_tile)
+        threshold = thresholds(plan, refs.tau[self.head], refs.scale[...], self.query_tile)
         refs.log_total[...] = log_total
         refs.threshold[...] = threshold
         refs.sum[...] = jnp.zeros_like(refs.sum)
@@ -197,51 +274,54 @@ class _Step:
         else:
             total = jnp.sum(refs.total[...], axis=0, keepdims=True)
             out = refs.sum[...] / total
-        refs.out[0, 0] = out.astype(dtype)
+        refs.out[...] = out.astype(dtype)
         if not self.training:
             return
         rounding = out - out.astype(dtype).astype(jnp.float32)
         if plan.has_offset:
-            mean = refs.live_sum[...] * refs.scale[0]
-            refs.mean[0, 0] = mean.astype(dtype)
+            mean = refs.live_sum[...] * refs.scale[...]
+            refs.mean[...] = mean.astype(dtype)
             left = mean - mean.astype(dtype).astype(jnp.float32)
             rounding = rounding - refs.tau[self.head] * left
-            refs.log_sum[0, 0] = refs.log_total[...]
+            refs.log_sum[...] = refs.log_total[...]
             tile = jax.lax.broadcasted_iota(jnp.int32, refs.live.shape[2:], 1)
             before = jnp.where(self.query_tile == 0, 0, refs.live[0, 0])
             refs.live[0, 0] = jnp.where(tile == self.query_tile, refs.live_tile[0], before)
         else:
-            refs.log_sum[0, 0] = refs.log_total[...] + jnp.log2(total)
+            refs.log_sum[...] = refs.log_total[...] + jnp.log2(total)
         if plan.half:
-            refs.rounding[0, 0] = rounding.astype(dtype)
+            refs.rounding[...] = rounding.astype(dtype)
 
     def run(self) -> None:
-        """Does the step."""
+        """Does one query tile."""
         chunks, last = self.plan.forward_chunks, pl.num_programs(3) - 1
+
+        def exponentials(tile: Any, base: Any, raw: Any, skipped: int | None) -> None:
+            self.add_exponentials(tile, raw, skipped)
+
         if not self.plan.has_offset:
             pl.when(self.step == 0)(self.start)
-            self.sweep(self.add_softmax, chunks - 1 - self.step, self.first, backwards=True)
+            chunk = chunks - 1 - self.step
+            self.one_by_one(chunk, self.first, self.add_softmax)
             pl.when(self.step == last)(self.finish)
         elif chunks == 1:
             self.start()
-            self.sweep(self.add_exponentials, 0, self.first, backwards=True)
+            self.one_by_one(0, self.first, exponentials)
             self.between()
-            self.sweep(self.add_values, 0, self.refs.live_tile[0], backwards=False)
+            self.second_sweep(0, self.refs.live_tile[0])
             self.finish()
         else:
             pl.when(self.step == 0)(self.start)
 
             @pl.when(self.step < chunks)
             def _():
-                chunk = chunks - 1 - self.step
-                self.sweep(self.add_exponentials, chunk, self.first, backwards=True)
+                self.one_by_one(chunks - 1 - self.step, self.first, exponentials)
 
             pl.when(self.step == chunks)(self.between)
 
             @pl.when(self.step >= chunks)
             def _():
-                chunk = self.step - chunks
-                self.sweep(self.add_values, chunk, self.refs.live_tile[0], backwards=False)
+                self.second_sweep(self.step - chunks, self.refs.live_tile[0])
 
             pl.when(self.step == last)(self.finish)
 
@@ -263,8 +343,21 @@ def _chunk_index(plan: Plan, refs: Any, b: Any, h: Any, i: Any, step: Any, secon
     return jnp.clip(wanted, first, own)
 
 
+def _tiles_a_step(plan: Plan) -> int:
+    return plan.tiles_a_step if plan.forward_chunks == 1 else 1
+
+
 def _kernel(plan: Plan, training: bool, refs: Any) -> None:
-    _Step(plan, training, refs).run()
+    start = (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
+    pl.when(start)(Bias(plan, refs).start)
+    tiles = _tiles_a_step(plan)
+    if tiles == 1:
+        _QueryTile(plan, training, refs, 0).run()
+    else:
+
+        @pl.loop(0, tiles)
+        def _(within):
+            _QueryTile(plan, training, refs, within).run()
 
 
 def forward(
@@ -304,6 +397,8 @@ def forward(
     batch, heads, dim, length = query.shape
     queries, float32 = plan.queries, jnp.float32
     chunk = length // plan.forward_chunks
+    tiles = _tiles_a_step(plan)
+    block = queries * tiles
     steps = plan.forward_chunks * (2 if plan.has_offset and plan.forward_chunks > 1 else 1)
 
     def own(b, h, i, step, *refs):
@@ -319,7 +414,7 @@ def forward(
         return b, 0, i
 
     inputs = [
-        Operand("query", query, (1, 1, dim, queries), own),
+        Operand("query", query, (1, 1, dim, block), own),
         Operand("key", key, (1, 1, dim, chunk), keys(False)),
         Operand("value", value, (1, 1, dim, chunk), keys(True)),
     ]
@@ -328,19 +423,19 @@ def forward(
             Operand("bias", bias, (1, *bias.shape[1:]), lambda b, h, i, step, *refs: (h, 0, 0))
         )
     if plan.has_offset:
-        inputs.append(Operand("scale", scale, (1, 1, queries), row))
+        inputs.append(Operand("scale", scale, (1, 1, block), row))
     if plan.packed:
-        inputs.append(Operand("document", document, (1, 1, queries), row))
+        inputs.append(Operand("document", document, (1, 1, block), row))
     same = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    outputs = [Operand("out", same, (1, 1, dim, queries), own)]
+    outputs = [Operand("out", same, (1, 1, dim, block), own)]
     if training:
         rows = jax.ShapeDtypeStruct((batch, heads, 1, length), float32)
-        outputs.append(Operand("log_sum", rows, (1, 1, 1, queries), own))
+        outputs.append(Operand("log_sum", rows, (1, 1, 1, block), own))
         if plan.half:
-            outputs.append(Operand("rounding", same, (1, 1, dim, queries), own))
+            outputs.append(Operand("rounding", same, (1, 1, dim, block), own))
         if plan.has_offset:
             live = jax.ShapeDtypeStruct((batch, heads, 1, plan.query_tiles), jnp.int32)
-            outputs.append(Operand("mean", same, (1, 1, dim, queries), own))
+            outputs.append(Operand("mean", same, (1, 1, dim, block), own))
             outputs.append(
                 Operand(
                     "live",
@@ -354,7 +449,9 @@ def forward(
         "sum": pltpu.VMEM((dim, queries), float32),
         "total": pltpu.VMEM((SUBLANES, queries), float32),
         "log_total": one_row,
-    }
+        "scores": pltpu.VMEM((plan.keys, queries), float32),
+        "weights": pltpu.VMEM((plan.keys, queries), query.dtype),
+    } | Bias.scratch(plan, backward=False)
     if plan.has_offset:
         scratch |= {
             "maximum": pltpu.VMEM((SUBLANES, queries), float32),
@@ -362,11 +459,12 @@ def forward(
             "live_sum": pltpu.VMEM((dim, queries), float32),
             "highest": pltpu.VMEM((length // plan.keys, queries), float32),
             "live_tile": pltpu.SMEM((1,), jnp.int32),
+            "alive": pltpu.VMEM((plan.keys, queries), query.dtype),
         }
     found = launch(
         functools.partial(_kernel, plan, training),
         "lazy_forward" if training else "lazy_inference",
-        (batch, heads, plan.query_tiles, steps),
+        (batch, heads, plan.query_tiles // tiles, steps),
         2,
         {"first": plan.ranges(first), "tau": tau},
         inputs,

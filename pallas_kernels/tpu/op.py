@@ -76,10 +76,8 @@ def make_plan(
     block = config.block(tpu, itemsize, head_dim, length)
     padded = -(-length // block.queries) * block.queries
 
-    def chunks(*, backward: bool) -> int:
-        dim = config.padded_head_dim(head_dim)
-        return config.key_chunks(tpu, block, padded, dim, itemsize, backward=backward)
-
+    dim = config.padded_head_dim(head_dim)
+    turned, forward_chunks, backward_chunks = config.layout(tpu, block, padded, dim, itemsize)
     return Plan(
         scale=settings.scale,
         skip_mass=settings.skip_mass,
@@ -93,8 +91,10 @@ def make_plan(
         head_dim=head_dim,
         itemsize=itemsize,
         block=block,
-        forward_chunks=chunks(backward=False),
-        backward_chunks=chunks(backward=True),
+        turned=turned,
+        tiles_a_step=config.tiles_a_step(tpu, block, padded),
+        forward_chunks=forward_chunks,
+        backward_chunks=backward_chunks,
     )
 
 

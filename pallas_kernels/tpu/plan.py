@@ -35,6 +35,8 @@ class Plan:
       head_dim: of the inputs.
       itemsize: bytes of an input number.
       block: tiles.
+      turned: hold the turned bias in VMEM, see `tile.Bias`.
+      tiles_a_step: tiles of queries of one step; 1 for a forward pass in chunks.
       forward_chunks, backward_chunks: see `config.key_chunks`.
     """
 
@@ -50,6 +52,8 @@ class Plan:
     head_dim: int
     itemsize: int
     block: config.Block
+    turned: bool
+    tiles_a_step: int
     forward_chunks: int
     backward_chunks: int
 
@@ -82,6 +86,11 @@ class Plan:
     def padded_dim(self) -> int:
         """Returns the head size the kernels see."""
         return config.padded_head_dim(self.head_dim)
+
+    @property
+    def steps(self) -> int:
+        """Returns the steps that go over all queries, but for a forward pass in chunks."""
+        return self.query_tiles // self.tiles_a_step
 
     @property
     def query_tiles(self) -> int:

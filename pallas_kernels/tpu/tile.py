@@ -5,6 +5,8 @@ minus its own index: at least 1 where all keys come before all queries; 0, -1, .
 diagonal, where the first -distance * keys queries see nothing and are cut off.
 """
 
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.tpu.config import LANES
 from pallas_kernels.tpu.plan import SUBLANES, Plan
+
+# Steps of eight lanes in a vector.
+TURNS = LANES // SUBLANES
+
+# Keys of a tile that are worked on at once.
+STRIP = 64
 
 # A score below any other, finite so that differences stay numbers.
 LOWEST = -1.0e30
@@ -41,80 +49,189 @@ def at_tile(index: Any, size: int) -> pl.Slice:
     return pl.ds(pl.multiple_of(index * size, size), size)
 
 
+def strips(plan: Plan) -> list[slice]:
+    """Returns a tile's keys in parts that registers can hold."""
+    size = min(STRIP, plan.keys)
+    return [slice(at, at + size) for at in range(0, plan.keys, size)]
+
+
+def over_pairs(count: Any, body: Callable[[Any], None]) -> None:
+    """Runs body(0), ..., body(count - 1), two a turn: what fills and drains the matrix
+    units at the ends of a turn is paid half as often."""
+
+    @pl.loop(0, count // 2)
+    def _(pair):
+        body(2 * pair)
+        body(2 * pair + 1)
+
+    pl.when(count % 2 == 1)(lambda: body(count - 1))
+
+
+def views(refs: Any, names: Sequence[str], at: pl.Slice) -> Any:
+    """Returns references of which some are those of one query tile, leading axes dropped."""
+    seen = dict(vars(refs))
+    for name in names:
+        if name in seen:
+            ref = seen[name]
+            seen[name] = ref.at[(0,) * (len(ref.shape) - 2) + (slice(None), at)]
+    return types.SimpleNamespace(**seen)
+
+
 def bias_start(plan: Plan, distance: Any) -> Any:
     """Returns the first lane of `Plan.bias` that a tile at this distance reads."""
     return pl.multiple_of((distance + plan.ratio - 1) * plan.keys, LANES)
 
 
-def bias_tile(
-    plan: Plan, window: Float[Array, "8 window"], skipped: int
-) -> Float[Array, "keys queries"]:
-    """Returns a tile's bias from the lanes of `Plan.bias` at its `bias_start`.
+class Bias:
+    """The bias of one head as its tiles read it, and their gradient.
 
-    Key 8 a + s reads row s, 8 a lanes to the left of key s: turns of less than a vector,
-    shared by all keys that are a multiple of 128 apart, and whole vectors.
+    Key k of a tile at distance n reads b(n keys + q - k). Row s of `Plan.bias` serves the
+    keys s, 8 + s, ..., each eight lanes to the left of the one before. Turning vectors that
+    far costs as much as a tile's other work, so where VMEM has room for it a head's bias is
+    turned once: 128 rows, of which every tile is whole vectors.
     """
-    turned = [window] + [
-        pltpu.roll(window, SUBLANES * turn, 1) for turn in range(1, LANES // SUBLANES)
-    ]
+
+    def __init__(self, plan: Plan, refs: Any):
+        self.plan, self.refs = plan, refs
+
+    @staticmethod
+    def scratch(plan: Plan, *, backward: bool) -> dict[str, Any]:
+        """Returns the memory this needs."""
+        if not (plan.has_bias and plan.turned):
+            return {}
+        rows = {"turned": pltpu.VMEM((LANES, plan.bias_length), jnp.float32)}
+        if backward:
+            lanes = plan.bias_length + LANES
+            rows["d_turned"] = pltpu.VMEM((LANES, lanes), jnp.float32)
+        return rows
+
+    def start(self) -> None:
+        """At a head's first step."""
+        plan, refs = self.plan, self.refs
+        if not (plan.has_bias and plan.turned):
+            return
+
+        @pl.loop(1, plan.bias_length // LANES)
+        def _(vector):
+            before = refs.bias[0, :, at_tile(vector - 1, LANES)]
+            window = jnp.concatenate([before, refs.bias[0, :, at_tile(vector, LANES)]], axis=1)
+            for turn in range(TURNS):
+                rows = slice(SUBLANES * turn, SUBLANES * (turn + 1))
+                turned = pltpu.roll(window, SUBLANES * turn, 1) if turn else window
+                refs.turned[rows, at_tile(vector, LANES)] = turned[:, LANES:]
+
+    def tile(self, distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
+        """Returns the bias of some keys of a tile, `skipped` queries cut off."""
+        plan, refs = self.plan, self.refs
+        start = bias_start(plan, distance)
+        if not plan.turned:
+            window = refs.bias[0, :, pl.ds(start, plan.bias_window)]
+            return _turned_tile(plan, window, keys, skipped)
+        parts = []
+        for first in range(keys.start, keys.stop, LANES):
+            vectors, row = divmod(first, LANES)
+            rows = slice(row, min(LANES, row + keys.stop - first))
+            lane = pl.multiple_of(start + plan.keys - LANES * vectors + skipped, LANES)
+            parts.append(refs.turned[rows, pl.ds(lane, plan.queries - skipped)])
+        return jnp.concatenate(parts, axis=0)
+
+    def clear(self) -> None:
+        """Clears the gradient at a head's first step."""
+        refs = self.refs.d_turned if self.plan.turned else self.refs.d_bias
+        refs[...] = jnp.zeros_like(refs)
+
+    def add(
+        self, distance: Any, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
+    ) -> None:
+        """Adds some keys of a tile to the gradient: the adjoint of `tile`."""
+        plan, refs = self.plan, self.refs
+        start = bias_start(plan, distance)
+        if not plan.turned:
+            at = pl.ds(start, plan.bias_window)
+            refs.d_bias[0, 0, 0, :, at] += _sum_diagonals(plan, keys, d_scores, skipped)
+            return
+        for first in range(keys.start, keys.stop, LANES):
+            vectors, row = divmod(first, LANES)
+            count = min(LANES - row, keys.stop - first)
+            lane = pl.multiple_of(start + plan.keys - LANES * vectors + skipped, LANES)
+            lanes = pl.ds(lane, plan.queries - skipped)
+            done = first - keys.start
+            refs.d_turned[row : row + count, lanes] += d_scores[done : done + count]
+
+    def finish(self) -> None:
+        """Hands over the gradient at a head's last step."""
+        plan, refs = self.plan, self.refs
+        if not plan.turned:
+            return
+
+        @pl.loop(0, plan.bias_length // LANES)
+        def _(vector):
+            total = refs.d_turned[:SUBLANES, at_tile(vector, LANES)]
+            for turn in range(1, TURNS):
+                rows = slice(SUBLANES * turn, SUBLANES * (turn + 1))
+                window = jnp.concatenate(
+                    [refs.d_turned[rows, at_tile(vector + n, LANES)] for n in range(2)], axis=1
+                )
+                total += pltpu.roll(window, 2 * LANES - SUBLANES * turn, 1)[:, :LANES]
+            refs.d_bias[0, 0, 0, :, at_tile(vector, LANES)] = total
+
+
+def _turned_tile(
+    plan: Plan, window: Float[Array, "8 window"], keys: slice, skipped: int
+) -> Float[Array, "keys queries"]:
+    """Returns the same, turned on the spot: keys a multiple of 128 apart share the turns."""
     strips = []
-    for strip in range(plan.keys // SUBLANES):
-        vectors, turn = divmod(strip, LANES // SUBLANES)
+    for key in range(keys.start, keys.stop, SUBLANES):
+        vectors, lanes = divmod(key, LANES)
+        turned = pltpu.roll(window, lanes, 1) if lanes else window
         start = plan.keys - LANES * vectors
-        strips.append(turned[turn][:, start + skipped : start + plan.queries])
+        strips.append(turned[:, start + skipped : start + plan.queries])
     return jnp.concatenate(strips, axis=0)
 
 
-def add_diagonals(
-    plan: Plan, total: Any, start: Any, tile: Float[Array, "keys queries"], skipped: int
-) -> None:
-    """Adds a tile's diagonals to the gradient of `Plan.bias`: the adjoint of `bias_tile`."""
-    vectors = plan.bias_window // LANES
-    key_vectors, skipped_vectors = plan.keys // LANES, skipped // LANES
-    query_vectors = (plan.queries - skipped) // LANES
+def _sum_diagonals(
+    plan: Plan, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
+) -> Float[Array, "8 window"]:
+    """Returns the adjoint of `_turned_tile`."""
     zero = jnp.zeros((SUBLANES, LANES), jnp.float32)
-    result = None
-    for turn in range(LANES // SUBLANES):
-        blocks = []
-        for place in range(vectors):
-            parts = []
-            for vector in range(key_vectors):
-                query = place - (key_vectors - vector) - skipped_vectors
-                if 0 <= query < query_vectors:
-                    key = LANES * vector + SUBLANES * turn
-                    parts.append(tile[key : key + SUBLANES, LANES * query : LANES * (query + 1)])
-            blocks.append(sum(parts[1:], parts[0]) if parts else zero)
+    result = jnp.zeros((SUBLANES, plan.bias_window), jnp.float32)
+    for lanes in range(0, LANES, SUBLANES):
+        blocks = [zero] * (plan.bias_window // LANES)
+        for key in range(keys.start, keys.stop, SUBLANES):
+            if key % LANES != lanes:
+                continue
+            place = (plan.keys + skipped) // LANES - key // LANES
+            done = key - keys.start
+            for query in range(0, plan.queries - skipped, LANES):
+                at = place + query // LANES
+                part = d_scores[done : done + SUBLANES, query : query + LANES]
+                blocks[at] = part if blocks[at] is zero else blocks[at] + part
         row = jnp.concatenate(blocks, axis=1)
-        if turn:
-            row = pltpu.roll(row, plan.bias_window - SUBLANES * turn, 1)
-        result = row if result is None else result + row
-    at = pl.ds(start, plan.bias_window)
-    total[:, at] = total[:, at] + result
+        result += pltpu.roll(row, plan.bias_window - lanes, 1) if lanes else row
+    return result
 
 
 def visible(
-    plan: Plan,
     document: Int[Array, "1 queries"] | None,
-    key_tile: Any,
+    key: Any,
     shape: tuple[int, ...],
-    *,
-    diagonal: bool,
+    on_diagonal: int | None,
 ) -> Bool[Array, "keys queries"] | None:
     """Returns which keys the queries of a tile see; None: all.
 
     Args:
-      plan: of the call.
       document: first key that each query sees; None: the first.
-      key_tile: index of the tile of keys.
-      shape: of the tile.
-      diagonal: the tile's first query is its first key.
+      key: index of the first key.
+      shape: of the tile, or of some keys of it.
+      on_diagonal: index of the first key minus that of the first query; None: all keys
+        come before all queries.
     """
     seen = None
-    key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    if diagonal:
-        seen = key <= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    keys = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    if on_diagonal is not None:
+        seen = keys + on_diagonal <= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     if document is not None:
-        inside = key >= document - key_tile * plan.keys
+        inside = keys >= document - key
         seen = inside if seen is None else seen & inside
     return seen
 

@@ -21,6 +21,7 @@ from lazyattn import reference
 from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels import bias as bias_lib
 from pallas_kernels import chunked
+from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
 from pallas_kernels.types import AttentionSettings, Visibility
 
@@ -143,7 +144,7 @@ def lazy_attention(
       skip_mass: an implementation may leave out far keys that together hold less
         than this share of a row's softmax mass, certainly and for any input. 0: none.
       implementation: "xla" (the definition, quadratic memory), "xla_chunked" (linear
-        memory) or "triton" (NVIDIA GPUs); None: the best that applies.
+        memory), "triton" (NVIDIA GPUs) or "tpu"; None: the best that applies.
       return_weights: also return the weights, float32; "xla" only.
 
     Returns:
@@ -282,19 +283,42 @@ def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
     return out
 
 
-def _triton_unsupported(call: Call) -> str | None:
+def _fused_unsupported(call: Call) -> str | None:
+    """Returns what no fused kernel does."""
     if call.return_weights:
         return "return_weights is True and only 'xla' holds the weights"
     if call.query_start is not None:
         return "query_start is given"
     if call.renormalize:
         return "renormalize is True"
-    return triton_support.unsupported(call.query.shape[-1], call.value.shape[-1], call.query.dtype)
+    return None
+
+
+def _triton_unsupported(call: Call) -> str | None:
+    return _fused_unsupported(call) or triton_support.unsupported(
+        call.query.shape[-1], call.value.shape[-1], call.query.dtype
+    )
+
+
+def _tpu_unsupported(call: Call) -> str | None:
+    return _fused_unsupported(call) or tpu_support.unsupported(
+        call.query.shape, call.key.shape[2], call.value.shape[-1], call.query.dtype
+    )
+
+
+def _run_tpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
+    from pallas_kernels.tpu import op  # Pallas takes a second to import.
+
+    return _run_fused(op, call)
 
 
 def _run_triton(call: Call) -> Float[Array, "batch length heads head_dim"]:
     from pallas_kernels.triton import op  # Triton takes a second to import.
 
+    return _run_fused(op, call)
+
+
+def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim"]:
     def parameter(x: Array | None) -> Array | None:
         return None if x is None else x.astype(jnp.float32)
 
@@ -315,6 +339,7 @@ def _run_triton(call: Call) -> Float[Array, "batch length heads head_dim"]:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
+        Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
         Implementation("triton", _triton_unsupported, _run_triton, ("gpu",)),
         Implementation("xla_chunked", _chunked_unsupported, _run_chunked),
         Implementation("xla", lambda call: None, _run_xla),

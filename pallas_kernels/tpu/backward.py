@@ -364,8 +364,15 @@ def backward(
         scalars |= {"live": plan.ranges(live), "tau": tau}
         inputs.append(Operand("scale", scale, (1, 1, block), row))
         inputs.append(Operand("mean", mean, tile, own))
-        rows = jax.ShapeDtypeStruct((batch, heads, 1, length), float32)
-        outputs.append(Operand("pull", rows, (1, 1, 1, block), own))
+        rows = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
+        outputs.append(
+            Operand(
+                "pull",
+                rows,
+                (1, 1, 1, 1, block),
+                lambda b, h, c, g, i, *refs: (b, c, head(h, g), 0, i),
+            )
+        )
         scratch["threshold"] = pltpu.VMEM((1, queries), float32)
     if plan.has_bias:
         inputs.append(
@@ -402,5 +409,5 @@ def backward(
         found["d_key"],
         found["d_value"],
         found["d_bias"].sum(axis=1) if plan.has_bias else nothing,
-        found["pull"] if plan.has_offset else nothing,
+        found["pull"][:, 0] if plan.has_offset else nothing,
     )

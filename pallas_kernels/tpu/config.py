@@ -86,6 +86,26 @@ def tiles_a_step(generation: str, block: Block, length: int) -> int:
     return max(n for n in range(1, most + 1) if tiles % n == 0)
 
 
+def refusal(
+    generation: str, batch: int, heads: int, length: int, head_dim: int, itemsize: int
+) -> str | None:
+    """Returns which memory a call would not fit into, as the end of "... since ..."."""
+    tiles = block(generation, itemsize, head_dim, length)
+    query_tiles = -(-length // tiles.queries)
+    scalars = 2 * 4 * batch * heads * query_tiles
+    if scalars > SMEM_FOR_RANGES:
+        return (
+            f"the tile ranges of {batch} x {heads} heads at length {length} take {scalars} bytes"
+            f" of scalar memory, above {SMEM_FOR_RANGES}"
+        )
+    padded = query_tiles * tiles.queries
+    try:
+        layout(generation, tiles, padded, padded_head_dim(head_dim), itemsize)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def vmem_limit(generation: str) -> int:
     """Returns the bytes of VMEM the compiler may use."""
     return int(_LIMIT * VMEM[generation])
@@ -159,9 +179,9 @@ def key_chunks(
         if need <= budget:
             return chunks
     raise ValueError(
-        f"implementation 'tpu' needs {need / _MIB:.0f} MiB of VMEM for tiles of {block.queries}"
-        f" queries x {block.keys} keys at length {length} and head_dim {head_dim}, but a TPU"
-        f" {generation} allows {budget / _MIB:.0f} MiB."
+        f"tiles of {block.queries} queries x {block.keys} keys need {need / _MIB:.0f} MiB of VMEM"
+        f" at length {length} and head_dim {head_dim}, and a TPU {generation} allows"
+        f" {budget / _MIB:.0f} MiB"
     )
 
 

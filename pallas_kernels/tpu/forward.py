@@ -166,6 +166,12 @@ class _QueryTile:
         stop = jnp.minimum(self.diagonal, base + self.chunk_tiles)
         return base, jnp.minimum(jnp.maximum(first, base), stop), stop
 
+    def if_visited(self, chunk: Any, first: Any, sweep: Any) -> None:
+        """Runs `sweep(chunk, first)` if the chunk has tiles from `first` to the diagonal."""
+        base = chunk * self.chunk_tiles
+        visited = (base <= self.diagonal) & (base + self.chunk_tiles > first)
+        pl.when(visited)(lambda: sweep(chunk, first))
+
     def on_own_chunk(self, base: Any, then: Any, otherwise: Any) -> None:
         """Does what is to be done at the diagonal if it lies in this chunk."""
         if self.plan.forward_chunks == 1:
@@ -296,34 +302,42 @@ class _QueryTile:
         """Does one query tile."""
         chunks, last = self.plan.forward_chunks, pl.num_programs(3) - 1
 
-        def exponentials(tile: Any, base: Any, raw: Any, skipped: int | None) -> None:
-            self.add_exponentials(tile, raw, skipped)
+        def first_sweep(chunk: Any, first: Any) -> None:
+            def body(tile: Any, base: Any, raw: Any, skipped: int | None) -> None:
+                self.add_exponentials(tile, raw, skipped)
 
-        if not self.plan.has_offset:
-            pl.when(self.step == 0)(self.start)
-            chunk = chunks - 1 - self.step
-            self.one_by_one(chunk, self.first, self.add_softmax)
-            pl.when(self.step == last)(self.finish)
-        elif chunks == 1:
+            self.one_by_one(chunk, first, body)
+
+        def only_sweep(chunk: Any, first: Any) -> None:
+            self.one_by_one(chunk, first, self.add_softmax)
+
+        if chunks == 1:
             self.start()
-            self.one_by_one(0, self.first, exponentials)
-            self.between()
-            self.second_sweep(0, self.refs.live_tile[0])
+            if self.plan.has_offset:
+                first_sweep(0, self.first)
+                self.between()
+                self.second_sweep(0, self.refs.live_tile[0])
+            else:
+                only_sweep(0, self.first)
             self.finish()
-        else:
-            pl.when(self.step == 0)(self.start)
+            return
+        pl.when(self.step == 0)(self.start)
+        chunk = chunks - 1 - self.step
+        if self.plan.has_offset:
 
             @pl.when(self.step < chunks)
             def _():
-                self.one_by_one(chunks - 1 - self.step, self.first, exponentials)
+                self.if_visited(chunk, self.first, first_sweep)
 
             pl.when(self.step == chunks)(self.between)
 
             @pl.when(self.step >= chunks)
             def _():
-                self.second_sweep(self.step - chunks, self.refs.live_tile[0])
-
-            pl.when(self.step == last)(self.finish)
+                live = self.refs.live_tile[0]
+                self.if_visited(self.step - chunks, live, self.second_sweep)
+        else:
+            self.if_visited(chunk, self.first, only_sweep)
+        pl.when(self.step == last)(self.finish)
 
 
 def _chunk_index(plan: Plan, refs: Any, b: Any, h: Any, i: Any, step: Any, second: bool) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.tpu import config
+
 GENERATIONS = ("v4", "v5e", "v5p", "v6e", "7x")
 
 MAX_HEAD_DIM = 256
@@ -51,16 +53,28 @@ def generation_of(device_kind: str) -> str | None:
     return named
 
 
-def unsupported(head_dim: int, value_dim: int, dtype: Any) -> str | None:
-    """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
-    if generation() is None:
+def unsupported(
+    shape: tuple[int, int, int, int], key_heads: int, value_dim: int, dtype: Any
+) -> str | None:
+    """Returns why a call can't be done, as the end of "... since ..."; None: it can.
+
+    Args:
+      shape: of the queries, [batch, length, heads, head_dim].
+      key_heads: heads of the keys.
+      value_dim: head size of the values.
+      dtype: of the inputs.
+    """
+    tpu = generation()
+    if tpu is None:
         if jax.default_backend() == "tpu":
             return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
         return f"it needs a TPU and JAX runs on {jax.default_backend()!r}"
+    batch, length, heads, head_dim = shape
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"
     if value_dim != head_dim:
         return f"value_dim is {value_dim} and head_dim {head_dim}"
     if str(dtype) not in ("float32", "bfloat16"):
         return f"inputs are {dtype}"
-    return None
+    itemsize = 4 if str(dtype) == "float32" else 2
+    return config.refusal(tpu, batch, heads, length, head_dim, itemsize)

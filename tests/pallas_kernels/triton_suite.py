@@ -71,7 +71,13 @@ def check_dead_tiles_do_not_matter(case: oracle.Case, dtype: str, tolerance: flo
         assert error <= tolerance, (name, error)
 
 
-def check_transformations(dtype: str, tolerance: float, batch: int = 3) -> None:
+def check_transformations(
+    dtype: str,
+    tolerance: float,
+    batch: int = 3,
+    implementation: str = "triton",
+    remat: bool = True,
+) -> None:
     """vmap, scan and remat, with packed documents, against one call for the whole batch."""
     case = oracle.Case("", (batch, 70, 2, 1, 16), 32, "alibi", True, documents=(50, 20))
     args, _ = _arrays(case, dtype)
@@ -80,7 +86,7 @@ def check_transformations(dtype: str, tolerance: float, batch: int = 3) -> None:
     ids = args["segment_ids"]
 
     def loss(shared, arrays, ids):
-        out = lazy_attention(**arrays, **shared, segment_ids=ids, implementation="triton")
+        out = lazy_attention(**arrays, **shared, segment_ids=ids, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     def one(shared, row):
@@ -97,7 +103,8 @@ def check_transformations(dtype: str, tolerance: float, batch: int = 3) -> None:
 
     def by_scan(shared, arrays):
         def step(total, row):
-            return total + jax.checkpoint(one)(shared, row), None
+            again = jax.checkpoint(one) if remat else one
+            return total + again(shared, row), None
 
         return jax.lax.scan(step, 0.0, (arrays, ids))[0]
 
@@ -110,7 +117,9 @@ def check_transformations(dtype: str, tolerance: float, batch: int = 3) -> None:
             assert error <= tolerance, (form.__name__, error)
 
 
-def check_sharded(mesh: jax.sharding.Mesh, dtype: str, tolerance: float) -> None:
+def check_sharded(
+    mesh: jax.sharding.Mesh, dtype: str, tolerance: float, implementation: str = "triton"
+) -> None:
     """Batch and heads shared out over a mesh ("batch", "heads") with shard_map."""
     batch, heads = mesh.devices.shape
     case = oracle.Case("", (2 * batch, 40, 2 * heads, heads, 16), 16, "alibi", True)
@@ -120,7 +129,7 @@ def check_sharded(mesh: jax.sharding.Mesh, dtype: str, tolerance: float) -> None
     specs = {name: rows if x.ndim == 4 else by_head for name, x in args.items()}
 
     def call(args):
-        return lazy_attention(**args, implementation="triton")
+        return lazy_attention(**args, implementation=implementation)
 
     def loss(call, args):
         return jnp.sum(call(args).astype(jnp.float32) ** 2)
@@ -136,7 +145,7 @@ def check_sharded(mesh: jax.sharding.Mesh, dtype: str, tolerance: float) -> None
             assert error <= tolerance, (check_vma, error)
 
 
-def check_not_a_number_comes_through(dtype: str) -> None:
+def check_not_a_number_comes_through(dtype: str, implementation: str = "triton") -> None:
     """A NaN in a key reaches the queries that see it and no others; one in a value, too.
 
     (A value's may reach earlier queries of its tile: 0 times NaN is NaN.)
@@ -145,7 +154,8 @@ def check_not_a_number_comes_through(dtype: str) -> None:
 
     def out_with(name):
         broken = args | {name: args[name].at[0, 60, 0, 3].set(jnp.nan)}
-        return np.asarray(lazy_attention(**broken, implementation="triton").astype(jnp.float32))
+        out = lazy_attention(**broken, implementation=implementation)
+        return np.asarray(out.astype(jnp.float32))
 
     out = out_with("key")
     assert np.all(np.isfinite(out[0, :60]))

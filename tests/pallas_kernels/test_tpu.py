@@ -1,0 +1,149 @@
+"""The TPU kernels in Pallas's TPU interpret mode: races detected, memory starting as NaN."""
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.tpu import op
+from tests import oracle, test_attention
+from tests.pallas_kernels import triton_suite as suite
+from tests.pallas_kernels.tpu_interpreter import interpreted
+
+# Queries and keys of a tile: equal, or two and four key tiles to a query tile.
+BLOCKS = [(128, 128), (256, 128), (256, 256), (512, 128)]
+# What runs wherever the suite runs; the rest is slow.
+QUICK = {
+    "paper",
+    "many_tiles",
+    "learned_tau_of_both_signs",
+    "no_bias",
+    "no_offset",
+    "plain_softmax",
+    "grouped_query",
+    "documents_grouped",
+    "one_token",
+    "positive_tau_with_steep_bias",
+}
+CASES = [
+    case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow)
+    for case in suite.CASES
+]
+NAMED = {case.name: case for case in suite.CASES}
+# Tiles of every kind at tiles of 128: live, dead, negligible.
+SPARSE = oracle.Case("sparse", (1, 900, 2, 1, 32), 300, "alibi", True, (-1.0, -0.4))
+DOCUMENTS = oracle.Case(
+    "more_documents", (2, 500, 2, 1, 16), 64, "alibi", True, documents=(200, 1, 299)
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case))
+def test_output_and_gradients(case):
+    with interpreted(*BLOCKS[suite.CASES.index(case) % len(BLOCKS)]):
+        oracle.check("tpu", case)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        pytest.param({"tiles_a_step": 1}, marks=pytest.mark.slow),
+        {"chunked": True, "queries": 256},
+        pytest.param({"chunked": True, "turned": False}, marks=pytest.mark.slow),
+        pytest.param({"turned": False, "queries": 256}, marks=pytest.mark.slow),
+        pytest.param({"queries": 512}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_kind_of_tile_in_every_layout(layout):
+    with interpreted(**layout):
+        oracle.check("tpu", SPARSE)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"chunked": True}, marks=pytest.mark.slow),
+        {"chunked": True, "turned": False, "queries": 256},
+    ],
+    ids=str,
+)
+def test_documents_in_chunks(layout):
+    with interpreted(**layout):
+        oracle.check("tpu", DOCUMENTS)
+
+
+@pytest.mark.slow
+def test_softmax_in_chunks():
+    with interpreted(chunked=True):
+        oracle.check("tpu", oracle.Case("", (1, 500, 2, 1, 16), 64, "alibi", True, None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", suite.HEAD_SIZES, ids=str)
+def test_head_sizes(case):
+    with interpreted():
+        oracle.check("tpu", case)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "documents_grouped",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("paper", "no_offset", "sharp_scores")
+        ),
+    ],
+)
+def test_bfloat16(name):
+    factor = suite.HALF_PRECISION_FACTOR.get(name, 1.2)
+    with interpreted(256, 128):
+        oracle.check_half_precision("tpu", NAMED[name], "bfloat16", factor=factor)
+
+
+@pytest.mark.slow
+def test_dead_tiles_do_not_matter(monkeypatch):
+    args = oracle.inputs(SPARSE)
+    d_out = np.random.default_rng(1).standard_normal(args["query"].shape).astype(np.float32)
+    with interpreted():
+        skipping = oracle.out_and_gradients(args, "tpu", d_out)
+        monkeypatch.setattr(op, "skip_dead_tiles", False)
+        whole = oracle.out_and_gradients(args, "tpu", d_out)
+    for name in whole:
+        assert oracle.relative_error(skipping[name], whole[name]) <= 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "test",
+    [
+        lambda: test_attention.test_softmax_limit("tpu"),
+        lambda: test_attention.test_first_token_attends_to_nothing("tpu"),
+        lambda: test_attention.test_causality_and_document_isolation("tpu", -1.0),
+        lambda: test_attention.test_causality_and_document_isolation("tpu", 0.5),
+        lambda: test_attention.test_half_precision_is_near_float64("tpu", "bfloat16"),
+    ],
+    ids=["softmax_limit", "first_token", "isolated", "isolated_positive", "half"],
+)
+def test_as_every_implementation(test):
+    with interpreted():
+        test()
+
+
+def test_not_a_number_comes_through():
+    with interpreted():
+        suite.check_not_a_number_comes_through("float32", "tpu")
+
+
+@pytest.mark.slow
+def test_vmap_and_scan():
+    # Interpreted kernels have effects, which remat refuses: `test_tpu_compiles.py` has it.
+    with interpreted():
+        suite.check_transformations("float32", 1e-5, implementation="tpu", remat=False)
+
+
+@pytest.mark.slow
+def test_shard_map():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
+    with interpreted():
+        suite.check_sharded(mesh, "float32", 1e-5, "tpu")

@@ -44,37 +44,33 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     if not _CANDIDATES.value:
         return
     found: list[Any] = []
-    both = (False, True)
+    small = head_dim == 64
     if kernel in ("inference", "forward"):
-        for keys, groups, stages in ((64, 2, 3), (128, 2, 2), (64, 3, 3), (128, 3, 2), (64, 3, 4)):
-            if head_dim == 128 and keys == 128 and (groups == 3 or kernel == "forward"):
-                continue
-            for share in ((0, 1), (1, 4), (1, 2)):
-                found.append(
-                    ForwardBlock(
-                        warpgroups=groups,
-                        stages=stages,
-                        keys=keys,
-                        polynomial=share,
-                        in_registers=head_dim == 64 and groups == 2,
-                    )
+        rows = [(64, 2, 3, (1, 4)), (128, 2, 2, (0, 1)), (128, 2, 2, (1, 2)), (64, 3, 3, (1, 4))]
+        if small:
+            rows += [(128, 2, 3, (1, 4)), (128, 3, 2, (1, 4))]
+        for keys, groups, stages, share in rows:
+            if small or keys == 64 or kernel == "inference":
+                block = ForwardBlock(
+                    warpgroups=groups,
+                    stages=stages,
+                    keys=keys,
+                    polynomial=share,
+                    in_registers=small and groups == 2,
                 )
+                found.append(block)
     elif kernel == "backward_key":
-        for groups, registers, early in ((2, True, True), (2, False, True), (3, False, True),
-                                         (2, False, False), (3, False, False)):  # fmt: skip
-            if head_dim == 64 or not registers:
-                found.append(
-                    KeyBlock(warpgroups=groups, in_registers=registers, early=early, stages=2)
-                )
+        for groups, registers, early in ((2, False, True), (3, False, True), (2, False, False)):
+            found.append(KeyBlock(warpgroups=groups, in_registers=registers, early=early))
+        if small:
+            found.append(KeyBlock(stages=4))
+    elif kernel == "backward_query":
+        for groups, stages in ((2, 2), (2, 3), (3, 2)):
+            found.append(Block(warpgroups=groups, stages=stages, in_registers=False))
+        if small:
+            found.append(Block(stages=2))
     else:
-        for groups in (2, 3) if kernel == "backward_query" else (1, 2, 3):
-            for stages in (2, 4) if head_dim == 64 else (2, 3):
-                for registers in both if head_dim == 64 else (False,):
-                    if kernel == "backward_bias" and (
-                        registers or 2 * stages + 2 * (stages + groups - 1) > 12
-                    ):
-                        continue
-                    found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
+        found.append(Block(warpgroups=3))
     yield from (block for block in found if block != chosen)
 
 

@@ -21,6 +21,7 @@ from lazyattn import reference
 from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels import bias as bias_lib
 from pallas_kernels import chunked
+from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
 from pallas_kernels.types import AttentionSettings, Visibility
@@ -294,6 +295,18 @@ def _fused_unsupported(call: Call) -> str | None:
     return None
 
 
+def _mosaic_gpu_unsupported(call: Call) -> str | None:
+    _, length, heads, head_dim = call.query.shape
+    return _fused_unsupported(call) or mosaic_gpu_support.unsupported(
+        head_dim,
+        call.value.shape[-1],
+        call.query.dtype,
+        heads // call.key.shape[2],
+        length,
+        0 if call.distance_bias is None else call.distance_bias.shape[1],
+    )
+
+
 def _triton_unsupported(call: Call) -> str | None:
     return _fused_unsupported(call) or triton_support.unsupported(
         call.query.shape[-1], call.value.shape[-1], call.query.dtype
@@ -314,6 +327,12 @@ def _run_tpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
 
 def _run_triton(call: Call) -> Float[Array, "batch length heads head_dim"]:
     from pallas_kernels.triton import op  # Triton takes a second to import.
+
+    return _run_fused(op, call)
+
+
+def _run_mosaic_gpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
+    from pallas_kernels.mosaic_gpu import op
 
     return _run_fused(op, call)
 
@@ -339,6 +358,7 @@ def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
+        Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
         Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
         Implementation("triton", _triton_unsupported, _run_triton, ("gpu",)),
         Implementation("xla_chunked", _chunked_unsupported, _run_chunked),

@@ -72,3 +72,22 @@ def sum_diagonals(
     return jnp.concatenate(
         [sums[..., :columns][..., ::-1], sums[..., columns + 1 :][..., ::-1]], -1
     )
+
+
+def sum_tiles(
+    sums: Float[Array, "*axes heads distances size size"],
+) -> Float[Array, "*axes heads near"]:
+    """Returns the sum over each distance x >= 0, from square tiles `size` apart.
+
+    Args:
+      sums: for each distance of tiles from the diagonal on, a tile of one value an entry.
+    """
+    *axes, distances, size, _ = sums.shape
+    diagonals = sum_diagonals(sums)
+    # Tile n has the distances from (n - 1) size + 1 to (n + 1) size - 1.
+    no_axes = [(0, 0)] * len(axes)
+    halves = jnp.pad(diagonals, [*no_axes, (0, 0), (0, 1)])
+    halves = halves.reshape(*axes, distances, 2, size)
+    total = jnp.pad(halves[..., 0, :], [*no_axes, (0, 1), (0, 0)])
+    total += jnp.pad(halves[..., 1, :], [*no_axes, (1, 0), (0, 0)])
+    return total.reshape(*axes, -1)[..., size - 1 :]

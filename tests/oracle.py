@@ -222,13 +222,17 @@ def half_precision_errors(
 def check_half_precision(
     implementation: str, case: Case, dtype: str, *, factor: float = 1.2, seed: int = 0
 ) -> None:
-    """Holds errors in half precision to `factor` times those of "xla" in the same dtype."""
+    """Holds errors in half precision to `factor` times those of "xla" in the same dtype.
+
+    And to one rounding more: a fused backward pass takes delta from outputs, which come of
+    rounded weights, where "xla" sums it from unrounded ones. It shows in small cases.
+    """
     ours = half_precision_errors(case, dtype, implementation, seed)
     plain = half_precision_errors(case, dtype, "xla", seed)
     unit = float(jnp.finfo(dtype).eps)
     worse = {
         name: (ours[name], plain[name])
         for name in ours
-        if not ours[name] <= factor * plain[name] + unit * (0.5 if name in SUMMED else 0.03)
+        if not ours[name] <= factor * plain[name] + unit * (0.5 if name in SUMMED else 0.25)
     }
     assert not worse, worse

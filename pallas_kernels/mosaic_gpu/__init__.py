@@ -1,0 +1,1 @@
+"""Lazy Attention on Hopper GPUs, in Pallas Mosaic GPU."""

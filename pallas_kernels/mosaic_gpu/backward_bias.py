@@ -1,0 +1,333 @@
+"""The gradient of the bias table, without atomics.
+
+All tiles of a head at one distance from the diagonal share one bias tile, so dS is summed
+over these tiles elementwise first, in registers; the diagonals of the sum are added up
+later, once. A block walks down the queries, each of its warpgroups at a distance of its own,
+one unit further from the diagonal than the one before: the keys that one warpgroup has used
+are the next one's at the next step, so that each step fetches but one tile of each operand.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import lanes, rings
+from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
+
+# Blocks wanted, so that uneven ones share out well over the largest GPUs, and query units
+# that a block should at least walk.
+_BLOCKS = 1024
+_UNITS_A_BLOCK = 16
+
+
+def distances(plan: Plan, units: int) -> int:
+    """Returns how many distances, in units, have an entry inside the bias table."""
+    return min((plan.width + UNIT - 2) // UNIT + 1, units)
+
+
+def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
+    """Returns into how many runs of queries a row is cut."""
+    groups = -(-distances(plan, units) // plan.blocks.backward_bias.warpgroups)
+    wanted = -(-_BLOCKS // (batch * heads * groups))
+    return max(1, min(wanted, units // _UNITS_A_BLOCK))
+
+
+def backward_bias(
+    plan: Plan,
+    query: Float[Array, "batch length heads head_dim"],
+    d_out: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    table: Float[Array, "heads rows 128"],
+    rows: Float[Array, "batch heads units kinds 64"],
+    ranges: Int[Array, "batch heads chunks distances 3"],
+) -> Float[Array, "batch chunks heads distances 64 64"]:
+    """Launches the kernel.
+
+    Args:
+      plan: of the call.
+      query: as in the forward pass, like all that follow.
+      d_out: gradient of the output.
+      key: keys.
+      value: values.
+      table: from `plan.table`.
+      rows: what `Rows` says of each query.
+      ranges: for each distance, a multiple of the warpgroups, the first query unit of the
+        chunk that visits the tile there, the first for which it may be live, and the one
+        after the last that visits it; live ones are taken to be those from there on. Where
+        nothing is visited the last is not above the first.
+
+    Returns:
+      the sums of dS at each distance.
+    """
+    kernel = _Kernel(plan, query, key, table.shape, rows.shape, ranges.shape)
+    shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, ROWS, UNIT)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
+        scratch_types=kernel.scratch(),
+        grid=(kernel.batch * kernel.chunks * kernel.heads * kernel.groups,),
+        grid_names=("work",),
+        num_threads=kernel.block.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        kernel_name="lazy_backward_bias",
+        interpret=plan.interpret,
+    )(query, d_out, key, value, table, rows, ranges)
+
+
+class _Kernel:
+    """The kernel's static facts, and its body."""
+
+    __name__ = "lazy_backward_bias"
+
+    def __init__(self, plan: Plan, query, key, table_shape, rows_shape, ranges_shape):
+        self.plan, self.block = plan, plan.blocks.backward_bias
+        self.batch, _, self.heads, self.head_dim = query.shape
+        self.group = self.heads // key.shape[2]
+        self.dtype = query.dtype
+        self.kinds = rows_shape[3]
+        self.table_shape = table_shape[1:]
+        self.chunks, self.distances = ranges_shape[2:4]
+        self.groups = self.distances // self.block.warpgroups
+        self.interpret = plan.interpret is not None
+
+    def scratch(self) -> dict[str, Any]:
+        """Returns the types of SMEM buffers and barriers."""
+        block, d = self.block, self.head_dim
+        tile = rings.tiled((block.stages, UNIT, d), self.dtype)
+        # Warpgroups lag behind each other by one tile of keys.
+        keys = rings.tiled((self.key_stages, UNIT, d), self.dtype)
+
+        def barriers(slots):
+            return {
+                "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
+                "empty": plgpu.Barrier(num_barriers=slots, num_arrivals=block.warpgroups),
+            }
+
+        scratch = {
+            "query_smem": tile,
+            "d_out_smem": tile,
+            "key_smem": keys,
+            "value_smem": keys,
+            "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
+            "table_smem": plgpu.SMEM(self.table_shape, jnp.float32),
+            "start_barrier": plgpu.Barrier(),
+        }
+        for name, slots in (("query", block.stages), ("key", self.key_stages)):
+            scratch |= {f"{name}_{end}": x for end, x in barriers(slots).items()}
+        scratch["query_full"] = plgpu.Barrier(num_barriers=block.stages, num_arrivals=3)
+        return scratch
+
+    @property
+    def key_stages(self) -> int:
+        """Slots for tiles of keys, and of values."""
+        return self.block.stages + self.block.warpgroups - 1
+
+    def __call__(self, *refs, **scratch) -> None:
+        """The body: a few distances of one head, for one run of queries."""
+        names = ["query", "d_out", "key", "value", "table", "rows", "ranges", "sums"]
+        _Body(self, dict(zip(names, refs, strict=True)) | scratch).run()
+
+
+class _Body:
+    """The body, while it is traced."""
+
+    def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
+        self.kernel, self.ref = kernel, ref
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        block = self.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        # Heads differ most in how much there is to do; the near distances have the most.
+        work = lax.axis_index("work")
+        parts = kernel.batch * kernel.chunks * kernel.heads
+        group = lax.div(work, jnp.int32(parts))
+        part = work - group * parts
+        row = lax.div(part, jnp.int32(kernel.heads))
+        self.head = part - row * kernel.heads
+        self.batch = lax.div(row, jnp.int32(kernel.chunks))
+        self.chunk = row - self.batch * kernel.chunks
+        self.key_head = lax.div(self.head, jnp.int32(kernel.group))
+        self.distance0 = group * block.warpgroups
+        starts, _, stops = zip(
+            *(self.range_of(self.distance0 + n) for n in range(block.warpgroups)), strict=True
+        )
+        # Steps are query units, all warpgroups' together.
+        self.start = functools.reduce(lax.min, starts)
+        self.stop = lax.max(functools.reduce(lax.max, stops), self.start)
+        self.steps = self.stop - self.start
+
+        def ring(name: str, stages: int, number: int) -> rings.Ring:
+            return rings.Ring(
+                ref[f"{name}_full"],
+                ref[f"{name}_empty"],
+                stages,
+                rings.FIRST_NAMED_BARRIER + number,
+                block.warpgroups,
+                self.plan,
+            )
+
+        # Queries and d_out; keys and values.
+        self.queries = ring("query", block.stages, 0)
+        self.keys = ring("key", kernel.key_stages, block.stages)
+
+    def range_of(self, distance: Any) -> tuple[Any, Any, Any]:
+        """Returns where the visited, and the live, tiles at a distance begin and end."""
+        ref = self.ref["ranges"]
+        return tuple(ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        fetch = self.warpgroup == self.block.warpgroups
+
+        @pl.when(fetch)
+        def _():
+            plgpu.set_max_registers(self.block.fetch_registers, action="decrease")
+            self.fetch()
+
+        @pl.when(jnp.logical_not(fetch))
+        def _():
+            plgpu.set_max_registers(self.block.registers, action="increase")
+            self.compute()
+
+    def fetch(self) -> None:
+        """Fetches all that the block reads.
+
+        Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
+        """
+        ref, b, h = self.ref, self.batch, self.head
+        behind = self.block.warpgroups - 1
+
+        def copy(ring, slot, name, rows, head):
+            plgpu.copy_gmem_to_smem(
+                ref[name].at[b, rows, head], ref[f"{name}_smem"].at[slot], ring.full.at[slot]
+            )
+
+        def copy_keys(n):
+            # Tile n is the nearest warpgroup's at step n - behind.
+            unit = lax.max(self.start + n - behind - self.distance0, jnp.int32(0))
+            slot = self.keys.acquire(n)
+            for name in ("key", "value"):
+                copy(self.keys, slot, name, pl.ds(unit * UNIT, UNIT), self.key_head)
+
+        @rings.fetching(self.plan)
+        def _():
+            plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], ref["start_barrier"])
+
+            @pl.when(self.steps > 0)
+            def _():
+                pl.loop(0, behind)(copy_keys)
+
+            @pl.loop(0, self.steps)
+            def _(n):
+                unit = self.start + n
+                slot = self.queries.acquire(n)
+                full = self.queries.full.at[slot]
+                plgpu.copy_gmem_to_smem(ref["rows"].at[b, h, unit], ref["rows_smem"].at[slot], full)
+                for name in ("query", "d_out"):
+                    copy(self.queries, slot, name, pl.ds(unit * UNIT, UNIT), h)
+                copy_keys(n + behind)
+
+        self.queries.close(self.steps)
+        self.keys.close(lax.select(self.steps > 0, self.steps + behind, jnp.int32(0)))
+
+    def compute(self) -> None:
+        """Does all that is to be done for one warpgroup's distance."""
+        ref, plan = self.ref, self.plan
+        for ring in (self.queries, self.keys):
+            ring.open()
+        behind = self.block.warpgroups - 1
+        distance = self.distance0 + self.warpgroup
+        my_start, my_live, my_stop = self.range_of(distance)
+        plgpu.barrier_wait(ref["start_barrier"])
+        start, _ = plan.bias_of_tile(distance * UNIT, UNIT, (jnp.float32(0.0), jnp.float32(0.0)))
+        bias = lanes.gather(
+            ref["table_smem"], start, UNIT, transposed=False, interpret=self.interpret
+        )
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
+        lag = behind - self.warpgroup
+
+        def steps(add, first, last, total):
+            # Of query units, as the ranges are.
+            first, last = (lax.clamp(self.start, x, self.stop) - self.start for x in (first, last))
+
+            def step(n, total):
+                n = first + n
+                slot, key_slot = self.queries.wait(n), self.keys.wait(n + lag)
+                total = total + add(bias, n, slot, key_slot)
+                # Row facts were read by ordinary loads.
+                plgpu.commit_smem()
+                self.queries.release(n)
+                self.keys.release(n + lag)
+                return total
+
+            count = lax.max(last - first, jnp.int32(0))
+            return lax.fori_loop(0, count, step, total), first + count
+
+        # Tiles before this warpgroup's first, and after its last.
+        rings.skip(0, lax.select(self.steps > 0, lag, jnp.int32(0)), (self.keys, 0))
+        first = lax.clamp(jnp.int32(0), my_start - self.start, self.steps)
+        both = ((self.queries, 0), (self.keys, lag))
+        rings.skip(0, first, *both)
+        total, end = zero, first
+        if plan.has_offset:
+            total, end = steps(self.dead, my_start, lax.min(my_live, my_stop), total)
+        total, end = steps(self.live, end + self.start, my_stop, total)
+        rings.skip(end, self.steps, *both)
+        rings.skip(
+            self.steps + lag,
+            lax.select(self.steps > 0, self.steps + behind, self.steps + lag),
+            (self.keys, 0),
+        )
+        ref["sums"][self.batch, self.chunk, self.head, distance] = total
+
+    def row(self, slot: Any, kind: int) -> Float[Array, "64 64"]:
+        """Returns one number a query, repeated along its row."""
+        x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
+        return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
+
+    def softmax(self, x: Array, bias: Array, n: Any, slot: Any) -> Array:
+        """Returns softmax weights from the products of step n."""
+        plan = self.plan
+        x = x * (plan.scale * LOG2_E) + bias
+        if plan.packed:
+            key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
+            columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
+            first = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
+            x = jnp.where(columns + key0 >= first, x, LOWEST)
+        return jnp.exp2(x - self.row(slot, Rows.LOG_TOTAL))
+
+    def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
+        """Returns dS of a tile with no live entry."""
+
+        def product(acc):
+            plgpu.wgmma(acc, self.ref["query_smem"].at[slot], self.ref["key_smem"].at[key_slot].T)
+            return acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        return self.softmax(x, bias, n, slot) * -self.row(slot, Rows.DELTA)
+
+    def live(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
+        """Returns dS of a tile that may be live."""
+        ref = self.ref
+
+        def products(s_acc, d_acc):
+            plgpu.wgmma(s_acc, ref["query_smem"].at[slot], ref["key_smem"].at[key_slot].T)
+            plgpu.wgmma(d_acc, ref["d_out_smem"].at[slot], ref["value_smem"].at[key_slot].T)
+            p = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), bias, n, slot)
+            return p, d_acc[...]
+
+        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        p, d_weights = pl.run_scoped(products, tile, tile)
+        if self.plan.has_offset:
+            d_weights = jnp.where(p > self.row(slot, Rows.THRESHOLD), d_weights, 0.0)
+        return p * (d_weights - self.row(slot, Rows.DELTA))

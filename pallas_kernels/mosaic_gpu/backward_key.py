@@ -1,0 +1,435 @@
+"""The gradients of keys and values.
+
+With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
+
+    dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
+
+A block has 64 keys of one key head a warpgroup, and goes for each query head of the group
+over the query tiles from the diagonal on: those that may be live first, then the dead ones,
+where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All sums stay in
+registers until they are complete, so every run gives the same bits.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import lanes, rings, schedule
+from pallas_kernels.mosaic_gpu.lanes import COLUMN, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
+
+
+def backward_key(
+    plan: Plan,
+    query: Float[Array, "batch length heads head_dim"],
+    d_out: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    table: Float[Array, "heads rows 128"],
+    tail: Float[Array, "heads 2"],
+    offset: Float[Array, " heads"],
+    rows: Float[Array, "batch heads units kinds 64"],
+    last: Int[Array, "batch heads units"],
+    live: Int[Array, "batch heads units"],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Launches the kernel.
+
+    Args:
+      plan: of the call.
+      query: as in the forward pass, like all that follow.
+      d_out: gradient of the output.
+      key: keys.
+      value: values.
+      table: from `plan.table`.
+      tail: from `plan.table`.
+      offset: tau; not read without an offset.
+      rows: what `Rows` says of each query.
+      last: last unit of queries that visits each unit of keys.
+      live: last one for which it may be live.
+
+    Returns:
+      d_key and d_value.
+    """
+    kernel = _Kernel(plan, query, key, table.shape, rows.shape)
+    same = jax.ShapeDtypeStruct(key.shape, key.dtype)
+    return plgpu.kernel(
+        kernel,
+        out_type=(same, same),
+        scratch_types=kernel.scratch(),
+        grid=(kernel.batch * kernel.kv_heads * kernel.order.tiles,),
+        grid_names=("work",),
+        num_threads=kernel.block.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        kernel_name="lazy_backward_key",
+        interpret=plan.interpret,
+    )(query, d_out, key, value, table, tail, offset, rows, last, live)
+
+
+class _Kernel:
+    """The kernel's static facts, and its body."""
+
+    __name__ = "lazy_backward_key"
+
+    def __init__(self, plan: Plan, query, key, table_shape, rows_shape):
+        self.plan, self.block = plan, plan.blocks.backward_key
+        self.batch, self.length, self.heads, self.head_dim = query.shape
+        self.kv_heads = key.shape[2]
+        self.group = self.heads // self.kv_heads
+        self.dtype = query.dtype
+        self.units, self.kinds = rows_shape[2:4]
+        self.table_shape = table_shape[1:]
+        self.interpret = plan.interpret is not None
+        self.order = schedule.Order.of_keys(
+            self.batch, self.kv_heads, self.length, self.block.rows, self.head_dim * self.group
+        )
+
+    @property
+    def tables(self) -> int:
+        """Slots for bias tables: the next head's is fetched while one is in use."""
+        return min(2, self.group)
+
+    def scratch(self) -> dict[str, Any]:
+        """Returns the types of SMEM buffers and barriers."""
+        block, d = self.block, self.head_dim
+        tile = rings.tiled((block.stages, UNIT, d), self.dtype)
+        keys = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
+
+        def used(slots):
+            return plgpu.Barrier(num_barriers=slots, num_arrivals=block.warpgroups)
+
+        scratch = {
+            "key_smem": keys,
+            "value_smem": keys,
+            "query_smem": tile,
+            "d_out_smem": tile,
+            "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
+            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
+            "start_barrier": plgpu.Barrier(num_arrivals=2 * block.warpgroups),
+            "query_full": plgpu.Barrier(num_barriers=block.stages, num_arrivals=2),
+            "d_out_full": plgpu.Barrier(num_barriers=block.stages),
+            "table_full": plgpu.Barrier(num_barriers=self.tables),
+            "query_empty": used(block.stages),
+            "d_out_empty": used(block.stages),
+            "table_empty": used(self.tables),
+        }
+        if self.interpret:
+            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
+        return scratch
+
+    def __call__(self, *refs, **scratch) -> None:
+        """The body: one block of keys of one key head."""
+        names = [
+            "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
+            "d_key", "d_value",
+        ]  # fmt: skip
+        _Body(self, dict(zip(names, refs, strict=True)) | scratch).run()
+
+
+class _Body:
+    """The body, while it is traced."""
+
+    def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
+        self.kernel, self.ref = kernel, ref
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        block = self.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.batch, self.key_head, tile = kernel.order.item(lax.axis_index("work"))
+        # Query tiles are counted in steps from the first key tile of the block on.
+        self.unit0 = tile * block.warpgroups
+
+        def ring(name: str, stages: int, number: int) -> rings.Ring:
+            return rings.Ring(
+                ref[f"{name}_full"], ref[f"{name}_empty"], stages,
+                rings.FIRST_NAMED_BARRIER + number, block.warpgroups, self.plan,
+            )  # fmt: skip
+
+        self.queries = ring("query", block.stages, 0)
+        self.d_outs = ring("d_out", block.stages, block.stages)
+        self.tables = ring("table", kernel.tables, 2 * block.stages)
+
+    def head(self, member: Any) -> Int[Array, ""]:
+        """Returns a query head of the group."""
+        return self.key_head * self.kernel.group + member
+
+    def steps(self, name: str, head: Any) -> Int[Array, ""]:
+        """Returns how many query tiles of a head the block visits, or may be live for it."""
+        ref = self.ref[name]
+        units = [
+            lax.min(self.unit0 + n, jnp.int32(self.kernel.units - 1))
+            for n in range(self.block.warpgroups)
+        ]
+        ends = [ref[self.batch, head, unit] for unit in units]
+        return functools.reduce(lax.max, ends) - self.unit0 + 1
+
+    def both_steps(self, head: Any) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """Returns how many query tiles are visited, and how many of them may be live."""
+        steps = self.steps("last", head)
+        return steps, self.steps("live", head) if self.plan.has_offset else steps
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        fetch = self.warpgroup == self.block.warpgroups
+
+        @pl.when(fetch)
+        def _():
+            plgpu.set_max_registers(self.block.fetch_registers, action="decrease")
+            self.fetch()
+
+        @pl.when(jnp.logical_not(fetch))
+        def _():
+            plgpu.set_max_registers(self.block.registers, action="increase")
+            self.compute()
+
+    def fetch(self) -> None:
+        """Fetches all that the block reads."""
+        ref, b = self.ref, self.batch
+
+        @rings.fetching(self.plan)
+        def _():
+            for n in range(self.block.warpgroups):
+                rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
+                for name in ("key", "value"):
+                    plgpu.copy_gmem_to_smem(
+                        ref[name].at[b, rows, self.key_head],
+                        ref[f"{name}_smem"].at[n],
+                        ref["start_barrier"],
+                    )
+
+        def one_head(member, done):
+            steps_done, live_done = done
+            head = self.head(member)
+            steps, live = self.both_steps(head)
+
+            @rings.fetching(self.plan)
+            def _():
+                slot = self.tables.acquire(member)
+                plgpu.copy_gmem_to_smem(
+                    ref["table"].at[head], ref["table_smem"].at[slot], self.tables.full.at[slot]
+                )
+
+                def copy_query(n):
+                    slot = self.queries.acquire(steps_done + n)
+                    full = self.queries.full.at[slot]
+                    unit = self.unit0 + n
+                    rows = pl.ds(unit * UNIT, UNIT)
+                    plgpu.copy_gmem_to_smem(
+                        ref["rows"].at[b, head, unit], ref["rows_smem"].at[slot], full
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        ref["query"].at[b, rows, head], ref["query_smem"].at[slot], full
+                    )
+
+                @pl.loop(0, live)
+                def _(n):
+                    copy_query(n)
+                    slot = self.d_outs.acquire(live_done + n)
+                    plgpu.copy_gmem_to_smem(
+                        ref["d_out"].at[b, pl.ds((self.unit0 + n) * UNIT, UNIT), head],
+                        ref["d_out_smem"].at[slot],
+                        self.d_outs.full.at[slot],
+                    )
+
+                pl.loop(0, steps - live)(lambda n: copy_query(live + n))
+
+            return steps_done + steps, live_done + live
+
+        zero = jnp.int32(0)
+        steps, live = lax.fori_loop(0, self.kernel.group, one_head, (zero, zero))
+        self.queries.close(steps)
+        self.d_outs.close(live)
+        self.tables.close(jnp.int32(self.kernel.group))
+
+    def compute(self) -> None:
+        """Does all that is to be done for one warpgroup's keys."""
+        ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
+        for ring in (self.queries, self.d_outs, self.tables):
+            ring.open()
+        unit = self.unit0 + self.warpgroup
+        exists = unit < kernel.units
+        unit = lax.min(unit, jnp.int32(kernel.units - 1))
+        self.key0 = unit * UNIT
+        plgpu.barrier_wait(ref["start_barrier"])
+        self.key, self.value = (
+            rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
+            for name in ("key_smem", "value_smem")
+        )
+        begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+
+        def one_head(d_key_acc, d_value_acc, member, done):
+            steps_done, live_done = done
+            head = self.head(member)
+            steps, live = self.both_steps(head)
+            end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
+            live_end = lax.min(live, end)
+            self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
+            if plan.has_offset:
+                self.offset = ref["offset"][head]
+            self.table = ref["table_smem"].at[self.tables.wait(member)]
+            both = ((self.queries, steps_done), (self.d_outs, live_done))
+            rings.skip(0, begin, *both)
+
+            def loop(step, start, stop):
+                @pl.loop(0, lax.max(stop - start, jnp.int32(0)))
+                def _(n):
+                    step(d_key_acc, d_value_acc, start + n, steps_done, live_done)
+
+            loop(self.live_step, begin, live_end)
+            rings.skip(end, live, *both)
+            if plan.has_offset:
+                loop(self.dead_step, live, end)
+            rings.skip(lax.max(end, live), steps, both[0])
+            self.tables.release(member)
+            return steps_done + steps, live_done + live
+
+        def run(d_key_acc, d_value_acc):
+            zero = jnp.int32(0)
+            step = functools.partial(one_head, d_key_acc, d_value_acc)
+            lax.fori_loop(0, kernel.group, step, (zero, zero))
+            return d_key_acc[...], d_value_acc[...]
+
+        acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
+        d_key, d_value = pl.run_scoped(run, acc, acc)
+
+        @pl.when(exists)
+        def _():
+            rows = pl.ds(self.key0, ROWS)
+            for name, x in (("key", d_key * plan.scale), ("value", d_value)):
+                smem = ref[f"{name}_smem"].at[self.warpgroup]
+                smem[...] = x.astype(kernel.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.key_head])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
+        """Returns one number a query, repeated along the keys."""
+        return lax.broadcast_in_dim(x, (ROWS, UNIT), [1])
+
+    def row(self, slot: Any, kind: int) -> Float[Array, "64"]:
+        """Returns one number a query."""
+        return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
+
+    def softmax(self, x: Array, n: Any, slot: Any) -> Array:
+        """Returns softmax weights from a tile's products."""
+        query0 = (self.unit0 + n) * UNIT
+        start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail)
+        bias = lanes.gather(self.table, start, UNIT, transposed=True, interpret=self.interpret)
+        x = x * (self.plan.scale * LOG2_E) + bias
+        if self.plan.packed:
+            x = lax.cond(
+                self.other_document(slot),
+                lambda: jnp.where(self.visible(query0, slot), x, LOWEST),
+                lambda: x,
+            )
+        return jnp.exp2(x - self.spread(self.row(slot, Rows.LOG_TOTAL) - rest))
+
+    def other_document(self, slot: Any) -> Any:
+        """Returns whether some query of a tile does not see the first key."""
+        # Documents begin later and later.
+        last = self.ref["rows_smem"][slot, Rows.DOCUMENT, UNIT - 1]
+        return self.key0.astype(jnp.float32) < last
+
+    def visible(self, query0: Any, slot: Any) -> Array:
+        """Returns which entries of a tile are seen."""
+        keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
+        queries = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE) + query0
+        seen = queries >= keys
+        if self.plan.packed:
+            document = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
+            seen = seen & (keys >= self.spread(document))
+        return seen
+
+    def live_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+        """Adds a tile that may be live."""
+        ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
+        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        slot = self.queries.wait(steps_done + n)
+        d_slot = self.d_outs.wait(live_done + n)
+
+        def weigh(x):
+            p = weights = self.softmax(x, n, slot)
+            if plan.has_offset:
+                weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
+                # A weight of tau / n is no weight where nothing is seen.
+                query0 = (self.unit0 + n) * UNIT
+                hidden = (self.offset > 0) & (query0 == self.key0)
+                if plan.packed:
+                    hidden = hidden | self.other_document(slot)
+                weights = lax.cond(
+                    hidden,
+                    lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
+                    lambda: weights,
+                )
+            return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
+
+        def s_product(acc):
+            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
+
+        def d_product(acc):
+            plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
+
+        def finish(acc, p, weights):
+            rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
+            # Without waiting for the product that was issued last.
+            d_weights = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            if plan.has_offset:
+                # Where nothing is seen p is 0, and so is dS.
+                alive = p > self.spread(self.row(slot, Rows.THRESHOLD))
+                d_weights = jnp.where(alive, d_weights, 0.0)
+            return p * (d_weights - self.spread(self.row(slot, Rows.DELTA)))
+
+        def together(s_acc, d_acc):
+            s_product(s_acc)
+            d_product(d_acc)
+            return finish(d_acc, *weigh(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)))
+
+        def apart(s_acc):
+            s_product(s_acc)
+            p, weights = weigh(s_acc[...])
+
+            def rest(d_acc):
+                d_product(d_acc)
+                return finish(d_acc, p, weights)
+
+            return pl.run_scoped(rest, tile)
+
+        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        if self.block.early:
+            d_scores = pl.run_scoped(together, tile, tile)
+        else:
+            d_scores = pl.run_scoped(apart, tile)
+        packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
+        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        plgpu.wgmma_wait(1)
+        self.d_outs.release(live_done + n)
+        plgpu.wgmma_wait(0)
+        # The numbers of the queries were read by ordinary loads.
+        plgpu.commit_smem()
+        self.queries.release(steps_done + n)
+
+    def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+        """Adds a tile with no live entry."""
+        del d_value_acc, live_done
+        ref = self.ref
+        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        slot = self.queries.wait(steps_done + n)
+
+        def product(s_acc):
+            plgpu.wgmma(s_acc, self.key, ref["query_smem"].at[slot].T)
+            return s_acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        d_scores = self.softmax(x, n, slot) * self.spread(-self.row(slot, Rows.DELTA))
+        packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
+        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()
+        self.queries.release(steps_done + n)

@@ -1,0 +1,630 @@
+"""The forward pass: log-sum-exp first, then what survives.
+
+A block has 64 queries of one head a warpgroup, and one more warpgroup of which one warp
+fetches tiles of keys and values. The first sweep goes from the diagonal backwards over the
+tiles that are not negligible, sums the exponentials and notes the farthest tile that may be
+live; the second goes the same way over the live ones. Without an offset one sweep does it.
+
+Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can
+take the exponential of. Then the sums need no running maximum and are never rescaled; a
+flag of each head says so, and another loop serves where it does not hold.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import lanes, rings, schedule
+from pallas_kernels.mosaic_gpu.config import ForwardBlock
+from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOG2_E, LOWEST, UNIT, Plan, threshold
+from pallas_kernels.mosaic_gpu.rings import as_index
+
+
+def forward(
+    plan: Plan,
+    training: bool,
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    table: Float[Array, "heads rows 128"],
+    tail: Float[Array, "heads 2"],
+    offset: Float[Array, " heads"],
+    offset_scale: Float[Array, "batch padded"],
+    count_inverse: Float[Array, "batch padded"],
+    document: Int[Array, "batch padded"],
+    document_last: Int[Array, "batch units"],
+    first: Int[Array, "batch heads units"],
+    small: Int[Array, "batch heads"],
+) -> tuple[Array | None, ...]:
+    """Launches the forward pass.
+
+    Args:
+      plan: of the call.
+      training: also return residuals.
+      query: rotated queries; the length is a multiple of 8.
+      key: rotated keys.
+      value: values.
+      table: from `plan.table`.
+      tail: from `plan.table`.
+      offset: tau; not read without an offset.
+      offset_scale: factor of tau for each query; rows are padded to units of 64.
+      count_inverse: one over the number of keys each query sees.
+      document: first key each query sees; not read unless `plan.packed`.
+      document_last: its maximum in each unit of queries; likewise.
+      first: first unit of keys that each unit of queries visits.
+      small: whether no exponential of a score of this head can overflow.
+
+    Returns:
+      out; and in training with an offset the mean of the values of live entries over all
+      visible ones, of the same shape; in training what rounding took from out - offset mean,
+      of the same shape, and log2-sum-exp2 of each row's scores less b(0) [batch, heads,
+      padded]; with an offset the first live unit of keys of each unit of queries [batch,
+      heads, units].
+    """
+    block = plan.blocks.forward if training else plan.blocks.inference
+    batch, _, heads, _ = query.shape
+    units = first.shape[-1]
+    want_mean = training and plan.has_offset
+    same = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    out_type: list[Any] = [same]
+    if want_mean:
+        out_type += [same, jax.ShapeDtypeStruct((batch, heads, units), jnp.int32)]
+    if training:
+        out_type += [same, jax.ShapeDtypeStruct((batch, heads, UNIT * units), jnp.float32)]
+    kernel = _Forward(plan, block, training, query, key, table.shape)
+    run = plgpu.kernel(
+        kernel,
+        out_type=tuple(out_type),
+        scratch_types=kernel.scratch(),
+        grid=(batch * heads * kernel.order.tiles,),
+        grid_names=("work",),
+        num_threads=block.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        kernel_name="lazy_forward",
+        interpret=plan.interpret,
+    )
+    results = list(
+        run(
+            query, key, value, table, tail, offset, offset_scale, count_inverse, document,
+            document_last, first, small,
+        )
+    )  # fmt: skip
+    out = results.pop(0)
+    mean, live = (results.pop(0), results.pop(0)) if want_mean else (None, None)
+    rounding, log_total = (results.pop(0), results.pop(0)) if training else (None, None)
+    return out, mean, rounding, log_total, live
+
+
+class _Forward:
+    """The kernel's static facts, and its body."""
+
+    __name__ = "lazy_forward"
+
+    def __init__(self, plan: Plan, block: ForwardBlock, training: bool, query, key, table_shape):
+        self.plan, self.block, self.training = plan, block, training
+        self.batch, self.length, self.heads, self.head_dim = query.shape
+        self.group = self.heads // key.shape[2]
+        self.dtype = query.dtype
+        self.table_shape = table_shape[1:]
+        self.interpret = plan.interpret is not None
+        self.want_mean = training and plan.has_offset
+        self.order = schedule.Order.of_queries(
+            self.batch, self.heads, self.length, block.rows, self.head_dim, self.group
+        )
+        # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
+        self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
+
+    def scratch(self) -> dict[str, Any]:
+        """Returns the types of SMEM buffers and barriers."""
+        block, d = self.block, self.head_dim
+        tile = rings.tiled((block.stages, block.keys, d), self.dtype)
+        rows = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
+        row = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
+        slots = plgpu.Barrier(num_barriers=block.stages)
+        used = plgpu.Barrier(num_barriers=block.stages, num_arrivals=block.warpgroups)
+        scratch = {
+            "query_smem": rows,
+            "key_smem": tile,
+            "value_smem": tile,
+            "table_smem": plgpu.SMEM(self.table_shape, jnp.float32),
+            "words_smem": plgpu.SMEM((4 * block.warpgroups,), jnp.int32),
+            "start_barrier": plgpu.Barrier(num_arrivals=1 + block.warpgroups),
+            "key_full": slots,
+            "value_full": slots,
+            "key_empty": used,
+            "value_empty": used,
+            "bound_barrier": plgpu.Barrier(num_arrivals=block.warpgroups),
+        }
+        if self.want_mean:
+            scratch["mean_smem"] = rows
+        if self.training:
+            scratch["rounding_smem"] = rows
+            scratch["total_smem"] = row
+        if self.interpret:
+            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, block.keys), self.dtype)
+        return scratch
+
+    def __call__(self, *refs, **scratch) -> None:
+        """The body: one block of queries of one head."""
+        names = [
+            "query", "key", "value", "table", "tail", "offset", "offset_scale", "count_inverse",
+            "document", "document_last", "first", "small", "out",
+        ]  # fmt: skip
+        if self.want_mean:
+            names += ["mean", "live"]
+        if self.training:
+            names += ["rounding", "log_total"]
+        ref = dict(zip(names, refs, strict=True)) | scratch
+        _Block(self, ref).run()
+
+
+class _Block:
+    """One block of queries, while its body is traced."""
+
+    def __init__(self, kernel: _Forward, ref: dict[str, Any]):
+        self.kernel, self.ref = kernel, ref
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        block = self.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.batch, self.head, tile = kernel.order.item(lax.axis_index("work"))
+        self.key_head = lax.div(self.head, jnp.int32(kernel.group))
+        self.query0 = tile * block.rows
+        # Everything is counted in steps from the last key tile of the block backwards.
+        self.last = lax.min(
+            lax.div(self.query0 + block.rows - 1, jnp.int32(block.keys)),
+            jnp.int32((kernel.length - 1) // block.keys),
+        )
+
+        def ring(name: str, number: int) -> rings.Ring:
+            return rings.Ring(
+                ref[f"{name}_full"],
+                ref[f"{name}_empty"],
+                block.stages,
+                rings.FIRST_NAMED_BARRIER + number,
+                block.warpgroups,
+                self.plan,
+            )
+
+        self.keys, self.values = ring("key", 0), ring("value", block.stages)
+
+    def first_tile(self, unit: Any) -> Int[Array, ""]:
+        """Returns the key tile of a unit of keys."""
+        return lax.div(as_index(unit), jnp.int32(self.block.keys // UNIT))
+
+    def first_of(self, warpgroup: Any) -> Int[Array, ""]:
+        """Returns the first unit of keys that a warpgroup visits."""
+        unit = lax.div(self.query0, jnp.int32(UNIT)) + warpgroup
+        # Past the end of the sequence: as the unit before.
+        unit = lax.min(unit, jnp.int32(self.ref["first"].shape[-1] - 1))
+        return self.ref["first"][self.batch, self.head, unit]
+
+    def steps(self) -> Int[Array, ""]:
+        """Returns how many key tiles the block visits."""
+        first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.block.warpgroups)])
+        return self.last - self.first_tile(first) + 1
+
+    def live_steps(self) -> Int[Array, ""]:
+        """Returns the same of the live ones, once `bound_barrier` is complete."""
+        words = self.ref["words_smem"]
+        first = functools.reduce(lax.min, [words[n] for n in range(words.shape[0])])
+        return self.last - self.first_tile(first) + 1
+
+    @property
+    def sweeps_twice(self) -> Any:
+        """Whether there is a second sweep."""
+        if not self.kernel.one_sweep:
+            return True
+        return self.ref["small"][self.batch, self.head] == 0
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        fetch = self.warpgroup == self.block.warpgroups
+
+        @pl.when(fetch)
+        def _():
+            plgpu.set_max_registers(self.block.fetch_registers, action="decrease")
+            self.fetch()
+
+        @pl.when(jnp.logical_not(fetch))
+        def _():
+            plgpu.set_max_registers(self.block.registers, action="increase")
+            _Queries(self).compute()
+
+    def fetch(self) -> None:
+        """Fetches all that the block reads."""
+        ref, block = self.ref, self.block
+        b, h = self.batch, self.head
+        start = ref["start_barrier"]
+
+        def copy(ring, name, number, step):
+            slot = ring.acquire(number)
+            rows = pl.ds((self.last - step) * block.keys, block.keys)
+            plgpu.copy_gmem_to_smem(
+                ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[slot],
+                ring.full.at[slot],
+            )  # fmt: skip
+
+        copy_key = functools.partial(copy, self.keys, "key")
+        copy_value = functools.partial(copy, self.values, "value")
+        twice = self.sweeps_twice
+        # One warp copies; but it can't load numbers, which is done here for it.
+        steps = self.steps()
+
+        @rings.fetching(self.plan)
+        def _():
+            for n in range(block.warpgroups):
+                rows = pl.ds(self.query0 + ROWS * n, ROWS)
+                plgpu.copy_gmem_to_smem(ref["query"].at[b, rows, h], ref["query_smem"].at[n], start)
+            plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], start)
+
+        def one_sweep():
+            @rings.fetching(self.plan)
+            def _():
+                @pl.loop(0, steps)
+                def _(n):
+                    copy_key(n, n)
+                    copy_value(n, n)
+
+            self.keys.close(steps)
+            self.values.close(steps)
+
+        def two_sweeps():
+            @rings.fetching(self.plan)
+            def _():
+                pl.loop(0, steps)(lambda n: copy_key(n, n))
+                # The tile on the diagonal is always live: no need to know how many more.
+                copy_key(steps, jnp.int32(0))
+                copy_value(jnp.int32(0), jnp.int32(0))
+
+            plgpu.barrier_wait(ref["bound_barrier"])
+            live = self.live_steps()
+
+            @rings.fetching(self.plan)
+            def _():
+                @pl.loop(1, live)
+                def _(n):
+                    copy_key(steps + n, n)
+                    copy_value(n, n)
+
+            self.keys.close(steps + live)
+            self.values.close(live)
+
+        if twice is True:
+            two_sweeps()
+        else:
+            lax.cond(twice, two_sweeps, one_sweep)
+
+
+class _Queries:
+    """What one computing warpgroup does with its 64 queries."""
+
+    def __init__(self, block: _Block):
+        self.all, self.kernel, self.ref = block, block.kernel, block.ref
+        self.plan, self.block, self.interpret = block.plan, block.block, block.interpret
+        self.warpgroup = block.warpgroup
+        self.query0 = block.query0 + ROWS * self.warpgroup
+        self.rows = pl.ds(self.query0, ROWS)
+        self.shape = (ROWS, self.block.keys)
+
+    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 keys"]:
+        """Returns a row vector repeated along its rows."""
+        return lax.broadcast_in_dim(x, self.shape, [0])
+
+    def per_row(self, x: Any, dtype: Any = jnp.float32) -> Array:
+        """Returns a row vector of one number."""
+        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)
+
+    def load_rows(self, name: str) -> Array:
+        """Returns this warpgroup's rows of an array [batch, padded]."""
+        # Past the end of the sequence, anything that is there.
+        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
+        return plgpu.load(
+            self.ref[name].at[self.all.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
+        )
+
+    def compute(self) -> None:
+        """Does all that is to be done for the queries."""
+        ref, plan, kernel = self.ref, self.plan, self.kernel
+        block, b, h = self.all, self.all.batch, self.all.head
+        self.exists = self.query0 < kernel.length
+        block.keys.open()
+        block.values.open()
+        self.small = ref["small"][b, h] != 0
+        self.tail = (ref["tail"][h, 0], ref["tail"][h, 1])
+        self.total_steps = block.steps()
+        # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
+        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(self.block.keys))
+        self.begin = block.last - lax.min(diagonal, block.last)
+        first = block.first_tile(block.first_of(self.warpgroup))
+        self.end = lax.select(self.exists, block.last - first + 1, self.begin)
+        if plan.has_offset:
+            self.offset = ref["offset"][h]
+            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
+        if plan.packed:
+            self.document = self.load_rows("document")
+            unit = lax.div(self.query0, jnp.int32(UNIT))
+            unit = lax.min(unit, jnp.int32(ref["document_last"].shape[-1] - 1))
+            self.document_last = ref["document_last"][b, unit]
+        plgpu.barrier_wait(ref["start_barrier"])
+        self.query = rings.operand(
+            ref["query_smem"].at[self.warpgroup], self.block.in_registers, self.interpret
+        )
+
+        if kernel.one_sweep:
+            lax.cond(self.small, self.softmax, self.two_sweeps)
+        else:
+            self.two_sweeps()
+
+    def scores(self, number: Any, step: Any) -> tuple[Array, Array, Any]:
+        """Returns scores of a tile, what is to be added to them, and its first key.
+
+        Masked where causality wants it: the table holds `LOWEST` there. Releases the keys.
+        """
+        block, plan = self.all, self.plan
+        key0 = (block.last - step) * self.block.keys
+        start, rest = plan.bias_of_tile(self.query0 - key0, self.block.keys, self.tail)
+        slot = block.keys.wait(number)
+
+        def product(acc):
+            plgpu.wgmma(acc, self.query, self.ref["key_smem"].at[slot].T)
+            return acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC(self.shape, jnp.float32))
+        block.keys.release(number)
+        bias = lanes.gather(
+            self.ref["table_smem"], start, self.block.keys, transposed=False,
+            interpret=self.interpret,
+        )  # fmt: skip
+        return x * (plan.scale * LOG2_E) + bias, rest, key0
+
+    def visible(self, key0: Any) -> Array:
+        """Returns which entries of a tile the queries see."""
+        columns = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=TILE) + key0
+        rows = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=TILE) + self.query0
+        seen = rows >= columns
+        if self.plan.packed:
+            seen = seen & (columns >= self.spread(self.document))
+        return seen
+
+    def hide_documents(self, x: Array, key0: Any) -> Array:
+        """Returns scores with those of other documents masked."""
+        if not self.plan.packed:
+            return x
+        return lax.cond(
+            key0 < self.document_last,
+            lambda: jnp.where(self.visible(key0), x, LOWEST),
+            lambda: x,
+        )
+
+    def two_sweeps(self) -> None:
+        """Log-sum-exp, then the output."""
+        ref, block = self.ref, self.all
+        words = self.ref["words_smem"]
+        rings.skip(0, self.begin, (block.keys, 0))
+        log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
+        rings.skip(self.end, self.total_steps, (block.keys, 0))
+        lanes.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
+        plgpu.barrier_arrive(ref["bound_barrier"])
+        plgpu.barrier_wait(ref["bound_barrier"])
+        live_steps = block.live_steps()
+        mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
+        end = lax.select(self.exists, block.last - block.first_tile(mine) + 1, self.begin)
+
+        both = ((block.keys, self.total_steps), (block.values, 0))
+        rings.skip(0, self.begin, *both)
+        if self.kernel.want_mean:
+            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+            run = functools.partial(self.add_values, log_total, end)
+            out, value_sum = pl.run_scoped(run, shape, shape)
+        else:
+            run = functools.partial(self.add_values, log_total, end, value_acc=None)
+            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+            out, value_sum = pl.run_scoped(run, shape), None
+        rings.skip(end, live_steps, *both)
+        self.store(out, value_sum, log_total)
+        if self.kernel.want_mean:
+
+            @pl.when(self.exists)
+            def _():
+                unit = lax.div(self.query0, jnp.int32(UNIT))
+                ref["live"][block.batch, block.head, unit] = mine
+
+    def sum_small(self) -> tuple[Array, Array]:
+        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
+        parts = self.block.keys // UNIT
+        bar = None
+        if self.plan.has_offset:
+            bar = self.threshold * (1 - DEAD_SLACK)
+
+        def step(n, carry):
+            total, farthest = carry
+            n = self.begin + n
+            x, rest, key0 = self.scores(n, n)
+            e = lanes.exp2(
+                self.hide_documents(x, key0), self.block.polynomial, interpret=self.interpret
+            )
+            sums, bounds = lanes.sum_rows(e, interpret=self.interpret)
+            factor = jnp.exp2(self.per_row(rest))
+            total = total + sums * factor
+            if bar is not None and self.plan.skip_dead:
+                # The sum only grows, so this never calls a live tile dead; and a NaN is not
+                # below anything.
+                limit = bar * total
+                unit = _unit(key0)
+                for part in reversed(range(parts)):
+                    dead = bounds[part] * factor <= limit
+                    farthest = jnp.where(dead, farthest, unit + part)
+            return total, farthest
+
+        total, farthest = lax.fori_loop(
+            0, self.end - self.begin, step, (self.per_row(0.0), self.no_unit())
+        )
+        return jnp.log2(total), self.clip_units(farthest)
+
+    def sum_any(self) -> tuple[Array, Array]:
+        """First sweep with a running maximum: the same results."""
+
+        def step(n, carry):
+            maximum, total, farthest = carry
+            n = self.begin + n
+            x, rest, key0 = self.scores(n, n)
+            x = self.hide_documents(x, key0)
+            highest = x.max(axis=1) + rest
+            new = jnp.maximum(maximum, highest)
+            total = total * jnp.exp2(maximum - new)
+            total = total + jnp.exp2(x - self.spread(new - rest)).sum(axis=1)
+            if self.plan.has_offset and self.plan.skip_dead:
+                limit = total * (self.threshold * (1 - DEAD_SLACK))
+                dead = jnp.exp2(highest - new) <= limit
+                farthest = jnp.where(dead, farthest, _unit(key0))
+            return new, total, farthest
+
+        start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
+        maximum, total, farthest = lax.fori_loop(0, self.end - self.begin, step, start)
+        return maximum + jnp.log2(total), self.clip_units(farthest)
+
+    def no_unit(self) -> Array:
+        """Returns where the search for the farthest live unit begins: the diagonal."""
+        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+
+    def clip_units(self, farthest: Array) -> Array:
+        """Returns the first live unit, within what is visited and exists."""
+        first = self.all.first_of(self.warpgroup)
+        if not (self.plan.has_offset and self.plan.skip_dead):
+            farthest = self.per_row(first, jnp.int32)
+        diagonal = lax.min(
+            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
+        )
+        return jnp.minimum(jnp.maximum(farthest, first), diagonal)
+
+    def add_values(self, log_total, end, out_acc, value_acc) -> Any:
+        """Second sweep: the output, and the sum of the values of live entries."""
+        block, plan = self.all, self.plan
+        dtype = self.kernel.dtype
+        spare = None
+        if self.interpret:
+            spare = self.ref["spare_smem"].at[self.warpgroup]
+
+        def step(n, _):
+            n = self.begin + n
+            x, rest, key0 = self.scores(self.total_steps + n, n)
+            p = jnp.exp2(x - self.spread(log_total - rest))
+            if plan.has_offset:
+                p = p - self.spread(self.threshold)
+                # A weight of tau / n is no weight where nothing is seen.
+                hidden = (self.offset > 0) & (key0 + self.block.keys > self.query0)
+                if plan.packed:
+                    hidden = hidden | (key0 < self.document_last)
+                p = lax.cond(hidden, lambda: jnp.where(self.visible(key0), p, -1.0), lambda: p)
+            elif plan.packed:
+                p = lax.cond(
+                    key0 < self.document_last,
+                    lambda: jnp.where(self.visible(key0), p, 0.0),
+                    lambda: p,
+                )
+            weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
+            ones = None
+            if value_acc is not None:
+                if dtype == jnp.bfloat16:
+                    ones = lanes.is_positive(weights, interpret=self.interpret)
+                else:
+                    ones = jnp.where(p > 0, 1.0, 0.0).astype(dtype)
+            slot = block.values.wait(n)
+            values = self.ref["value_smem"].at[slot]
+            rings.multiply(out_acc, weights, values, spare)
+            if value_acc is not None:
+                rings.multiply(value_acc, ones, values, spare)
+            plgpu.wgmma_wait(0)
+            block.values.release(n)
+            return ()
+
+        lax.fori_loop(0, end - self.begin, step, ())
+        if value_acc is None:
+            return out_acc[...]
+        return out_acc[...], value_acc[...]
+
+    def softmax(self) -> None:
+        """The only sweep where there is no offset, and no exponential is too large."""
+        block = self.all
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+
+        def run(acc):
+            def step(n, total):
+                n = self.begin + n
+                x, rest, key0 = self.scores(n, n)
+                x = self.hide_documents(x + rest, key0)
+                e = lanes.exp2(x, (0, 1), interpret=self.interpret)
+                weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
+                slot = block.values.wait(n)
+                rings.multiply(acc, weights, self.ref["value_smem"].at[slot], spare)
+                total = total + lanes.lane_sums(e, False, interpret=self.interpret)
+                plgpu.wgmma_wait(0)
+                block.values.release(n)
+                return total
+
+            total = lax.fori_loop(0, self.end - self.begin, step, self.per_row(0.0))
+            return acc[...], total
+
+        both = ((block.keys, 0), (block.values, 0))
+        rings.skip(0, self.begin, *both)
+        shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+        out, total = pl.run_scoped(run, shape)
+        rings.skip(self.end, self.total_steps, *both)
+        total = lanes.finish_sums(total, interpret=self.interpret)
+        out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
+        self.store(out, None, jnp.log2(total))
+
+    def store(self, out: Array, value_sum: Array | None, log_total: Array) -> None:
+        """Writes the results of the queries that exist."""
+        ref, block = self.ref, self.all
+        b, h = block.batch, block.head
+
+        @pl.when(self.exists)
+        def _():
+            results = {"out": out}
+            if value_sum is not None:
+                factor = lax.broadcast_in_dim(self.load_rows("count_inverse"), value_sum.shape, [0])
+                results["mean"] = value_sum * factor
+            lost = {name: x - self.round(x).astype(jnp.float32) for name, x in results.items()}
+            if self.kernel.training:
+                results["rounding"] = lost["out"]
+                if value_sum is not None:
+                    factor = self.offset * self.count_ratio()
+                    factor = lax.broadcast_in_dim(factor, value_sum.shape, [0])
+                    results["rounding"] = lost["out"] - lost["mean"] * factor
+            for name, x in results.items():
+                smem = "query_smem" if name == "out" else f"{name}_smem"
+                ref[smem].at[self.warpgroup][...] = self.round(x)
+            if self.kernel.training:
+                ref["total_smem"][self.warpgroup] = log_total
+            plgpu.commit_smem()
+            for name in results:
+                smem = "query_smem" if name == "out" else f"{name}_smem"
+                plgpu.copy_smem_to_gmem(ref[smem].at[self.warpgroup], ref[name].at[b, self.rows, h])
+            if self.kernel.training:
+                plgpu.copy_smem_to_gmem(
+                    ref["total_smem"].at[self.warpgroup], ref["log_total"].at[b, h, self.rows]
+                )
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def round(self, x: Array) -> Array:
+        """Returns x in the dtype of the outputs."""
+        return x.astype(self.kernel.dtype)
+
+    def count_ratio(self) -> Float[Array, "64"]:
+        """Returns what the mean's factor of tau is: 1 where the divisor is what is visible."""
+        return self.load_rows("offset_scale") / self.load_rows("count_inverse")
+
+
+def _unit(key0: Any) -> Int[Array, ""]:
+    return lax.div(as_index(key0), jnp.int32(UNIT))

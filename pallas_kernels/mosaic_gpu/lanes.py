@@ -1,0 +1,519 @@
+"""Operations on a tile in a warpgroup's registers that Pallas has no words for.
+
+A 64 x N tile of float32 lies in a warpgroup as WGMMA leaves it: warp w holds rows 16w to
+16w+15; lane 4g+t holds rows g and g+8 of them, and of each 8 columns those at 2t and 2t+1.
+Here is what profits from knowing that. Each function has a plain twin for interpret mode,
+which knows no lanes.
+
+A row vector that is said to be *per lane* holds, in each of the four lanes of a row, what
+that lane's own columns give. Only elementwise operations and `store_minimum` make sense of
+it. In interpret mode it is an ordinary row vector.
+"""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, math, vector
+from jaxtyping import Array, Bool, Float, Int
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+SCALAR = plgpu.Layout.WG_SPLAT
+ROWS = 64
+LANES = 128
+
+# 2^f on [-1/2, 1/2], relative error 7.6e-5 at most (least squares at Chebyshev nodes on the
+# relative error).
+_EXP2 = (0.99992807, 0.69326098, 0.24261112, 0.05517166)
+_ROUND = 1.5 * 2.0**23
+
+
+def gather(
+    table,
+    start: Int[Array, ""],
+    columns: int,
+    *,
+    transposed: bool,
+    interpret: bool,
+) -> Float[Array, "64 columns"]:
+    """Returns the tile with tile[r, c] = table[start + r - c] (transposed: c - r).
+
+    Two neighbours of a row come from one 8-byte load, which must be aligned; hence the two
+    copies of the table. Entries g, c and g+8, c+8 are equal and belong to one lane, so
+    columns/8 + 1 loads a lane make the tile.
+
+    Args:
+      table: SMEM [2 n, 128] float32: n rows of the table, then the table without its first
+        entry. Entries from start - columns to start + 64 + columns are read.
+      start: even.
+      columns: N, a multiple of 8.
+      transposed: rows are keys and columns queries.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        flat = table[...].reshape(2, -1)[0]
+        r = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 0)
+        c = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1)
+        return flat[start + (c - r if transposed else r - c)]
+    entries = table.shape[0] * table.shape[1] // 2
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
+    )
+    def load(_, ref, start):
+        f32 = ir.F32Type.get()
+        warp, g, t = _position()
+        row = arith.addi(arith.muli(warp, _c(16)), g)
+        pair = arith.muli(t, _c(2))
+        # The pair of entries begins at the left column's entry, or at the right one's.
+        if transposed:
+            at = arith.subi(pair, row)
+            odd = arith.andi(g, _c(1))
+        else:
+            at = arith.subi(arith.subi(row, pair), _c(1))
+            odd = arith.xori(arith.andi(g, _c(1)), _c(1))
+        at = arith.addi(at, arith.muli(odd, _c(entries - 1)))
+        at = arith.addi(at, _scalar(start))
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)
+        two = ir.VectorType.get((2,), f32)
+        loaded: dict[int, ir.Value] = {}
+
+        def entry(distance: int) -> ir.Value:
+            if distance not in loaded:
+                pointer = mgpu.utils.getelementptr(base, [distance], f32)
+                x = llvm.load(two, pointer, alignment=8)
+                if not transposed:
+                    x = _pair(_element(x, 1), _element(x, 0))
+                loaded[distance] = x
+            return loaded[distance]
+
+        def build(half, block):
+            return entry((8 * block - 8 * half) if transposed else (8 * half - 8 * block))
+
+        return _tile(build, columns)
+
+    return load(table, start)
+
+
+def exp2(
+    x: Float[Array, "64 columns"], share: tuple[int, int], *, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns 2^x, for x <= 126, some of it by a polynomial.
+
+    The special function unit does 16 of them a clock on an SM, a quarter of what the
+    tensor cores leave time for at head size 64; the multipliers have time to spare.
+
+    Args:
+      x: exponents; below -126 the result may be 0 or 2^-126.
+      share: (n, of): in n of every `of` blocks of 8 columns a polynomial is used. Its
+        relative error is below 1e-4, with mean near 0.
+      interpret: for interpret mode.
+    """
+    n, of = share
+    columns = x.shape[1]
+    chosen = [(block * n) % of < n for block in range(columns // 8)]
+    if interpret:
+        block = lax.broadcasted_iota(jnp.int32, x.shape, 1) // 8
+        return jnp.where(block * n % of < n, _polynomial_exp2(x), jnp.exp2(x))
+    if n == 0:
+        return jnp.exp2(x)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, TILE)
+    )
+    def both(_, x):
+        registers = _registers(x)
+
+        def build(half, block):
+            f = _polynomial_register if chosen[block] else _special_register
+            return _pair(*(f(_element(registers[half, block], i)) for i in range(2)))
+
+        return _tile(build, columns)
+
+    return both(x)
+
+
+def _polynomial_exp2(x: Array) -> Array:
+    x = jnp.maximum(x, -126.0)
+    whole = jnp.round(x)
+    f = x - whole
+    p = _EXP2[0] + f * (_EXP2[1] + f * (_EXP2[2] + f * _EXP2[3]))
+    return p * jnp.exp2(whole)
+
+
+def _special_register(x: ir.Value) -> ir.Value:
+    return llvm.inline_asm(ir.F32Type.get(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+def _polynomial_register(x: ir.Value) -> ir.Value:
+    f32, i32 = ir.F32Type.get(), _i32()
+
+    def constant(value: float) -> ir.Value:
+        return arith.constant(f32, ir.FloatAttr.get(f32, value))  # type: ignore[call-arg,arg-type]
+
+    # maxnum: a NaN would become 2^-126. The other columns of its row show it.
+    x = arith.maxnumf(x, constant(-126.0))
+    # Adding 1.5 2^23 leaves x rounded to an integer in the lowest bits.
+    rounded = arith.addf(x, constant(_ROUND))
+    f = arith.subf(x, arith.subf(rounded, constant(_ROUND)))
+    p = constant(_EXP2[3])
+    for coefficient in _EXP2[2::-1]:
+        p = math.fma(p, f, constant(coefficient))
+    exponent = arith.shli(arith.bitcast(i32, rounded), _c(23))
+    return arith.bitcast(f32, arith.addi(arith.bitcast(i32, p), exponent))
+
+
+def sum_rows(
+    x: Float[Array, "64 columns"], *, interpret: bool
+) -> tuple[Float[Array, "64"], list[Float[Array, "64"]]]:
+    """Returns row sums, and for each 64 columns a bound on each row's largest entry.
+
+    The bound is the largest sum of 8 entries of one lane, and is per lane: a maximum over
+    single entries would cost an instruction each.
+
+    Args:
+      x: not negative.
+      interpret: for interpret mode.
+    """
+    columns = x.shape[1]
+    parts = columns // 64
+    if interpret:
+        return x.sum(axis=1), [x[:, 64 * n : 64 * n + 64].max(axis=1) for n in range(parts)]
+    row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(row,) * (1 + parts))
+    def reduce(_, x):
+        registers = _registers(x)
+        sums, bounds = [], [[] for _ in range(parts)]
+        for half in range(2):
+            total = None
+            for part in range(parts):
+                groups = []
+                for group in range(2):
+                    blocks = range(8 * part + 4 * group, 8 * part + 4 * group + 4)
+                    values = [
+                        _element(registers[half, block], i) for block in blocks for i in range(2)
+                    ]
+                    groups.append(_tree(_add, values))
+                bounds[part].append(arith.maxnumf(*groups))
+                both = _add(*groups)
+                total = both if total is None else _add(total, both)
+            for distance in (1, 2):
+                total = _add(total, mgpu.utils.shfl_bfly(total, distance))
+            sums.append(total)
+        return tuple(_row(values) for values in (sums, *bounds))
+
+    total, *bounds = reduce(x)
+    return total, bounds
+
+
+def lane_sums(
+    x: Float[Array, "64 columns"], weights: bool, *, interpret: bool
+) -> Float[Array, "64"]:
+    """Returns the sum of each row, per lane; with `weights`, of each entry times its column.
+
+    `finish_sums` adds up the lanes.
+    """
+    columns = x.shape[1]
+    if interpret:
+        column = jnp.arange(columns, dtype=jnp.float32)
+        return (x * column if weights else x).sum(axis=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
+    )
+    def reduce(_, x):
+        registers = _registers(x)
+        f32 = ir.F32Type.get()
+        _, _, t = _position()
+        first = arith.sitofp(f32, arith.muli(t, _c(2)))
+        sums = []
+        for half in range(2):
+            plain = _tree(
+                _add,
+                [_element(registers[half, b], i) for b in range(columns // 8) for i in range(2)],
+            )
+            if not weights:
+                sums.append(plain)
+                continue
+            # The entry at 8 b + i of a lane stands in column 8 b + i + 2 t.
+            moment = math.fma(plain, first, _element(registers[half, 0], 1))
+            for b in range(1, columns // 8):
+                for i in range(2):
+                    weight = arith.constant(f32, ir.FloatAttr.get(f32, float(8 * b + i)))
+                    moment = math.fma(_element(registers[half, b], i), weight, moment)
+            sums.append(moment)
+        return _row(sums)
+
+    return reduce(x)
+
+
+def finish_sums(x: Float[Array, "64"], *, interpret: bool) -> Float[Array, "64"]:
+    """Returns row sums from those per lane."""
+    if interpret:
+        return x
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
+    )
+    def reduce(_, x):
+        sums = []
+        for register in x.registers.flat:
+            total = _element(register, 0)
+            for distance in (1, 2):
+                total = _add(total, mgpu.utils.shfl_bfly(total, distance))
+            sums.append(total)
+        return _row(sums)
+
+    return reduce(x)
+
+
+def row_index(*, interpret: bool) -> Float[Array, "64"]:
+    """Returns each row's index, float32."""
+    if interpret:
+        return jnp.arange(ROWS, dtype=jnp.float32)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW))
+    def index(_):
+        warp, g, _ = _position()
+        row = arith.addi(arith.muli(warp, _c(16)), g)
+        return _row(
+            [arith.sitofp(ir.F32Type.get(), arith.addi(row, _c(8 * half))) for half in range(2)]
+        )
+
+    return index()
+
+
+def pack(
+    x: Float[Array, "64 columns"], dtype: jnp.dtype, *, relu: bool, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns x, or max(x, 0), in 16 bits: one instruction for two entries."""
+    if interpret:
+        return (jnp.maximum(x, 0) if relu else x).astype(dtype)
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, TILE))
+    def convert(_, x):
+        registers = _registers(x)
+        two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+
+        def build(half, block):
+            low, high = (_element(registers[half, block], i) for i in range(2))
+            instruction = f"cvt.rn{'.relu' if relu else ''}.{kind}.f32 $0, $1, $2;"
+            word = llvm.inline_asm(_i32(), [high, low], instruction, "=r,f,f")
+            return mgpu.utils.bitcast(word, two)
+
+        return _tile(build, x.shape[1])
+
+    return convert(x)
+
+
+def is_positive(x: Float[Array, "64 columns"], *, interpret: bool) -> Float[Array, "64 columns"]:
+    """Returns 1 where the bfloat16 x is above 0, else 0, in x's dtype."""
+    if interpret:
+        return jnp.where(x > 0, 1.0, 0.0).astype(x.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
+    )
+    def compare(_, x):
+        registers = _registers(x)
+        two = registers[0, 0].type
+
+        def build(half, block):
+            word = mgpu.utils.bitcast(registers[half, block], _i32())
+            word = llvm.inline_asm(
+                _i32(), [word, _c(0)], "set.gt.bf16x2.bf16x2 $0, $1, $2;", "=r,r,r"
+            )
+            return mgpu.utils.bitcast(word, two)
+
+        return _tile(build, x.shape[1])
+
+    return compare(x)
+
+
+def store_minimum(
+    x: Int[Array, "64"], words, warpgroup: Int[Array, ""], *, interpret: bool
+) -> None:
+    """Stores the least of a warpgroup's per-lane x into its four words of SMEM.
+
+    Args:
+      x: int32, per lane.
+      words: SMEM int32, four a warpgroup, whose minimum is the result.
+      warpgroup: index of this warpgroup.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        words[pl.ds(4 * warpgroup, 4)] = jnp.full((4,), x.min())
+        return
+
+    @plgpu.inline_mgpu(arg_types=(ROW, plgpu.RefType(), SCALAR))
+    def store(_, x, words, warpgroup):
+        i32 = _i32()
+        low, high = (_element(register, 0) for register in x.registers.flat)
+        least = llvm.inline_asm(
+            i32,
+            [arith.minsi(low, high)],
+            "redux.sync.min.s32 $0, $1, 0xffffffff;",
+            "=r,r",
+            has_side_effects=True,
+        )
+        warp, g, t = _position()
+        at = arith.addi(arith.muli(_scalar(warpgroup), _c(4)), warp)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), _c(0))
+        with mgpu.utils.when(first):
+            llvm.store(least, pointer)
+
+    store(x, words, warpgroup)
+
+
+def any_row(
+    flags: Bool[Array, "64"], barrier: int, warpgroup: Int[Array, ""], *, interpret: bool
+) -> Bool[Array, ""]:
+    """Returns whether any flag is set, by named barrier `barrier` + warpgroup."""
+    if interpret:
+        return jnp.any(flags)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, SCALAR),
+    )
+    def vote(_, flags, warpgroup):
+        i32, i1 = _i32(), ir.IntegerType.get_signless(1)
+        low, high = (arith.extui(i32, _element(x, 0)) for x in flags.registers.flat)
+        number = arith.addi(_scalar(warpgroup), _c(barrier))
+        word = llvm.inline_asm(
+            i32,
+            [arith.ori(low, high), number],
+            "{ .reg .pred p, r; setp.ne.u32 p, $1, 0; "
+            "barrier.cta.red.or.pred.aligned r, $2, 128, p; selp.u32 $0, 1, 0, r; }",
+            "=r,r,r",
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(arith.trunci(i1, word), shape=(), is_signed=False)
+
+    return vote(flags, warpgroup)
+
+
+def named_barrier(operation: str, number, threads: int) -> None:
+    """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the block."""
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR,))
+    def bar_op(_, number):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [_scalar(number)],
+            f"bar.{operation} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    bar_op(jnp.asarray(number, jnp.int32))
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _c(value: int) -> ir.Value:
+    return mgpu.utils.c(value, _i32())
+
+
+def _scalar(x) -> ir.Value:
+    return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
+
+
+def _position() -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Returns this lane's warp in its warpgroup, its g and its t."""
+    lane = arith.remui(mgpu.utils.thread_idx(), _c(LANES))
+    warp = arith.divui(lane, _c(32))
+    lane = arith.remui(lane, _c(32))
+    return warp, arith.divui(lane, _c(4)), arith.remui(lane, _c(4))
+
+
+def _element(x: ir.Value, index: int) -> ir.Value:
+    if not isinstance(x.type, ir.VectorType):
+        return x
+    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
+
+
+def _pair(low: ir.Value, high: ir.Value) -> ir.Value:
+    x = llvm.mlir_undef(ir.VectorType.get((2,), low.type))
+    for index, value in enumerate((low, high)):
+        x = vector.insert(
+            value, x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
+        )
+    return x
+
+
+def _add(x: ir.Value, y: ir.Value) -> ir.Value:
+    return arith.addf(x, y, fastmath=arith.FastMathFlags.contract)
+
+
+def _tree(combine, values: list[ir.Value]) -> ir.Value:
+    while len(values) > 1:
+        pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
+        values = pairs + ([values[-1]] if len(values) % 2 else [])
+    return values[0]
+
+
+def _registers(x: mgpu.FragmentedArray) -> np.ndarray:
+    """Returns a tile's registers as [row half, block of 8 columns], each a pair."""
+    columns = x.shape[1]
+    # Tiled as (64, 8), (16, 8), (8, 8), (2): blocks of columns, then the halves of 16 rows.
+    return x.registers.reshape(columns // 8, 2).T
+
+
+def _tile(build, columns: int) -> mgpu.FragmentedArray:
+    """Returns the tile whose register (row half, block of 8 columns) `build` makes."""
+    layout = TILE.to_mgpu()
+    shape = layout.registers_shape((ROWS, columns))
+    registers = np.empty((columns // 8, 2), object)
+    for block, half in np.ndindex(registers.shape):
+        registers[block, half] = build(half, block)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+    )
+
+
+def _row(values: list[ir.Value]) -> mgpu.FragmentedArray:
+    """Returns the row vector of a lane's two rows."""
+    layout = ROW.to_mgpu()
+    shape = layout.registers_shape((ROWS,))
+    kind = layout.registers_element_type(values[0].type)
+    registers = np.empty(2, object)
+    for index, value in enumerate(values):
+        registers[index] = (
+            vector.broadcast(kind, value) if isinstance(kind, ir.VectorType) else value
+        )
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+    )
+
+
+__all__ = [
+    "COLUMN",
+    "LANES",
+    "ROW",
+    "ROWS",
+    "SCALAR",
+    "TILE",
+    "any_row",
+    "exp2",
+    "finish_sums",
+    "gather",
+    "is_positive",
+    "lane_sums",
+    "named_barrier",
+    "pack",
+    "row_index",
+    "store_minimum",
+    "sum_rows",
+]

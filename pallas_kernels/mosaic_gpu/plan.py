@@ -1,0 +1,153 @@
+"""What all launches of one call share: static facts, and arrays in the kernels' form."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.mosaic_gpu.config import Blocks
+
+LOG2_E = math.log2(math.e)
+# Stands for minus infinity: no arithmetic on it makes a NaN.
+LOWEST = -1.0e30
+# Queries and keys that visit ranges and live ranges are counted in.
+UNIT = 64
+# A tile counts as dead only if it is so by this share: more than the rounding of exponentials.
+DEAD_SLACK = 1e-3
+# Exponents of two that sums of exponentials may reach without a running maximum.
+EXPONENT_LIMIT = 100.0
+
+_LANES = 128
+# Entries before b(0) in the table, and after the last: enough for tiles of 64 x 128.
+_LEAD = 128
+_TRAIL = 256
+
+
+class Rows:
+    """What the backward pass knows of each query: the kinds of an array's third axis.
+
+    Attributes:
+      LOG_TOTAL: log2-sum-exp2 of its scores less b(0).
+      DELTA: the sum over keys of P m dP.
+      THRESHOLD: what a softmax weight must exceed to live.
+      DOCUMENT: the first key it sees.
+    """
+
+    LOG_TOTAL = 0
+    DELTA = 1
+    THRESHOLD = 2
+    DOCUMENT = 3
+
+
+def threshold(offset: Float[Array, ""], offset_scale: Float[Array, "*rows"]) -> Array:
+    """Returns what a softmax weight must exceed to live.
+
+    A weight of 1, as a document's first token has, comes out of the kernels as 1 but for
+    rounding; thresholds that only such a weight reaches are put out of reach.
+    """
+    limit = -offset * offset_scale
+    return jnp.where(limit > 1 - 2.0**-12, 2.0, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known when a call is traced.
+
+    Attributes:
+      scale: factor of the scores.
+      skip_mass: softmax mass a row may lose to negligible tiles.
+      skip_dead: leave dead tiles out of what they don't contribute to.
+      packed: rows hold several documents.
+      width: length of the bias table, at most the sequence's; 0: no bias.
+      has_slope: the bias goes on past its table.
+      has_offset: Elastic-Softmax rather than softmax.
+      blocks: of every kernel.
+      interpret: parameters of interpret mode, or None.
+      fetch_by_warpgroup: all of a warpgroup fetches rather than one warp of it. Interpret
+        mode knows no warps, and nor does Pallas inside a `shard_map` that checks what
+        varies.
+    """
+
+    scale: float
+    skip_mass: float
+    skip_dead: bool
+    packed: bool
+    width: int
+    has_slope: bool
+    has_offset: bool
+    blocks: Blocks
+    interpret: object = None
+    fetch_by_warpgroup: bool = False
+
+    @property
+    def reach(self) -> int:
+        """Distances from here on are the tail's: a tile wholly there reads no table."""
+        return max(self.width, 1)
+
+    @property
+    def _near(self) -> int:
+        """Entries of the table proper."""
+        return -(-self.reach // _LANES) * _LANES + _LEAD + _TRAIL
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of `table`'s second axis: two copies of table and ramp."""
+        return 2 * (self._near + _TRAIL) // _LANES
+
+    def table(
+        self,
+        distance_bias: Float[Array, "heads width"] | None,
+        distance_slope: Float[Array, " heads"] | None,
+        heads: int,
+    ) -> tuple[Float[Array, "heads rows 128"], Float[Array, "heads 2"]]:
+        """Returns the bias in the kernels' form, in units of log2 and less b(0).
+
+        A row of scores may be shifted by a constant; less b(0), scores stay small.
+
+        Returns:
+          For each head, twice, the second time without the first entry: `LOWEST` for
+          distances below 0, so that it masks; the table; the tail for as far as a tile
+          that begins within the table can reach; then the tail again, relative to where it
+          begins, for tiles wholly past the table.
+          And for each head the tail: its value at distance `reach` - 1, and its slope.
+        """
+        if distance_bias is None:
+            values = jnp.zeros((heads, self._near - _LEAD), jnp.float32)
+            slope = end = jnp.zeros(heads, jnp.float32)
+        else:
+            values = bias_lib.expand(distance_bias, distance_slope, self._near - _LEAD)
+            first = values[:, :1]
+            values = LOG2_E * (values - first)
+            if distance_slope is None:
+                slope = jnp.zeros(heads, jnp.float32)
+                end = -LOG2_E * first[:, 0]
+            else:
+                slope = LOG2_E * distance_slope
+                end = values[:, self.reach - 1]
+        ramp = -slope[:, None] * jnp.arange(_TRAIL, dtype=jnp.float32)
+        table = jnp.concatenate(
+            [jnp.full((heads, _LEAD), LOWEST, jnp.float32), values, ramp], axis=1
+        )
+        shifted = jnp.pad(table[:, 1:], ((0, 0), (0, 1)))
+        table = jnp.stack([table, shifted], axis=1)
+        return table.reshape(heads, -1, _LANES), jnp.stack([end, slope], axis=1)
+
+    def bias_of_tile(
+        self, apart: Int[Array, ""], keys: int, tail: tuple[Float[Array, ""], Float[Array, ""]]
+    ) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """Returns where a tile's bias begins in the table, and what is to be added to it.
+
+        Args:
+          apart: first query less first key, a multiple of 64.
+          keys: of the tile.
+          tail: value and slope, as in `table`.
+        """
+        past = apart - keys - (self.reach - 1)
+        far = past >= 0
+        start = lax.select(far, jnp.int32(self._near + keys), apart + _LEAD)
+        value, slope = tail
+        rest = lax.select(far, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
+        return start, rest

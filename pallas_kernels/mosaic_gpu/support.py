@@ -1,0 +1,40 @@
+"""What these kernels can do."""
+
+from typing import Any
+
+import jax
+
+from pallas_kernels.mosaic_gpu import config
+from pallas_kernels.triton.support import compute_capability
+
+MAX_HEAD_DIM = 128
+
+
+def unsupported(
+    head_dim: int, value_dim: int, dtype: Any, group: int, length: int, width: int
+) -> str | None:
+    """Returns why a call can't be done, as the end of "... since ..."; None: it can.
+
+    Args:
+      head_dim: of queries and keys.
+      value_dim: of values.
+      dtype: of all of them.
+      group: query heads a key head.
+      length: of the sequence.
+      width: of the bias table; 0: no bias.
+    """
+    capability = compute_capability()
+    if capability is None:
+        return f"it needs an NVIDIA Hopper GPU and JAX runs on {jax.default_backend()!r}"
+    if capability != 90:
+        return f"the GPU's compute capability is {capability / 10}, not 9.0"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"
+    if value_dim != head_dim:
+        return f"value_dim is {value_dim} and head_dim {head_dim}"
+    if str(dtype) not in ("bfloat16", "float16"):
+        return f"inputs are {dtype}, not bfloat16 or float16"
+    widest = config.widest_table(config.padded_head_dim(head_dim), group)
+    if min(width, length) > widest:
+        return f"distance_bias has width {width}, above {widest}"
+    return None

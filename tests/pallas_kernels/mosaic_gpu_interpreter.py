@@ -1,0 +1,39 @@
+"""Runs the Hopper kernels in Pallas's interpret mode on named cases; NPROC=16 in the environment.
+
+python -m tests.pallas_kernels.mosaic_gpu_interpreter NAME...
+"""
+
+import sys
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import op
+from pallas_kernels.triton import support
+from tests import oracle
+
+CASES = {
+    case.name: case
+    for case in (
+        # Some tiles live, some dead, some negligible; near the table's end and past it.
+        oracle.Case("sparse", (1, 250, 2, 1, 64), 100, "alibi", True, (-1.0, -0.4)),
+        oracle.Case("packed", (1, 256, 2, 1, 64), 64, "alibi", True, documents=(100, 30)),
+        oracle.Case("softmax", (1, 256, 2, 2, 64), 100, "bumpy", tau=None),
+        oracle.Case("sharp", (1, 256, 1, 1, 64), 64, score_scale=4.0),
+        oracle.Case("positive", (1, 256, 2, 2, 64), 64, "steep", tau=(0.5, -1.0)),
+    )
+}
+
+
+def main() -> None:
+    """Checks the named cases, output and gradients."""
+    op.interpret = plgpu.InterpretGPUParams(detect_races=True)
+    with support.pretend_capability(90):
+        for name in sys.argv[1:]:
+            case = CASES[name]
+            factor = 3.0 if case.score_scale > 1 else 1.2
+            oracle.check_half_precision("mosaic_gpu", case, "bfloat16", factor=factor)
+            print(name, "passed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

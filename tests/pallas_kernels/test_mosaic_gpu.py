@@ -1,0 +1,148 @@
+"""The Hopper kernels without a GPU: that they lower for one, and what they compute in Pallas's
+interpret mode; which calls they take, and what they say otherwise."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn import InputError, lazy_attention
+from pallas_kernels.mosaic_gpu import config
+from pallas_kernels.triton import support
+from tests import oracle
+
+
+@contextlib.contextmanager
+def hopper():
+    with support.pretend_capability(90):
+        yield
+
+
+def _loss(args, **settings):
+    out = lazy_attention(**args, **settings, implementation="mosaic_gpu")
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+
+def _arrays(case, dtype="bfloat16"):
+    args = oracle.inputs(case)
+    for name in ("query", "key", "value"):
+        args[name] = jnp.asarray(args[name], dtype)
+    return args, {"segment_ids": args.pop("segment_ids")} if case.documents else {}
+
+
+def _lower(function, *args):
+    with hopper():
+        traced = jax.jit(function).trace(*args)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        (oracle.Case("lazy", (1, 300, 2, 1, 64), 100, "alibi", True), "bfloat16"),
+        (oracle.Case("softmax", (1, 300, 2, 2, 64), 100, tau=None), "bfloat16"),
+        (oracle.Case("wide", (1, 300, 2, 1, 128), 100, "alibi", True), "float16"),
+        (oracle.Case("packed", (1, 300, 2, 1, 96), 0, documents=(70, 30)), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_lowers_for_a_gpu(case, dtype):
+    args, settings = _arrays(case, dtype)
+    text = _lower(jax.grad(lambda args: _loss(args, **settings)), args)
+    kernels = 3 if case.width == 0 else 4
+    assert text.count("mosaic_gpu_v2") >= kernels
+
+
+def test_lowers_under_vmap_scan_remat_and_shard_map():
+    case = oracle.Case("", (2, 70, 2, 1, 64), 32, "alibi", True)
+    args, _ = _arrays(case)
+    shared = {name: args.pop(name) for name in ("distance_bias", "distance_slope", "offset")}
+
+    def one(shared, row):
+        return _loss({name: x[None] for name, x in row.items()} | shared)
+
+    def by_vmap(shared, args):
+        return jax.vmap(one, in_axes=(None, 0))(shared, args).sum()
+
+    def by_scan(shared, args):
+        def step(total, row):
+            return total + jax.checkpoint(one)(shared, row), None
+
+        return jax.lax.scan(step, 0.0, args)[0]
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
+    spec = jax.sharding.PartitionSpec
+    specs = (
+        {name: spec("heads") for name in shared},
+        {name: spec("batch", None, "heads") for name in args},
+    )
+
+    def by_shard_map(shared, args):
+        def run(shared, args):
+            return jax.lax.psum(_loss(args | shared), ("batch", "heads"))
+
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec())(shared, args)
+
+    for form in (by_vmap, by_scan, by_shard_map):
+        text = _lower(jax.grad(form, argnums=(0, 1)), shared, args)
+        assert "mosaic_gpu_v2" in text, form.__name__
+
+
+def _refusal(capability, case, **changes):
+    args, settings = _arrays(case)
+    with support.pretend_capability(capability), pytest.raises(InputError) as error:
+        lazy_attention(**(args | settings | changes), implementation="mosaic_gpu")
+    return str(error.value)
+
+
+def test_what_is_refused_by_name():
+    case = oracle.Case("", (1, 40, 2, 2, 64))
+    assert "compute capability is 8.0, not 9.0" in _refusal(80, case)
+    assert "compute capability is 10.0, not 9.0" in _refusal(100, case)
+    assert "renormalize is True" in _refusal(90, case, renormalize=True)
+    assert "head_dim is 160, above 128" in _refusal(90, oracle.Case("", (1, 40, 2, 2, 160)))
+    exact = {name: oracle.inputs(case)[name] for name in ("query", "key", "value")}
+    assert "inputs are float32" in _refusal(90, case, **exact)
+    widest = config.widest_table(128, 2)
+    wide = oracle.Case("", (1, widest + 1, 2, 1, 128), widest + 1)
+    assert f"distance_bias has width {widest + 1}, above {widest}" in _refusal(90, wide)
+
+
+def test_asked_for_by_name_without_a_gpu():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    args, _ = _arrays(oracle.Case(""))
+    with pytest.raises(InputError, match="it needs an NVIDIA Hopper GPU and JAX runs on 'cpu'"):
+        lazy_attention(**args, implementation="mosaic_gpu")
+
+
+def test_registers_are_only_traded():
+    for warpgroups in (1, 2, 3):
+        block = config.Block(warpgroups=warpgroups)
+        threads = 128 * (warpgroups + 1)
+        held = 128 * (warpgroups * block.registers + block.fetch_registers)
+        assert held <= threads * min(248, 65536 // threads // 8 * 8)
+
+
+# A process of its own: interpret mode wants a thread of XLA's a warpgroup, however few cores
+# there are, and XLA counts them when it starts.
+def _interpret(*names):
+    command = [sys.executable, "-m", "tests.pallas_kernels.mosaic_gpu_interpreter", *names]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+
+
+def test_interpreted():
+    _interpret("sparse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed", "softmax", "sharp", "positive"])
+def test_interpreted_cases(name):
+    _interpret(name)

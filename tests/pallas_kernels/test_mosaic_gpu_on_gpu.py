@@ -1,0 +1,84 @@
+"""The Hopper kernels on a GPU: `make test-gpu`."""
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu import support
+
+_REASON = support.unsupported(64, 64, "bfloat16", 1, 64, 64)
+if _REASON is not None:
+    pytest.skip(f"no Hopper kernels here: {_REASON}", allow_module_level=True)
+
+from lazyattn import attention, lazy_attention  # noqa: E402
+from tests import oracle  # noqa: E402
+from tests.pallas_kernels import triton_suite as suite  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HEAD_SIZES = suite.HEAD_SIZES[:4]
+# As long as to have all kinds of tiles.
+LONG = [
+    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
+    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
+    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
+    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
+    oracle.Case(
+        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
+    ),
+    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+    # Scores too large for sums without a running maximum.
+    oracle.Case("long_sharp", (1, 600, 2, 2, 64), 256, "alibi", True, score_scale=4.0),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimised():
+    """Kernels as users get them, unlike other tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("case", suite.HALF_PRECISION_CASES + HEAD_SIZES + LONG, ids=str)
+def test_bfloat16(case):
+    factor = 3.0 if case.score_scale > 1 else 1.2
+    oracle.check_half_precision("mosaic_gpu", case, "bfloat16", factor=factor)
+
+
+@pytest.mark.parametrize("case", suite.CASES[:3] + HEAD_SIZES[1:] + LONG[:3], ids=str)
+def test_float16(case):
+    oracle.check_half_precision("mosaic_gpu", case, "float16")
+
+
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:6:2]], ids=str)
+def test_same_bits_every_time(case):
+    suite.check_same_bits_every_time(case, "bfloat16", "mosaic_gpu")
+
+
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:1]], ids=str)
+def test_dead_tiles_do_not_matter(case):
+    suite.check_dead_tiles_do_not_matter(case, "bfloat16", 2**-8, "mosaic_gpu")
+
+
+def test_vmap_scan_and_remat():
+    suite.check_transformations("bfloat16", 2**-7, implementation="mosaic_gpu")
+
+
+def test_shard_map():
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, len(devices)), ("batch", "heads"))
+    suite.check_sharded(mesh, "bfloat16", 2**-7, "mosaic_gpu")
+
+
+def test_not_a_number_comes_through():
+    suite.check_not_a_number_comes_through("bfloat16", "mosaic_gpu")
+
+
+def test_is_the_default(monkeypatch):
+    names = []
+    choose = attention.choose
+    monkeypatch.setattr(attention, "choose", lambda *args: names.append(choose(*args)) or names[-1])
+    args = oracle.inputs(suite.CASES[0])
+    for name in ("query", "key", "value"):
+        args[name] = jax.numpy.asarray(args[name], "bfloat16")
+    lazy_attention(**args)
+    assert names[0].name == "mosaic_gpu"

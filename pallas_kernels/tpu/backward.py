@@ -124,35 +124,37 @@ class _QueryTile:
                 self.bias.add(self.diagonal - tile, keys, d_scores, cut.start)
             refs.d_scores[keys, cut] = d_scores.astype(dtype)
 
-    def multiply(self, tile: Any, skipped: int = 0, *, live: bool) -> None:
-        """Adds what `work` stored to dQ, dK and dV."""
+    def multiply_weights(self, tile: Any, skipped: int = 0) -> None:
+        """Adds what `work` stored of a live tile to dV."""
         refs, cut = self.refs, slice(skipped, None)
-        at = at_tile(tile - self.base, self.plan.keys)
-        if live:
-            d_out = refs.d_out[:, cut]
-            refs.d_value[0, 0, at, :] += dot(refs.weights[:, cut], d_out, LAST_LAST)
-        d_scores = refs.d_scores[:, cut]
+        at, d_out = at_tile(tile - self.base, self.plan.keys), refs.d_out[:, cut]
+        refs.d_value[0, 0, at, :] += dot(refs.weights[:, cut], d_out, LAST_LAST)
+
+    def multiply_d_scores(self, tile: Any, skipped: int = 0) -> None:
+        """Adds what `work` stored to dQ and dK."""
+        refs, cut = self.refs, slice(skipped, None)
+        at, d_scores = at_tile(tile - self.base, self.plan.keys), refs.d_scores[:, cut]
         refs.d_key[0, 0, at, :] += dot(d_scores, refs.query[:, cut], LAST_LAST)
         refs.sum[:, cut] += dot(refs.key[0, 0, :, at], d_scores, LAST_FIRST)
 
-    def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> None:
+    def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> Any:
         """Goes over tiles from `stop` back to `first`, all live or all dead.
 
-        `before` is a live tile that is still to be multiplied; None: there is none.
+        Expects the products of the first of them, and leaves those of the tile after the
+        last. `before` is the tile still to be multiplied; returns which one is, then.
         """
-
-        @pl.when(first < stop)
-        def _():
-            self.prepare(stop - 1, live=live)
 
         def turn(n: Any) -> None:
             tile = stop - 1 - n
-            self.multiply(jnp.where(n == 0, before, tile + 1), live=live)
+            pending = jnp.where(n == 0, before, tile + 1)
+            if live:
+                self.multiply_weights(pending)
+            self.multiply_d_scores(pending)
             self.work(tile, self.refs.scores, self.refs.d_weights if live else None)
             self.prepare(tile - 1, live=live)
 
         over_pairs(stop - first, turn)
-        self.multiply(jnp.where(first == stop, before, first), live=live)
+        return jnp.where(first == stop, before, first)
 
     def tiles(self) -> None:
         """Adds all visited tiles of the chunk."""
@@ -168,7 +170,8 @@ class _QueryTile:
                 tile, skipped = self.diagonal + crossed, crossed * plan.keys
                 raw, d_weights = self.raw_products(tile, skipped, live=True)
                 if crossed:
-                    self.multiply(tile - 1, skipped - plan.keys, live=True)
+                    self.multiply_weights(tile - 1, skipped - plan.keys)
+                    self.multiply_d_scores(tile - 1, skipped - plan.keys)
                 self.work(tile, raw, d_weights, skipped)
             if plan.ratio > 1:
                 clear(slice(0, (plan.ratio - 1) * plan.keys))
@@ -184,13 +187,22 @@ class _QueryTile:
             pl.when(own)(on_diagonal)
             pl.when(jnp.logical_not(own))(lambda: clear(slice(0, None)))
         before = jnp.minimum(self.diagonal + plan.ratio - 1, end - 1)
-        self.walk(live, stop, before, live=True)
-        if has_dead:
+        self.prepare(stop - 1, live=True)
+        pending = self.walk(live, stop, before, live=True)
+        if not has_dead:
+            self.multiply_weights(pending)
+            self.multiply_d_scores(pending)
+            return
 
-            @pl.when(first < live)
-            def _():
-                refs.d_scores[...] = jnp.zeros_like(refs.d_scores)
-                self.walk(first, live, live - 1, live=False)
+        @pl.when(first == live)
+        def _():
+            self.multiply_weights(pending)
+            self.multiply_d_scores(pending)
+
+        @pl.when(first < live)
+        def _():
+            self.multiply_weights(pending)
+            self.multiply_d_scores(self.walk(first, live, pending, live=False))
 
     def run(self) -> None:
         """Does one query tile."""
@@ -233,18 +245,6 @@ def _start(plan: Plan, refs: Any) -> None:
             Bias(plan, refs).clear()
 
 
-def _finish(plan: Plan, refs: Any) -> None:
-    """Hands over the sums."""
-    last = pl.program_id(4) == plan.steps - 1
-
-    @pl.when((pl.program_id(3) == plan.group - 1) & last)
-    def _():
-        refs.d_key[...] *= plan.scale
-
-    if plan.has_bias:
-        pl.when(last)(Bias(plan, refs).finish)
-
-
 def _kernel(plan: Plan, refs: Any) -> None:
     _start(plan, refs)
     if plan.tiles_a_step == 1:
@@ -255,7 +255,8 @@ def _kernel(plan: Plan, refs: Any) -> None:
         def _(within):
             _QueryTile(plan, refs, within).run()
 
-    _finish(plan, refs)
+    if plan.has_bias:
+        pl.when(pl.program_id(4) == plan.steps - 1)(Bias(plan, refs).finish)
 
 
 def backward(
@@ -297,10 +298,10 @@ def backward(
       d_out: gradient of `out`.
 
     Returns:
-      gradients of query [batch, heads, head_dim, length]; of key and value
-      [batch, kv_heads, length, head_dim], float32; of `Plan.bias` before its factor,
-      [batch, heads, 8, bias_length], float32; and each query's part in that of the offset,
-      [batch, heads, 1, length], float32. Dummies for what the call has not.
+      gradients of query [batch, heads, head_dim, length]; of key, before its factor `scale`,
+      and of value [batch, kv_heads, length, head_dim], float32; of `Plan.bias`, before its
+      factor, [batch, heads, 8, bias_length], float32; and each query's part in that of the
+      offset, [batch, heads, 1, length], float32. Dummies for what the call has not.
     """
     batch, heads, dim, length = query.shape
     queries, chunks, float32 = plan.queries, plan.backward_chunks, jnp.float32

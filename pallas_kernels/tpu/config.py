@@ -15,7 +15,7 @@ _PLANNED = 0.80
 # Up to this length keys are rather cut into more chunks than a bias not turned.
 _TURNED_LENGTH = 8192
 # Queries of one step, as many tiles as that makes: a step has a price of its own.
-_STEP_QUERIES = {"v4": 512, "v5e": 2048, "v5p": 2048, "v6e": 2048, "7x": 2048}
+_STEP_QUERIES = {"v4": 512, "v5e": 4096, "v5p": 4096, "v6e": 4096, "7x": 4096}
 # Bytes of scalar memory that tile ranges may take.
 SMEM_FOR_RANGES = 512 * 1024
 

@@ -128,7 +128,7 @@ def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     bias, offset = inputs.bias, inputs.offset
     return (
         plan.from_kernel(d_query).astype(inputs.query.dtype),
-        from_keys(d_key, inputs.key),
+        from_keys(plan.scale * d_key, inputs.key),
         from_keys(d_value, inputs.value),
         None if bias is None else plan.bias_gradient(d_bias.sum(axis=0)),
         None if offset is None else pull.sum(axis=(0, 2, 3)),

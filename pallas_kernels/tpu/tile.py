@@ -111,14 +111,22 @@ class Bias:
         if not (plan.has_bias and plan.turned):
             return
 
-        @pl.loop(1, plan.bias_length // LANES)
-        def _(vector):
-            before = refs.bias[0, :, at_tile(vector - 1, LANES)]
-            window = jnp.concatenate([before, refs.bias[0, :, at_tile(vector, LANES)]], axis=1)
-            for turn in range(TURNS):
-                rows = slice(SUBLANES * turn, SUBLANES * (turn + 1))
-                turned = pltpu.roll(window, SUBLANES * turn, 1) if turn else window
-                refs.turned[rows, at_tile(vector, LANES)] = turned[:, LANES:]
+        # The first vector is never read: see `bias_start`.
+        width = plan.queries
+        nothing = jnp.zeros((SUBLANES, LANES), jnp.float32)
+
+        def turn(window: Float[Array, "8 lanes"], at: pl.Slice) -> None:
+            for step in range(TURNS):
+                rows = slice(SUBLANES * step, SUBLANES * (step + 1))
+                turned = pltpu.roll(window, SUBLANES * step, 1) if step else window
+                refs.turned[rows, at] = turned[:, LANES:]
+
+        turn(jnp.concatenate([nothing, refs.bias[0, :, :width]], axis=1), pl.ds(0, width))
+
+        @pl.loop(1, plan.bias_length // width)
+        def _(part):
+            before = pl.multiple_of(part * width - LANES, LANES)
+            turn(refs.bias[0, :, pl.ds(before, width + LANES)], at_tile(part, width))
 
     def tile(self, distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
         """Returns the bias of some keys of a tile, `skipped` queries cut off."""
@@ -164,16 +172,18 @@ class Bias:
         if not plan.turned:
             return
 
-        @pl.loop(0, plan.bias_length // LANES)
-        def _(vector):
-            total = refs.d_turned[:SUBLANES, at_tile(vector, LANES)]
-            for turn in range(1, TURNS):
-                rows = slice(SUBLANES * turn, SUBLANES * (turn + 1))
-                window = jnp.concatenate(
-                    [refs.d_turned[rows, at_tile(vector + n, LANES)] for n in range(2)], axis=1
-                )
-                total += pltpu.roll(window, 2 * LANES - SUBLANES * turn, 1)[:, :LANES]
-            refs.d_bias[0, 0, 0, :, at_tile(vector, LANES)] = total
+        width = plan.queries
+
+        @pl.loop(0, plan.bias_length // width)
+        def _(part):
+            at = at_tile(part, width)
+            total = refs.d_turned[:SUBLANES, at]
+            window = pl.ds(at.start, width + LANES)
+            for step in range(1, TURNS):
+                rows = slice(SUBLANES * step, SUBLANES * (step + 1))
+                left = width + LANES - SUBLANES * step
+                total += pltpu.roll(refs.d_turned[rows, window], left, 1)[:, :width]
+            refs.d_bias[0, 0, 0, :, at] = total
 
 
 def _turned_tile(

@@ -5,13 +5,18 @@ WORKDIR ?= runs/quickstart
 TEST_WORKERS ?= 2
 GPU_TEST_WORKERS ?= 4
 
-.PHONY: help setup train test test-all test-gpu check format clean
+LIBTPU ?= build/libtpu
+TPU_REPORT ?= build/tpu_report
+
+.PHONY: help setup train test test-all test-gpu test-tpu test-tpu-device check format clean
 
 help:
 	@echo "make train     train a small Lazy Attention model on English every Python carries"
 	@echo "make test      check style and types, run the tests (minutes, CPU)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the fused kernels' tests, on an NVIDIA GPU (BUILD.md says what to install)"
+	@echo "make test-tpu  the TPU kernels interpreted and compiled for every TPU, without one"
+	@echo "make test-tpu-device  their numbers and times on a TPU, as one report to send back"
 	@echo "make format    format the code"
 
 setup:
@@ -36,6 +41,28 @@ test-gpu: setup
 	@$(PYTHON_BIN) -m tests.pallas_kernels.find_gpu
 	@XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON_BIN) -m pytest -n $(GPU_TEST_WORKERS) -m gpu \
 	  tests/pallas_kernels/test_*_gpu.py
+
+# libtpu stays out of .venv: with it there, JAX would look for TPUs in every process.
+$(LIBTPU)/libtpu/libtpu.so:
+	@$(PYTHON_BIN) -m pip --disable-pip-version-check -q install --no-deps --target $(LIBTPU) \
+	  "$$($(PYTHON_BIN) -m benchmarks.tpu_compiler)"
+
+test-tpu: setup $(LIBTPU)/libtpu/libtpu.so
+	@JAX_PLATFORMS=cpu $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) tests/pallas_kernels/test_tpu*.py
+	@$(PYTHON_BIN) -m benchmarks.tpu_static --compile --generations=v4,v5e,v5p,v6e,7x \
+	  --lengths=4096,32768 --head_dims=64,128
+	@$(PYTHON_BIN) -m benchmarks.tpu_static --lengths=4096,16384
+	@$(PYTHON_BIN) -m benchmarks.tpu_train_step
+
+# On a machine with a TPU and requirements/tpu.txt. One report, to be sent back as it is.
+test-tpu-device: setup
+	@mkdir -p $(dir $(TPU_REPORT))
+	@{ $(PYTHON_BIN) -c "import jax; print(jax.__version__, jax.devices())" && \
+	  git log -1 --format=%H; \
+	  $(PYTHON_BIN) -m pytest -q tests/pallas_kernels/test_tpu_device.py; \
+	  $(PYTHON_BIN) -m benchmarks.attention --implementations=tpu,xla_chunked,splash \
+	    --output=$(TPU_REPORT); } 2>&1 | tee $(TPU_REPORT).txt
+	@echo "Please send $(TPU_REPORT).txt and $(TPU_REPORT).json with your issue."
 
 format: setup
 	@$(PYTHON_BIN) -m ruff check --fix --quiet .

@@ -25,6 +25,28 @@ def _jax_nn(implementation: str, head_dim: int) -> Iterable[tuple[str, Attention
     yield "cudnn" if implementation == "cudnn" else "xla_softmax", attention
 
 
+def _splash(head_dim: int) -> Iterable[tuple[str, Attention]]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    def attention(query: Array, key: Array, value: Array) -> Array:
+        length, heads = query.shape[1:3]
+        size = min(1024, length)
+        names = ("block_q", "block_kv", "block_kv_compute")
+        blocks = dict.fromkeys([*names, *(f"{name}_dkv" for name in names[:2])], size)
+        sizes = kernels.BlockSizes(**blocks, block_kv_dkv_compute=size, use_fused_bwd_kernel=True)
+        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+        attend = jax.vmap(kernels.make_splash_mha_single_device(mask, block_sizes=sizes))
+        parts = (query * head_dim**-0.5, key, value)
+        return attend(*(x.swapaxes(1, 2) for x in parts)).swapaxes(1, 2)
+
+    yield "splash", attention
+
+
 def _import_tokamax() -> Any:
     # Its benchmark helpers import a profiler that needs a lot more packages.
     for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
@@ -79,6 +101,7 @@ PEERS: dict[str, Callable[[int], Iterable[tuple[str, Attention]]]] = {
     "cudnn": functools.partial(_jax_nn, "cudnn"),
     "xla_softmax": functools.partial(_jax_nn, "xla"),
     "tokamax": _tokamax,
+    "splash": _splash,
     _TUNED: _tokamax_tuned,
 }
 

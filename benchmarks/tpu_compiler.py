@@ -1,6 +1,7 @@
 """libtpu's compiler on a machine without a TPU: executables, and the schedules it writes."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -57,6 +58,8 @@ class Compiler:
         os.environ |= {
             "TPU_LIBRARY_PATH": str(found),
             "TPU_SKIP_MDS_QUERY": "1",
+            # Nothing here uses a device, so that several processes may compile at once.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_ACCELERATOR_TYPE": "v5p-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
         }
@@ -203,3 +206,13 @@ class Schedule:
         """Returns the innermost loops with matrix products, in order."""
         deepest = max((depth for depth, loop in self.loops if loop.products), default=0)
         return [loop for depth, loop in self.loops if depth == deepest and loop.products]
+
+
+def requirement() -> str:
+    """Returns the libtpu that the installed jax asks for, as pip writes it."""
+    wanted = importlib.metadata.requires("jax") or []
+    return next(line for line in wanted if line.startswith("libtpu")).split(";")[0].strip()
+
+
+if __name__ == "__main__":
+    print(requirement())

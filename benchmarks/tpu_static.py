@@ -332,7 +332,9 @@ def report(compiler: Compiler, generation: str, shape: cases.Shape) -> None:
     """Prints both tables for one generation and shape."""
     block = config.block(generation, 2, shape.head_dim, shape.length)
     tiles = block.queries * block.keys / _TILE**2
-    tiles_a_step = config.tiles_a_step(generation, block, shape.length)
+    tiles_a_step = config.tiles_a_step(
+        generation, block, shape.length, config.padded_head_dim(shape.head_dim), 2
+    )
     # Two heads would be one for each core of a chip with two, and no loop over heads.
     args = arguments(dataclasses.replace(shape, batch=1, heads=4, kv_heads=4))
     compiler.compile(lambda args: (run(args), gradient(args)), (args,), generation)
@@ -423,7 +425,8 @@ def compile_table(compiler: Compiler, generations: Iterable[str]) -> bool:
                     2,
                     backward=True,
                     turned=turned,
-                    step_queries=block.queries * config.tiles_a_step(generation, block, length),
+                    step_queries=block.queries
+                    * config.tiles_a_step(generation, block, length, padded, 2),
                 )
                 temporary = found.memory_analysis().temp_size_in_bytes
                 print(

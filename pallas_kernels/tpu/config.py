@@ -14,8 +14,8 @@ _LIMIT = 0.94
 _PLANNED = 0.80
 # Up to this length keys are rather cut into more chunks than a bias not turned.
 _TURNED_LENGTH = 8192
-# Queries of one step, as many tiles as that makes: a step has a price of its own.
-_STEP_QUERIES = {"v4": 512, "v5e": 4096, "v5p": 4096, "v6e": 4096, "7x": 4096}
+# Bytes of queries of one step, as many tiles as that makes: a step has a price of its own.
+_STEP_BYTES = {"v4": _MIB // 8, "v5e": _MIB, "v5p": _MIB, "v6e": _MIB, "7x": _MIB}
 # Bytes of scalar memory that tile ranges may take.
 SMEM_FOR_RANGES = 512 * 1024
 
@@ -79,10 +79,10 @@ def block(generation: str, itemsize: int, head_dim: int, length: int) -> Block:
     return Block(queries, min(keys, queries))
 
 
-def tiles_a_step(generation: str, block: Block, length: int) -> int:
+def tiles_a_step(generation: str, block: Block, length: int, head_dim: int, itemsize: int) -> int:
     """Returns the tiles of queries of one step, a divisor of all there are."""
     tiles = length // block.queries
-    most = max(1, min(tiles, _STEP_QUERIES[generation] // block.queries))
+    most = max(1, min(tiles, _STEP_BYTES[generation] // (block.queries * head_dim * itemsize)))
     return max(n for n in range(1, most + 1) if tiles % n == 0)
 
 
@@ -174,7 +174,8 @@ def key_chunks(
             itemsize,
             backward=backward,
             turned=turned,
-            step_queries=block.queries * tiles_a_step(generation, block, length),
+            step_queries=block.queries
+            * tiles_a_step(generation, block, length, head_dim, itemsize),
         )
         if need <= budget:
             return chunks

@@ -92,7 +92,7 @@ def make_plan(
         itemsize=itemsize,
         block=block,
         turned=turned,
-        tiles_a_step=config.tiles_a_step(tpu, block, padded),
+        tiles_a_step=config.tiles_a_step(tpu, block, padded, dim, itemsize),
         forward_chunks=forward_chunks,
         backward_chunks=backward_chunks,
     )

@@ -155,6 +155,7 @@ class Kernel:
       tile: bundles that every query tile costs besides.
       dead: those only a query tile with dead tiles runs.
       alive: those only one without any runs.
+      marks: bundles for each eight tiles of the first loop besides, to tell dead tiles.
       step: bundles of a step besides its query tiles.
       head: bundles of a head besides its steps.
     """
@@ -164,6 +165,7 @@ class Kernel:
     tile: int
     dead: int
     alive: int
+    marks: int
     step: int
     head: int
 
@@ -225,6 +227,11 @@ class Kernel:
             fixed - sum(singles) - dead - alive,
             dead,
             alive,
+            sum(
+                loop.bundles
+                for depth, loop in schedule.loops
+                if depth == inner and not loop.products and holds(tile, loop)
+            ),
             step_bundles,
             turns * bias_turns,
         )
@@ -234,6 +241,7 @@ class Kernel:
         total = float(self.head)
         for turns in zip(first, second, strict=True):
             total += self.tile + self.step / tiles_a_step
+            total += self.marks * (turns[0] // 8 + 1)
             total += self.dead if turns[1] else self.alive
             for count, loop, single in zip(turns, self.loops, self.single, strict=True):
                 total += count // 2 * loop.bundles + count % 2 * single

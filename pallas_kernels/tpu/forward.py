@@ -182,9 +182,16 @@ class _QueryTile:
             pl.when(jnp.logical_not(own))(otherwise)
 
     def one_by_one(self, chunk: Any, first: Any, body: Any) -> None:
-        """Runs `body(tile, base, raw scores, skipped)`, from the diagonal backwards."""
+        """Runs `body(tile, base, raw scores, skipped)`, from the diagonal backwards.
+
+        Leaves the diagonal's raw scores, unless keys are cut into chunks.
+        """
         plan, refs = self.plan, self.refs
         base, start, stop = self.chunk_range(chunk, first)
+
+        def prefetch(tile: Any) -> None:
+            after = self.diagonal if plan.forward_chunks == 1 else base
+            refs.scores[...] = self.raw_scores(jnp.where(tile < start, after, tile), base)
 
         def on_diagonal() -> None:
             for crossed in range(plan.ratio):
@@ -192,12 +199,12 @@ class _QueryTile:
                 body(tile, base, self.raw_scores(tile, base, skipped), skipped)
 
         self.on_own_chunk(base, on_diagonal, lambda: None)
-        refs.scores[...] = self.raw_scores(jnp.maximum(stop - 1, base), base)
+        prefetch(stop - 1)
 
         def turn(n: Any) -> None:
             tile = stop - 1 - n
             body(tile, base, refs.scores, None)
-            refs.scores[...] = self.raw_scores(jnp.maximum(tile - 1, base), base)
+            prefetch(tile - 1)
 
         over_pairs(stop - start, turn)
 
@@ -210,7 +217,9 @@ class _QueryTile:
         def on_diagonal() -> None:
             for crossed in range(plan.ratio):
                 tile, skipped = self.diagonal + crossed, crossed * plan.keys
-                raw = self.raw_scores(tile, base, skipped)
+                raw: Any = refs.scores
+                if crossed or plan.forward_chunks > 1:
+                    raw = self.raw_scores(tile, base, skipped)
                 if crossed:
                     self.multiply(tile - 1, base, skipped - plan.keys)
                 self.weigh(tile, raw, skipped)
@@ -261,14 +270,17 @@ class _QueryTile:
             logarithm = jnp.log2(jnp.where(threshold > 0, threshold, 1))
             bar = jnp.where(threshold > 0, log_total + logarithm - DEAD_SLACK, -UNREACHABLE)
 
-            def farthest(n: Any, found: Array) -> Array:
-                tile = self.diagonal - 1 - n
+            def farthest(group: Any, found: Array) -> Array:
+                tile = group * SUBLANES + jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
+                inside = (tile >= self.first) & (tile < self.diagonal)
                 # Not a number is not below anything.
-                dead = refs.highest[pl.ds(tile, 1), :] <= bar
-                return jnp.where(dead, found, tile.astype(jnp.float32))
+                dead = refs.highest[at_tile(group, SUBLANES), :] <= bar
+                nearer = jnp.minimum(found, tile.astype(jnp.float32))
+                return jnp.where(inside & jnp.logical_not(dead), nearer, found)
 
-            none = jnp.full(bar.shape, self.diagonal, jnp.float32)
-            found = jax.lax.fori_loop(0, self.diagonal - self.first, farthest, none)
+            none = jnp.full((SUBLANES, plan.queries), self.diagonal, jnp.float32)
+            stop = (self.diagonal + SUBLANES - 1) // SUBLANES
+            found = jax.lax.fori_loop(self.first // SUBLANES, stop, farthest, none)
             refs.live_tile[0] = jnp.min(found).astype(jnp.int32)
 
     def finish(self) -> None:
@@ -471,7 +483,7 @@ def forward(
             "maximum": pltpu.VMEM((SUBLANES, queries), float32),
             "threshold": one_row,
             "live_sum": pltpu.VMEM((dim, queries), float32),
-            "highest": pltpu.VMEM((length // plan.keys, queries), float32),
+            "highest": pltpu.VMEM((-(-length // plan.keys // 8) * 8, queries), float32),
             "live_tile": pltpu.SMEM((1,), jnp.int32),
             "alive": pltpu.VMEM((plan.keys, queries), query.dtype),
         }

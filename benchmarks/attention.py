@@ -193,6 +193,7 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
     in_full = {
         case: float(shares.by_triton(sets[0], parameters[case], _SKIP_MASS.value))
         for case in {result.case for result in done if result.implementation == "triton"}
+        if "offset" in parameters[case]
     }
     for n, (result, _) in enumerate(jobs):
         if str(n) not in runs:
@@ -203,7 +204,7 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         if result.case:
             result.visited, result.live = map(float, counted[result.case])
         if result.implementation == "triton":
-            result.in_full = in_full[result.case]
+            result.in_full = in_full.get(result.case)
         if _PROFILE.value and result.case:
             try:
                 result.kernels = _profile(runs[str(n)])

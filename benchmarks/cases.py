@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-CASES = ("dense", "alibi", "learned")
+CASES = ("dense", "alibi", "learned", "biased_softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +57,17 @@ def parameters(
       case: "dense": the paper's initialisation, bias normal with standard deviation 0.02
         and no tail; every tile is live. "alibi": b_h(x) = -m_h x with m_h =
         2^(-8 (h + 1) / heads), and that slope. "learned": biases and offsets of a
-        trained model, heads taken evenly from all its layers. Offset -1 but there.
+        trained model, heads taken evenly from all its layers. "biased_softmax": the bias
+        of "dense" and no offset. Elsewhere the offset is -1.
       shape: of the call.
       width: of the table, but for "learned".
       learned: an npz file with bias [layers, heads, width] and tau [layers, heads].
       seed: of the normal biases.
     """
     offset = -jnp.ones(shape.heads)
-    if case == "dense":
+    if case in ("dense", "biased_softmax"):
         bias = 0.02 * jax.random.normal(jax.random.key(seed), (shape.heads, width))
-        return {"distance_bias": bias, "offset": offset}
+        return {"distance_bias": bias} | ({"offset": offset} if case == "dense" else {})
     if case == "alibi":
         slope = 2.0 ** (-8 * jnp.arange(1, shape.heads + 1) / shape.heads)
         bias = -slope[:, None] * jnp.arange(width)

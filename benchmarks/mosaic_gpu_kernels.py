@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import config, op
-from pallas_kernels.mosaic_gpu.config import Block, ForwardBlock, KeyBlock
+from pallas_kernels.mosaic_gpu.config import Block, ForwardBlock
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.types import Visibility
 
@@ -46,31 +46,21 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     found: list[Any] = []
     small = head_dim == 64
     if kernel in ("inference", "forward"):
-        rows = [(64, 2, 3, (1, 4)), (128, 2, 2, (0, 1)), (128, 2, 2, (1, 2)), (64, 3, 3, (1, 4))]
-        if small:
-            rows += [(128, 2, 3, (1, 4)), (128, 3, 2, (1, 4))]
-        for keys, groups, stages, share in rows:
-            if small or keys == 64 or kernel == "inference":
+        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (3, 128, 2)):
+            if small or (groups == 2 and (keys == 64 or kernel == "inference")):
                 block = ForwardBlock(
                     warpgroups=groups,
                     stages=stages,
                     keys=keys,
-                    polynomial=share,
                     in_registers=small and groups == 2,
                 )
                 found.append(block)
-    elif kernel == "backward_key":
-        for groups, registers, early in ((2, False, True), (3, False, True), (2, False, False)):
-            found.append(KeyBlock(warpgroups=groups, in_registers=registers, early=early))
-        if small:
-            found.append(KeyBlock(stages=4))
-    elif kernel == "backward_query":
-        for groups, stages in ((2, 2), (2, 3), (3, 2)):
-            found.append(Block(warpgroups=groups, stages=stages, in_registers=False))
-        if small:
-            found.append(Block(stages=2))
+    elif kernel == "backward_bias":
+        found += [Block(stages=4 if small else 2), Block(warpgroups=3)]
     else:
-        found.append(Block(warpgroups=3))
+        for tiles, stages, registers in ((2, 4, True), (2, 4, False), (1, 4, False), (1, 2, True)):
+            if small or (not registers and (kernel == "backward_query" or stages == 2)):
+                found.append(Block(stages=stages, tiles=tiles, in_registers=registers))
     yield from (block for block in found if block != chosen)
 
 

@@ -136,9 +136,13 @@ def _score_bounds(
     query, key = query.astype(accumulate), key.astype(accumulate)
     query_norm = jnp.sqrt(jnp.sum(query**2, axis=-1)) * abs(scale)
     key_norm = jnp.sqrt(jnp.sum(key**2, axis=-1))
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
-    own_score = own_score.reshape(batch, length, heads)
+    if heads == kv_heads:
+        # Shaped as the norms are, so that XLA can read the inputs once for all three.
+        own_score = scale * jnp.sum(query * key, axis=-1)
+    else:
+        grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+        own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
+        own_score = own_score.reshape(batch, length, heads)
     if bias is not None:
         own_score = own_score + bias[:, 0]
 

@@ -147,11 +147,10 @@ class _Body:
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = lax.axis_index("warpgroup")
-        # Heads differ most in how much there is to do; the near distances have the most.
+        # All distances of a part run side by side, so that they share its tiles in L2.
         work = lax.axis_index("work")
-        parts = kernel.batch * kernel.chunks * kernel.heads
-        group = lax.div(work, jnp.int32(parts))
-        part = work - group * parts
+        part = lax.div(work, jnp.int32(kernel.groups))
+        group = work - part * kernel.groups
         row = lax.div(part, jnp.int32(kernel.heads))
         self.head = part - row * kernel.heads
         self.batch = lax.div(row, jnp.int32(kernel.chunks))

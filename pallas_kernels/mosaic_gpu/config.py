@@ -12,11 +12,13 @@ class Block:
       stages: tiles of each other operand that are fetched ahead.
       in_registers: the block's own operand is kept in registers rather than read from SMEM
         again and again.
+      tiles: how many tiles' products are issued at once, of the backward pass.
     """
 
     warpgroups: int = 2
     stages: int = 2
     in_registers: bool = True
+    tiles: int = 1
 
     @property
     def rows(self) -> int:
@@ -35,7 +37,7 @@ class Block:
     @property
     def fetch_registers(self) -> int:
         """Registers of a thread that fetches."""
-        return 40 if self.warpgroups <= 2 else 32
+        return 24 if self.warpgroups <= 2 else 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,17 +54,6 @@ class ForwardBlock(Block):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyBlock(Block):
-    """The gradients of keys and values.
-
-    Attributes:
-      early: V dO^T is begun before the softmax weights are known, not after.
-    """
-
-    early: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
     """The blocks of all kernels for one kind of call.
 
@@ -76,19 +67,22 @@ class Blocks:
 
     inference: ForwardBlock = ForwardBlock()
     forward: ForwardBlock = ForwardBlock()
-    backward_query: Block = Block(stages=4)
-    backward_key: KeyBlock = KeyBlock()
+    backward_query: Block = Block(stages=4, tiles=2)
+    backward_key: Block = Block(stages=4, tiles=2, in_registers=False)
     backward_bias: Block = Block(stages=4)
 
 
 # By head size.
 _BLOCKS = {
-    64: Blocks(),
+    64: Blocks(
+        inference=ForwardBlock(warpgroups=3, in_registers=False),
+        forward=ForwardBlock(warpgroups=3, in_registers=False),
+    ),
     128: Blocks(
         inference=ForwardBlock(keys=128, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),
         backward_query=Block(stages=3, in_registers=False),
-        backward_key=KeyBlock(in_registers=False),
+        backward_key=Block(in_registers=False),
         backward_bias=Block(),
     ),
 }

@@ -151,7 +151,7 @@ class _Forward:
             scratch["rounding_smem"] = rows
             scratch["total_smem"] = row
         if self.interpret:
-            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, block.keys), self.dtype)
+            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def __call__(self, *refs, **scratch) -> None:
@@ -256,9 +256,6 @@ class _Block:
 
         copy_key = functools.partial(copy, self.keys, "key")
         copy_value = functools.partial(copy, self.values, "value")
-        twice = self.sweeps_twice
-        # One warp copies; but it can't load numbers, which is done here for it.
-        steps = self.steps()
 
         @rings.fetching(self.plan)
         def _():
@@ -266,6 +263,10 @@ class _Block:
                 rows = pl.ds(self.query0 + ROWS * n, ROWS)
                 plgpu.copy_gmem_to_smem(ref["query"].at[b, rows, h], ref["query_smem"].at[n], start)
             plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], start)
+
+        twice = self.sweeps_twice
+        # One warp copies; but it can't load numbers, which is done here for it.
+        steps = self.steps()
 
         def one_sweep():
             @rings.fetching(self.plan)
@@ -314,9 +315,9 @@ class _Queries:
         self.warpgroup = block.warpgroup
         self.query0 = block.query0 + ROWS * self.warpgroup
         self.rows = pl.ds(self.query0, ROWS)
-        self.shape = (ROWS, self.block.keys)
+        self.shape = (ROWS, UNIT)
 
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 keys"]:
+    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns a row vector repeated along its rows."""
         return lax.broadcast_in_dim(x, self.shape, [0])
 
@@ -365,27 +366,49 @@ class _Queries:
         else:
             self.two_sweeps()
 
-    def scores(self, number: Any, step: Any) -> tuple[Array, Array, Any]:
-        """Returns scores of a tile, what is to be added to them, and its first key.
+    def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
+        """Goes over the units of a key tile, the last first, with their scores.
 
-        Masked where causality wants it: the table holds `LOWEST` there. Releases the keys.
+        The products of all units are issued at once, so that the tensor cores have work while
+        one unit's scores are used. Releases the keys.
+
+        Args:
+          number: of the tile in the ring of keys.
+          step: where it lies, see `_Block.last`.
+          use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
+            them, the first key and the index of the unit; returns the carry, and how many
+            products it left in flight. Scores are masked where causality wants it: the table
+            holds `LOWEST` there.
+          carry: for the first call.
+
+        Returns:
+          the last carry.
         """
         block, plan = self.all, self.plan
-        key0 = (block.last - step) * self.block.keys
-        start, rest = plan.bias_of_tile(self.query0 - key0, self.block.keys, self.tail)
         slot = block.keys.wait(number)
+        units = range(self.block.keys // UNIT)
 
-        def product(acc):
-            plgpu.wgmma(acc, self.query, self.ref["key_smem"].at[slot].T)
-            return acc[...]
+        def run(*accs):
+            result, in_flight = carry, 0
+            for unit in reversed(units):
+                keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+                plgpu.wgmma(accs[unit], self.query, keys.T)
+            for unit in reversed(units):
+                x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
+                if unit == 0:
+                    block.keys.release(number)
+                key0 = (block.last - step) * self.block.keys + unit * UNIT
+                start, rest = plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
+                bias = lanes.gather(
+                    self.ref["table_smem"], start, UNIT, transposed=False,
+                    interpret=self.interpret,
+                )  # fmt: skip
+                x = x * (plan.scale * LOG2_E) + bias
+                result, issued = use(x, rest, key0, unit, result)
+                in_flight += issued
+            return result
 
-        x = pl.run_scoped(product, plgpu.ACC(self.shape, jnp.float32))
-        block.keys.release(number)
-        bias = lanes.gather(
-            self.ref["table_smem"], start, self.block.keys, transposed=False,
-            interpret=self.interpret,
-        )  # fmt: skip
-        return x * (plan.scale * LOG2_E) + bias, rest, key0
+        return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
 
     def visible(self, key0: Any) -> Array:
         """Returns which entries of a tile the queries see."""
@@ -441,29 +464,31 @@ class _Queries:
 
     def sum_small(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live unit per lane."""
-        parts = self.block.keys // UNIT
-        bar = None
-        if self.plan.has_offset:
-            bar = self.threshold * (1 - DEAD_SLACK)
+        marks = self.plan.has_offset and self.plan.skip_dead
+        bar = self.threshold * (1 - DEAD_SLACK) if marks else None
+
+        def use(x, rest, key0, _, carry):
+            tile_total, bounds = carry
+            e = lanes.exp2(
+                self.hide_documents(x, key0), self.block.polynomial, interpret=self.interpret
+            )
+            total, bound = lanes.sum_and_bound(e, interpret=self.interpret)
+            factor = jnp.exp2(self.per_row(rest))
+            total = total * factor
+            tile_total = total if tile_total is None else tile_total + total
+            return (tile_total, [*bounds, (_unit(key0), bound * factor)]), 0
 
         def step(n, carry):
             total, farthest = carry
             n = self.begin + n
-            x, rest, key0 = self.scores(n, n)
-            e = lanes.exp2(
-                self.hide_documents(x, key0), self.block.polynomial, interpret=self.interpret
-            )
-            sums, bounds = lanes.sum_rows(e, interpret=self.interpret)
-            factor = jnp.exp2(self.per_row(rest))
-            total = total + sums * factor
-            if bar is not None and self.plan.skip_dead:
+            of_lanes, bounds = self.scores(n, n, use, (None, []))
+            total = total + lanes.finish_sums(of_lanes, interpret=self.interpret)
+            if marks:
                 # The sum only grows, so this never calls a live tile dead; and a NaN is not
                 # below anything.
                 limit = bar * total
-                unit = _unit(key0)
-                for part in reversed(range(parts)):
-                    dead = bounds[part] * factor <= limit
-                    farthest = jnp.where(dead, farthest, unit + part)
+                for unit, bound in bounds:
+                    farthest = jnp.where(bound <= limit, farthest, unit)
             return total, farthest
 
         total, farthest = lax.fori_loop(
@@ -474,10 +499,8 @@ class _Queries:
     def sum_any(self) -> tuple[Array, Array]:
         """First sweep with a running maximum: the same results."""
 
-        def step(n, carry):
+        def use(x, rest, key0, _, carry):
             maximum, total, farthest = carry
-            n = self.begin + n
-            x, rest, key0 = self.scores(n, n)
             x = self.hide_documents(x, key0)
             highest = x.max(axis=1) + rest
             new = jnp.maximum(maximum, highest)
@@ -487,7 +510,10 @@ class _Queries:
                 limit = total * (self.threshold * (1 - DEAD_SLACK))
                 dead = jnp.exp2(highest - new) <= limit
                 farthest = jnp.where(dead, farthest, _unit(key0))
-            return new, total, farthest
+            return (new, total, farthest), 0
+
+        def step(n, carry):
+            return self.scores(self.begin + n, self.begin + n, use, carry)
 
         start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
         maximum, total, farthest = lax.fori_loop(0, self.end - self.begin, step, start)
@@ -515,14 +541,12 @@ class _Queries:
         if self.interpret:
             spare = self.ref["spare_smem"].at[self.warpgroup]
 
-        def step(n, _):
-            n = self.begin + n
-            x, rest, key0 = self.scores(self.total_steps + n, n)
+        def use(x, rest, key0, unit, n):
             p = jnp.exp2(x - self.spread(log_total - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
                 # A weight of tau / n is no weight where nothing is seen.
-                hidden = (self.offset > 0) & (key0 + self.block.keys > self.query0)
+                hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
                 if plan.packed:
                     hidden = hidden | (key0 < self.document_last)
                 p = lax.cond(hidden, lambda: jnp.where(self.visible(key0), p, -1.0), lambda: p)
@@ -539,11 +563,15 @@ class _Queries:
                     ones = lanes.is_positive(weights, interpret=self.interpret)
                 else:
                     ones = jnp.where(p > 0, 1.0, 0.0).astype(dtype)
-            slot = block.values.wait(n)
-            values = self.ref["value_smem"].at[slot]
+            values = self.values_of(n, unit)
             rings.multiply(out_acc, weights, values, spare)
             if value_acc is not None:
                 rings.multiply(value_acc, ones, values, spare)
+            return n, 1 if value_acc is None else 2
+
+        def step(n, _):
+            n = self.begin + n
+            self.scores(self.total_steps + n, n, use, n)
             plgpu.wgmma_wait(0)
             block.values.release(n)
             return ()
@@ -553,21 +581,32 @@ class _Queries:
             return out_acc[...]
         return out_acc[...], value_acc[...]
 
+    def values_of(self, number: Any, unit: int) -> Any:
+        """Returns the values of one unit of a tile, `number` in their ring; waits for them."""
+        ring = self.all.values
+        # The last unit comes first.
+        last = unit == self.block.keys // UNIT - 1
+        slot = ring.wait(number) if last else ring.slot(number)
+        return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+
     def softmax(self) -> None:
         """The only sweep where there is no offset, and no exponential is too large."""
         block = self.all
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
         def run(acc):
-            def step(n, total):
-                n = self.begin + n
-                x, rest, key0 = self.scores(n, n)
+            def use(x, rest, key0, unit, carry):
+                n, total = carry
                 x = self.hide_documents(x + rest, key0)
                 e = lanes.exp2(x, (0, 1), interpret=self.interpret)
                 weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
-                slot = block.values.wait(n)
-                rings.multiply(acc, weights, self.ref["value_smem"].at[slot], spare)
+                rings.multiply(acc, weights, self.values_of(n, unit), spare)
                 total = total + lanes.lane_sums(e, False, interpret=self.interpret)
+                return (n, total), 1
+
+            def step(n, total):
+                n = self.begin + n
+                _, total = self.scores(n, n, use, (n, total))
                 plgpu.wgmma_wait(0)
                 block.values.release(n)
                 return total

@@ -169,48 +169,43 @@ def _polynomial_register(x: ir.Value) -> ir.Value:
     return arith.bitcast(f32, arith.addi(arith.bitcast(i32, p), exponent))
 
 
-def sum_rows(
-    x: Float[Array, "64 columns"], *, interpret: bool
-) -> tuple[Float[Array, "64"], list[Float[Array, "64"]]]:
-    """Returns row sums, and for each 64 columns a bound on each row's largest entry.
+def sum_and_bound(
+    x: Float[Array, "64 64"], *, interpret: bool
+) -> tuple[Float[Array, "64"], Float[Array, "64"]]:
+    """Returns row sums and a bound on each row's largest entry, both per lane.
 
-    The bound is the largest sum of 8 entries of one lane, and is per lane: a maximum over
-    single entries would cost an instruction each.
+    The bound is the largest sum of 8 entries of one lane: a maximum over single entries would
+    cost an instruction each. `finish_sums` adds up the lanes' sums.
 
     Args:
       x: not negative.
       interpret: for interpret mode.
     """
-    columns = x.shape[1]
-    parts = columns // 64
     if interpret:
-        return x.sum(axis=1), [x[:, 64 * n : 64 * n + 64].max(axis=1) for n in range(parts)]
+        return x.sum(axis=1), x.max(axis=1)
     row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
 
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(row,) * (1 + parts))
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(row, row))
     def reduce(_, x):
         registers = _registers(x)
-        sums, bounds = [], [[] for _ in range(parts)]
+        sums, bounds = [], []
         for half in range(2):
-            total = None
-            for part in range(parts):
-                groups = []
-                for group in range(2):
-                    blocks = range(8 * part + 4 * group, 8 * part + 4 * group + 4)
-                    values = [
-                        _element(registers[half, block], i) for block in blocks for i in range(2)
-                    ]
-                    groups.append(_tree(_add, values))
-                bounds[part].append(arith.maxnumf(*groups))
-                both = _add(*groups)
-                total = both if total is None else _add(total, both)
-            for distance in (1, 2):
-                total = _add(total, mgpu.utils.shfl_bfly(total, distance))
-            sums.append(total)
-        return tuple(_row(values) for values in (sums, *bounds))
+            groups = [
+                _tree(
+                    _add,
+                    [
+                        _element(registers[half, block], i)
+                        for block in range(4 * group, 4 * group + 4)
+                        for i in range(2)
+                    ],
+                )
+                for group in range(2)
+            ]
+            bounds.append(arith.maxnumf(*groups))
+            sums.append(_add(*groups))
+        return _row(sums), _row(bounds)
 
-    total, *bounds = reduce(x)
-    return total, bounds
+    return reduce(x)
 
 
 def lane_sums(
@@ -515,5 +510,5 @@ __all__ = [
     "pack",
     "row_index",
     "store_minimum",
-    "sum_rows",
+    "sum_and_bound",
 ]

@@ -28,6 +28,11 @@ def test_cases_have_the_right_shapes(case):
     np.testing.assert_array_equal(found["offset"], -1)
 
 
+def test_biased_softmax_has_no_offset():
+    found = cases.parameters("biased_softmax", cases.Shape.parse("1x4x100x16"), 32)
+    assert found.keys() == {"distance_bias"}
+
+
 def test_learned_takes_heads_from_all_layers(tmp_path):
     path = tmp_path / "learned.npz"
     tau = np.arange(8.0).reshape(4, 2)

@@ -53,9 +53,7 @@ def generation_of(device_kind: str) -> str | None:
     return named
 
 
-def unsupported(
-    shape: tuple[int, int, int, int], key_heads: int, value_dim: int, dtype: Any
-) -> str | None:
+def unsupported(shape: tuple[int, ...], key_heads: int, value_dim: int, dtype: Any) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can.
 
     Args:

@@ -58,9 +58,9 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     elif kernel == "backward_bias":
         found += [Block(stages=4 if small else 2), Block(warpgroups=3)]
     else:
-        for tiles, stages, registers in ((2, 4, True), (2, 4, False), (1, 4, False), (1, 2, True)):
-            if small or (not registers and (kernel == "backward_query" or stages == 2)):
-                found.append(Block(stages=stages, tiles=tiles, in_registers=registers))
+        for groups, stages, registers in ((2, 4, True), (2, 2, False), (3, 2, False)):
+            if small or not registers:
+                found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
     yield from (block for block in found if block != chosen)
 
 

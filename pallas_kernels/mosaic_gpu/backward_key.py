@@ -277,23 +277,15 @@ class _Body:
             both = ((self.queries, steps_done), (self.d_outs, live_done))
             rings.skip(0, begin, *both)
 
-            def loop(is_live, start, stop):
-                count, tiles = lax.max(stop - start, jnp.int32(0)), kernel.block.tiles
-                whole = lax.div(count, jnp.int32(tiles))
+            def loop(step, start, stop):
+                @pl.loop(0, lax.max(stop - start, jnp.int32(0)))
+                def _(n):
+                    step(d_key_acc, d_value_acc, start + n, steps_done, live_done)
 
-                def step(tiles, n):
-                    self.add(
-                        is_live, tiles, d_key_acc, d_value_acc, start + n, steps_done, live_done
-                    )
-
-                pl.loop(0, whole)(lambda n: step(tiles, n * tiles))
-                if tiles > 1:
-                    pl.loop(whole * tiles, count)(functools.partial(step, 1))
-
-            loop(True, begin, live_end)
+            loop(self.live_step, begin, live_end)
             rings.skip(end, live, *both)
             if plan.has_offset:
-                loop(False, live, end)
+                loop(self.dead_step, live, end)
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
             return steps_done + steps, live_done + live
@@ -355,90 +347,76 @@ class _Body:
             seen = seen & (keys >= self.spread(document))
         return seen
 
-    def weigh(self, p: Array, n: Any, slot: Any) -> Array:
-        """Returns the attention weights of a tile, rounded, from its softmax weights."""
-        plan, weights = self.plan, p
-        if plan.has_offset:
-            weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
-            # A weight of tau / n is no weight where nothing is seen.
-            query0 = (self.unit0 + n) * UNIT
-            hidden = (self.offset > 0) & (query0 == self.key0)
-            if plan.packed:
-                hidden = hidden | self.other_document(slot)
-            weights = lax.cond(
-                hidden,
-                lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
-                lambda: weights,
-            )
-        return lanes.pack(
-            weights, self.kernel.dtype, relu=plan.has_offset, interpret=self.interpret
-        )
-
-    def add(
-        self, live: bool, tiles: int, d_key_acc, d_value_acc, n: Any, steps_done: Any,
-        live_done: Any,
-    ) -> None:  # fmt: skip
-        """Adds a few tiles.
-
-        The products of all of them are issued at once, so that the tensor cores have work while
-        one tile's numbers are used.
-
-        Args:
-          live: the tiles may be live.
-          tiles: how many.
-          d_key_acc: sum of dS^T Q.
-          d_value_acc: sum of A^T dO.
-          n: step of the first tile.
-          steps_done: steps of heads before; the number of step 0 in the ring of queries.
-          live_done: the same of live ones.
-        """
-        ref, dtype = self.ref, self.kernel.dtype
+    def live_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+        """Adds a tile that may be live."""
+        ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-        numbers = [n + m for m in range(tiles)]
-        slots = [self.queries.wait(steps_done + x) for x in numbers]
-        d_slots = [self.d_outs.wait(live_done + x) for x in numbers] if live else []
+        slot = self.queries.wait(steps_done + n)
+        d_slot = self.d_outs.wait(live_done + n)
 
-        def scores(acc, m):
-            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slots[m]].T)
+        def weigh(x):
+            p = weights = self.softmax(x, n, slot)
+            if plan.has_offset:
+                weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
+                # A weight of tau / n is no weight where nothing is seen.
+                query0 = (self.unit0 + n) * UNIT
+                hidden = (self.offset > 0) & (query0 == self.key0)
+                if plan.packed:
+                    hidden = hidden | self.other_document(slot)
+                weights = lax.cond(
+                    hidden,
+                    lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
+                    lambda: weights,
+                )
+            return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
-        def one(m, s_acc, d_acc, next_acc):
-            # Issued in this order: S, then for each tile dP, the next S, A^T dO, dS^T Q.
-            if live:
-                plgpu.wgmma(d_acc, self.value, ref["d_out_smem"].at[d_slots[m]].T)
-            if next_acc is not None:
-                scores(next_acc, m + 1)
-            after_d = 0 if next_acc is None else 1
-            before = (2 if live else 1) if m else 0
-            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=before + (1 if live else 0) + after_d)
-            p = self.softmax(x, numbers[m], slots[m])
-            delta = self.spread(self.row(slots[m], Rows.DELTA))
-            if live:
-                weights = self.weigh(p, numbers[m], slots[m])
-                rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slots[m]], spare)
-                d_weights = plgpu.wgmma_accumulator_load(d_acc, wait_n=after_d + 1)
-                if self.plan.has_offset:
-                    # Where nothing is seen p is 0, and so is dS.
-                    alive = p > self.spread(self.row(slots[m], Rows.THRESHOLD))
-                    d_weights = jnp.where(alive, d_weights, 0.0)
-                d_scores = p * (d_weights - delta)
-            else:
-                d_scores = p * -delta
-            packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
-            rings.multiply(d_key_acc, packed, ref["query_smem"].at[slots[m]], spare)
+        def s_product(acc):
+            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
 
-        def run(*accs):
-            s_accs, d_accs = accs[:tiles], accs[tiles:] if live else [None] * tiles
-            scores(s_accs[0], 0)
-            for m in range(tiles):
-                one(m, s_accs[m], d_accs[m], s_accs[m + 1] if m + 1 < tiles else None)
+        def d_product(acc):
+            plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
+
+        def finish(acc, p, weights):
+            rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
+            # Without waiting for the product that was issued last.
+            d_weights = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            if plan.has_offset:
+                # Where nothing is seen p is 0, and so is dS.
+                alive = p > self.spread(self.row(slot, Rows.THRESHOLD))
+                d_weights = jnp.where(alive, d_weights, 0.0)
+            return p * (d_weights - self.spread(self.row(slot, Rows.DELTA)))
+
+        def run(s_acc, d_acc):
+            s_product(s_acc)
+            d_product(d_acc)
+            return finish(d_acc, *weigh(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)))
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
-        pl.run_scoped(run, *[tile] * (tiles * (2 if live else 1)))
-        for m in range(tiles):
-            left = tiles - 1 - m
-            plgpu.wgmma_wait(2 * left if live else left)
-            if live:
-                self.d_outs.release(live_done + numbers[m])
-            # The numbers of the queries were read by ordinary loads.
-            plgpu.commit_smem()
-            self.queries.release(steps_done + numbers[m])
+        d_scores = pl.run_scoped(run, tile, tile)
+        packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
+        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        plgpu.wgmma_wait(1)
+        self.d_outs.release(live_done + n)
+        plgpu.wgmma_wait(0)
+        # The numbers of the queries were read by ordinary loads.
+        plgpu.commit_smem()
+        self.queries.release(steps_done + n)
+
+    def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+        """Adds a tile with no live entry."""
+        del d_value_acc, live_done
+        ref = self.ref
+        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        slot = self.queries.wait(steps_done + n)
+
+        def product(s_acc):
+            plgpu.wgmma(s_acc, self.key, ref["query_smem"].at[slot].T)
+            return s_acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        d_scores = self.softmax(x, n, slot) * self.spread(-self.row(slot, Rows.DELTA))
+        packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
+        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()
+        self.queries.release(steps_done + n)

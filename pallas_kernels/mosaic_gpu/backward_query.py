@@ -194,6 +194,7 @@ class _Body:
                     )
             plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], start)
 
+        # What is read here takes time, so it comes after the first copies.
         self.count_steps()
 
         @rings.fetching(self.plan)
@@ -248,23 +249,18 @@ class _Body:
             zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             sums = (zero, zero) if kernel.want_tail else ()
 
-            def loop(live, start, stop, sums):
-                count, tiles = lax.max(stop - start, jnp.int32(0)), kernel.block.tiles
-                whole = lax.div(count, jnp.int32(tiles))
+            def loop(step, start, stop, sums):
+                return lax.fori_loop(
+                    0,
+                    lax.max(stop - start, jnp.int32(0)),
+                    lambda n, sums: step(acc, start + n, sums),
+                    sums,
+                )
 
-                def step(tiles, n, sums):
-                    return self.add(live, tiles, acc, start + n, sums)
-
-                sums = lax.fori_loop(0, whole, lambda n, x: step(tiles, n * tiles, x), sums)
-                if tiles > 1:
-                    rest = functools.partial(step, 1)
-                    sums = lax.fori_loop(whole * tiles, count, rest, sums)
-                return sums
-
-            sums = loop(True, begin, live_end, sums)
+            sums = loop(self.live_step, begin, live_end, sums)
             rings.skip(end, self.live_steps, *both)
             if plan.has_offset:
-                sums = loop(False, self.live_steps, end, sums)
+                sums = loop(self.dead_step, self.live_steps, end, sums)
             return acc[...], sums
 
         d_query, sums = pl.run_scoped(run, plgpu.ACC((ROWS, kernel.head_dim), jnp.float32))
@@ -305,68 +301,53 @@ class _Body:
         """Returns a row vector repeated along its rows."""
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
-    def add(self, live: bool, tiles: int, acc: Any, n: Any, sums: tuple) -> tuple:
-        """Adds dS K of a few tiles, and what dS means for the bias's tail.
+    def live_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
+        """Adds a tile that may be live."""
+        key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
 
-        The products of all of them are issued at once, so that the tensor cores have work while
-        one tile's numbers are used.
-
-        Args:
-          live: the tiles may be live.
-          tiles: how many.
-          acc: sum of dS K.
-          n: step of the first tile.
-          sums: for the tail, per lane; empty without one.
-
-        Returns:
-          the sums.
-        """
-        ref = self.ref
-        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-        key_slots = [self.keys.wait(n + m) for m in range(tiles)]
-        value_slots = [self.values.wait(n + m) for m in range(tiles)] if live else []
-
-        def run(*accs):
-            result = sums
-            s_accs, d_accs = accs[:tiles], accs[tiles:]
-            for m in range(tiles):
-                plgpu.wgmma(s_accs[m], self.query, ref["key_smem"].at[key_slots[m]].T)
-                if live:
-                    plgpu.wgmma(d_accs[m], self.d_out, ref["value_smem"].at[value_slots[m]].T)
-            for m in range(tiles):
-                # Products issued after this one, with those of the tiles before.
-                after = (tiles - m) * (2 if live else 1) - 1 + m
-                x = plgpu.wgmma_accumulator_load(s_accs[m], wait_n=after)
-                p, key0 = self.softmax(x, n + m)
-                if live:
-                    d_weights = plgpu.wgmma_accumulator_load(d_accs[m], wait_n=after - 1)
-                    self.values.release(n + m)
-                    if self.plan.has_offset:
-                        d_weights = jnp.where(p > self.spread(self.threshold), d_weights, 0.0)
-                    d_scores = p * (d_weights - self.spread(self.delta))
-                else:
-                    d_scores = p * self.spread(-self.delta)
-                x = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
-                rings.multiply(acc, x, ref["key_smem"].at[key_slots[m]], spare)
-                if result:
-                    result = self.add_to_tail(result, d_scores, key0)
-            for m in range(tiles):
-                plgpu.wgmma_wait(tiles - 1 - m)
-                self.keys.release(n + m)
-            return result
+        def products(s_acc, d_acc):
+            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[key_slot].T)
+            plgpu.wgmma(d_acc, self.d_out, self.ref["value_smem"].at[value_slot].T)
+            p, key0 = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), n)
+            return p, key0, d_acc[...]
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
-        return pl.run_scoped(run, *[tile] * (tiles * (2 if live else 1)))
+        p, key0, d_weights = pl.run_scoped(products, tile, tile)
+        self.values.release(n)
+        if self.plan.has_offset:
+            d_weights = jnp.where(p > self.spread(self.threshold), d_weights, 0.0)
+        return self.add(acc, n, p * (d_weights - self.spread(self.delta)), key0, sums)
 
-    def add_to_tail(self, sums: tuple, d_scores: Array, key0: Any) -> tuple:
-        """Adds dS of a tile past the table, and dS times the distance past its end."""
-        apart = self.query0 - key0
+    def dead_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
+        """Adds a tile with no live entry."""
+        slot = self.keys.wait(n)
 
-        def far():
-            plain = lanes.lane_sums(d_scores, False, interpret=self.interpret)
-            moment = lanes.lane_sums(d_scores, True, interpret=self.interpret)
-            row = lanes.row_index(interpret=self.interpret)
-            distance = row + (apart - (self.plan.width - 1)).astype(jnp.float32)
-            return sums[0] + plain, sums[1] + plain * distance - moment
+        def product(s_acc):
+            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
+            return s_acc[...]
 
-        return lax.cond(apart - (UNIT - 1) - self.plan.width >= 0, far, lambda: sums)
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        p, key0 = self.softmax(x, n)
+        return self.add(acc, n, p * self.spread(-self.delta), key0, sums)
+
+    def add(self, acc: Any, n: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
+        """Adds dS K, and what dS means for the bias's tail; releases the keys."""
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        slot = self.keys.slot(n)
+        x = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
+        rings.multiply(acc, x, self.ref["key_smem"].at[slot], spare)
+        if sums:
+            apart = self.query0 - key0
+            past = apart - (UNIT - 1) - self.plan.width
+
+            def far():
+                plain = lanes.lane_sums(d_scores, False, interpret=self.interpret)
+                moment = lanes.lane_sums(d_scores, True, interpret=self.interpret)
+                row = lanes.row_index(interpret=self.interpret)
+                distance = row + (apart - (self.plan.width - 1)).astype(jnp.float32)
+                return sums[0] + plain, sums[1] + plain * distance - moment
+
+            sums = lax.cond(past >= 0, far, lambda: sums)
+        plgpu.wgmma_wait(0)
+        self.keys.release(n)
+        return sums

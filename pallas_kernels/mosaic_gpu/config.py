@@ -12,13 +12,11 @@ class Block:
       stages: tiles of each other operand that are fetched ahead.
       in_registers: the block's own operand is kept in registers rather than read from SMEM
         again and again.
-      tiles: how many tiles' products are issued at once, of the backward pass.
     """
 
     warpgroups: int = 2
     stages: int = 2
     in_registers: bool = True
-    tiles: int = 1
 
     @property
     def rows(self) -> int:
@@ -67,17 +65,14 @@ class Blocks:
 
     inference: ForwardBlock = ForwardBlock()
     forward: ForwardBlock = ForwardBlock()
-    backward_query: Block = Block(stages=4, tiles=2)
-    backward_key: Block = Block(stages=4, tiles=2, in_registers=False)
+    backward_query: Block = Block()
+    backward_key: Block = Block()
     backward_bias: Block = Block(stages=4)
 
 
 # By head size.
 _BLOCKS = {
-    64: Blocks(
-        inference=ForwardBlock(warpgroups=3, in_registers=False),
-        forward=ForwardBlock(warpgroups=3, in_registers=False),
-    ),
+    64: Blocks(),
     128: Blocks(
         inference=ForwardBlock(keys=128, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),

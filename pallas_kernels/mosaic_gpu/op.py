@@ -230,17 +230,22 @@ class Kernels:
         """
         plan = self.plan
 
-        def dot(x: Array) -> Float[Array, "batch heads padded"]:
-            products = jnp.sum(d_out.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
-            products = products.transpose(0, 2, 1)
-            return jnp.pad(products, ((0, 0), (0, 0), (0, self.units * UNIT - self.length)))
+        def dot(x: Array) -> Float[Array, "batch length heads"]:
+            return jnp.sum(d_out.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+
+        def by_head(x: Float[Array, "batch length heads"]) -> Float[Array, "batch heads padded"]:
+            missing = self.units * UNIT - self.length
+            return jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, missing)))
 
         # The sum over live keys of P v, unrounded, is what delta wants.
-        delta = dot(out) + dot(rounding)
+        dots = [dot(out) + dot(rounding)] + ([] if mean is None else [dot(mean)])
+        # Summed where they lie: fused with what follows, XLA would read them transposed.
+        dots = [by_head(x) for x in jax.lax.optimization_barrier(dots)]
+        delta = dots[0]
         limit, d_offset = jnp.zeros_like(delta), None
         if mean is not None:
             scale = self.offset_scale[:, None]
-            of_mean = dot(mean) * (scale / self.count_inverse[:, None])
+            of_mean = dots[1] * (scale / self.count_inverse[:, None])
             tau = self.tau[:, None]
             delta = delta - tau * of_mean
             limit = threshold(tau, scale)

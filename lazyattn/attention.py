@@ -80,12 +80,15 @@ class Implementation:
       run: does the call; returns out, or (out, weights) if the call wants weights.
       platforms: JAX platforms whose default it may be ("cpu", "gpu", "tpu"); None:
         every one.
+      untested: why a call that it can do is left to the next one unless it is asked for by
+        name, in the same form; None: it isn't.
     """
 
     name: str
     unsupported: Callable[[Call], str | None]
     run: Callable[[Call], Any]
     platforms: tuple[str, ...] | None = None
+    untested: Callable[[Call], str | None] = lambda call: None
 
 
 def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
@@ -145,7 +148,8 @@ def lazy_attention(
       skip_mass: an implementation may leave out far keys that together hold less
         than this share of a row's softmax mass, certainly and for any input. 0: none.
       implementation: "xla" (the definition, quadratic memory), "xla_chunked" (linear
-        memory), "triton" (NVIDIA GPUs) or "tpu"; None: the best that applies.
+        memory), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA GPUs) or "tpu"; None: the
+        best that applies.
       return_weights: also return the weights, float32; "xla" only.
 
     Returns:
@@ -213,7 +217,7 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     for candidate in IMPLEMENTATIONS.values():
         if candidate.platforms is not None and platform not in candidate.platforms:
             continue
-        reason = candidate.unsupported(call)
+        reason = candidate.unsupported(call) or candidate.untested(call)
         if reason is None:
             return candidate
         _log_once(f"lazy_attention does not use {candidate.name!r}, since {reason}.")
@@ -307,6 +311,12 @@ def _mosaic_gpu_unsupported(call: Call) -> str | None:
     )
 
 
+def _mosaic_gpu_untested(call: Call) -> str | None:
+    if jax.typeof(call.query).manual_axis_type.varying:
+        return "it is not tested on a GPU inside a shard_map that checks what varies"
+    return None
+
+
 def _triton_unsupported(call: Call) -> str | None:
     return _fused_unsupported(call) or triton_support.unsupported(
         call.query.shape[-1], call.value.shape[-1], call.query.dtype
@@ -358,7 +368,13 @@ def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
-        Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
+        Implementation(
+            "mosaic_gpu",
+            _mosaic_gpu_unsupported,
+            _run_mosaic_gpu,
+            ("gpu",),
+            _mosaic_gpu_untested,
+        ),
         Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
         Implementation("triton", _triton_unsupported, _run_triton, ("gpu",)),
         Implementation("xla_chunked", _chunked_unsupported, _run_chunked),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lazyattn import InputError, lazy_attention
+from lazyattn import InputError, attention, lazy_attention
 from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.triton import support
 from tests import oracle
@@ -146,3 +146,35 @@ def test_interpreted():
 @pytest.mark.parametrize("name", ["packed", "softmax", "sharp", "positive"])
 def test_interpreted_cases(name):
     _interpret(name)
+
+
+def test_default_on_a_hopper_gpu_where_it_is_tested(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    args, _ = _arrays(oracle.Case("", (1, 40, 2, 2, 64)))
+    chosen = []
+    choose = attention.choose
+
+    def record(*call):
+        chosen.append(choose(*call).name)
+        return attention.IMPLEMENTATIONS["xla"]
+
+    monkeypatch.setattr(attention, "choose", record)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    rows, whole = (jax.sharding.PartitionSpec(*axes) for axes in (("batch",), ()))
+    specs = {name: rows if x.ndim == 4 else whole for name, x in args.items()}
+    with hopper():
+        for check in (False, True):
+            jax.eval_shape(
+                jax.shard_map(
+                    lambda args: lazy_attention(**args),
+                    mesh=mesh,
+                    in_specs=(specs,),
+                    out_specs=rows,
+                    check_vma=check,
+                ),
+                args,
+            )
+        lazy_attention(
+            **args | {name: np.float32(args[name]) for name in ("query", "key", "value")}
+        )
+    assert chosen == ["mosaic_gpu", "triton", "triton"]

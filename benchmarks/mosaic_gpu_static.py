@@ -22,8 +22,8 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from lazyattn import lazy_attention
+from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import op
-from pallas_kernels.triton import support
 
 assert op  # What it imports sets MOSAIC_GPU_CUDA_ROOT, which --cuda_root replaces.
 
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
         out = lazy_attention(**args, segment_ids=ids, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32))
 
-    with support.pretend_capability(90):
+    with gpu.pretend_capability(90):
         lowered = jax.jit(jax.value_and_grad(loss)).lower(args)
     print(lowered.compile().memory_analysis())
 

@@ -25,7 +25,8 @@ from absl import app, flags
 from jaxtyping import Array
 
 from lazyattn import lazy_attention
-from pallas_kernels.triton import call, config, plan, support
+from pallas_kernels import gpu
+from pallas_kernels.triton import call, config, plan
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 
@@ -87,7 +88,7 @@ def _captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[La
     if blocks is not None:
         config.blocks = lambda *_: blocks
     try:
-        with support.pretend_capability(capability):
+        with gpu.pretend_capability(capability):
             yield launches
     finally:
         call.interpreter, config.blocks = before, table

@@ -22,8 +22,9 @@ from absl import app, flags
 from jaxtyping import Array
 
 from benchmarks import cases, timing, triton_static
+from pallas_kernels import gpu
 from pallas_kernels.triton import blocks as table
-from pallas_kernels.triton import config, op, support
+from pallas_kernels.triton import config, op
 from pallas_kernels.triton.plan import Plan
 from pallas_kernels.types import AttentionSettings, Visibility
 
@@ -290,7 +291,7 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(_OUTPUT.value)
     capabilities = [int(x) for x in _CAPABILITIES.value]
     if not _STATIC.value:
-        capability = support.compute_capability()
+        capability = gpu.compute_capability()
         assert capability is not None, "no NVIDIA GPU; --static does without"
         capabilities = [capability]
     for capability in capabilities:

@@ -1,13 +1,9 @@
-"""The forward pass: log-sum-exp first, then what survives.
+"""The forward pass: its launch, and what is fetched for it; `forward_queries.py` computes.
 
 A block has 64 queries of one head a warpgroup, and one more warpgroup of which one warp
 fetches tiles of keys and values. The first sweep goes from the diagonal backwards over the
 tiles that are not negligible, sums the exponentials and notes the farthest tile that may be
 live; the second goes the same way over the live ones. Without an offset one sweep does it.
-
-Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can
-take the exponential of. Then the sums need no running maximum and are never rescaled; a
-flag of each head says so, and another loop serves where it does not hold.
 """
 
 import functools
@@ -20,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings, schedule
+from pallas_kernels.mosaic_gpu import rings, schedule
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOG2_E, LOWEST, UNIT, Plan, threshold
+from pallas_kernels.mosaic_gpu.forward_queries import Queries
+from pallas_kernels.mosaic_gpu.lanes import ROWS
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.rings import as_index
 
 
@@ -165,10 +162,10 @@ class _Forward:
         if self.training:
             names += ["rounding", "log_total"]
         ref = dict(zip(names, refs, strict=True)) | scratch
-        _Block(self, ref).run()
+        Block(self, ref).run()
 
 
-class _Block:
+class Block:
     """One block of queries, while its body is traced."""
 
     def __init__(self, kernel: _Forward, ref: dict[str, Any]):
@@ -238,7 +235,7 @@ class _Block:
         @pl.when(jnp.logical_not(fetch))
         def _():
             plgpu.set_max_registers(self.block.registers, action="increase")
-            _Queries(self).compute()
+            Queries(self).compute()
 
     def fetch(self) -> None:
         """Fetches all that the block reads."""
@@ -304,366 +301,3 @@ class _Block:
             two_sweeps()
         else:
             lax.cond(twice, two_sweeps, one_sweep)
-
-
-class _Queries:
-    """What one computing warpgroup does with its 64 queries."""
-
-    def __init__(self, block: _Block):
-        self.all, self.kernel, self.ref = block, block.kernel, block.ref
-        self.plan, self.block, self.interpret = block.plan, block.block, block.interpret
-        self.warpgroup = block.warpgroup
-        self.query0 = block.query0 + ROWS * self.warpgroup
-        self.rows = pl.ds(self.query0, ROWS)
-        self.shape = (ROWS, UNIT)
-
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
-        """Returns a row vector repeated along its rows."""
-        return lax.broadcast_in_dim(x, self.shape, [0])
-
-    def per_row(self, x: Any, dtype: Any = jnp.float32) -> Array:
-        """Returns a row vector of one number."""
-        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)
-
-    def load_rows(self, name: str) -> Array:
-        """Returns this warpgroup's rows of an array [batch, padded]."""
-        # Past the end of the sequence, anything that is there.
-        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
-        return plgpu.load(
-            self.ref[name].at[self.all.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
-        )
-
-    def compute(self) -> None:
-        """Does all that is to be done for the queries."""
-        ref, plan, kernel = self.ref, self.plan, self.kernel
-        block, b, h = self.all, self.all.batch, self.all.head
-        self.exists = self.query0 < kernel.length
-        block.keys.open()
-        block.values.open()
-        self.small = ref["small"][b, h] != 0
-        self.tail = (ref["tail"][h, 0], ref["tail"][h, 1])
-        self.total_steps = block.steps()
-        # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
-        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(self.block.keys))
-        self.begin = block.last - lax.min(diagonal, block.last)
-        first = block.first_tile(block.first_of(self.warpgroup))
-        self.end = lax.select(self.exists, block.last - first + 1, self.begin)
-        if plan.has_offset:
-            self.offset = ref["offset"][h]
-            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
-        if plan.packed:
-            self.document = self.load_rows("document")
-            unit = lax.div(self.query0, jnp.int32(UNIT))
-            unit = lax.min(unit, jnp.int32(ref["document_last"].shape[-1] - 1))
-            self.document_last = ref["document_last"][b, unit]
-        plgpu.barrier_wait(ref["start_barrier"])
-        self.query = rings.operand(
-            ref["query_smem"].at[self.warpgroup], self.block.in_registers, self.interpret
-        )
-
-        if kernel.one_sweep:
-            lax.cond(self.small, self.softmax, self.two_sweeps)
-        else:
-            self.two_sweeps()
-
-    def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
-        """Goes over the units of a key tile, the last first, with their scores.
-
-        The products of all units are issued at once, so that the tensor cores have work while
-        one unit's scores are used. Releases the keys.
-
-        Args:
-          number: of the tile in the ring of keys.
-          step: where it lies, see `_Block.last`.
-          use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
-            them, the first key and the index of the unit; returns the carry, and how many
-            products it left in flight. Scores are masked where causality wants it: the table
-            holds `LOWEST` there.
-          carry: for the first call.
-
-        Returns:
-          the last carry.
-        """
-        block, plan = self.all, self.plan
-        slot = block.keys.wait(number)
-        units = range(self.block.keys // UNIT)
-
-        def run(*accs):
-            result, in_flight = carry, 0
-            for unit in reversed(units):
-                keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-                plgpu.wgmma(accs[unit], self.query, keys.T)
-            for unit in reversed(units):
-                x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
-                if unit == 0:
-                    block.keys.release(number)
-                key0 = (block.last - step) * self.block.keys + unit * UNIT
-                start, rest = plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
-                bias = lanes.gather(
-                    self.ref["table_smem"], start, UNIT, transposed=False,
-                    interpret=self.interpret,
-                )  # fmt: skip
-                x = x * (plan.scale * LOG2_E) + bias
-                result, issued = use(x, rest, key0, unit, result)
-                in_flight += issued
-            return result
-
-        return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
-
-    def visible(self, key0: Any) -> Array:
-        """Returns which entries of a tile the queries see."""
-        columns = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=TILE) + key0
-        rows = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=TILE) + self.query0
-        seen = rows >= columns
-        if self.plan.packed:
-            seen = seen & (columns >= self.spread(self.document))
-        return seen
-
-    def hide_documents(self, x: Array, key0: Any) -> Array:
-        """Returns scores with those of other documents masked."""
-        if not self.plan.packed:
-            return x
-        return lax.cond(
-            key0 < self.document_last,
-            lambda: jnp.where(self.visible(key0), x, LOWEST),
-            lambda: x,
-        )
-
-    def two_sweeps(self) -> None:
-        """Log-sum-exp, then the output."""
-        ref, block = self.ref, self.all
-        words = self.ref["words_smem"]
-        rings.skip(0, self.begin, (block.keys, 0))
-        log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
-        rings.skip(self.end, self.total_steps, (block.keys, 0))
-        lanes.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
-        plgpu.barrier_arrive(ref["bound_barrier"])
-        plgpu.barrier_wait(ref["bound_barrier"])
-        live_steps = block.live_steps()
-        mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
-        end = lax.select(self.exists, block.last - block.first_tile(mine) + 1, self.begin)
-
-        both = ((block.keys, self.total_steps), (block.values, 0))
-        rings.skip(0, self.begin, *both)
-        if self.kernel.want_mean:
-            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-            run = functools.partial(self.add_values, log_total, end)
-            out, value_sum = pl.run_scoped(run, shape, shape)
-        else:
-            run = functools.partial(self.add_values, log_total, end, value_acc=None)
-            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-            out, value_sum = pl.run_scoped(run, shape), None
-        rings.skip(end, live_steps, *both)
-        self.store(out, value_sum, log_total)
-        if self.kernel.want_mean:
-
-            @pl.when(self.exists)
-            def _():
-                unit = lax.div(self.query0, jnp.int32(UNIT))
-                ref["live"][block.batch, block.head, unit] = mine
-
-    def sum_small(self) -> tuple[Array, Array]:
-        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
-        marks = self.plan.has_offset and self.plan.skip_dead
-        bar = self.threshold * (1 - DEAD_SLACK) if marks else None
-
-        def use(x, rest, key0, _, carry):
-            tile_total, bounds = carry
-            e = lanes.exp2(
-                self.hide_documents(x, key0), self.block.polynomial, interpret=self.interpret
-            )
-            total, bound = lanes.sum_and_bound(e, interpret=self.interpret)
-            factor = jnp.exp2(self.per_row(rest))
-            total = total * factor
-            tile_total = total if tile_total is None else tile_total + total
-            return (tile_total, [*bounds, (_unit(key0), bound * factor)]), 0
-
-        def step(n, carry):
-            total, farthest = carry
-            n = self.begin + n
-            of_lanes, bounds = self.scores(n, n, use, (None, []))
-            total = total + lanes.finish_sums(of_lanes, interpret=self.interpret)
-            if marks:
-                # The sum only grows, so this never calls a live tile dead; and a NaN is not
-                # below anything.
-                limit = bar * total
-                for unit, bound in bounds:
-                    farthest = jnp.where(bound <= limit, farthest, unit)
-            return total, farthest
-
-        total, farthest = lax.fori_loop(
-            0, self.end - self.begin, step, (self.per_row(0.0), self.no_unit())
-        )
-        return jnp.log2(total), self.clip_units(farthest)
-
-    def sum_any(self) -> tuple[Array, Array]:
-        """First sweep with a running maximum: the same results."""
-
-        def use(x, rest, key0, _, carry):
-            maximum, total, farthest = carry
-            x = self.hide_documents(x, key0)
-            highest = x.max(axis=1) + rest
-            new = jnp.maximum(maximum, highest)
-            total = total * jnp.exp2(maximum - new)
-            total = total + jnp.exp2(x - self.spread(new - rest)).sum(axis=1)
-            if self.plan.has_offset and self.plan.skip_dead:
-                limit = total * (self.threshold * (1 - DEAD_SLACK))
-                dead = jnp.exp2(highest - new) <= limit
-                farthest = jnp.where(dead, farthest, _unit(key0))
-            return (new, total, farthest), 0
-
-        def step(n, carry):
-            return self.scores(self.begin + n, self.begin + n, use, carry)
-
-        start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
-        maximum, total, farthest = lax.fori_loop(0, self.end - self.begin, step, start)
-        return maximum + jnp.log2(total), self.clip_units(farthest)
-
-    def no_unit(self) -> Array:
-        """Returns where the search for the farthest live unit begins: the diagonal."""
-        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
-
-    def clip_units(self, farthest: Array) -> Array:
-        """Returns the first live unit, within what is visited and exists."""
-        first = self.all.first_of(self.warpgroup)
-        if not (self.plan.has_offset and self.plan.skip_dead):
-            farthest = self.per_row(first, jnp.int32)
-        diagonal = lax.min(
-            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
-        )
-        return jnp.minimum(jnp.maximum(farthest, first), diagonal)
-
-    def add_values(self, log_total, end, out_acc, value_acc) -> Any:
-        """Second sweep: the output, and the sum of the values of live entries."""
-        block, plan = self.all, self.plan
-        dtype = self.kernel.dtype
-        spare = None
-        if self.interpret:
-            spare = self.ref["spare_smem"].at[self.warpgroup]
-
-        def use(x, rest, key0, unit, n):
-            p = jnp.exp2(x - self.spread(log_total - rest))
-            if plan.has_offset:
-                p = p - self.spread(self.threshold)
-                # A weight of tau / n is no weight where nothing is seen.
-                hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
-                if plan.packed:
-                    hidden = hidden | (key0 < self.document_last)
-                p = lax.cond(hidden, lambda: jnp.where(self.visible(key0), p, -1.0), lambda: p)
-            elif plan.packed:
-                p = lax.cond(
-                    key0 < self.document_last,
-                    lambda: jnp.where(self.visible(key0), p, 0.0),
-                    lambda: p,
-                )
-            weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
-            ones = None
-            if value_acc is not None:
-                if dtype == jnp.bfloat16:
-                    ones = lanes.is_positive(weights, interpret=self.interpret)
-                else:
-                    ones = jnp.where(p > 0, 1.0, 0.0).astype(dtype)
-            values = self.values_of(n, unit)
-            rings.multiply(out_acc, weights, values, spare)
-            if value_acc is not None:
-                rings.multiply(value_acc, ones, values, spare)
-            return n, 1 if value_acc is None else 2
-
-        def step(n, _):
-            n = self.begin + n
-            self.scores(self.total_steps + n, n, use, n)
-            plgpu.wgmma_wait(0)
-            block.values.release(n)
-            return ()
-
-        lax.fori_loop(0, end - self.begin, step, ())
-        if value_acc is None:
-            return out_acc[...]
-        return out_acc[...], value_acc[...]
-
-    def values_of(self, number: Any, unit: int) -> Any:
-        """Returns the values of one unit of a tile, `number` in their ring; waits for them."""
-        ring = self.all.values
-        # The last unit comes first.
-        last = unit == self.block.keys // UNIT - 1
-        slot = ring.wait(number) if last else ring.slot(number)
-        return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-
-    def softmax(self) -> None:
-        """The only sweep where there is no offset, and no exponential is too large."""
-        block = self.all
-        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-
-        def run(acc):
-            def use(x, rest, key0, unit, carry):
-                n, total = carry
-                x = self.hide_documents(x + rest, key0)
-                e = lanes.exp2(x, (0, 1), interpret=self.interpret)
-                weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
-                rings.multiply(acc, weights, self.values_of(n, unit), spare)
-                total = total + lanes.lane_sums(e, False, interpret=self.interpret)
-                return (n, total), 1
-
-            def step(n, total):
-                n = self.begin + n
-                _, total = self.scores(n, n, use, (n, total))
-                plgpu.wgmma_wait(0)
-                block.values.release(n)
-                return total
-
-            total = lax.fori_loop(0, self.end - self.begin, step, self.per_row(0.0))
-            return acc[...], total
-
-        both = ((block.keys, 0), (block.values, 0))
-        rings.skip(0, self.begin, *both)
-        shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-        out, total = pl.run_scoped(run, shape)
-        rings.skip(self.end, self.total_steps, *both)
-        total = lanes.finish_sums(total, interpret=self.interpret)
-        out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
-        self.store(out, None, jnp.log2(total))
-
-    def store(self, out: Array, value_sum: Array | None, log_total: Array) -> None:
-        """Writes the results of the queries that exist."""
-        ref, block = self.ref, self.all
-        b, h = block.batch, block.head
-
-        @pl.when(self.exists)
-        def _():
-            results = {"out": out}
-            if value_sum is not None:
-                factor = lax.broadcast_in_dim(self.load_rows("count_inverse"), value_sum.shape, [0])
-                results["mean"] = value_sum * factor
-            lost = {name: x - self.round(x).astype(jnp.float32) for name, x in results.items()}
-            if self.kernel.training:
-                results["rounding"] = lost["out"]
-                if value_sum is not None:
-                    factor = self.offset * self.count_ratio()
-                    factor = lax.broadcast_in_dim(factor, value_sum.shape, [0])
-                    results["rounding"] = lost["out"] - lost["mean"] * factor
-            for name, x in results.items():
-                smem = "query_smem" if name == "out" else f"{name}_smem"
-                ref[smem].at[self.warpgroup][...] = self.round(x)
-            if self.kernel.training:
-                ref["total_smem"][self.warpgroup] = log_total
-            plgpu.commit_smem()
-            for name in results:
-                smem = "query_smem" if name == "out" else f"{name}_smem"
-                plgpu.copy_smem_to_gmem(ref[smem].at[self.warpgroup], ref[name].at[b, self.rows, h])
-            if self.kernel.training:
-                plgpu.copy_smem_to_gmem(
-                    ref["total_smem"].at[self.warpgroup], ref["log_total"].at[b, h, self.rows]
-                )
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def round(self, x: Array) -> Array:
-        """Returns x in the dtype of the outputs."""
-        return x.astype(self.kernel.dtype)
-
-    def count_ratio(self) -> Float[Array, "64"]:
-        """Returns what the mean's factor of tau is: 1 where the divisor is what is visible."""
-        return self.load_rows("offset_scale") / self.load_rows("count_inverse")
-
-
-def _unit(key0: Any) -> Int[Array, ""]:
-    return lax.div(as_index(key0), jnp.int32(UNIT))

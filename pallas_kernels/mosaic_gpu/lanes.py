@@ -13,19 +13,14 @@ it. In interpret mode it is an ordinary row vector.
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math, vector
-from jaxtyping import Array, Bool, Float, Int
+from jaxlib.mlir.dialects import arith, llvm, math
+from jaxtyping import Array, Float, Int
 
-TILE = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
-SCALAR = plgpu.Layout.WG_SPLAT
-ROWS = 64
-LANES = 128
+from pallas_kernels.mosaic_gpu import mlir
+from pallas_kernels.mosaic_gpu.mlir import COLUMN, LANES, ROW, ROWS, SCALAR, TILE
 
 # 2^f on [-1/2, 1/2], relative error 7.6e-5 at most (least squares at Chebyshev nodes on the
 # relative error).
@@ -68,18 +63,18 @@ def gather(
     )
     def load(_, ref, start):
         f32 = ir.F32Type.get()
-        warp, g, t = _position()
-        row = arith.addi(arith.muli(warp, _c(16)), g)
-        pair = arith.muli(t, _c(2))
+        warp, g, t = mlir.position()
+        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        pair = arith.muli(t, mlir.constant(2))
         # The pair of entries begins at the left column's entry, or at the right one's.
         if transposed:
             at = arith.subi(pair, row)
-            odd = arith.andi(g, _c(1))
+            odd = arith.andi(g, mlir.constant(1))
         else:
-            at = arith.subi(arith.subi(row, pair), _c(1))
-            odd = arith.xori(arith.andi(g, _c(1)), _c(1))
-        at = arith.addi(at, arith.muli(odd, _c(entries - 1)))
-        at = arith.addi(at, _scalar(start))
+            at = arith.subi(arith.subi(row, pair), mlir.constant(1))
+            odd = arith.xori(arith.andi(g, mlir.constant(1)), mlir.constant(1))
+        at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
+        at = arith.addi(at, mlir.scalar(start))
         base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)
         two = ir.VectorType.get((2,), f32)
         loaded: dict[int, ir.Value] = {}
@@ -89,14 +84,14 @@ def gather(
                 pointer = mgpu.utils.getelementptr(base, [distance], f32)
                 x = llvm.load(two, pointer, alignment=8)
                 if not transposed:
-                    x = _pair(_element(x, 1), _element(x, 0))
+                    x = mlir.pair(mlir.element(x, 1), mlir.element(x, 0))
                 loaded[distance] = x
             return loaded[distance]
 
         def build(half, block):
             return entry((8 * block - 8 * half) if transposed else (8 * half - 8 * block))
 
-        return _tile(build, columns)
+        return mlir.tile(build, columns)
 
     return load(table, start)
 
@@ -128,13 +123,13 @@ def exp2(
         arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, TILE)
     )
     def both(_, x):
-        registers = _registers(x)
+        registers = mlir.registers(x)
 
         def build(half, block):
             f = _polynomial_register if chosen[block] else _special_register
-            return _pair(*(f(_element(registers[half, block], i)) for i in range(2)))
+            return mlir.pair(*(f(mlir.element(registers[half, block], i)) for i in range(2)))
 
-        return _tile(build, columns)
+        return mlir.tile(build, columns)
 
     return both(x)
 
@@ -152,7 +147,7 @@ def _special_register(x: ir.Value) -> ir.Value:
 
 
 def _polynomial_register(x: ir.Value) -> ir.Value:
-    f32, i32 = ir.F32Type.get(), _i32()
+    f32, i32 = ir.F32Type.get(), mlir.i32()
 
     def constant(value: float) -> ir.Value:
         return arith.constant(f32, ir.FloatAttr.get(f32, value))  # type: ignore[call-arg,arg-type]
@@ -165,7 +160,7 @@ def _polynomial_register(x: ir.Value) -> ir.Value:
     p = constant(_EXP2[3])
     for coefficient in _EXP2[2::-1]:
         p = math.fma(p, f, constant(coefficient))
-    exponent = arith.shli(arith.bitcast(i32, rounded), _c(23))
+    exponent = arith.shli(arith.bitcast(i32, rounded), mlir.constant(23))
     return arith.bitcast(f32, arith.addi(arith.bitcast(i32, p), exponent))
 
 
@@ -187,14 +182,14 @@ def sum_and_bound(
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(row, row))
     def reduce(_, x):
-        registers = _registers(x)
+        registers = mlir.registers(x)
         sums, bounds = [], []
         for half in range(2):
             groups = [
-                _tree(
-                    _add,
+                mlir.tree(
+                    mlir.add,
                     [
-                        _element(registers[half, block], i)
+                        mlir.element(registers[half, block], i)
                         for block in range(4 * group, 4 * group + 4)
                         for i in range(2)
                     ],
@@ -202,8 +197,8 @@ def sum_and_bound(
                 for group in range(2)
             ]
             bounds.append(arith.maxnumf(*groups))
-            sums.append(_add(*groups))
-        return _row(sums), _row(bounds)
+            sums.append(mlir.add(*groups))
+        return mlir.row(sums), mlir.row(bounds)
 
     return reduce(x)
 
@@ -224,27 +219,31 @@ def lane_sums(
         arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
     )
     def reduce(_, x):
-        registers = _registers(x)
+        registers = mlir.registers(x)
         f32 = ir.F32Type.get()
-        _, _, t = _position()
-        first = arith.sitofp(f32, arith.muli(t, _c(2)))
+        _, _, t = mlir.position()
+        first = arith.sitofp(f32, arith.muli(t, mlir.constant(2)))
         sums = []
         for half in range(2):
-            plain = _tree(
-                _add,
-                [_element(registers[half, b], i) for b in range(columns // 8) for i in range(2)],
+            plain = mlir.tree(
+                mlir.add,
+                [
+                    mlir.element(registers[half, b], i)
+                    for b in range(columns // 8)
+                    for i in range(2)
+                ],
             )
             if not weights:
                 sums.append(plain)
                 continue
             # The entry at 8 b + i of a lane stands in column 8 b + i + 2 t.
-            moment = math.fma(plain, first, _element(registers[half, 0], 1))
+            moment = math.fma(plain, first, mlir.element(registers[half, 0], 1))
             for b in range(1, columns // 8):
                 for i in range(2):
                     weight = arith.constant(f32, ir.FloatAttr.get(f32, float(8 * b + i)))
-                    moment = math.fma(_element(registers[half, b], i), weight, moment)
+                    moment = math.fma(mlir.element(registers[half, b], i), weight, moment)
             sums.append(moment)
-        return _row(sums)
+        return mlir.row(sums)
 
     return reduce(x)
 
@@ -260,11 +259,11 @@ def finish_sums(x: Float[Array, "64"], *, interpret: bool) -> Float[Array, "64"]
     def reduce(_, x):
         sums = []
         for register in x.registers.flat:
-            total = _element(register, 0)
+            total = mlir.element(register, 0)
             for distance in (1, 2):
-                total = _add(total, mgpu.utils.shfl_bfly(total, distance))
+                total = mlir.add(total, mgpu.utils.shfl_bfly(total, distance))
             sums.append(total)
-        return _row(sums)
+        return mlir.row(sums)
 
     return reduce(x)
 
@@ -276,10 +275,13 @@ def row_index(*, interpret: bool) -> Float[Array, "64"]:
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW))
     def index(_):
-        warp, g, _ = _position()
-        row = arith.addi(arith.muli(warp, _c(16)), g)
-        return _row(
-            [arith.sitofp(ir.F32Type.get(), arith.addi(row, _c(8 * half))) for half in range(2)]
+        warp, g, _ = mlir.position()
+        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        return mlir.row(
+            [
+                arith.sitofp(ir.F32Type.get(), arith.addi(row, mlir.constant(8 * half)))
+                for half in range(2)
+            ]
         )
 
     return index()
@@ -295,16 +297,16 @@ def pack(
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, TILE))
     def convert(_, x):
-        registers = _registers(x)
+        registers = mlir.registers(x)
         two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
 
         def build(half, block):
-            low, high = (_element(registers[half, block], i) for i in range(2))
+            low, high = (mlir.element(registers[half, block], i) for i in range(2))
             instruction = f"cvt.rn{'.relu' if relu else ''}.{kind}.f32 $0, $1, $2;"
-            word = llvm.inline_asm(_i32(), [high, low], instruction, "=r,f,f")
+            word = llvm.inline_asm(mlir.i32(), [high, low], instruction, "=r,f,f")
             return mgpu.utils.bitcast(word, two)
 
-        return _tile(build, x.shape[1])
+        return mlir.tile(build, x.shape[1])
 
     return convert(x)
 
@@ -318,17 +320,17 @@ def is_positive(x: Float[Array, "64 columns"], *, interpret: bool) -> Float[Arra
         arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
     )
     def compare(_, x):
-        registers = _registers(x)
+        registers = mlir.registers(x)
         two = registers[0, 0].type
 
         def build(half, block):
-            word = mgpu.utils.bitcast(registers[half, block], _i32())
+            word = mgpu.utils.bitcast(registers[half, block], mlir.i32())
             word = llvm.inline_asm(
-                _i32(), [word, _c(0)], "set.gt.bf16x2.bf16x2 $0, $1, $2;", "=r,r,r"
+                mlir.i32(), [word, mlir.constant(0)], "set.gt.bf16x2.bf16x2 $0, $1, $2;", "=r,r,r"
             )
             return mgpu.utils.bitcast(word, two)
 
-        return _tile(build, x.shape[1])
+        return mlir.tile(build, x.shape[1])
 
     return compare(x)
 
@@ -350,8 +352,8 @@ def store_minimum(
 
     @plgpu.inline_mgpu(arg_types=(ROW, plgpu.RefType(), SCALAR))
     def store(_, x, words, warpgroup):
-        i32 = _i32()
-        low, high = (_element(register, 0) for register in x.registers.flat)
+        i32 = mlir.i32()
+        low, high = (mlir.element(register, 0) for register in x.registers.flat)
         least = llvm.inline_asm(
             i32,
             [arith.minsi(low, high)],
@@ -359,42 +361,14 @@ def store_minimum(
             "=r,r",
             has_side_effects=True,
         )
-        warp, g, t = _position()
-        at = arith.addi(arith.muli(_scalar(warpgroup), _c(4)), warp)
+        warp, g, t = mlir.position()
+        at = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
         pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
-        first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), _c(0))
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), mlir.constant(0))
         with mgpu.utils.when(first):
             llvm.store(least, pointer)
 
     store(x, words, warpgroup)
-
-
-def any_row(
-    flags: Bool[Array, "64"], barrier: int, warpgroup: Int[Array, ""], *, interpret: bool
-) -> Bool[Array, ""]:
-    """Returns whether any flag is set, by named barrier `barrier` + warpgroup."""
-    if interpret:
-        return jnp.any(flags)
-
-    @plgpu.inline_mgpu(
-        arg_types=(ROW, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, SCALAR),
-    )
-    def vote(_, flags, warpgroup):
-        i32, i1 = _i32(), ir.IntegerType.get_signless(1)
-        low, high = (arith.extui(i32, _element(x, 0)) for x in flags.registers.flat)
-        number = arith.addi(_scalar(warpgroup), _c(barrier))
-        word = llvm.inline_asm(
-            i32,
-            [arith.ori(low, high), number],
-            "{ .reg .pred p, r; setp.ne.u32 p, $1, 0; "
-            "barrier.cta.red.or.pred.aligned r, $2, 128, p; selp.u32 $0, 1, 0, r; }",
-            "=r,r,r",
-            has_side_effects=True,
-        )
-        return mgpu.FragmentedArray.splat(arith.trunci(i1, word), shape=(), is_signed=False)
-
-    return vote(flags, warpgroup)
 
 
 def named_barrier(operation: str, number, threads: int) -> None:
@@ -404,93 +378,13 @@ def named_barrier(operation: str, number, threads: int) -> None:
     def bar_op(_, number):
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
-            [_scalar(number)],
+            [mlir.scalar(number)],
             f"bar.{operation} $0, {threads};",
             "r",
             has_side_effects=True,
         )
 
     bar_op(jnp.asarray(number, jnp.int32))
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _c(value: int) -> ir.Value:
-    return mgpu.utils.c(value, _i32())
-
-
-def _scalar(x) -> ir.Value:
-    return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
-
-
-def _position() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Returns this lane's warp in its warpgroup, its g and its t."""
-    lane = arith.remui(mgpu.utils.thread_idx(), _c(LANES))
-    warp = arith.divui(lane, _c(32))
-    lane = arith.remui(lane, _c(32))
-    return warp, arith.divui(lane, _c(4)), arith.remui(lane, _c(4))
-
-
-def _element(x: ir.Value, index: int) -> ir.Value:
-    if not isinstance(x.type, ir.VectorType):
-        return x
-    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
-
-
-def _pair(low: ir.Value, high: ir.Value) -> ir.Value:
-    x = llvm.mlir_undef(ir.VectorType.get((2,), low.type))
-    for index, value in enumerate((low, high)):
-        x = vector.insert(
-            value, x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
-        )
-    return x
-
-
-def _add(x: ir.Value, y: ir.Value) -> ir.Value:
-    return arith.addf(x, y, fastmath=arith.FastMathFlags.contract)
-
-
-def _tree(combine, values: list[ir.Value]) -> ir.Value:
-    while len(values) > 1:
-        pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
-        values = pairs + ([values[-1]] if len(values) % 2 else [])
-    return values[0]
-
-
-def _registers(x: mgpu.FragmentedArray) -> np.ndarray:
-    """Returns a tile's registers as [row half, block of 8 columns], each a pair."""
-    columns = x.shape[1]
-    # Tiled as (64, 8), (16, 8), (8, 8), (2): blocks of columns, then the halves of 16 rows.
-    return x.registers.reshape(columns // 8, 2).T
-
-
-def _tile(build, columns: int) -> mgpu.FragmentedArray:
-    """Returns the tile whose register (row half, block of 8 columns) `build` makes."""
-    layout = TILE.to_mgpu()
-    shape = layout.registers_shape((ROWS, columns))
-    registers = np.empty((columns // 8, 2), object)
-    for block, half in np.ndindex(registers.shape):
-        registers[block, half] = build(half, block)
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
-    )
-
-
-def _row(values: list[ir.Value]) -> mgpu.FragmentedArray:
-    """Returns the row vector of a lane's two rows."""
-    layout = ROW.to_mgpu()
-    shape = layout.registers_shape((ROWS,))
-    kind = layout.registers_element_type(values[0].type)
-    registers = np.empty(2, object)
-    for index, value in enumerate(values):
-        registers[index] = (
-            vector.broadcast(kind, value) if isinstance(kind, ir.VectorType) else value
-        )
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
-    )
 
 
 __all__ = [
@@ -500,7 +394,6 @@ __all__ = [
     "ROWS",
     "SCALAR",
     "TILE",
-    "any_row",
     "exp2",
     "finish_sums",
     "gather",

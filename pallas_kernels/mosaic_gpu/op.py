@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
+from pallas_kernels.batching import over_batch
 from pallas_kernels.mosaic_gpu import backward_bias as bias_kernel
 from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.backward_key import backward_key
 from pallas_kernels.mosaic_gpu.backward_query import backward_query
 from pallas_kernels.mosaic_gpu.forward import forward
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, threshold
-from pallas_kernels.triton.batching import over_batch
-from pallas_kernels.triton.call import vary_alike
 from pallas_kernels.types import AttentionSettings, Visibility
+from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import TileSizes, visit_ranges
 
 # For measurements: False computes every visited tile in full. Read when a call is traced.

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.gpu import compute_capability
 from pallas_kernels.mosaic_gpu import config
-from pallas_kernels.triton.support import compute_capability
 
 MAX_HEAD_DIM = 128
 

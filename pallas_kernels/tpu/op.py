@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import over_batch
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.backward import backward
 from pallas_kernels.tpu.forward import forward
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.support import generation
-from pallas_kernels.triton.batching import over_batch
-from pallas_kernels.triton.call import vary_alike
 from pallas_kernels.types import AttentionSettings, Visibility
+from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import visit_ranges
 
 # For measurements: False computes every visited tile in full. Read when a call is traced.

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from pallas_kernels.gpu import compute_capability
 from pallas_kernels.triton.config import Block
 from pallas_kernels.triton.plan import Static
-from pallas_kernels.triton.support import compute_capability
+from pallas_kernels.varying import vary_alike
 
 # Tests on a CPU put Triton's interpreter here: it is called as `launch` is.
 interpreter: Callable[..., Any] | None = None
@@ -70,25 +71,3 @@ def _triton_call(
         static=static,
         **settings,
     )
-
-
-def vary_alike(*arrays: Array, like: Sequence[Array] = ()) -> list[Array]:
-    """Makes arrays differ over the same mesh axes, inside `jax.shard_map`.
-
-    A kernel's outputs differ wherever some input does, which JAX can't know. And where
-    parameters are the same on all shards, the gradients that the backward pass gives them
-    are not: this function's transpose sums them.
-    """
-    axes: set[Any] = set()
-    for array in (*arrays, *like):
-        axes |= _mesh_axes(array)
-
-    def vary(array: Array) -> Array:
-        missing = tuple(axes - _mesh_axes(array))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return [vary(array) for array in arrays]
-
-
-def _mesh_axes(array: Array) -> set[Any]:
-    return set(jax.typeof(array).manual_axis_type.varying)

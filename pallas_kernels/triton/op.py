@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
+from pallas_kernels.batching import over_batch
+from pallas_kernels.gpu import compute_capability
 from pallas_kernels.triton import config
 from pallas_kernels.triton.backward import backward_key, backward_query
-from pallas_kernels.triton.batching import over_batch
 from pallas_kernels.triton.bias_gradient import backward_bias
-from pallas_kernels.triton.call import vary_alike
 from pallas_kernels.triton.forward import forward
 from pallas_kernels.triton.plan import Plan
-from pallas_kernels.triton.support import compute_capability
 from pallas_kernels.types import AttentionSettings, Visibility
+from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import VisitRanges, visit_ranges
 
 # For measurements: False computes every visited tile in full. Read when a call is traced.

@@ -7,8 +7,8 @@ import sys
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import op
-from pallas_kernels.triton import support
 from tests import oracle
 
 CASES = {
@@ -27,7 +27,7 @@ CASES = {
 def main() -> None:
     """Checks the named cases, output and gradients."""
     op.interpret = plgpu.InterpretGPUParams(detect_races=True)
-    with support.pretend_capability(90):
+    with gpu.pretend_capability(90):
         for name in sys.argv[1:]:
             case = CASES[name]
             factor = 3.0 if case.score_scale > 1 else 1.2

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lazyattn import InputError, attention, lazy_attention
+from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import config
-from pallas_kernels.triton import support
 from tests import oracle
 
 
 @contextlib.contextmanager
 def hopper():
-    with support.pretend_capability(90):
+    with gpu.pretend_capability(90):
         yield
 
 
@@ -95,7 +95,7 @@ def test_lowers_under_vmap_scan_remat_and_shard_map():
 
 def _refusal(capability, case, **changes):
     args, settings = _arrays(case)
-    with support.pretend_capability(capability), pytest.raises(InputError) as error:
+    with gpu.pretend_capability(capability), pytest.raises(InputError) as error:
         lazy_attention(**(args | settings | changes), implementation="mosaic_gpu")
     return str(error.value)
 

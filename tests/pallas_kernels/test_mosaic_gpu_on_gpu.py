@@ -12,7 +12,7 @@ if _REASON is not None:
 
 from lazyattn import attention, lazy_attention  # noqa: E402
 from tests import oracle  # noqa: E402
-from tests.pallas_kernels import triton_suite as suite  # noqa: E402
+from tests.pallas_kernels import kernel_suite as suite  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

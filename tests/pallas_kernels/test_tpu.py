@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.tpu import op
 from tests import oracle, test_attention
-from tests.pallas_kernels import triton_suite as suite
+from tests.pallas_kernels import kernel_suite as suite
 from tests.pallas_kernels.tpu_interpreter import interpreted
 
 # Queries and keys of a tile: equal, or two and four key tiles to a query tile.

@@ -8,7 +8,7 @@ if jax.default_backend() != "tpu":
     pytest.skip("no TPU here", allow_module_level=True)
 
 from tests import oracle
-from tests.pallas_kernels import triton_suite as suite
+from tests.pallas_kernels import kernel_suite as suite
 
 LONG = [
     oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),

@@ -5,7 +5,7 @@ from tests.pallas_kernels import triton_interpreter as interpreter  # isort: ski
 import pytest
 
 from tests import oracle, test_attention
-from tests.pallas_kernels import triton_suite as suite
+from tests.pallas_kernels import kernel_suite as suite
 
 # Forward queries and keys, backward queries and keys: equal, unequal either way, and query
 # tiles of several key tiles.

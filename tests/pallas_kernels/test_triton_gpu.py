@@ -15,7 +15,7 @@ import triton  # noqa: E402
 from lazyattn import attention, lazy_attention  # noqa: E402
 from pallas_kernels.triton.forward import lazy_forward  # noqa: E402
 from tests import oracle  # noqa: E402
-from tests.pallas_kernels import triton_suite as suite  # noqa: E402
+from tests.pallas_kernels import kernel_suite as suite  # noqa: E402
 
 if not isinstance(lazy_forward, triton.JITFunction):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tests.pallas_kernels import triton_suite as suite
+from tests.pallas_kernels import kernel_suite as suite
 
 BLOCKS = interpreter.blocks(64, 64, (64, 32))
 NAMED = {case.name: case for case in suite.CASES}

@@ -11,6 +11,7 @@ import pytest
 from absl import logging
 
 from lazyattn import InputError, attention, lazy_attention
+from pallas_kernels import gpu
 from pallas_kernels.triton import blocks, config, support
 from tests import oracle
 
@@ -18,7 +19,7 @@ ARGS = oracle.inputs(oracle.Case("small"))
 
 
 def _refusal(capability, **changes):
-    with support.pretend_capability(capability), pytest.raises(InputError) as error:
+    with gpu.pretend_capability(capability), pytest.raises(InputError) as error:
         lazy_attention(**(ARGS | changes), implementation="triton")
     return str(error.value)
 
@@ -62,7 +63,7 @@ def _chosen(monkeypatch, capability, **changes):
         with pytest.raises(InterruptedError):
             lazy_attention(**(ARGS | changes))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with support.pretend_capability(capability):
+    with gpu.pretend_capability(capability):
         return attention.choose(calls[0]).name
 
 

@@ -22,7 +22,8 @@ import triton.experimental.gluon
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels.triton import call, config, op, support
+from pallas_kernels import gpu
+from pallas_kernels.triton import call, config, op
 
 # All that reads it is imported by now; the processes that other tests start need not.
 assert triton.experimental.gluon and op
@@ -138,7 +139,7 @@ def interpreted(blocks: config.Blocks) -> Iterator[None]:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpretedFunction.__call__ = _call_nested
     try:
-        with support.pretend_capability(90):
+        with gpu.pretend_capability(90):
             yield
     finally:
         for owner, name, value in saved:

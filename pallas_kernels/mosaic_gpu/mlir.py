@@ -1,0 +1,101 @@
+"""The MLIR that `lanes.py` is written in: where numbers lie in a warpgroup's registers."""
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+SCALAR = plgpu.Layout.WG_SPLAT
+ROWS = 64
+LANES = 128
+
+
+def i32() -> ir.Type:
+    """Returns the type of 32-bit integers."""
+    return ir.IntegerType.get_signless(32)
+
+
+def constant(value: int) -> ir.Value:
+    """Returns a 32-bit integer constant."""
+    return mgpu.utils.c(value, i32())
+
+
+def scalar(x) -> ir.Value:
+    """Returns the value of what Pallas passes as a scalar."""
+    return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
+
+
+def position() -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Returns this lane's warp in its warpgroup, its g and its t."""
+    lane = arith.remui(mgpu.utils.thread_idx(), constant(LANES))
+    warp = arith.divui(lane, constant(32))
+    lane = arith.remui(lane, constant(32))
+    return warp, arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+
+
+def element(x: ir.Value, index: int) -> ir.Value:
+    """Returns one number of a register that holds several, or the only one."""
+    if not isinstance(x.type, ir.VectorType):
+        return x
+    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
+
+
+def pair(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Returns two numbers as one register."""
+    x = llvm.mlir_undef(ir.VectorType.get((2,), low.type))
+    for index, value in enumerate((low, high)):
+        x = vector.insert(
+            value, x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
+        )
+    return x
+
+
+def add(x: ir.Value, y: ir.Value) -> ir.Value:
+    """Returns x + y, which may be contracted with a product."""
+    return arith.addf(x, y, fastmath=arith.FastMathFlags.contract)
+
+
+def tree(combine, values: list[ir.Value]) -> ir.Value:
+    """Combines values two by two."""
+    while len(values) > 1:
+        pairs = [combine(*values[i : i + 2]) for i in range(0, len(values) - 1, 2)]
+        values = pairs + ([values[-1]] if len(values) % 2 else [])
+    return values[0]
+
+
+def registers(x: mgpu.FragmentedArray) -> np.ndarray:
+    """Returns a tile's registers as [row half, block of 8 columns], each a pair."""
+    columns = x.shape[1]
+    # Tiled as (64, 8), (16, 8), (8, 8), (2): blocks of columns, then the halves of 16 rows.
+    return x.registers.reshape(columns // 8, 2).T
+
+
+def tile(build, columns: int) -> mgpu.FragmentedArray:
+    """Returns the tile whose register (row half, block of 8 columns) `build` makes."""
+    layout = TILE.to_mgpu()
+    shape = layout.registers_shape((ROWS, columns))
+    registers = np.empty((columns // 8, 2), object)
+    for block, half in np.ndindex(registers.shape):
+        registers[block, half] = build(half, block)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+    )
+
+
+def row(values: list[ir.Value]) -> mgpu.FragmentedArray:
+    """Returns the row vector of a lane's two rows."""
+    layout = ROW.to_mgpu()
+    shape = layout.registers_shape((ROWS,))
+    kind = layout.registers_element_type(values[0].type)
+    registers = np.empty(2, object)
+    for index, value in enumerate(values):
+        registers[index] = (
+            vector.broadcast(kind, value) if isinstance(kind, ir.VectorType) else value
+        )
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+    )

@@ -177,17 +177,7 @@ class _Body:
 
     def run(self) -> None:
         """Divides the warpgroups."""
-        fetch = self.warpgroup == self.block.warpgroups
-
-        @pl.when(fetch)
-        def _():
-            plgpu.set_max_registers(self.block.fetch_registers, action="decrease")
-            self.fetch()
-
-        @pl.when(jnp.logical_not(fetch))
-        def _():
-            plgpu.set_max_registers(self.block.registers, action="increase")
-            self.compute()
+        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
 
     def fetch(self) -> None:
         """Fetches all that the block reads."""

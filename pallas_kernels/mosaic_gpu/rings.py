@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import Plan
 
 # Lower ones belong to the compiler.
@@ -107,6 +108,21 @@ class Ring:
             for slot in range(self.stages):
                 wait = functools.partial(plgpu.barrier_wait, self.empty.at[slot])
                 pl.when(tiles > slot)(wait)
+
+
+def divide(warpgroup: Int[Array, ""], block: Block, fetch: Any, compute: Any) -> None:
+    """Runs `fetch` in the last warpgroup of a block and `compute` in the others."""
+    fetches = warpgroup == block.warpgroups
+
+    @pl.when(fetches)
+    def _():
+        plgpu.set_max_registers(block.fetch_registers, action="decrease")
+        fetch()
+
+    @pl.when(jnp.logical_not(fetches))
+    def _():
+        plgpu.set_max_registers(block.registers, action="increase")
+        compute()
 
 
 def skip(start: Any, stop: Any, *numbered: tuple[Ring, Any]) -> None:

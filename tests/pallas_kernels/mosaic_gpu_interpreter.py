@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import op
 from tests import oracle
+from tests.pallas_kernels import kernel_suite as suite
 
 CASES = {
     case.name: case
@@ -23,15 +24,28 @@ CASES = {
     )
 }
 
+CHECKS = {
+    "not_a_number": lambda: suite.check_not_a_number_comes_through(
+        "bfloat16", "mosaic_gpu", tile=128
+    ),
+    "dead": lambda: suite.check_dead_tiles_do_not_matter(
+        suite.SPARSE, "bfloat16", 2**-8, "mosaic_gpu"
+    ),
+    "same_bits": lambda: suite.check_same_bits_every_time(suite.SPARSE, "bfloat16", "mosaic_gpu"),
+}
+
 
 def main() -> None:
     """Checks the named cases, output and gradients."""
     op.interpret = plgpu.InterpretGPUParams(detect_races=True)
     with gpu.pretend_capability(90):
         for name in sys.argv[1:]:
-            case = CASES[name]
-            factor = 3.0 if case.score_scale > 1 else 1.2
-            oracle.check_half_precision("mosaic_gpu", case, "bfloat16", factor=factor)
+            if name in CHECKS:
+                CHECKS[name]()
+            else:
+                case = CASES[name]
+                factor = 3.0 if case.score_scale > 1 else 1.2
+                oracle.check_half_precision("mosaic_gpu", case, "bfloat16", factor=factor)
             print(name, "passed", flush=True)
 
 

@@ -143,7 +143,9 @@ def test_interpreted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["packed", "softmax", "sharp", "positive"])
+@pytest.mark.parametrize(
+    "name", ["packed", "softmax", "sharp", "positive", "not_a_number", "dead", "same_bits"]
+)
 def test_interpreted_cases(name):
     _interpret(name)
 

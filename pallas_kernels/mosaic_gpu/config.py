@@ -114,7 +114,8 @@ def widest_table(head_dim: int, group: int) -> int:
     rows_facts = 4 * 64 * 4
     used = (
         (ahead(found.inference, 1), 1),
-        (ahead(found.forward, 2), 1),
+        # Query (and out), mean, rounding.
+        (ahead(found.forward, 3), 1),
         (2 * query.rows * row + 2 * query.stages * 64 * row, 1),
         (2 * key.rows * row + key.stages * (2 * 64 * row + rows_facts), min(2, group)),
         (bias.stages * (2 * 64 * row + rows_facts) + 2 * key_stages * 64 * row, 1),

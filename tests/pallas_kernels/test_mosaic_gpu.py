@@ -58,6 +58,15 @@ def test_lowers_for_a_gpu(case, dtype):
     assert text.count("mosaic_gpu_v2") >= kernels
 
 
+@pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (128, 1)])
+def test_widest_table_leaves_room_for_the_tiles(head_dim, kv_heads):
+    width = config.widest_table(head_dim, 2 // kv_heads)
+    case = oracle.Case("", (1, width, 2, kv_heads, head_dim), width, documents=(700, 90))
+    args, settings = _arrays(case)
+    _lower(lambda args: lazy_attention(**args, implementation="mosaic_gpu"), args)
+    _lower(jax.grad(lambda args: _loss(args, **settings)), args)
+
+
 def test_lowers_under_vmap_scan_remat_and_shard_map():
     case = oracle.Case("", (2, 70, 2, 1, 64), 32, "alibi", True)
     args, _ = _arrays(case)

@@ -5,6 +5,7 @@ and `from_config_dict` turns what the user made of it back into checked, immutab
 settings.
 """
 
+import ast
 import dataclasses
 import difflib
 import types
@@ -33,7 +34,9 @@ class ExperimentConfig:
 
     def __post_init__(self):
         require(
-            self.data.tokenizer is not None or self.data.vocab_size <= self.model.vocab_size,
+            self.data.tokenizer is not None
+            or self.data.tokenised
+            or self.data.vocab_size <= self.model.vocab_size,
             "data.vocab_size",
             self.data.vocab_size,
             f"at most model.vocab_size = {self.model.vocab_size}",
@@ -165,6 +168,8 @@ def _allowed_types(hint: Any) -> tuple[type, ...]:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return (str,)
+    if origin is tuple:
+        return (tuple,)
     if origin in (types.UnionType, typing.Union):
         return tuple(kind for part in typing.get_args(hint) for kind in _allowed_types(part))
     return (hint,)
@@ -174,6 +179,8 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     kinds = _allowed_types(hint)
     if float in kinds and type(value) is int:
         return float(value)
+    if tuple in kinds and type(value) is list:  # JSON knows no tuples
+        return tuple(value)
     if type(value) not in kinds:
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise bad_value(path, value, f"of type {names}")
@@ -213,11 +220,20 @@ def check_override(key: str, text: str) -> None:
 def _reads_as(text: str, kind: type) -> bool:
     if kind is bool:
         return text.lower() in ("true", "false", "t", "f", "1", "0")
+    if kind is tuple:
+        return _reads_as_tuple(text)
     try:
         kind(text)
     except ValueError:
         return False
     return True
+
+
+def _reads_as_tuple(text: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(text), tuple)
+    except (ValueError, SyntaxError):
+        return False
 
 
 def _unknown(name: str, where: str, known: Mapping[str, Any]) -> InputError:

@@ -32,6 +32,19 @@ def test_defaults_round_trip():
     assert from_config_dict(plain) == ExperimentConfig()
 
 
+def test_weighted_folders_survive_json():
+    config = defaults()
+    config.data.sources = (("a", 1.0), ("b", 0.5))
+    experiment = from_config_dict(config)
+    assert experiment.data.sources == (("a", 1.0), ("b", 0.5))
+    plain = json.loads(json.dumps(experiment.to_dict()))
+    assert from_config_dict(plain) == experiment
+    assert resumption_changes(plain, experiment) == {}
+    check_override("data.sources", "(('a', 1.0),)")
+    with pytest.raises(InputError, match=r"config.data.sources is 'a', .* of type tuple"):
+        check_override("data.sources", "a")
+
+
 def test_a_saved_experiment_may_lack_newer_settings():
     plain = ExperimentConfig().to_dict()
     del plain["training"]["keep_every"], plain["mesh"]

@@ -1,9 +1,9 @@
 """What the data is."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from lazyattn.errors import require
+from lazyattn.errors import InputError, bad_value, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,40 +13,51 @@ class DataConfig:
     Attributes:
       source: "stdlib" (English that every Python carries: its language reference
         and its docstrings), or a folder of `.txt` files (UTF-8, one document each).
+      path: a folder of tokenised shards, read instead of `source`.
+      sources: several such folders as ((folder, weight), ...), instead of `path`. A
+        weight is the folder's share of the rows, relative to the sum of all weights.
       tokenizer: path of a `tokenizer.json`; None: trained on the source once, with
-        `vocab_size` entries, and kept with the data.
+        `vocab_size` entries, and kept with the data. Shards bring their own; given
+        all the same, it must be that one.
       vocab_size: entries of a trained tokenizer.
       sequence_length: tokens a row.
       batch_size: rows a step, over all devices and accumulated microbatches.
       packing: "split" (concatenate documents, cut at row ends) or "first_fit"
         (whole documents into the first row with room).
-      validation_fraction: share of documents held out, chosen by hash.
-      shuffle_seed: seed of the order of rows, a new order every epoch.
+      long_documents: of a document longer than a row, "split" keeps all, in several
+        rows; "truncate" keeps what fits into one. Only for tokenised shards.
+      validation_fraction: share of documents held out, chosen by hash. Shards have
+        been split already.
+      shuffle_seed: seed of the order, a new order every epoch.
       num_workers: reader processes; 0: read in the training process.
       prefetch: batches made ahead.
     """
 
     source: str = "stdlib"
+    path: str | None = None
+    sources: tuple[tuple[str, float], ...] = ()
     tokenizer: str | None = None
     vocab_size: int = 4096
     sequence_length: int = 256
     batch_size: int = 16
     packing: Literal["split", "first_fit"] = "split"
+    long_documents: Literal["split", "truncate"] = "split"
     validation_fraction: float = 0.02
     shuffle_seed: int = 0
     num_workers: int = 0
     prefetch: int = 2
 
     def __post_init__(self):
+        object.__setattr__(self, "sources", _checked_sources(self.sources))
         for name in ("sequence_length", "batch_size"):
             require(getattr(self, name) >= 1, "data." + name, getattr(self, name), "at least 1")
         require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size, "at least 260")
-        require(
-            self.packing in ("split", "first_fit"),
-            "data.packing",
-            self.packing,
-            "split or first_fit",
-        )
+        for name, allowed in (
+            ("packing", ("split", "first_fit")),
+            ("long_documents", ("split", "truncate")),
+        ):
+            value = getattr(self, name)
+            require(value in allowed, "data." + name, value, " or ".join(allowed))
         require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction",
@@ -55,3 +66,41 @@ class DataConfig:
         )
         for name in ("num_workers", "prefetch"):
             require(getattr(self, name) >= 0, "data." + name, getattr(self, name), "at least 0")
+        if self.path is not None and self.sources:
+            raise InputError(
+                f"data.path is {self.path!r}, but data.sources names folders, too; give one."
+            )
+        require(
+            self.tokenised or self.long_documents == "split",
+            "data.long_documents",
+            self.long_documents,
+            "split unless data.path or data.sources names tokenised shards",
+        )
+
+    @property
+    def tokenised(self) -> bool:
+        """Whether the data is tokenised shards."""
+        return self.path is not None or bool(self.sources)
+
+    @property
+    def weighted_paths(self) -> tuple[tuple[str, float], ...]:
+        """The folders of tokenised shards with their weights; () if it is none."""
+        return self.sources if self.path is None else ((self.path, 1.0),)
+
+
+def _checked_sources(sources: Any) -> tuple[tuple[str, float], ...]:
+    """Returns `sources` as tuples, which JSON and config files may have made lists."""
+    allowed = "((folder, weight), ...) with weights above 0 and no folder twice"
+    try:
+        checked = tuple((folder, float(weight)) for folder, weight in sources)
+    except (TypeError, ValueError):
+        raise bad_value("data.sources", sources, allowed) from None
+    folders = [folder for folder, _ in checked]
+    require(
+        all(isinstance(folder, str) and 0 < weight < float("inf") for folder, weight in checked)
+        and len(set(folders)) == len(folders),
+        "data.sources",
+        sources,
+        allowed,
+    )
+    return checked

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
-from lazyattn.errors import require
+from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
 
 
@@ -65,3 +65,39 @@ def trained_cache_length(config: ModelConfig, sequence_length: int) -> int | Non
       sequence_length: of the rows it was trained on.
     """
     return sequence_length if config.attention.variant == "lazy_length_offset" else None
+
+
+def check_context(
+    context: int,
+    config: ModelConfig,
+    sequence_length: int,
+    *,
+    name: str,
+    beyond_table: bool = False,
+) -> None:
+    """Checks that a model knows what to do with a context of this length.
+
+    A bias table without a tail says nothing of distances past its end. There the
+    bias is 0, which a model trained on shorter rows never met.
+
+    Args:
+      context: tokens a prediction may look at.
+      config: the model.
+      sequence_length: of the rows it was trained on.
+      name: what asked for the context.
+      beyond_table: allow it all the same.
+
+    Raises:
+      InputError: for a context below 1 or past the end of the table.
+    """
+    require(context >= 1, name, context, "at least 1")
+    attention = config.attention
+    if beyond_table or not attention.has_bias or attention.bias_tail:
+        return
+    longest = max(attention.bias_width, sequence_length)
+    if context > longest:
+        raise InputError(
+            f"{name} is {context}, but the model's bias table has {attention.bias_width} distances"
+            f" and no tail, and its rows had {sequence_length} tokens; it must be at most"
+            f" {longest}, or give --beyond_table to score farther keys with a bias of 0."
+        )

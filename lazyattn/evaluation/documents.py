@@ -1,0 +1,173 @@
+"""What perplexity is measured on: documents of a file, a folder or a run's own data."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from lazyattn.data import sources
+from lazyattn.data.config import DataConfig
+from lazyattn.data.corpus import is_validation
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError, bad_value
+
+# The name of a run's own held-out documents.
+VALIDATION = "validation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A document as it is read, and what perplexity is to be divided by.
+
+    Attributes:
+      text: what the model sees.
+      words: words it stands for.
+      bytes: bytes of UTF-8 it stands for.
+    """
+
+    text: str
+    words: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents to measure perplexity on.
+
+    Attributes:
+      name: for tables.
+      documents: token ids of each, the beginning-of-sequence token first. There is
+        no end-of-sequence token: it stands for no bytes.
+      words: words of all documents.
+      bytes: bytes of all documents.
+    """
+
+    name: str
+    documents: list[Int32[np.ndarray, " tokens"]]
+    words: int
+    bytes: int
+
+
+def read_texts(path: str) -> list[Text]:
+    """Returns the documents of a file or a folder, in order; blank ones are left out.
+
+    Args:
+      path: a `.txt` file (one document), a folder of them, or a `.jsonl` file whose
+        lines have a field `text`, or `page`: an article in WikiText's raw
+        tokenisation. A page is turned back into ordinary text, while its words and
+        bytes are counted as they stood; so does lm-evaluation-harness.
+
+    Raises:
+      InputError: if there is no such file, it has another form, or holds no text.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        return [_plain(document.text) for document in sources.documents(str(file))]
+    if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
+        raise bad_value("--text", path, "a .txt or .jsonl file, or a folder of .txt files")
+    if file.suffix == ".txt":
+        texts = [_plain(_read(file, "--text"))]
+    else:
+        texts = [
+            _page(item["page"]) if "page" in item else _plain(item["text"])
+            for item in json_lines(file, "--text", ("page", "text"))
+        ]
+    texts = [text for text in texts if text.text.strip()]
+    if not texts:
+        raise InputError(f"--text is {path!r}, but there is no text in it.")
+    return texts
+
+
+def validation_texts(config: DataConfig) -> list[Text]:
+    """Returns the held-out documents of a run's own source.
+
+    Raises:
+      InputError: if the source is missing or has none.
+    """
+    texts = [
+        _plain(document.text)
+        for document in sources.documents(config.source)
+        if is_validation(document.id, config.validation_fraction)
+    ]
+    if not texts:
+        raise InputError(f"data.source {config.source!r} has no validation document.")
+    return texts
+
+
+def tokenize(name: str, texts: Sequence[Text], tokenizer: Tokenizer) -> Corpus:
+    """Returns the documents as a model reads them."""
+    ids = tokenizer.encode_batch([text.text for text in texts])
+    documents = [np.asarray([tokenizer.bos_id, *one], np.int32) for one in ids]
+    return Corpus(
+        name, documents, sum(text.words for text in texts), sum(text.bytes for text in texts)
+    )
+
+
+def json_lines(path: Path, flag: str, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yields the objects of a JSON-lines file that have a string in one of `fields`.
+
+    Raises:
+      InputError: naming the first line that has not.
+    """
+    for number, line in enumerate(_read(path, flag).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError:
+            item = None
+        if not isinstance(item, dict) or not any(isinstance(item.get(f), str) for f in fields):
+            raise InputError(
+                f"{flag} is {str(path)!r}, whose line {number} is no JSON object with a string"
+                f" {' or '.join(fields)!s}."
+            )
+        yield item
+
+
+def _read(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{flag} is {str(path)!r}, which is not UTF-8 at byte {error.start}."
+        ) from error
+
+
+def _plain(text: str) -> Text:
+    return Text(text, len(text.split()), len(text.encode()))
+
+
+def _page(page: str) -> Text:
+    # White space at either end makes an empty word, there as well.
+    return Text(wikitext_to_plain(page), len(re.split(r"\s+", page)), len(page.encode()))
+
+
+# WikiText's title marks, longest first, so that none is taken for a part of another.
+_TITLES = ("= = = =", "= = =", "= =")
+_PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
+
+
+def wikitext_to_plain(page: str) -> str:
+    """Returns a WikiText page without its tokenisation: "1 @,@ 000 ( x )" is "1,000 (x)".
+
+    The rules, and their order, are those that the `wikitext` task of
+    lm-evaluation-harness goes by, so that both score the same text.
+    """
+    page = page.replace("s '", "s'")
+    for mark in "-,.":
+        page = page.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        page = page.replace(f" {mark} ", f"{mark} ")
+    for left, right in _PAIRS:
+        inside = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
+        page = re.sub(inside, lambda match, a=left, b=right: a + match[1] + b, page)
+    for title in _TITLES:
+        page = page.replace(title, title.replace(" ", ""))
+    page = page.replace(" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}")
+    page = page.replace(" \n", "\n").replace("\n ", "\n")
+    return page.replace(" N ", " 1 ").replace(" 's", "'s")

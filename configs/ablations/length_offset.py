@@ -1,0 +1,10 @@
+"""The threshold is tau over the context length, not tau / n."""
+
+import ml_collections
+
+from configs.fineweb_edu import recipe
+
+
+def get_config(attention: str = "paper") -> ml_collections.ConfigDict:
+    """Returns the ablated 340M run of the recipe `attention`."""
+    return recipe("340m", "10b", f"{attention}+lazy_length_offset")

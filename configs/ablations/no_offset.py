@@ -1,0 +1,10 @@
+"""The distance bias without Elastic-Softmax: softmax with a learned bias."""
+
+import ml_collections
+
+from configs.fineweb_edu import recipe
+
+
+def get_config(attention: str = "paper") -> ml_collections.ConfigDict:
+    """Returns the ablated 340M run of the recipe `attention`."""
+    return recipe("340m", "10b", f"{attention}+biased_softmax")

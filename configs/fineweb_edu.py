@@ -1,0 +1,119 @@
+"""The base of every recipe on FineWeb-Edu: one run by its size, its tokens and its attention.
+
+Each number has its source behind it:
+  paper     arXiv 2601.00919 (the mechanism, data, context and parameter counts)
+  trainer   flame and flash-linear-attention, the common trainer of such models, whose
+            settings for them are published (configs/transformer_*.json, README)
+  ours      our choice, where neither says anything or both leave it to the machine
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs.base import with_attention
+from lazyattn.errors import require
+from lazyattn.experiment import defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model's shape. Head size is width / heads; SwiGLU is 8/3 wide unless given.
+
+    Attributes:
+      parameters: what its name says, with the vocabulary counted once: the embedding
+        but not the unembedding, as the trainer's names do.
+      width, layers, heads: of the transformer.
+      kv_heads: key/value heads; None: as many as heads.
+      mlp_width: of SwiGLU; None: 8/3 width, rounded up to 256.
+      learning_rate: peak.
+      remat: what the backward pass recomputes.
+    """
+
+    parameters: float
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    mlp_width: int | None = None
+    learning_rate: float = 1e-3
+    remat: str = "full"
+
+
+SIZES = {
+    # trainer: width 1024, 24 layers, 16 heads, lr 1e-3. ours: remat.
+    "340m": Size(340e6, 1024, 24, 16),
+    # paper: the count. ours: the shape. Width 1536 is that of GPT-3's 760M (Brown et
+    # al. 2020, table 2.1); 25 layers of head size 64 make 758M with this vocabulary.
+    "760m": Size(760e6, 1536, 25, 24),
+    # trainer: the shape, transformer_1B. ours: lr as for the smaller ones.
+    "1300m": Size(1.3e9, 2048, 24, 32),
+    # trainer: the shape, transformer_7B. Its lr for this size is not published; 3e-4 is
+    # that of LLaMA 7B (Touvron et al. 2023, table 2).
+    "7b": Size(7e9, 4096, 32, 32, kv_heads=8, mlp_width=14_336, learning_rate=3e-4),
+    # ours: the shape and lr of Llama 2 70B (Touvron et al. 2023b, section 2).
+    "70b": Size(70e9, 8192, 80, 64, kv_heads=8, mlp_width=28_672, learning_rate=1.5e-4),
+}
+
+# trainer: 8 devices of 65,536 tokens a step.
+TOKENS_PER_STEP = 524_288
+# The data's name -> optimizer steps. trainer: 20,480 steps are 10.7B tokens. ours: ten
+# times as many for 100B.
+STEPS = {"10b": 20_480, "100b": 204_800}
+
+
+def recipe(
+    size: str, tokens: str, attention: str, *, sequence_length: int = 4096
+) -> ml_collections.ConfigDict:
+    """Returns the settings of a run.
+
+    Args:
+      size: a key of `SIZES`.
+      tokens: a key of `STEPS`: the run's length, and the sample of FineWeb-Edu.
+      attention: as in `configs.base.with_attention`, e.g. "paper" or "sharp".
+      sequence_length: tokens a row. paper: 4096.
+    """
+    require(size in SIZES, "the size", size, "one of " + ", ".join(SIZES))
+    require(tokens in STEPS, "the number of tokens", tokens, "one of " + ", ".join(STEPS))
+    shape = SIZES[size]
+    config = defaults()
+
+    config.model.vocab_size = 32_000  # trainer
+    config.model.width = shape.width
+    config.model.num_layers = shape.layers
+    config.model.mlp_width = shape.mlp_width
+    config.model.norm_eps = 1e-6  # trainer
+    config.model.tie_embeddings = False  # trainer
+    config.model.compute_dtype = "bfloat16"  # trainer
+    config.model.remat = shape.remat
+    config.model.scan_layers = True  # ours: a compile takes as long for 80 layers as for one
+    config.model.attention.num_heads = shape.heads
+    config.model.attention.num_kv_heads = shape.kv_heads
+    config.model.attention.rope_base = 10_000.0  # the authors' code and the trainer
+    config.model.attention.bias_width = 1024  # paper: W; the authors' max_bias_length
+
+    config.data.path = f"data/fineweb_edu_{tokens}"  # ours: where `prepare` was told to write
+    config.data.sequence_length = sequence_length
+    config.data.batch_size = TOKENS_PER_STEP // sequence_length
+    config.data.packing = "split"  # trainer: documents end to end, cut at row ends
+
+    config.optimizer.learning_rate = shape.learning_rate
+    config.optimizer.schedule = "cosine"  # trainer
+    config.optimizer.warmup_steps = 1024  # trainer
+    config.optimizer.final_fraction = 0.1  # trainer
+    config.optimizer.b1 = 0.9  # trainer
+    config.optimizer.b2 = 0.95  # trainer
+    config.optimizer.eps = 1e-15  # trainer
+    config.optimizer.weight_decay = 0.1  # ours: the trainer has a setting, runs differ
+    config.optimizer.clip_norm = 1.0  # trainer
+
+    config.training.steps = STEPS[tokens]
+    config.training.checkpoint_every = 500  # ours, as all that follows
+    config.training.keep_every = STEPS[tokens] // 10
+    config.training.eval_every = 1000
+    config.training.eval_batches = 16
+
+    # ours: parameters and optimiser state over all devices, whatever their number.
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    return with_attention(config, attention)

@@ -1,0 +1,13 @@
+"""The 340M model on 10B tokens with our `sharp` attention.
+
+python train.py --config=configs/lazy_340m_10b.py --workdir=DIR --config.data.path=FOLDER
+"""
+
+import ml_collections
+
+from configs.fineweb_edu import recipe
+
+
+def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
+    """Returns the run; `attention` as in `configs.base.with_attention`."""
+    return recipe("340m", "10b", attention)

@@ -1,0 +1,13 @@
+"""The paper's 340M model on 10B tokens: bias of standard deviation 0.02, no tail, tau from -1.
+
+python train.py --config=configs/paper_340m_10b.py --workdir=DIR --config.data.path=FOLDER
+"""
+
+import ml_collections
+
+from configs.fineweb_edu import recipe
+
+
+def get_config(attention: str = "paper") -> ml_collections.ConfigDict:
+    """Returns the run; `attention` as in `configs.base.with_attention`."""
+    return recipe("340m", "10b", attention)

@@ -1,0 +1,113 @@
+"""Every recipe builds, has the size its name says, and its step can be traced."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import configs
+from configs.fineweb_edu import SIZES, TOKENS_PER_STEP, recipe
+from lazyattn.errors import InputError
+from lazyattn.experiment import from_config_dict
+from lazyattn.model.accounting import parameter_counts
+from lazyattn.model.parameters import parameter_shapes
+from lazyattn.training.objective import make_loss_fn
+from lazyattn.training.optimizer import make_optimizer
+from lazyattn.training.step import accumulate_gradients
+
+FOLDER = Path(configs.__file__).parent
+SIZED = {
+    f"{kind}_{size}_{tokens}": size
+    for kind, size, tokens in (
+        ("paper", "340m", "10b"),
+        ("paper", "760m", "100b"),
+        ("lazy", "340m", "10b"),
+        ("lazy", "760m", "100b"),
+        ("softmax", "340m", "10b"),
+        ("softmax", "760m", "100b"),
+        ("lazy", "1300m", "100b"),
+        ("lazy", "7b", "100b"),
+        ("lazy", "70b", "100b"),
+    )
+}
+ABLATIONS = sorted(f"ablations.{path.stem}" for path in (FOLDER / "ablations").glob("[!_]*.py"))
+RECIPES = [*SIZED, "length_extrapolation_512", *ABLATIONS]
+
+
+def build(name, *arguments):
+    module = importlib.import_module(f"configs.{name}")
+    return from_config_dict(module.get_config(*arguments))
+
+
+def test_no_recipe_is_left_out():
+    found = {path.stem for path in FOLDER.glob("*.py") if "fineweb_edu import" in path.read_text()}
+    assert found == set(RECIPES) - set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_is_traced(name):
+    experiment = build(name)
+    data, training = experiment.data, experiment.training
+    assert data.batch_size * data.sequence_length == TOKENS_PER_STEP
+    params = parameter_shapes(experiment.model)
+    rows = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), rows)
+    optimizer = make_optimizer(experiment.optimizer, training.steps)
+
+    def step(params, batch):
+        loss_fn = make_loss_fn(experiment.model, training.z_loss)
+        means, gradients = accumulate_gradients(
+            loss_fn, params, batch, microbatches=training.microbatches
+        )
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return means.nll, optax.apply_updates(params, updates)
+
+    loss, updated = jax.eval_shape(step, params, batch)
+    assert loss.shape == () and loss.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updated) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
+
+
+@pytest.mark.parametrize(("name", "size"), SIZED.items())
+def test_the_name_counts_parameters_with_the_vocabulary_once(name, size):
+    model = build(name).model
+    total = parameter_counts(parameter_shapes(model))["total"]
+    counted = total - model.vocab_size * model.width
+    assert counted == pytest.approx(SIZES[size].parameters, rel=0.02)
+
+
+def test_twins_differ_in_attention_alone():
+    for size, tokens in (("340m", "10b"), ("760m", "100b")):
+        lazy, softmax, paper = (
+            build(f"{kind}_{size}_{tokens}") for kind in ("lazy", "softmax", "paper")
+        )
+        for other in (softmax, paper):
+            model = dataclasses.replace(other.model, attention=lazy.model.attention)
+            assert dataclasses.replace(other, model=model) == lazy
+        assert softmax.model.attention.variant == "softmax"
+        attention = paper.model.attention
+        assert (attention.bias_init, attention.bias_std) == ("normal", 0.02)
+        assert (attention.bias_tail, attention.offset_init) == (False, -1.0)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing_of_any_recipe(name):
+    for attention in ("paper", "sharp"):
+        whole = from_config_dict(recipe("340m", "10b", attention))
+        ablated = build(name, attention)
+        model = dataclasses.replace(ablated.model, attention=whole.model.attention)
+        assert dataclasses.replace(ablated, model=model) == whole
+        if attention == "paper":
+            assert ablated.model.attention != whole.model.attention
+
+
+def test_unknown_names():
+    with pytest.raises(InputError, match="the size is '1b', but it must be one of 340m, 760m"):
+        recipe("1b", "10b", "paper")
+    with pytest.raises(InputError, match="the number of tokens is '1b', but it must be one of 10b"):
+        recipe("340m", "1b", "paper")

@@ -7,8 +7,6 @@ it does not.
 
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,57 +15,23 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from lazyattn import reference
-from lazyattn.errors import InputError, bad_value, require
-from pallas_kernels import bias as bias_lib
+from lazyattn import placement, reference
+from lazyattn.call import Call, check_arrays, document_starts, is_number
+from lazyattn.errors import InputError, require
 from pallas_kernels import chunked
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
-from pallas_kernels.types import AttentionSettings, Visibility
+from pallas_kernels.types import AttentionSettings
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One checked call: the arguments of `lazy_attention`, defaults filled in."""
-
-    query: Float[Array, "batch length heads head_dim"]
-    key: Float[Array, "batch key_length kv_heads head_dim"]
-    value: Float[Array, "batch key_length kv_heads value_dim"]
-    distance_bias: Float[Array, "heads width"] | None
-    distance_slope: Float[Array, " heads"] | None
-    offset: Float[Array, " heads"] | None
-    offset_divisor: Literal["visible"] | float
-    renormalize: bool
-    segment_ids: Int[Array, "batch key_length"] | None
-    query_start: Int[Array, " batch"] | None
-    scale: float
-    skip_mass: float
-    return_weights: bool
-
-    def position(self) -> Int[Array, "batch length"]:
-        """Returns the index of the key at each query's own position."""
-        batch, length = self.query.shape[:2]
-        start = jnp.zeros(batch, jnp.int32) if self.query_start is None else self.query_start
-        return start[:, None] + jnp.arange(length, dtype=jnp.int32)
-
-    def visibility(self) -> Visibility:
-        """Returns the first key each query sees, and its factor of tau."""
-        position = self.position()
-        if self.segment_ids is None:
-            first = jnp.zeros_like(position)
-        else:
-            first = document_starts(self.segment_ids)
-            if self.query_start is not None:
-                first = jnp.take_along_axis(first, position, axis=1)
-        dtype = jnp.promote_types(self.query.dtype, jnp.float32)
-        if self.offset_divisor == "visible":
-            scale = 1 / (position - first + 1).astype(dtype)
-        else:
-            scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)
-        return Visibility(first, scale)
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Call",
+    "Implementation",
+    "choose",
+    "document_starts",
+    "lazy_attention",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +55,6 @@ class Implementation:
     untested: Callable[[Call], str | None] = lambda call: None
 
 
-def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """Returns, for each position, where its run of equal segment ids starts."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(jnp.where(changes, index[1:], 0), ((0, 0), (1, 0)))
-    return jax.lax.cummax(starts, axis=1)
-
-
 def lazy_attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch key_length kv_heads head_dim"],
@@ -111,6 +67,7 @@ def lazy_attention(
     renormalize: bool = False,
     segment_ids: Int[Array, "batch key_length"] | None = None,
     query_start: Int[Array, " batch"] | None = None,
+    chunk_starts: Int[Array, " chunks"] | None = None,
     scale: float | None = None,
     skip_mass: float = 1e-6,
     implementation: str | None = None,
@@ -144,6 +101,10 @@ def lazy_attention(
       query_start: for a key/value cache: query i of row b stands at key
         `query_start[b] + i`, and sees no key after that. None: query i stands at key
         i, and both lengths are equal.
+      chunk_starts: for a part of a sequence that others hold the rest of: the queries are
+        equal chunks, one after the other, and chunk c of every row stands at keys
+        `chunk_starts[c]` and on, all of which must exist. Keys are those of the whole
+        sequence. May be traced. Not with query_start.
       scale: factor of the scores; None: 1 / sqrt(head_dim).
       skip_mass: an implementation may leave out far keys that together hold less
         than this share of a row's softmax mass, certainly and for any input. 0: none.
@@ -161,14 +122,17 @@ def lazy_attention(
         implementation asked for by name that can't do the call.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    distance_bias, distance_slope, offset, segment_ids, query_start = (
-        None if x is None else jnp.asarray(x)
-        for x in (distance_bias, distance_slope, offset, segment_ids, query_start)
+    optional = (distance_bias, distance_slope, offset, segment_ids, query_start, chunk_starts)
+    distance_bias, distance_slope, offset, segment_ids, query_start, chunk_starts = (
+        None if x is None else jnp.asarray(x) for x in optional
     )
-    _check(query, key, value, distance_bias, distance_slope, offset, segment_ids, query_start)
+    check_arrays(
+        *(query, key, value, distance_bias, distance_slope, offset),
+        *(segment_ids, query_start, chunk_starts),
+    )
     require(
         (isinstance(offset_divisor, str) and offset_divisor == "visible")
-        or (_is_number(offset_divisor) and offset_divisor > 0),
+        or (is_number(offset_divisor) and offset_divisor > 0),
         "offset_divisor",
         offset_divisor,
         '"visible" or a positive number',
@@ -176,9 +140,9 @@ def lazy_attention(
     require(
         not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
     )
-    require(scale is None or _is_number(scale), "scale", scale, "None or a finite number")
+    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
     require(
-        _is_number(skip_mass) and 0 <= skip_mass < 1,
+        is_number(skip_mass) and 0 <= skip_mass < 1,
         "skip_mass",
         skip_mass,
         "a number of at least 0 and below 1",
@@ -194,6 +158,7 @@ def lazy_attention(
         renormalize,
         segment_ids,
         query_start,
+        chunk_starts,
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         float(skip_mass),
         return_weights,
@@ -261,27 +226,29 @@ def _chunked_unsupported(call: Call) -> str | None:
 
 def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
     dtype = jnp.promote_types(call.query.dtype, jnp.float32)
-    bias = None
-    if call.distance_bias is not None:
-        slope = call.distance_slope
-        bias = bias_lib.expand(
-            call.distance_bias.astype(dtype),
-            None if slope is None else slope.astype(dtype),
-            call.query.shape[1],
-        )
+
+    def parameter(x: Array | None) -> Array | None:
+        return None if x is None else x.astype(dtype)
+
     value = call.value
     if call.renormalize:
         # A column of ones makes the sum of each row's weights an output like others.
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-    out = chunked.attention(
-        call.query,
-        call.key,
-        value,
-        bias,
-        None if call.offset is None else call.offset.astype(dtype),
-        call.visibility(),
-        AttentionSettings(call.scale, call.skip_mass),
-    )
+    outs = [
+        chunked.placed_attention(
+            query,
+            call.key,
+            value,
+            parameter(call.distance_bias),
+            parameter(call.distance_slope),
+            parameter(call.offset),
+            visibility,
+            AttentionSettings(call.scale, call.skip_mass),
+            start=start,
+        )
+        for query, visibility, start in placement.chunks(call)
+    ]
+    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
     if call.renormalize:
         total = out[..., -1:]
         out = out[..., :-1] / jnp.where(total > 0, total, 1)
@@ -300,13 +267,13 @@ def _fused_unsupported(call: Call) -> str | None:
 
 
 def _mosaic_gpu_unsupported(call: Call) -> str | None:
-    _, length, heads, head_dim = call.query.shape
+    heads, head_dim = call.query.shape[2:]
     return _fused_unsupported(call) or mosaic_gpu_support.unsupported(
         head_dim,
         call.value.shape[-1],
         call.query.dtype,
         heads // call.key.shape[2],
-        length,
+        call.key.shape[1],
         0 if call.distance_bias is None else call.distance_bias.shape[1],
     )
 
@@ -324,8 +291,10 @@ def _triton_unsupported(call: Call) -> str | None:
 
 
 def _tpu_unsupported(call: Call) -> str | None:
+    batch, _, heads, head_dim = call.query.shape
+    shape = (batch, call.key.shape[1], heads, head_dim)
     return _fused_unsupported(call) or tpu_support.unsupported(
-        call.query.shape, call.key.shape[2], call.value.shape[-1], call.query.dtype
+        shape, call.key.shape[2], call.value.shape[-1], call.query.dtype
     )
 
 
@@ -351,17 +320,19 @@ def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim
     def parameter(x: Array | None) -> Array | None:
         return None if x is None else x.astype(jnp.float32)
 
-    return op.attention(
-        call.query,
+    query, visibility = placement.fill(call)
+    out = op.attention(
+        query,
         call.key,
         call.value,
         parameter(call.distance_bias),
         parameter(call.distance_slope),
         parameter(call.offset),
-        call.visibility(),
+        visibility,
         AttentionSettings(call.scale, call.skip_mass),
-        packed=call.segment_ids is not None,
+        packed=call.segment_ids is not None or call.chunk_starts is not None,
     )
+    return placement.take(call, out)
 
 
 # Best first. A kernel joins by an entry here; callers never name one.
@@ -381,75 +352,3 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("xla", lambda call: None, _run_xla),
     )
 }
-
-
-def _is_number(x: Any) -> bool:
-    """Returns whether x is a finite number of Python's or numpy's, not a traced array."""
-    return isinstance(x, numbers.Real) and math.isfinite(x)
-
-
-def _check(query, key, value, distance_bias, distance_slope, offset, segment_ids, query_start):
-    """Raises InputError unless shapes and dtypes fit together."""
-    for name, x, ndim, axes in (
-        ("query", query, 4, "[batch, length, heads, head_dim]"),
-        ("key", key, 4, "[batch, key_length, kv_heads, head_dim]"),
-        ("value", value, 4, "[batch, key_length, kv_heads, value_dim]"),
-    ):
-        if jnp.ndim(x) != ndim or 0 in jnp.shape(x):
-            raise bad_value(f"{name}.shape", jnp.shape(x), f"{axes}, none of them 0")
-        require(
-            str(x.dtype) in _DTYPES, f"{name}.dtype", str(x.dtype), "one of " + ", ".join(_DTYPES)
-        )
-    batch, length, heads, head_dim = query.shape
-    key_length, kv_heads = key.shape[1:3]
-    for name, x in (("key", key), ("value", value)):
-        require(x.dtype == query.dtype, f"{name}.dtype", str(x.dtype), f"{query.dtype} as query's")
-    require(
-        key.shape == (batch, key_length, kv_heads, head_dim) and heads % kv_heads == 0,
-        "key.shape",
-        key.shape,
-        f"({batch}, key_length, a divisor of {heads}, {head_dim}) to go with query {query.shape}",
-    )
-    require(
-        value.shape[:3] == key.shape[:3],
-        "value.shape",
-        value.shape,
-        f"({batch}, {key_length}, {kv_heads}, value_dim) to go with key",
-    )
-    if distance_bias is not None:
-        require(
-            jnp.ndim(distance_bias) == 2
-            and distance_bias.shape[0] == heads
-            and distance_bias.shape[1] >= 1,
-            "distance_bias.shape",
-            jnp.shape(distance_bias),
-            f"({heads}, width) with width at least 1",
-        )
-    elif distance_slope is not None:
-        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
-    for name, x in (("distance_slope", distance_slope), ("offset", offset)):
-        if x is not None:
-            require(jnp.shape(x) == (heads,), f"{name}.shape", jnp.shape(x), f"({heads},)")
-    for name, x in (
-        ("distance_bias", distance_bias),
-        ("distance_slope", distance_slope),
-        ("offset", offset),
-    ):
-        if x is not None:
-            require(
-                jnp.issubdtype(x.dtype, jnp.floating), f"{name}.dtype", str(x.dtype), "floating"
-            )
-    for name, x, shape in (
-        ("segment_ids", segment_ids, (batch, key_length)),
-        ("query_start", query_start, (batch,)),
-    ):
-        if x is not None:
-            require(jnp.shape(x) == shape, f"{name}.shape", jnp.shape(x), f"{shape}")
-            require(jnp.issubdtype(x.dtype, jnp.integer), f"{name}.dtype", str(x.dtype), "integer")
-    if query_start is None:
-        require(
-            key_length == length,
-            "key length",
-            key_length,
-            f"the query length {length} where query_start is None",
-        )

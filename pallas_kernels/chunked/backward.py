@@ -26,14 +26,14 @@ class HeadGradients:
 
     Attributes:
       query, key, value: as in `HeadInputs`.
-      bias: [length], of b(x) at every distance; None as the input.
+      bias: [key_length], of b(x) at every distance; None as the input.
       offset: [], of tau; None as the input.
     """
 
     query: Float[Array, "tiles batch size head_dim"]
-    key: Float[Array, "tiles batch size head_dim"]
-    value: Float[Array, "tiles batch size value_dim"]
-    bias: Float[Array, " length"] | None
+    key: Float[Array, "key_tiles batch size head_dim"]
+    value: Float[Array, "key_tiles batch size value_dim"]
+    bias: Float[Array, " key_length"] | None
     offset: Float[Array, ""] | None
 
 
@@ -42,13 +42,14 @@ def backward(
     out: Float[Array, "tiles batch size value_dim"],
     log_sum_exp: Float[Array, "tiles batch size"],
     value_sum: Float[Array, "tiles batch size value_dim"] | None,
-    live: Bool[Array, " tiles"],
+    live: Bool[Array, " key_tiles"],
     d_out: Float[Array, "tiles batch size value_dim"],
     scale: float,
 ) -> HeadGradients:
     """Returns the gradients of one head from what `forward` returned."""
     key, value = pad_lead(head.key), pad_lead(head.value)
     tiles, batch, size, head_dim = head.query.shape
+    key_tiles = tiles + head.ahead
     dtype = log_sum_exp.dtype
 
     def row_dot(a: Array, b: Array) -> Float[Array, "tiles batch size"]:
@@ -95,10 +96,11 @@ def backward(
         )
         return d_query, d_key, d_value, d_bias
 
-    d_bias = None if head.bias is None else jnp.zeros(size - 1 + tiles * size, dtype)
+    d_bias = None if head.bias is None else jnp.zeros(size - 1 + key_tiles * size, dtype)
     d_query, d_key, d_value, d_bias = over_diagonals(
         head.span,
         tiles,
+        head.ahead,
         size,
         step,
         (
@@ -112,8 +114,8 @@ def backward(
         d_bias = d_bias[size - 1 :][: head.bias.shape[0]].astype(head.bias.dtype)
     return HeadGradients(
         query=d_query,
-        key=drop_lead(d_key, tiles),
-        value=drop_lead(d_value, tiles),
+        key=drop_lead(d_key, key_tiles),
+        value=drop_lead(d_value, key_tiles),
         bias=d_bias,
         offset=d_offset,
     )

@@ -1,7 +1,7 @@
 """The forward pass of one head: log-sum-exp first, then what survives.
 
 Arrays are cut into tiles along the length and keep the batch behind it:
-[tiles, batch, size, ...].
+[tiles, batch, size, ...]. The queries are the last ones where keys are more.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class HeadInputs:
 
     Attributes:
       query: [tiles, batch, size, head_dim].
-      key: [tiles, batch, size, head_dim].
-      value: [tiles, batch, size, value_dim].
-      bias: [length], b(x) of every distance; None: 0.
+      key: [key_tiles, batch, size, head_dim].
+      value: [key_tiles, batch, size, value_dim].
+      bias: [key_length], b(x) of every distance; None: 0.
       offset: [], tau; None: ordinary softmax.
       first: [tiles, batch, size], first key each query sees.
       offset_scale: [tiles, batch, size], 1 / n_i or a constant.
@@ -35,13 +35,18 @@ class HeadInputs:
     """
 
     query: Float[Array, "tiles batch size head_dim"]
-    key: Float[Array, "tiles batch size head_dim"]
-    value: Float[Array, "tiles batch size value_dim"]
-    bias: Float[Array, " length"] | None
+    key: Float[Array, "key_tiles batch size head_dim"]
+    value: Float[Array, "key_tiles batch size value_dim"]
+    bias: Float[Array, " key_length"] | None
     offset: Float[Array, ""] | None
     first: Int[Array, "tiles batch size"]
     offset_scale: Float[Array, "tiles batch size"]
     span: Int[Array, ""]
+
+    @property
+    def ahead(self) -> int:
+        """Returns how many key tiles come before the first query tile's own."""
+        return self.key.shape[0] - self.query.shape[0]
 
     @property
     def threshold(self) -> Float[Array, "tiles batch size"]:
@@ -89,7 +94,7 @@ def forward(
     Float[Array, "tiles batch size value_dim"],
     Float[Array, "tiles batch size"],
     Float[Array, "tiles batch size value_dim"] | None,
-    Bool[Array, " tiles"],
+    Bool[Array, " key_tiles"],
 ]:
     """Returns out, the log-sum-exp, the masked value sum and the live diagonals.
 
@@ -103,7 +108,7 @@ def forward(
     maximum = jnp.full((tiles, batch, size), -jnp.inf, dtype)
     total = jnp.zeros((tiles, batch, size), dtype)
     out = jnp.zeros((tiles, batch, size, head.value.shape[-1]), dtype)
-    live = jnp.zeros(tiles, bool)
+    live = jnp.zeros(tiles + head.ahead, bool)
 
     def accumulate(diagonal: Diagonal, state: Any, *, with_values: bool) -> Any:
         maximum, total, out, live = state
@@ -132,14 +137,14 @@ def forward(
         return maximum, total, out, live
 
     def sweep(body, state):
-        return over_diagonals(head.span, tiles, size, body, state)
+        return over_diagonals(head.span, tiles, head.ahead, size, body, state)
 
     if head.offset is None:
         maximum, total, out, _ = sweep(
             lambda diagonal, state: accumulate(diagonal, state, with_values=True),
             (maximum, total, out, live),
         )
-        live = jnp.arange(tiles) <= head.span
+        live = jnp.arange(tiles + head.ahead) <= head.span
         return out / total[..., None], maximum + jnp.log(total), None, live
 
     # `out` is not touched here, and not carried through the loop.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels.chunked.backward import HeadGradients, backward
 from pallas_kernels.chunked.forward import HeadInputs, forward
 from pallas_kernels.types import AttentionSettings, Residuals, Visibility
-from pallas_kernels.visit import TileSizes, visit_ranges
+from pallas_kernels.visit import TileSizes, VisitRanges, visit_ranges
 
 # Large enough that a tile's matrix products outweigh the loop around them.
 _TILE_SIZE = 128
@@ -21,28 +21,36 @@ _TILE_SIZE = 128
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention(
     query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads value_dim"],
-    bias: Float[Array, "heads length"] | None,
+    key: Float[Array, "batch key_length kv_heads head_dim"],
+    value: Float[Array, "batch key_length kv_heads value_dim"],
+    bias: Float[Array, "heads key_length"] | None,
     offset: Float[Array, " heads"] | None,
     visibility: Visibility,
     settings: AttentionSettings,
 ) -> Float[Array, "batch length heads value_dim"]:
     """Returns Lazy Attention's output; memory is linear in length, backward too.
 
+    Where keys are more than queries, the queries stand at the last ones.
+
     Args:
       query: rotated queries, float32, bfloat16, float16 or float64.
-      key: rotated keys of the same dtype; `kv_heads` divides `heads`.
+      key: rotated keys of the same dtype; `kv_heads` divides `heads`. How many more
+        than queries must be a multiple of `tile_size(length)`.
       value: values of the same dtype.
-      bias: b(x) of every distance 0 <= x < length, from `bias.expand`; None: 0.
+      bias: b(x) of every distance 0 <= x < key_length, from `bias.expand`; None: 0.
       offset: tau of each head; None: ordinary softmax.
-      visibility: what each query sees.
+      visibility: what each query sees, `first` an index into `key`.
       settings: scale and skip_mass.
 
     Source: docs/lazy_attention.md, sections "Definition" and "Gradients".
     """
     out, _ = _forward(query, key, value, bias, offset, visibility, settings, want_value_sum=False)
     return out
+
+
+def tile_size(length: int) -> int:
+    """Returns how many queries, and keys, a tile holds where there are `length` queries."""
+    return min(_TILE_SIZE, length)
 
 
 def _to_tiles(x: Shaped[Array, "batch length *rest"], size: int) -> Shaped[Array, "..."]:
@@ -70,7 +78,8 @@ class _Heads:
 
     def __init__(self, query, key, value, bias, offset, visibility, span):
         self.length, self.num_heads = query.shape[1:3]
-        self.size = min(_TILE_SIZE, self.length)
+        self.key_length = key.shape[1]
+        self.size = tile_size(self.length)
         self.group = self.num_heads // key.shape[2]
         self.query = _to_tiles(query, self.size)
         self.key = _to_tiles(key, self.size)
@@ -94,17 +103,7 @@ class _Heads:
 
 def _forward(query, key, value, bias, offset, visibility, settings, *, want_value_sum):
     length = query.shape[1]
-    size = min(_TILE_SIZE, length)
-    ranges = visit_ranges(
-        query,
-        key,
-        bias,
-        offset,
-        visibility.first,
-        scale=settings.scale,
-        skip_mass=settings.skip_mass,
-        tiles=TileSizes(size, size),
-    )
+    ranges = _visit_ranges(query, key, bias, offset, visibility.first, settings)
     # A diagonal is walked for all rows and batch entries at once: the widest counts.
     span = jnp.max(ranges.visited - 1, axis=(0, 2))
     heads = _Heads(query, key, value, bias, offset, visibility, span)
@@ -116,6 +115,26 @@ def _forward(query, key, value, bias, offset, visibility, settings, *, want_valu
     if value_sum is not None:
         value_sum = _from_tiles(value_sum, length).astype(query.dtype)
     return out, Residuals(out, log_sum_exp, value_sum, span, live)
+
+
+def _visit_ranges(query, key, bias, offset, first, settings) -> VisitRanges:
+    """Returns the ranges of the query tiles there are, in tiles of `key`."""
+    size = tile_size(query.shape[1])
+    missing = key.shape[1] - query.shape[1]
+    # Queries are first filled up to one a key: it is cheap, and `visit.py` stays simple.
+    own = jnp.broadcast_to(jnp.arange(missing, dtype=first.dtype), (first.shape[0], missing))
+    ranges = visit_ranges(
+        jnp.pad(query, ((0, 0), (missing, 0), (0, 0), (0, 0))),
+        key,
+        bias,
+        offset,
+        jnp.concatenate([own, first], axis=1),
+        scale=settings.scale,
+        skip_mass=settings.skip_mass,
+        tiles=TileSizes(size, size),
+    )
+    ahead = missing // size
+    return VisitRanges(ranges.first[..., ahead:], ranges.last[ahead:])
 
 
 def _attention_fwd(query, key, value, bias, offset, visibility, settings):
@@ -159,8 +178,8 @@ def _attention_bwd(settings, saved, d_out):
 
     return (
         _from_tiles(gradients.query, length).astype(query.dtype),
-        _from_tiles(sum_group(gradients.key), length).astype(key.dtype),
-        _from_tiles(sum_group(gradients.value), length).astype(value.dtype),
+        _from_tiles(sum_group(gradients.key), heads.key_length).astype(key.dtype),
+        _from_tiles(sum_group(gradients.value), heads.key_length).astype(value.dtype),
         gradients.bias,
         None if offset is None else gradients.offset.astype(offset.dtype),
         None,

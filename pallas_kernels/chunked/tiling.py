@@ -3,6 +3,9 @@
 All tiles at the same distance from the main diagonal share one Toeplitz bias tile,
 and are one batched matrix product: query tiles against key tiles moved by the
 distance. A head walks from the main diagonal outwards as far as its span, no farther.
+
+Queries may be fewer than keys: they are the last ones then, `ahead` tiles of keys
+coming before the first of them.
 """
 
 import dataclasses
@@ -23,13 +26,13 @@ _MAX_PARTS = 4
 _TILES_A_PART = 4
 
 
-def _part_bounds(tiles: int) -> list[int]:
-    parts = max(1, min(_MAX_PARTS, tiles // _TILES_A_PART))
-    return [tiles * part // parts for part in range(parts + 1)]
+def _part_bounds(key_tiles: int) -> list[int]:
+    parts = max(1, min(_MAX_PARTS, key_tiles // _TILES_A_PART))
+    return [key_tiles * part // parts for part in range(parts + 1)]
 
 
-def _lead(tiles: int) -> int:
-    bounds = _part_bounds(tiles)
+def _lead(key_tiles: int) -> int:
+    bounds = _part_bounds(key_tiles)
     return max(stop - start for start, stop in itertools.pairwise(bounds)) - 1
 
 
@@ -55,12 +58,14 @@ class Diagonal:
       offset: query tile minus key tile; traced.
       first_row: first query tile taken; static, at most `offset`.
       tiles: number of query tiles in all.
+      ahead: key tiles before the first query tile's own.
       size: queries and keys of a tile.
     """
 
     offset: Int[Array, ""]
     first_row: int
     tiles: int
+    ahead: int
     size: int
 
     def queries(self, x: Shaped[Array, "tiles ..."]) -> Shaped[Array, "rows ..."]:
@@ -96,13 +101,14 @@ class Diagonal:
 
     @property
     def _start(self) -> Int[Array, ""]:
-        return _lead(self.tiles) + self.first_row - self.offset
+        return _lead(self.tiles + self.ahead) + self.ahead + self.first_row - self.offset
 
     def bias(self, values: Float[Array, " length"]) -> Float[Array, "size size"]:
         """Returns the Toeplitz tile, given b(x) of the distances 0 <= x < length."""
         # The main diagonal's tile has masked distances below 0, padding rows of the
         # last tile some past the end: any value does there.
-        padded = jnp.pad(values, (self.size - 1, self.tiles * self.size - values.shape[0]))
+        length = (self.tiles + self.ahead) * self.size
+        padded = jnp.pad(values, (self.size - 1, length - values.shape[0]))
         near = jax.lax.dynamic_slice_in_dim(padded, self.offset * self.size, 2 * self.size - 1)
         return bias_lib.toeplitz(near, self.size, self.size)
 
@@ -121,7 +127,7 @@ class Diagonal:
     def visible(self, first: Int[Array, "tiles batch size"]) -> Bool[Array, "rows batch size size"]:
         """Returns which keys each query sees: causal, in its document."""
         within = jnp.arange(self.size)
-        key_tile = jnp.arange(self.first_row, self.tiles) - self.offset
+        key_tile = jnp.arange(self.first_row, self.tiles) + self.ahead - self.offset
         key = key_tile[:, None] * self.size + within
         causal = self.offset * self.size + within[:, None] - within >= 0
         # No key before the first tile is at or after a document's start.
@@ -130,14 +136,20 @@ class Diagonal:
 
 
 def over_diagonals(
-    span: Int[Array, ""], tiles: int, size: int, body: Callable[[Diagonal, Any], Any], state: Any
+    span: Int[Array, ""],
+    tiles: int,
+    ahead: int,
+    size: int,
+    body: Callable[[Diagonal, Any], Any],
+    state: Any,
 ) -> Any:
     """Runs `state = body(diagonal, state)` for offsets 0 to `span`, nearest first."""
-    bounds = _part_bounds(tiles)
+    bounds = _part_bounds(tiles + ahead)
     for start, stop in itertools.pairwise(bounds):
+        first_row = max(0, start - ahead)
 
-        def step(offset, state, start=start):
-            return body(Diagonal(offset, start, tiles, size), state)
+        def step(offset, state, first_row=first_row):
+            return body(Diagonal(offset, first_row, tiles, ahead, size), state)
 
         state = jax.lax.fori_loop(start, jnp.minimum(stop, span + 1), step, state)
     return state

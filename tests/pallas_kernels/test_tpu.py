@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tpu import op
-from tests import oracle, test_attention
+from tests import oracle, test_attention, test_chunk_starts
 from tests.pallas_kernels import kernel_suite as suite
 from tests.pallas_kernels.tpu_interpreter import interpreted
 
@@ -147,3 +147,8 @@ def test_shard_map():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
     with interpreted():
         suite.check_sharded(mesh, "float32", 1e-5, "tpu")
+
+
+def test_chunks_of_a_sequence():
+    with interpreted(128, 128):
+        test_chunk_starts.check_chunks("tpu", test_chunk_starts.CASES[0], 4, (0, 3))

@@ -4,7 +4,7 @@ from tests.pallas_kernels import triton_interpreter as interpreter  # isort: ski
 
 import pytest
 
-from tests import oracle, test_attention
+from tests import oracle, test_attention, test_chunk_starts
 from tests.pallas_kernels import kernel_suite as suite
 
 # Forward queries and keys, backward queries and keys: equal, unequal either way, and query
@@ -54,3 +54,8 @@ def test_as_every_implementation(test):
 def test_not_a_number_comes_through():
     with interpreter.interpreted(BLOCKS[1]):
         suite.check_not_a_number_comes_through("float32")
+
+
+def test_chunks_of_a_sequence():
+    with interpreter.interpreted(BLOCKS[1]):
+        test_chunk_starts.check_chunks("triton", suite.SPARSE, 4, (0, 3))

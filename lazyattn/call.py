@@ -1,0 +1,171 @@
+"""One checked call of `lazy_attention`, as backends get it."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lazyattn.errors import InputError, bad_value, require
+from pallas_kernels.types import Visibility
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One checked call: the arguments of `lazy_attention`, defaults filled in."""
+
+    query: Float[Array, "batch length heads head_dim"]
+    key: Float[Array, "batch key_length kv_heads head_dim"]
+    value: Float[Array, "batch key_length kv_heads value_dim"]
+    distance_bias: Float[Array, "heads width"] | None
+    distance_slope: Float[Array, " heads"] | None
+    offset: Float[Array, " heads"] | None
+    offset_divisor: Literal["visible"] | float
+    renormalize: bool
+    segment_ids: Int[Array, "batch key_length"] | None
+    query_start: Int[Array, " batch"] | None
+    chunk_starts: Int[Array, " chunks"] | None
+    scale: float
+    skip_mass: float
+    return_weights: bool
+
+    def position(self) -> Int[Array, "batch length"]:
+        """Returns the index of the key at each query's own position."""
+        batch, length = self.query.shape[:2]
+        if self.chunk_starts is not None:
+            within = jnp.arange(length // self.chunk_starts.shape[0], dtype=jnp.int32)
+            places = self.chunk_starts.astype(jnp.int32)[:, None] + within
+            return jnp.broadcast_to(places.reshape(-1), (batch, length))
+        start = jnp.zeros(batch, jnp.int32) if self.query_start is None else self.query_start
+        return start[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def visibility(self) -> Visibility:
+        """Returns the first key each query sees, and its factor of tau."""
+        position = self.position()
+        if self.segment_ids is None:
+            first = jnp.zeros_like(position)
+        else:
+            first = document_starts(self.segment_ids)
+            if self.query_start is not None or self.chunk_starts is not None:
+                first = jnp.take_along_axis(first, position, axis=1)
+        dtype = jnp.promote_types(self.query.dtype, jnp.float32)
+        if self.offset_divisor == "visible":
+            scale = 1 / (position - first + 1).astype(dtype)
+        else:
+            scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)
+        return Visibility(first, scale)
+
+
+def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Returns, for each position, where its run of equal segment ids starts."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(jnp.where(changes, index[1:], 0), ((0, 0), (1, 0)))
+    return jax.lax.cummax(starts, axis=1)
+
+
+def is_number(x: Any) -> bool:
+    """Returns whether x is a finite number of Python's or numpy's, not a traced array."""
+    return isinstance(x, numbers.Real) and math.isfinite(x)
+
+
+def check_arrays(
+    query, key, value, distance_bias, distance_slope, offset, segment_ids, query_start, chunk_starts
+):
+    """Raises InputError unless shapes and dtypes fit together."""
+    for name, x, ndim, axes in (
+        ("query", query, 4, "[batch, length, heads, head_dim]"),
+        ("key", key, 4, "[batch, key_length, kv_heads, head_dim]"),
+        ("value", value, 4, "[batch, key_length, kv_heads, value_dim]"),
+    ):
+        if jnp.ndim(x) != ndim or 0 in jnp.shape(x):
+            raise bad_value(f"{name}.shape", jnp.shape(x), f"{axes}, none of them 0")
+        require(
+            str(x.dtype) in _DTYPES, f"{name}.dtype", str(x.dtype), "one of " + ", ".join(_DTYPES)
+        )
+    batch, length, heads, head_dim = query.shape
+    key_length, kv_heads = key.shape[1:3]
+    for name, x in (("key", key), ("value", value)):
+        require(x.dtype == query.dtype, f"{name}.dtype", str(x.dtype), f"{query.dtype} as query's")
+    require(
+        key.shape == (batch, key_length, kv_heads, head_dim) and heads % kv_heads == 0,
+        "key.shape",
+        key.shape,
+        f"({batch}, key_length, a divisor of {heads}, {head_dim}) to go with query {query.shape}",
+    )
+    require(
+        value.shape[:3] == key.shape[:3],
+        "value.shape",
+        value.shape,
+        f"({batch}, {key_length}, {kv_heads}, value_dim) to go with key",
+    )
+    if distance_bias is not None:
+        require(
+            jnp.ndim(distance_bias) == 2
+            and distance_bias.shape[0] == heads
+            and distance_bias.shape[1] >= 1,
+            "distance_bias.shape",
+            jnp.shape(distance_bias),
+            f"({heads}, width) with width at least 1",
+        )
+    elif distance_slope is not None:
+        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
+    for name, x in (("distance_slope", distance_slope), ("offset", offset)):
+        if x is not None:
+            require(jnp.shape(x) == (heads,), f"{name}.shape", jnp.shape(x), f"({heads},)")
+    for name, x in (
+        ("distance_bias", distance_bias),
+        ("distance_slope", distance_slope),
+        ("offset", offset),
+    ):
+        if x is not None:
+            require(
+                jnp.issubdtype(x.dtype, jnp.floating), f"{name}.dtype", str(x.dtype), "floating"
+            )
+    for name, x, shape in (
+        ("segment_ids", segment_ids, (batch, key_length)),
+        ("query_start", query_start, (batch,)),
+    ):
+        if x is not None:
+            require(jnp.shape(x) == shape, f"{name}.shape", jnp.shape(x), f"{shape}")
+            require(jnp.issubdtype(x.dtype, jnp.integer), f"{name}.dtype", str(x.dtype), "integer")
+    if chunk_starts is not None:
+        if query_start is not None:
+            raise InputError("query_start and chunk_starts are both given; one says it all.")
+        require(
+            jnp.ndim(chunk_starts) == 1
+            and jnp.size(chunk_starts) > 0
+            and length % jnp.size(chunk_starts) == 0,
+            "chunk_starts.shape",
+            jnp.shape(chunk_starts),
+            f"(chunks,) with a divisor of {length} chunks, the length of query",
+        )
+        require(
+            jnp.issubdtype(chunk_starts.dtype, jnp.integer),
+            "chunk_starts.dtype",
+            str(chunk_starts.dtype),
+            "integer",
+        )
+        last = key_length - length // jnp.size(chunk_starts)
+        require(
+            last >= 0, "key length", key_length, f"at least that of a chunk, {key_length - last}"
+        )
+        if not isinstance(chunk_starts, jax.core.Tracer):
+            require(
+                bool(((chunk_starts >= 0) & (chunk_starts <= last)).all()),
+                "chunk_starts",
+                chunk_starts.tolist(),
+                f"from 0 to {last}, so that every query has its key",
+            )
+    elif query_start is None:
+        require(
+            key_length == length,
+            "key length",
+            key_length,
+            f"the query length {length} where query_start and chunk_starts are None",
+        )

@@ -1,0 +1,100 @@
+"""Queries that are chunks of a sequence: what the whole sequence's call gives them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn import InputError, lazy_attention
+from tests import oracle
+
+IMPLEMENTATIONS = ("xla", "xla_chunked")
+CASES = [
+    oracle.Case("several_tiles", shape=(1, 300, 2, 2, 16), width=64, bias="alibi", slope=True),
+    oracle.Case("many_tiles", shape=(1, 1100, 2, 1, 16), width=128, bias="steep", slope=True),
+    oracle.Case("documents", documents=(17, 3, 1, 40, 1), shape=(2, 152, 2, 2, 16)),
+    oracle.Case("positive_tau", tau=(0.5, -0.5), shape=(1, 300, 4, 2, 16), bias="steep"),
+    oracle.Case("softmax", tau=None, width=0, shape=(2, 40, 2, 2, 16)),
+    oracle.Case("renormalized", settings=(("renormalize", True),), shape=(1, 140, 2, 2, 16)),
+]
+
+
+def part(case, number, taken):
+    """Returns (rows of the chunks `taken`, their starts) where there are `number` chunks."""
+    size = case.shape[1] // number
+    starts = np.array(taken, np.int32) * size
+    return np.concatenate([np.arange(start, start + size) for start in starts]), starts
+
+
+def chunk_results(implementation, case, number, taken):
+    """Returns what the chunks get alone, and what the whole sequence gives them."""
+    true_args, true_d_out, _ = oracle.true_results(case)
+    rows, starts = part(case, number, taken)
+    inside = np.zeros(case.shape[1], bool)
+    inside[rows] = True
+    d_out = true_d_out * inside[:, None, None]
+    with jax.enable_x64(True):
+        exact = {
+            name: x.astype(np.float64) if getattr(x, "dtype", None) == np.float32 else x
+            for name, x in true_args.items()
+        }
+        true = oracle.out_and_gradients(exact, "xla", d_out)
+    for name in ("out", "query"):
+        true[name] = true[name][:, rows]
+    args = {**true_args, "query": true_args["query"][:, rows], "chunk_starts": starts}
+    # Traced, as a shard's place is.
+    arrays = {name: jnp.asarray(x) for name, x in args.items() if hasattr(x, "dtype")}
+    floats = {name: x for name, x in arrays.items() if name in oracle.GRADIENTS}
+    rest = {name: x for name, x in arrays.items() if name not in floats}
+    settings = {name: x for name, x in args.items() if name not in arrays}
+
+    @jax.jit
+    def run(floats, rest, d_out):
+        def call(floats):
+            return lazy_attention(**floats, **rest, **settings, implementation=implementation)
+
+        out, vjp = jax.vjp(call, floats)
+        return {"out": out} | vjp(d_out)[0]
+
+    found = run(floats, rest, jnp.asarray(d_out[:, rows], jnp.float32))
+    return {name: np.asarray(x, np.float64) for name, x in found.items()}, true
+
+
+def check_chunks(implementation, case, number, taken):
+    found, true = chunk_results(implementation, case, number, taken)
+    errors = {name: oracle.relative_error(found[name], true[name]) for name in true}
+    worse = {
+        name: error
+        for name, error in errors.items()
+        if not error <= (1e-4 if name in oracle.SUMMED else 1e-5)
+    }
+    assert not worse, errors
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("taken", [(0, 3), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients(case, taken, implementation):
+    check_chunks(implementation, case, 4, taken)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_chunk_of_odd_size_anywhere(implementation):
+    case = oracle.Case("odd", shape=(1, 405, 2, 2, 16), width=64, bias="alibi", slope=True)
+    check_chunks(implementation, case, 3, (1,))
+
+
+def test_what_chunk_starts_may_be():
+    query, key = np.zeros((1, 6, 2, 4), np.float32), np.zeros((1, 12, 2, 4), np.float32)
+
+    def call(chunk_starts, **more):
+        lazy_attention(query, key, key, chunk_starts=np.array(chunk_starts), **more)
+
+    with pytest.raises(InputError, match=r"chunk_starts.shape is \(4,\), .* a divisor of 6 chunks"):
+        call([0, 1, 2, 3])
+    with pytest.raises(InputError, match=r"chunk_starts is \[0, 10\], .* from 0 to 9"):
+        call([0, 10])
+    with pytest.raises(InputError, match=r"chunk_starts.dtype is 'float32', .* integer"):
+        call([0.0, 3.0])
+    with pytest.raises(InputError, match="query_start and chunk_starts are both given"):
+        call([0, 3], query_start=np.zeros(1, np.int32))

@@ -1,4 +1,4 @@
-"""Byte-level BPE: text to token ids and back, exactly."""
+"""Text to token ids and back."""
 
 import functools
 import hashlib
@@ -7,60 +7,75 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from absl import logging
 from jaxtyping import Int32
 
+from lazyattn.data.codecs import Codec, TokenizerJson, read_codec
 from lazyattn.errors import InputError, require
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 
-# What a tokenizer that isn't byte-level, adds a space or normalises gets wrong.
+# What other people's tokenizers call theirs; the first one there is counts. A
+# tokenizer without a beginning or padding uses its end for it, as GPT-2 does.
+_BEGINNINGS = (BOS, "<s>", "<|begin_of_text|>", "<bos>")
+_ENDS = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
+_PADDINGS = (PAD, "<pad>", "<|padding|>", "<|finetune_right_pad_id|>", "[PAD]")
+
+# What a tokenizer that adds a space or normalises gives back changed.
 _PROBE = "Don't  panic:\n\ttab, e\u0301 \u00e9 \ufb01 \u4f60\u597d \U0001f600\r\n <|eos|> end "
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer with the special tokens `SPECIAL_TOKENS`.
+    """A `tokenizer.json` of the `tokenizers` library, or a SentencePiece model.
 
-    Any valid Unicode text comes back unchanged: `decode(encode(text)) == text`. Text
-    that looks like a special token is encoded as the text it is, so no document can
-    forge the end of one. `encode` adds no special tokens.
+    One that is trained here is byte-level BPE with `SPECIAL_TOKENS`, and gives any
+    valid Unicode text back unchanged: `decode(encode(text)) == text`. Text that looks
+    like a special token is encoded as the text it is, so no document can forge the end
+    of one. `encode` adds no special tokens.
 
     Attributes:
-      pad_id, bos_id, eos_id: ids of the special tokens; 0, 1 and 2 where trained here.
+      pad_id, bos_id, eos_id: ids of padding, beginning and end of a document; 0, 1 and
+        2 where trained here.
       vocab_size: number of ids, special tokens included.
+      kind: "tokenizer.json" or "sentencepiece".
+      file_name: what `save` should call it in a folder: "tokenizer.json" or
+        "tokenizer.model".
+      changes_text: whether it normalises, so that `decode` gives another text back and
+        `bytes_per_token` counts the bytes of that one.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, codec: Codec):
         """Wraps a tokenizer.
 
-        Args:
-          tokenizer: a byte-level one that knows the special tokens.
-
         Raises:
-          InputError: if it lacks a special token or changes text.
+          InputError: if it has no token for the end of a document, or can't represent
+            every text.
         """
-        self._tokenizer = tokenizer
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        for token in SPECIAL_TOKENS:
-            if token not in vocabulary:
-                raise InputError(
-                    f"The tokenizer has no token {token}; it must have {', '.join(SPECIAL_TOKENS)}."
-                )
-        self.pad_id, self.bos_id, self.eos_id = (vocabulary[token] for token in SPECIAL_TOKENS)
-        self.vocab_size = 1 + max(vocabulary.values())
-        ids = self.encode(_PROBE)
-        size = int(self.bytes_per_token[ids].sum())
-        if self.decode(ids) != _PROBE or size != len(_PROBE.encode()):
+        self._codec = codec
+        self.kind, self.file_name = codec.kind, codec.file_name
+        self.vocab_size = codec.vocab_size
+        end = _first(_ENDS, codec.special)
+        if end is None:
             raise InputError(
-                "The tokenizer changes text; it must be byte-level BPE with no normaliser and no"
-                " added space, so that decoding gives back what was encoded."
+                f"The tokenizer has no token {EOS} for the end of a document; its special tokens"
+                f" must have that or one of {', '.join(_ENDS[1:])}."
             )
+        self.eos_id = end
+        beginning, padding = _first(_BEGINNINGS, codec.special), _first(_PADDINGS, codec.special)
+        self.bos_id = end if beginning is None else beginning
+        self.pad_id = end if padding is None else padding
+        ids = self.encode(_PROBE)
+        if codec.unknown_id is not None and codec.unknown_id in ids:
+            raise InputError(
+                "The tokenizer can't represent every text; it must be byte-level or have tokens"
+                " for single bytes (byte_fallback), so that nothing is lost."
+            )
+        size = int(self.bytes_per_token[ids].sum())
+        self.changes_text = self.decode(ids) != _PROBE or size - len(_PROBE.encode()) not in (0, 1)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns a tokenizer; the same texts give the same one, byte for byte.
+        """Learns byte-level BPE; the same texts give the same one, byte for byte.
 
         Args:
           texts: valid Unicode.
@@ -83,39 +98,48 @@ class Tokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer)
+        return cls(TokenizerJson(tokenizer.to_str(pretty=False).encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer.json`.
+        """Reads a `tokenizer.json` or a SentencePiece model; the content tells which.
 
         Raises:
           InputError: if there is no such file, it is no tokenizer, or one this class
             can't use.
         """
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise InputError(f"The tokenizer {str(path)!r} cannot be read ({reason}).") from error
+            content = Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"The tokenizer {str(path)!r} cannot be read ({error.strerror})."
+            ) from error
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{str(path)!r} is not a tokenizer.json ({error}).") from error
-        return cls(tokenizer)
+            codec = read_codec(content)
+        except ValueError as error:
+            raise InputError(
+                f"{str(path)!r} is neither a tokenizer.json nor a SentencePiece model ({error})."
+            ) from error
+        tokenizer = cls(codec)
+        if tokenizer.changes_text:
+            logging.warning(
+                "The tokenizer %s changes text (it normalises, or adds a space): bits per byte"
+                " count the bytes of what it gives back.",
+                path,
+            )
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json`, which the `tokenizers` library reads, too."""
-        Path(path).write_text(self._json, encoding="utf-8")
+        """Writes the file, byte for byte as it was loaded."""
+        Path(path).write_bytes(self._codec.content)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._codec.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, encoded in parallel."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Returns the ids of each text, encoded in parallel where the library can."""
+        return self._codec.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens left out.
@@ -123,29 +147,24 @@ class Tokenizer:
         Bytes that are no valid UTF-8, as where a sequence ends within a character,
         become U+FFFD.
         """
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._codec.decode([int(i) for i in ids])
 
     @functools.cached_property
     def bytes_per_token(self) -> Int32[np.ndarray, " vocab"]:
         """Bytes of UTF-8 each id stands for, 0 for special tokens.
 
-        Summed over `encode(text)` it is `len(text.encode())`.
+        Summed over `encode(text)` it is `len(text.encode())`; one more for a tokenizer
+        that begins every text with a space it takes away again.
         """
-        sizes = np.zeros(self.vocab_size, np.int32)
-        added = self._tokenizer.get_added_tokens_decoder()
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index not in added:
-                sizes[index] = len(token)  # byte-level: a character stands for a byte
-            elif not added[index].special:
-                sizes[index] = len(token.encode())
+        sizes = self._codec.sizes()
         sizes.flags.writeable = False
         return sizes
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's JSON, in hexadecimal."""
-        return hashlib.sha256(self._json.encode()).hexdigest()
+        """SHA-256 of the file, in hexadecimal."""
+        return hashlib.sha256(self._codec.content).hexdigest()
 
-    @functools.cached_property
-    def _json(self) -> str:
-        return self._tokenizer.to_str(pretty=False)
+
+def _first(names: Sequence[str], special: dict[str, int]) -> int | None:
+    return next((special[name] for name in names if name in special), None)

@@ -89,16 +89,15 @@ def test_a_small_vocabulary_has_no_room():
 def test_loading_nothing_or_garbage(tmp_path):
     with pytest.raises(InputError, match=r"'.*none\.json' cannot be read \(No such file"):
         Tokenizer.load(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(InputError, match=r"'.*bad\.json' is not a tokenizer\.json"):
-        Tokenizer.load(tmp_path / "bad.json")
-    (tmp_path / "bad.json").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="cannot be read"):
-        Tokenizer.load(tmp_path / "bad.json")
+    for garbage in (b"{}", b"\xff", b""):
+        (tmp_path / "bad.json").write_bytes(garbage)
+        with pytest.raises(InputError, match=r"'.*bad\.json' is neither a tokenizer\.json nor"):
+            Tokenizer.load(tmp_path / "bad.json")
 
 
 def _foreign(tmp_path, change):
-    tokenizer = tokenizers.Tokenizer.from_str(Tokenizer.train(TEXTS, 300)._json)
+    Tokenizer.train(TEXTS, 300).save(tmp_path / "foreign.json")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "foreign.json"))
     change(tokenizer)
     tokenizer.save(str(tmp_path / "foreign.json"))
     return tmp_path / "foreign.json"
@@ -113,9 +112,9 @@ def _normalizer(tokenizer):
 
 
 @pytest.mark.parametrize("change", [_prefix_space, _normalizer])
-def test_a_tokenizer_that_changes_text_is_refused(tmp_path, change):
-    with pytest.raises(InputError, match="The tokenizer changes text"):
-        Tokenizer.load(_foreign(tmp_path, change))
+def test_a_tokenizer_that_changes_text_says_so(tmp_path, change, caplog):
+    assert Tokenizer.load(_foreign(tmp_path, change)).changes_text
+    assert "changes text (it normalises, or adds a space)" in caplog.text
 
 
 def test_truncation_and_padding_are_switched_off(tmp_path):
@@ -126,11 +125,96 @@ def test_truncation_and_padding_are_switched_off(tmp_path):
     loaded = Tokenizer.load(_foreign(tmp_path, change))
     assert loaded.decode(loaded.encode(TEXTS[0])) == TEXTS[0]
     assert 0 not in loaded.encode("a")
+    assert not loaded.changes_text
 
 
-def test_missing_special_tokens_are_named(tmp_path):
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.add_special_tokens(["<|pad|>", "<|bos|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"has no token <\|eos\|>"):
+    with pytest.raises(InputError, match=r"has no token <\|eos\|> for the end of a document"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def _byte_level(special, add):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *special])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(add)
+    return tokenizer
+
+
+def test_special_tokens_of_other_names(tmp_path):
+    """As GPT-2's: one token ends a document, begins the next and pads."""
+    tokenizer = _byte_level([], ["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.pad_id == loaded.bos_id == loaded.eos_id == 256
+    assert loaded.vocab_size == 257
+    assert 256 not in loaded.encode("<|endoftext|>")
+    # A piece of text that looks like one is none: "<s>" was merged from HTML, say.
+    tokenizer = _byte_level(["<s>", "</s>"], ["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").bos_id == 258
+
+
+def test_words_alone_are_refused(tmp_path):
+    model = tokenizers.models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="The tokenizer can't represent every text"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def _sentencepiece(path, **options):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS),
+            model_writer=file,
+            vocab_size=340,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            num_threads=1,
+            **options,
+        )
+    return path
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece(tmp_path, model_type):
+    path = _sentencepiece(
+        tmp_path / "a.model",
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.kind, tokenizer.file_name) == ("sentencepiece", "tokenizer.model")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    assert not tokenizer.changes_text
+    for text in ["", *TEXTS, "a </s> b", "\n\t two  spaces "]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {1, 2} & set(ids)
+        added = 1 if text else 0  # the space in front of every text
+        assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + added
+    tokenizer.save(tmp_path / "b.model")
+    again = Tokenizer.load(tmp_path / "b.model")
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode_batch(TEXTS[:2]) == [tokenizer.encode(text) for text in TEXTS[:2]]
+
+
+def test_sentencepiece_with_its_defaults_changes_text(tmp_path):
+    tokenizer = Tokenizer.load(_sentencepiece(tmp_path / "a.model", byte_fallback=True))
+    assert tokenizer.changes_text
+
+
+def test_sentencepiece_without_bytes_is_refused(tmp_path):
+    path = _sentencepiece(tmp_path / "a.model")
+    with pytest.raises(InputError, match="The tokenizer can't represent every text"):
+        Tokenizer.load(path)

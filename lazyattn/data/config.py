@@ -83,6 +83,16 @@ class DataConfig:
         return self.path is not None or bool(self.sources)
 
     @property
+    def name(self) -> str:
+        """What the data is, for people."""
+        total = sum(weight for _, weight in self.weighted_paths)
+        if len(self.weighted_paths) < 2:
+            return self.weighted_paths[0][0] if self.tokenised else self.source
+        return ", ".join(
+            f"{folder} ({weight / total:.1%})" for folder, weight in self.weighted_paths
+        )
+
+    @property
     def weighted_paths(self) -> tuple[tuple[str, float], ...]:
         """The folders of tokenised shards with their weights; () if it is none."""
         return self.sources if self.path is None else ((self.path, 1.0),)

@@ -80,12 +80,10 @@ def pack_first_fit(tokens: Tokens, length: int, pad_id: int = 0) -> Rows:
     Args, Returns: as `pack_split`.
     """
     pairs = tokens.lengths - 1
-    pieces = -(-pairs // length)  # a document
-    document = np.repeat(np.arange(pairs.size), pieces)
-    cut = (np.arange(document.size) - np.repeat(_starts(pieces), pieces)) * length
+    document, cut = cut_pieces(pairs, length)
     begin = _starts(pairs)[document] + cut
     sizes = np.minimum(pairs[document] - cut, length)
-    return _place(tokens, begin, sizes, _first_fit(sizes, length), length, pad_id)
+    return _place(tokens, begin, sizes, first_fit_places(sizes, length), length, pad_id)
 
 
 PACKERS: dict[str, Callable[[Tokens, int, int], Rows]] = {
@@ -94,12 +92,26 @@ PACKERS: dict[str, Callable[[Tokens, int, int], Rows]] = {
 }
 
 
+def cut_pieces(
+    pairs: Int[np.ndarray, " documents"], length: int
+) -> tuple[Int[np.ndarray, " pieces"], Int[np.ndarray, " pieces"]]:
+    """Cuts documents of more than `length` pairs into pieces of `length` and a rest.
+
+    Returns:
+      Each piece's document, and how many of its pairs come before the piece.
+    """
+    pieces = -(-pairs // length)  # a document
+    document = np.repeat(np.arange(pairs.size), pieces)
+    cut = (np.arange(document.size) - np.repeat(_starts(pieces), pieces)) * length
+    return document, cut
+
+
 def _starts(sizes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.cumsum(sizes) - sizes
 
 
-def _first_fit(sizes: Int[np.ndarray, " pieces"], length: int) -> Int[np.ndarray, " pieces"]:
-    """Returns where in the rows laid end to end each piece goes.
+def first_fit_places(sizes: Int[np.ndarray, " pieces"], length: int) -> Int[np.ndarray, " pieces"]:
+    """Returns where in the rows laid end to end each piece goes by first fit.
 
     A binary tree over the rows holds the most room below each node, so that the
     first row with enough is found in log2(rows) steps, and n pieces take n log n.

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from lazyattn.data import manifest
 from lazyattn.data.corpus import Document, stdlib_documents
 from lazyattn.errors import InputError, bad_value
 
-# Another kind of source (tokenised shards, say) is another branch of `documents`
-# and `identity`.
+# Another kind of text is another branch of `documents` and `identity`.
 STDLIB = "stdlib"
 _ALLOWED = f"'{STDLIB}' or an existing folder of .txt files (UTF-8, one document each)"
 
@@ -69,6 +69,10 @@ def _folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if not source or not folder.is_dir():
         raise bad_value("data.source", source, _ALLOWED)
+    if (folder / manifest.NAME).is_file():
+        raise InputError(
+            f"data.source is {source!r}, a folder of tokenised shards; give it as data.path."
+        )
     return folder
 
 

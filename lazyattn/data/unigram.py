@@ -3,11 +3,16 @@
 import numpy as np
 from jaxtyping import Int64
 
+from lazyattn.data.lanes import Documents
+from lazyattn.data.mixture import DocumentOrder
+from lazyattn.data.pipeline_shards import ShardedData
 from lazyattn.data.prepare import PreparedData
 from lazyattn.data.rows import PackedRows
 
+_SAMPLE = 2048  # documents of each folder of shards
 
-def unigram_entropy(prepared: PreparedData) -> float:
+
+def unigram_entropy(prepared: PreparedData | ShardedData) -> float:
     """Returns the cross-entropy of the validation targets under training frequencies.
 
     The model is the unigram distribution of the training targets, with one added to
@@ -17,12 +22,34 @@ def unigram_entropy(prepared: PreparedData) -> float:
     Returns:
       Nats a target token.
     """
-    counts = _target_counts(prepared.train, prepared.tokenizer.vocab_size) + 1
+    counts, weights = (_split_counts(prepared, split) for split in ("train", "validation"))
+    counts = counts + 1
     nats = np.log(counts.sum()) - np.log(counts)
-    weights = _target_counts(prepared.validation, prepared.tokenizer.vocab_size)
     return float((weights * nats).sum() / weights.sum())
+
+
+def _split_counts(prepared: PreparedData | ShardedData, split: str) -> Int64[np.ndarray, " vocab"]:
+    size = prepared.tokenizer.vocab_size
+    if isinstance(prepared, PreparedData):
+        return _target_counts(getattr(prepared, split), size)
+    samples = [
+        _sampled_counts(source, prepared.ids[1], size) for source in getattr(prepared, split)
+    ]
+    return np.sum(samples, axis=0)
 
 
 def _target_counts(rows: PackedRows, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
     targets = rows.column("targets")[rows.column("segment_ids") > 0]
     return np.bincount(targets, minlength=vocab_size)
+
+
+def _sampled_counts(
+    documents: Documents, eos_id: int, vocab_size: int
+) -> Int64[np.ndarray, " vocab"]:
+    """Returns how often each token is a target in a sample of documents."""
+    number = min(len(documents), _SAMPLE)
+    order = DocumentOrder(len(documents), seed=0)
+    sample = documents.read([order[place] for place in range(number)])
+    counts = np.bincount(np.concatenate(sample), minlength=vocab_size)
+    counts[eos_id] += number
+    return counts

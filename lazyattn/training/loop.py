@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lazyattn import sharding
+from lazyattn.errors import InputError
 from lazyattn.training.checkpoint import Checkpoints
 from lazyattn.training.config import TrainingConfig
 from lazyattn.training.interrupt import StopSignal
@@ -80,13 +81,24 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     Raises:
       NonFiniteError: after `max_nonfinite_steps` skipped steps in a row. Checkpoints
         stay as they are: none is written while steps are being skipped.
+      InputError: if data can't be read any more. The last step is saved first, unless
+        there are other processes, which would have to take part.
     """
     config = run.config
     start = int(state.step)
     pending: tuple[int, Metrics] | None = None
     record: dict[str, Any] = {}
     for number in range(start + 1, config.steps + 1):
-        batch = sharding.shard_batch(next(run.batches), run.mesh)
+        try:
+            rows = next(run.batches)
+        except InputError as error:
+            if number - 1 == start or jax.process_count() > 1:
+                raise
+            if pending is not None:
+                record = _fetch(run, *pending)
+                run.log.write(record)
+            raise _saved_before(run, state, record, error) from error
+        batch = sharding.shard_batch(rows, run.mesh)
         state, metrics = run.step_fn(state, batch)
         # Only now wait for the step before, so that the device always has work.
         if pending is not None:
@@ -121,6 +133,18 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             break
     run.checkpoints.wait()
     return state, record
+
+
+def _saved_before(
+    run: Run, state: TrainState, record: dict[str, Any], error: InputError
+) -> InputError:
+    """Saves the last step taken before the data failed; returns the error that says so."""
+    number = record["step"]
+    if record["nonfinite_in_row"]:
+        return error
+    run.checkpoints.save(number, state, run.batches.get_state(), run.experiment)
+    run.checkpoints.wait()
+    return InputError(f"{error} Training stopped after step {number}, which is saved.")
 
 
 def _fetch(run: Run, number: int, metrics: Metrics) -> dict[str, Any]:

@@ -5,9 +5,18 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int32
 
 from lazyattn import sharding
-from lazyattn.data.pipeline import PreparedData, prepare, train_iterator
+from lazyattn.data.pipeline import (
+    ShardedData,
+    TrainingData,
+    packing_report,
+    prepare,
+    train_iterator,
+)
 from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.model.accounting import flops_per_token, parameter_counts
@@ -58,9 +67,7 @@ def train(
         restored = checkpoints.restore(factory.abstract)
 
         if jax.process_index() == 0:
-            print(
-                f"data     preparing {experiment.data.source}, unless the cache has it", flush=True
-            )
+            print(_where_the_data_is(experiment), flush=True)
         prepared = prepare(experiment.data, cache_dir)
         folders.check_vocabulary(prepared.tokenizer, experiment)
         batches = train_iterator(
@@ -68,6 +75,7 @@ def train(
             experiment.data,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            gather=_gather,
         )
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
@@ -154,7 +162,7 @@ def _check_resumption(
 
 
 def _describe(
-    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, params: Params, prepared: PreparedData
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, params: Params, prepared: TrainingData
 ) -> list[str]:
     """Returns lines on what is about to run."""
     model, attention = experiment.model, experiment.model.attention
@@ -169,11 +177,37 @@ def _describe(
     return [
         f"model    {total:,} parameters, {model.num_layers} layers of width {model.width},"
         f" {attention.num_heads} heads, attention: {kind}",
-        f"data     {experiment.data.source}: {counts['train'].documents:,} documents,"
+        f"data     {experiment.data.name}: {counts['train'].documents:,} documents,"
         f" {counts['train'].targets:,} tokens to train on,"
         f" {counts['validation'].targets:,} to validate on",
+        *_packing(experiment, prepared),
         f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
         + (f" as {devices}" if devices else ""),
+    ]
+
+
+def _gather(rows: Int32[np.ndarray, "rows columns"]) -> Int32[np.ndarray, "all_rows columns"]:
+    """Returns the rows of all processes, each of which calls this."""
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def _where_the_data_is(experiment: ExperimentConfig) -> str:
+    if experiment.data.tokenised:
+        return f"data     checking {experiment.data.name} against what its manifest says"
+    return f"data     preparing {experiment.data.source}, unless the cache has it"
+
+
+def _packing(experiment: ExperimentConfig, prepared: TrainingData) -> list[str]:
+    """Returns a line for each folder of shards on how its documents fill rows."""
+    if not isinstance(prepared, ShardedData):
+        return []
+    data = experiment.data
+    return [
+        f"packing  {folder}: {report.efficiency:.1%} of {report.rows:,} rows filled by"
+        f" {data.packing}, {report.cut_off:.1%} of {report.documents:,} documents' tokens cut off"
+        for (folder, _), report in zip(
+            data.weighted_paths, packing_report(prepared, data), strict=True
+        )
     ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,29 @@ from lazyattn.training.state import Params, TrainState
 
 Metrics = dict[str, Array]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A jitted step and the mesh it runs on.
+
+    Attributes:
+      jitted: of a state and a batch.
+      mesh: where everything lives.
+    """
+
+    jitted: Any
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Takes the step."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """Traces the step for arrays like these, to be compiled."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch)
 
 
 def split_microbatches(batch: Batch, microbatches: int) -> Batch:
@@ -77,7 +101,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     microbatches: int = 1,
-) -> StepFn:
+) -> TrainStep:
     """Returns the compiled step; it consumes (donates) the state it is given.
 
     If the loss or the gradient's norm isn't finite, parameters and optimiser state
@@ -141,8 +165,4 @@ def make_train_step(
         donate_argnums=0,
     )
 
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, batch)
-
-    return run
+    return TrainStep(compiled, mesh)

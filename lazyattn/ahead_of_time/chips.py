@@ -1,0 +1,133 @@
+"""The chips and what their makers say of them, in one table."""
+
+import dataclasses
+
+from lazyattn.errors import require
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator chip.
+
+    Attributes:
+      name: what `--topology` calls it.
+      flops: peak FLOP/s of dense bfloat16 matrix products.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes/s to and from it.
+      link_bandwidth: bytes/s of one link to a neighbour, one way. On a GPU: of all
+        NVLinks together, one way.
+      axes: dimensions of the torus; 0: every chip of a host reaches every other.
+      wrap: a torus axis of a slice is a ring from this many chips on.
+      network_bandwidth: bytes/s a chip of the network between slices or hosts, one
+        way; None: not stated.
+      devices: JAX devices a chip, as this library compiles for it.
+      largest: chips in the largest slice.
+      host_chips: chips that share a host.
+      sources: where the numbers are from.
+    """
+
+    name: str
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    axes: int
+    wrap: int
+    network_bandwidth: float | None
+    devices: int
+    largest: int
+    host_chips: int
+    sources: str
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether libtpu compiles for it."""
+        return self.axes > 0
+
+
+# A TPU's link is its stated bidirectional bandwidth over links and both ways: six
+# links in a 3D torus, four in a 2D one. A 3D slice has rings where an axis is a
+# multiple of 4 chips, a 2D one where an axis spans the pod's 16.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v4",
+            *(275e12, 32 * GIB, 1200e9, 50e9),
+            axes=3,
+            wrap=4,
+            network_bandwidth=None,
+            devices=1,
+            largest=4096,
+            host_chips=4,
+            sources="cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433, table 4",
+        ),
+        Chip(
+            "v5e",
+            *(197e12, 16 * GIB, 819e9, 50e9),
+            axes=2,
+            wrap=16,
+            network_bandwidth=6.4e12 / 8 / 256,
+            devices=1,
+            largest=256,
+            host_chips=4,
+            sources="cloud.google.com/tpu/docs/v5e: 400 GB/s ICI a chip, 6.4 Tb/s DCN a pod",
+        ),
+        Chip(
+            "v5p",
+            *(459e12, 95 * GIB, 2765e9, 100e9),
+            axes=3,
+            wrap=4,
+            network_bandwidth=50e9 / 8,
+            devices=1,
+            largest=6144,
+            host_chips=4,
+            sources="cloud.google.com/tpu/docs/v5p: 1200 GB/s ICI and 50 Gb/s DCN a chip",
+        ),
+        Chip(
+            "v6e",
+            *(918e12, 32 * GIB, 1638e9, 100e9),
+            axes=2,
+            wrap=16,
+            network_bandwidth=25.6e12 / 8 / 256,
+            devices=1,
+            largest=256,
+            host_chips=4,
+            sources="cloud.google.com/tpu/docs/v6e: 800 GB/s ICI a chip, 25.6 Tb/s DCN a pod",
+        ),
+        Chip(
+            "tpu7x",
+            *(2307e12, 192 * GIB, 7380e9, 100e9),
+            axes=3,
+            wrap=4,
+            network_bandwidth=100e9 / 8,
+            devices=2,
+            largest=9216,
+            host_chips=4,
+            sources="docs.cloud.google.com/tpu/docs/tpu7x: 1200 GB/s ICI, 100 Gb/s DCN a chip",
+        ),
+        Chip(
+            "h100",
+            *(989e12, 80e9, 3350e9, 450e9),
+            axes=0,
+            wrap=0,
+            network_bandwidth=400e9 / 8,
+            devices=1,
+            largest=2**20,
+            host_chips=8,
+            sources="NVIDIA H100 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H100",
+        ),
+    )
+}
+
+
+def chip(name: str) -> Chip:
+    """Returns the chip of that name.
+
+    Raises:
+      InputError: if there is none.
+    """
+    require(name in CHIPS, "--topology", name, "of one of " + ", ".join(CHIPS) + ", as v5p:4x4x4")
+    return CHIPS[name]

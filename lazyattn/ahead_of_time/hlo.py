@@ -1,0 +1,266 @@
+"""A compiled module's text as instructions, and how often each of them runs.
+
+XLA's own cost analysis counts a loop's body once. Here a loop counts as often as its
+condition says: those of a train step (layers, chunks, microbatches) run from zero to a
+constant.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {
+    "pred": 1,
+    **dict.fromkeys(("s8", "u8", "f8e4m3fn", "f8e5m2", "s4", "u4"), 1),
+    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64"), 8),
+}
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+_HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$")
+_NAME = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|async_execution_thread)=%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of one device.
+
+    Attributes:
+      dtype: HLO's name of it.
+      shape: dimensions.
+      on_chip: whether it lies in vector memory rather than in HBM.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes, without padding; 0 for tokens and the like."""
+        return _BYTES.get(self.dtype, 0) * self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: without the percent sign.
+      opcode: such as "fusion".
+      arrays: its result, or the results' arrays one after the other.
+      operands: names.
+      rest: attributes as text.
+      root: whether it is its computation's result.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of the result that lie in HBM."""
+        return sum(array.bytes for array in self.arrays if not array.on_chip)
+
+    def attribute(self, name: str) -> str | None:
+        """Returns the computation an attribute such as "body" names."""
+        match = re.search(rf"\b{name}=%([\w.\-]+)", self.rest)
+        return None if match is None else match[1]
+
+    @property
+    def op_name(self) -> str:
+        """Where it came from in the program, or ""."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return "" if match is None else match[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of the module; `instructions` by name, in order."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Who uses the result of each instruction."""
+        found: dict[str, list[Instruction]] = collections.defaultdict(list)
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                found[operand].append(instruction)
+        return found
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """The parameters by number."""
+        return {
+            int(instruction.operands[0]): instruction
+            for instruction in self.instructions.values()
+            if instruction.opcode == "parameter"
+        }
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return next(i for i in self.instructions.values() if i.root)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled module.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the first one to run.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Module":
+        """Reads `compiled.as_text()`."""
+        computations: dict[str, Computation] = {}
+        entry, name = "", None
+        instructions: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if name is None:
+                if head := _HEAD.match(line):
+                    name, instructions = head[2], {}
+                    entry = name if head[1] else entry
+            elif line.startswith("}"):
+                computations[name] = Computation(name, instructions)
+                name = None
+            elif instruction := _instruction(line):
+                instructions[instruction.name] = instruction
+        return cls(computations, entry)
+
+    def running(self) -> Iterator[tuple[Instruction, Computation, int]]:
+        """Yields what is scheduled: instruction, computation, times it runs.
+
+        The inside of fusions is not scheduled by itself and not yielded; a loop or a
+        call is yielded, and then what it runs.
+        """
+        yield from self._running(self.entry, 1)
+
+    def _running(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
+        computation = self.computations[name]
+        for instruction in computation.instructions.values():
+            yield instruction, computation, times
+            if instruction.opcode == "while":
+                body = instruction.attribute("body")
+                if body is not None:
+                    yield from self._running(body, times * self.trip_count(instruction))
+            elif instruction.opcode in ("call", "async-start"):
+                called = instruction.attribute("calls") or instruction.attribute("to_apply")
+                if called is not None:
+                    yield from self._running(called, times)
+            elif instruction.opcode == "conditional":
+                # The dearer branch is not known here: all count.
+                for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.rest)):
+                    if branch in self.computations:
+                        yield from self._running(branch, times)
+
+    def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """Yields what a fusion consists of, fusions inside it included."""
+        called = instruction.attribute("calls")
+        if instruction.opcode != "fusion" or called is None:
+            return
+        computation = self.computations[called]
+        for part in computation.instructions.values():
+            yield part, computation
+            yield from self.inside(part)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """Returns how often a loop's body runs; 1 where that can't be read.
+
+        Args:
+          loop: a `while`.
+        """
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known is not None:
+            return int(known[1])
+        name = loop.attribute("condition")
+        condition = self.computations.get(name or "")
+        if condition is None:
+            return 1
+        root = condition.root
+        if root.opcode == "fusion":
+            inner = self.computations[root.attribute("calls") or ""]
+            comparison = inner.root
+        else:
+            comparison = root
+        direction = re.search(r"direction=(\w+)", comparison.rest)
+        constants = [
+            int(i.operands[0])
+            for i in condition.instructions.values()
+            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.operands[0])
+        ]
+        if direction is None or direction[1] not in ("LT", "NE", "GT") or len(constants) != 1:
+            return 1
+        return max(constants[0], 1)
+
+
+def _branches(rest: str) -> str:
+    match = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    if match is not None:
+        return match[1]
+    return " ".join(re.findall(r"(?:true|false)_computation=%[\w.\-]+", rest))
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = _NAME.match(line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end + 1 :]
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    inner = rest[start + 1 : stop]
+    opcode = rest[:start]
+    operands: tuple[str, ...]
+    if opcode in ("parameter", "constant"):
+        operands = (inner,)
+    else:
+        operands = tuple(re.findall(r"%([\w.\-]+)", inner))
+    arrays = tuple(
+        Array(
+            match[1],
+            tuple(int(size) for size in match[2].split(",") if size),
+            "S(1)" in (match[3] or ""),
+        )
+        for match in _ARRAY.finditer(re.sub(r"/\*.*?\*/", "", kind))
+    )
+    return Instruction(head[2], opcode, arrays, operands, rest[stop + 1 :], bool(head[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the parenthesis opened at `start` closes."""
+    depth = 0
+    for index in range(start, len(text)):
+        if text[index] == "(":
+            depth += 1
+        elif text[index] == ")":
+            depth -= 1
+            if depth == 0:
+                return index
+    return len(text)

@@ -1,0 +1,179 @@
+"""What a step does on one device: floating-point operations, and bytes to and from HBM."""
+
+import dataclasses
+import math
+
+from lazyattn.ahead_of_time.hlo import Array, Computation, Instruction, Module
+
+# The TPU kernels' names begin like this, with their products in units of one (queries
+# with keys) over all visible pairs, nothing skipped: forward 2 (scores, twice) + values
+# + their sum over live entries; backward 5.
+KERNELS = {"lazy_forward": 4, "lazy_backward": 5}
+
+# Neither read nor write anything.
+_FREE = frozenset(
+    {
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
+        *("conditional", "after-all", "partition-id", "replica-id", "opt-barrier"),
+        *("copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+        *("async-start", "async-update", "async-done", "send-done", "recv-done", "domain"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One step's work on one device.
+
+    Attributes:
+      weight_flops: of products outside the attention kernels.
+      attention_flops: of the attention kernels, if they skip nothing.
+      hbm_bytes: read and written by scheduled instructions.
+      kernel_calls: how often each attention kernel runs.
+    """
+
+    weight_flops: float
+    attention_flops: float
+    hbm_bytes: float
+    kernel_calls: dict[str, int]
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations of products."""
+        return self.weight_flops + self.attention_flops
+
+
+def count(module: Module, length: int) -> Work:
+    """Returns the work of a module.
+
+    Args:
+      module: a compiled train step.
+      length: tokens a row, of which a token sees (length + 1) / 2 on average.
+    """
+    weights = attention = hbm = 0.0
+    calls: dict[str, int] = {}
+    for instruction, computation, times in module.running():
+        parts = [instruction, *(part for part, _ in module.inside(instruction))]
+        owners = [computation, *(owner for _, owner in module.inside(instruction))]
+        for part, owner in zip(parts, owners, strict=True):
+            weights += times * product_flops(part, owner)
+        kernel = kernel_of(instruction)
+        if kernel is not None:
+            calls[kernel] = calls.get(kernel, 0) + times
+            pairs = _query_elements(instruction, computation) * (length + 1) / 2
+            attention += times * KERNELS[kernel] * 2.0 * pairs
+        hbm += times * hbm_bytes(instruction, computation, module)
+    return Work(weights, attention, hbm, calls)
+
+
+def kernel_of(instruction: Instruction) -> str | None:
+    """Returns the name of the attention kernel that an instruction calls, if it does."""
+    if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.rest:
+        return None
+    return next((name for name in KERNELS if instruction.name.startswith(name)), None)
+
+
+def _query_elements(call: Instruction, computation: Computation) -> int:
+    """Returns batch x heads x length x head size of a kernel's queries.
+
+    Every kernel has results of the queries' shape, and they are its largest ones where
+    keys are no longer than queries.
+    """
+    del computation
+    return call.arrays[0].size
+
+
+def product_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns the floating-point operations of a matrix product, 0 for anything else.
+
+    libtpu writes a product as a convolution. For [m, k] by [k, n] the three sizes give
+    m k n = sqrt(mk kn mn), whatever the dimensions are called; a batch axis common to all
+    three would count with its square root too much, and none of our products has one.
+    """
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0.0
+    sizes = [
+        math.prod(computation.instructions[name].arrays[0].shape)
+        for name in instruction.operands[:2]
+    ]
+    return 2.0 * math.sqrt(sizes[0] * sizes[1] * instruction.arrays[0].size)
+
+
+def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
+    """Returns what an instruction reads from and writes to HBM, in bytes.
+
+    Results and operands once each, but for what lies in vector memory; of what is only
+    sliced or updated in place, the slice.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE:
+        return 0.0
+
+    def operand(index: int) -> Instruction:
+        return computation.instructions[instruction.operands[index]]
+
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * instruction.hbm_bytes
+    if opcode == "dynamic-update-slice":
+        return 2.0 * operand(1).hbm_bytes
+    if opcode == "copy-start":
+        # (destination, source, context): read one, write the other.
+        return float(sum(a.bytes for a in instruction.arrays[:2] if not a.on_chip))
+    if opcode == "fusion":
+        called = module.computations[instruction.attribute("calls") or ""]
+        read = sum(
+            min(_bytes_read(called, index, module), operand(index).hbm_bytes)
+            for index in range(len(instruction.operands))
+            if operand(index).hbm_bytes
+        )
+        return float(read + _bytes_written(called, instruction, module))
+    read = sum(computation.instructions[name].hbm_bytes for name in instruction.operands)
+    return float(read + instruction.hbm_bytes)
+
+
+def _bytes_read(computation: Computation, index: int, module: Module) -> float:
+    """Returns how much of a fusion's parameter is read."""
+    return _read_of(computation, computation.parameters[index], module)
+
+
+def _read_of(computation: Computation, value: Instruction, module: Module) -> float:
+    total = 0.0
+    for user in computation.users[value.name]:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
+            total += user.bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue
+        elif user.opcode == "bitcast":
+            total += _read_of(computation, user, module)
+        elif user.opcode == "fusion":
+            called = module.computations[user.attribute("calls") or ""]
+            for index, name in enumerate(user.operands):
+                if name == value.name:
+                    total += _bytes_read(called, index, module)
+        else:
+            return float(value.bytes)
+    return min(total, float(value.bytes))
+
+
+def _bytes_written(called: Computation, fusion: Instruction, module: Module) -> float:
+    """Returns how much of a fusion's results is written to HBM."""
+    results = [called.root]
+    if called.root.opcode == "tuple":
+        results = [called.instructions[name] for name in called.root.operands]
+    if len(results) != len(fusion.arrays):
+        return float(fusion.hbm_bytes)
+    return sum(
+        0.0 if array.on_chip else _written(result, called, array, module)
+        for result, array in zip(results, fusion.arrays, strict=True)
+    )
+
+
+def _written(result: Instruction, owner: Computation, array: Array, module: Module) -> float:
+    while result.opcode == "bitcast":
+        result = owner.instructions[result.operands[0]]
+    if result.opcode == "dynamic-update-slice":
+        return float(owner.instructions[result.operands[1]].bytes)
+    if result.opcode == "fusion" and len(result.arrays) == 1:
+        inner = module.computations[result.attribute("calls") or ""]
+        return _written(inner.root, inner, array, module)
+    return float(array.bytes)

@@ -27,6 +27,7 @@ class Size:
       kv_heads: key/value heads; None: as many as heads.
       mlp_width: of SwiGLU; None: 8/3 width, rounded up to 256.
       learning_rate: peak.
+      tokens_per_step: of a batch.
       remat: what the backward pass recomputes.
     """
 
@@ -37,6 +38,7 @@ class Size:
     kv_heads: int | None = None
     mlp_width: int | None = None
     learning_rate: float = 1e-3
+    tokens_per_step: int = 524_288  # trainer: 8 devices of 65,536 tokens
     remat: str = "full"
 
 
@@ -44,22 +46,22 @@ SIZES = {
     # trainer: width 1024, 24 layers, 16 heads, lr 1e-3. ours: remat.
     "340m": Size(340e6, 1024, 24, 16),
     # paper: the count. ours: the shape. Width 1536 is that of GPT-3's 760M (Brown et
-    # al. 2020, table 2.1); 25 layers of head size 64 make 758M with this vocabulary.
+    # al., arXiv 2005.14165, table 2.1); 25 layers and heads of 64 make 758M with this
+    # vocabulary.
     "760m": Size(760e6, 1536, 25, 24),
     # trainer: the shape, transformer_1B. ours: lr as for the smaller ones.
     "1300m": Size(1.3e9, 2048, 24, 32),
-    # trainer: the shape, transformer_7B. Its lr for this size is not published; 3e-4 is
-    # that of LLaMA 7B (Touvron et al. 2023, table 2).
-    "7b": Size(7e9, 4096, 32, 32, kv_heads=8, mlp_width=14_336, learning_rate=3e-4),
-    # ours: the shape and lr of Llama 2 70B (Touvron et al. 2023b, section 2).
-    "70b": Size(70e9, 8192, 80, 64, kv_heads=8, mlp_width=28_672, learning_rate=1.5e-4),
+    # trainer: the shape, transformer_7B. ours: lr and tokens a step, which are those of
+    # LLaMA 7B (Touvron et al., arXiv 2302.13971, table 2).
+    "7b": Size(7e9, 4096, 32, 32, 8, 14_336, learning_rate=3e-4, tokens_per_step=2**22),
+    # ours: shape, lr and tokens a step, which are those of Llama 2 70B (Touvron et al.,
+    # arXiv 2307.09288, table 1 and section 2).
+    "70b": Size(70e9, 8192, 80, 64, 8, 28_672, learning_rate=1.5e-4, tokens_per_step=2**22),
 }
 
-# trainer: 8 devices of 65,536 tokens a step.
-TOKENS_PER_STEP = 524_288
-# The data's name -> optimizer steps. trainer: 20,480 steps are 10.7B tokens. ours: ten
+# The data's name -> tokens of a run. trainer: 20,480 steps of 524,288 for 10B. ours: ten
 # times as many for 100B.
-STEPS = {"10b": 20_480, "100b": 204_800}
+TOKENS = {"10b": 20_480 * 524_288, "100b": 204_800 * 524_288}
 
 
 def recipe(
@@ -69,12 +71,12 @@ def recipe(
 
     Args:
       size: a key of `SIZES`.
-      tokens: a key of `STEPS`: the run's length, and the sample of FineWeb-Edu.
+      tokens: a key of `TOKENS`: the run's length, and the sample of FineWeb-Edu.
       attention: as in `configs.base.with_attention`, e.g. "paper" or "sharp".
       sequence_length: tokens a row. paper: 4096.
     """
     require(size in SIZES, "the size", size, "one of " + ", ".join(SIZES))
-    require(tokens in STEPS, "the number of tokens", tokens, "one of " + ", ".join(STEPS))
+    require(tokens in TOKENS, "the number of tokens", tokens, "one of " + ", ".join(TOKENS))
     shape = SIZES[size]
     config = defaults()
 
@@ -94,7 +96,7 @@ def recipe(
 
     config.data.path = f"data/fineweb_edu_{tokens}"  # ours: where `prepare` was told to write
     config.data.sequence_length = sequence_length
-    config.data.batch_size = TOKENS_PER_STEP // sequence_length
+    config.data.batch_size = shape.tokens_per_step // sequence_length
     config.data.packing = "split"  # trainer: documents end to end, cut at row ends
 
     config.optimizer.learning_rate = shape.learning_rate
@@ -107,9 +109,9 @@ def recipe(
     config.optimizer.weight_decay = 0.1  # ours: the trainer has a setting, runs differ
     config.optimizer.clip_norm = 1.0  # trainer
 
-    config.training.steps = STEPS[tokens]
+    config.training.steps = TOKENS[tokens] // shape.tokens_per_step
     config.training.checkpoint_every = 500  # ours, as all that follows
-    config.training.keep_every = STEPS[tokens] // 10
+    config.training.keep_every = config.training.steps // 10
     config.training.eval_every = 1000
     config.training.eval_batches = 16
 

@@ -17,8 +17,8 @@ def library() -> Path | None:
     if named:
         return Path(named)
     spec = importlib.util.find_spec("libtpu")
-    folders: list[str | Path] = [FOLDER / "libtpu", *(spec.submodule_search_locations or [] if spec else [])]
-    for folder in folders:
+    installed = spec.submodule_search_locations if spec is not None else None
+    for folder in (FOLDER / "libtpu", *(installed or ())):
         path = Path(folder) / "libtpu.so"
         if path.exists():
             return path

@@ -1,15 +1,16 @@
-"""The only entry point: trains, evaluates and samples.
+"""The only entry point: trains, evaluates, samples, and compiles for chips elsewhere.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=configs/quickstart.py --workdir=DIR --config.training.steps=50
-    python train.py --mode=eval --workdir=runs/quickstart
+    python train.py --mode=eval --workdir=runs/quickstart --contexts=256,512,1024
     python train.py --mode=sample --workdir=runs/quickstart --prompt="The "
+    python train.py --mode=compile --config=configs/lazy_7b_100b.py --topology=v5p:4x4x4
 
 Training goes on from the newest checkpoint in --workdir. eval and sample read the
 settings from the checkpoint, so they need no --config.
 
-Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, 2 when
-something given is wrong, 130 when stopped by Ctrl-C.
+Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop or what
+--mode=compile looked at does not fit, 2 when something given is wrong, 130 when stopped by Ctrl-C.
 """
 
 import sys
@@ -19,22 +20,23 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lazyattn import command_line
+from lazyattn.ahead_of_time import options as ahead_of_time_options
 from lazyattn.errors import InputError
+from lazyattn.evaluation import options as evaluation_options
 from lazyattn.experiment import ExperimentConfig, from_config_dict
+from lazyattn.generation import options as generation_options
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/quickstart.py; FILE:NAME for a kind of attention."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, settings.")
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval or sample.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval, sample or compile.")
 _CACHE_DIR = flags.DEFINE_string(
     "cache_dir", None, "Folder for prepared data; default: LAZYATTN_CACHE or the user's cache."
 )
-_PROMPT = flags.DEFINE_string("prompt", "", "sample: text to continue.")
-_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: tokens to add at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sample: 0 takes the likeliest token.")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "sample: share of probability to draw from.")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: seed of the draws.")
+evaluation_options.define()
+generation_options.define()
+ahead_of_time_options.define()
 
 
 def _workdir() -> str:
@@ -64,24 +66,47 @@ def _train() -> int:
 
 
 def _eval() -> int:
+    options = evaluation_options.options()
     experiment, path = _experiment(), _workdir()
     from lazyattn.evaluation.checkpoint import evaluate
 
-    evaluate(path, experiment, _CACHE_DIR.value)
+    evaluate(path, experiment, _CACHE_DIR.value, options)
     return 0
 
 
 def _sample() -> int:
+    sampling = generation_options.sampling_config()
     experiment, path = _experiment(), _workdir()
     from lazyattn.generation.checkpoint import sample
-    from lazyattn.generation.sampling import SamplingConfig
 
-    sampling = SamplingConfig(_TOKENS.value, _TEMPERATURE.value, _TOP_P.value)
-    sample(path, _PROMPT.value, sampling, seed=_SEED.value, experiment=experiment)
+    given = flags.FLAGS
+    sample(
+        path,
+        given.prompt,
+        sampling,
+        seed=given.seed,
+        stop=given.stop,
+        beyond_table=given.beyond_table,
+        experiment=experiment,
+    )
     return 0
 
 
-_MODES: dict[str, Callable[[], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+def _compile() -> int:
+    experiment, topology = _experiment(), ahead_of_time_options.topology()
+    if experiment is None:
+        raise InputError("--config is not given, but --mode=compile needs a config file.")
+    from lazyattn.ahead_of_time.run import compile_report
+
+    return compile_report(experiment, topology)
+
+
+_MODES: dict[str, Callable[[], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "compile": _compile,
+}
 
 
 def _refuse(error: InputError) -> int:

@@ -1,31 +1,82 @@
-"""`--mode=eval`: the validation figures of a run's newest checkpoint."""
+"""`--mode=eval`: a run's newest checkpoint, measured as the flags say."""
 
+import json
 import os
+from pathlib import Path
 
 from lazyattn.data.pipeline import prepare, unigram_entropy
 from lazyattn.errors import InputError
+from lazyattn.evaluation import extrapolation
+from lazyattn.evaluation.documents import (
+    VALIDATION,
+    Corpus,
+    Text,
+    read_texts,
+    tokenize,
+    validation_texts,
+)
+from lazyattn.evaluation.lambada import read_lambada, tokenize_passages
+from lazyattn.evaluation.options import EvaluationOptions
 from lazyattn.evaluation.perplexity import Evaluator, validation_rows
+from lazyattn.evaluation.scoring import Scorer
 from lazyattn.experiment import ExperimentConfig
+from lazyattn.generation.cache import check_context
 from lazyattn.sharding import check_batch
-from lazyattn.training.workdir import load_trained
+from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
+
+_FOLDER = "evaluation"
 
 
 def evaluate(
     path: str | os.PathLike[str],
     experiment: ExperimentConfig | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    options: EvaluationOptions | None = None,
 ) -> None:
-    """Prints validation loss, perplexity and bits per byte.
+    """Measures and prints what was asked for; without any, the validation figures.
 
     Args:
       path: the run's folder.
       experiment: settings to use; None: the checkpoint's own.
       cache_dir: where prepared data is kept; None: the user's cache.
+      options: what to measure; None: the validation figures.
 
     Raises:
-      InputError: if there is no checkpoint, or the data is not what it was.
+      InputError: if there is no checkpoint or tokenizer, the data is not what it was,
+        or something asked for is wrong, all before anything is compiled.
     """
+    options = EvaluationOptions() if options is None else options
+    texts = {name: read_texts(name) for name in options.texts if name != VALIDATION}
+    passages = None if options.lambada is None else read_lambada(options.lambada)
+    if options.tasks:
+        _check_tasks(options)
+    check_tokenizer(path)
     trained = load_trained(path, experiment)
+    folder = Path(options.output) if options.output else Path(path).expanduser() / _FOLDER
+    contexts = options.contexts or (trained.experiment.data.sequence_length,)
+    for context in contexts:
+        check_context(
+            context,
+            trained.experiment.model,
+            trained.experiment.data.sequence_length,
+            name="--contexts" if options.contexts else "the context",
+            beyond_table=options.beyond_table,
+        )
+    print(f"checkpoint       {trained.checkpoint}")
+    if options.tasks:
+        _print_tasks(trained, options, contexts[0], folder)
+    # A list of contexts alone is a question about the run's own text.
+    about_text = bool(texts or passages or VALIDATION in options.texts)
+    if about_text or (options.contexts and not options.tasks):
+        names = options.texts if about_text else (VALIDATION,)
+        corpora = [_corpus(trained, name, texts) for name in names]
+        _print_texts(trained, options, corpora, passages or [], contexts, folder)
+    elif not options.tasks:
+        _print_validation(trained, cache_dir)
+
+
+def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Prints loss, perplexity and bits per byte of the rows that training validates on."""
     experiment = trained.experiment
     check_batch(trained.mesh, experiment.data.batch_size)
     prepared = prepare(experiment.data, cache_dir)
@@ -38,10 +89,92 @@ def evaluate(
         experiment.model, trained.mesh, trained.param_shardings, trained.tokenizer.bytes_per_token
     )
     found = evaluator(trained.params, validation_rows(experiment, prepared))
-    print(f"checkpoint       {trained.checkpoint}")
     print(
         f"validation loss  {found.loss:.4f} nats a token over {found.tokens:,} tokens"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"
     )
     print(f"perplexity       {found.perplexity:.3f}")
     print(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
+
+
+def _corpus(trained: TrainedModel, name: str, texts: dict[str, list[Text]]) -> Corpus:
+    held_out = name == VALIDATION
+    found = validation_texts(trained.experiment.data) if held_out else texts[name]
+    return tokenize(Path(name).stem, found, trained.tokenizer)
+
+
+def _print_texts(
+    trained: TrainedModel,
+    options: EvaluationOptions,
+    corpora: list[Corpus],
+    passages: list[str],
+    contexts: tuple[int, ...],
+    folder: Path,
+) -> None:
+    """Measures texts at every context; prints a table and writes it, data and plot."""
+    scorer = Scorer(
+        trained.params,
+        trained.experiment.model,
+        trained.mesh,
+        batch_tokens=options.batch_tokens,
+        exact=options.precision == "float32",
+    )
+    tokens = tokenize_passages(passages, trained.tokenizer)
+    texts, lambada = extrapolation.extrapolate(scorer, corpora, tokens, contexts, options.stride)
+    length = trained.experiment.data.sequence_length
+    table = extrapolation.as_table(texts, lambada, length)
+    print(f"\n{table}\n\n{scorer.compilations} shapes were compiled.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "contexts.md").write_text(table + "\n")
+    data = extrapolation.as_data(texts, lambada, length)
+    data["checkpoint"] = str(trained.checkpoint)
+    (folder / "contexts.json").write_text(json.dumps(data, indent=2) + "\n")
+    drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
+    more = "" if drawn else " There is no picture: matplotlib is not installed."
+    print(f"Written to {folder}.{more}")
+
+
+def _check_tasks(options: EvaluationOptions) -> None:
+    """Checks the tasks before a checkpoint is read, let alone compiled for."""
+    import tempfile
+
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--tasks needs lm-evaluation-harness, which is not installed: pip install -r"
+            " requirements/evaluation.txt."
+        ) from None
+    from lazyattn.evaluation.benchmarks import find_tasks
+
+    with tempfile.TemporaryDirectory() as work:
+        find_tasks(options.tasks, options.tasks_dir, Path(work))
+
+
+def _print_tasks(
+    trained: TrainedModel, options: EvaluationOptions, context: int, folder: Path
+) -> None:
+    """Runs the harness; prints the table and writes it beside the harness's results."""
+    from lazyattn.evaluation import benchmarks, harness
+
+    harness.quiet()
+    lm = harness.LazyAttentionLM.from_trained(
+        trained,
+        context=context,
+        beyond_table=options.beyond_table,
+        batch_tokens=options.batch_tokens,
+        exact=options.precision == "float32",
+    )
+    results, written = harness.run_tasks(
+        lm,
+        options.tasks,
+        tasks_dir=options.tasks_dir,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        name=f"{Path(trained.checkpoint).parents[1].name}-{trained.step}",
+        output=folder,
+    )
+    table = benchmarks.as_table(results["results"])
+    print(f"\n{table}\n\n{lm.scorer.compilations} shapes were compiled.")
+    (folder / "benchmarks.md").write_text(table + "\n")
+    print(f"Written to {folder}: benchmarks.md, and the harness's own {written}.")

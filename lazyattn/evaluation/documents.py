@@ -165,7 +165,7 @@ def wikitext_to_plain(page: str) -> str:
         page = page.replace(f" {mark} ", f"{mark} ")
     for left, right in _PAIRS:
         inside = rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"
-        page = re.sub(inside, lambda match, a=left, b=right: a + match[1] + b, page)
+        page = re.sub(inside, rf"{left}\1{right}", page)
     for title in _TITLES:
         page = page.replace(title, title.replace(" ", ""))
     page = page.replace(" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}")

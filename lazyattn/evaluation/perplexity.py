@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from lazyattn import sharding
 from lazyattn.data.pipeline import Batch as HostBatch
-from lazyattn.data.pipeline import PreparedData, validation_batches
+from lazyattn.data.pipeline import TrainingData, validation_batches
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.config import ModelConfig
 from lazyattn.training.objective import Batch, LossFn, counted, make_loss_fn
@@ -109,7 +109,7 @@ def _sums(
     return loss_fn(params, batch).nll, jnp.sum(mask), jnp.sum(size)
 
 
-def validation_rows(experiment: ExperimentConfig, prepared: PreparedData) -> Iterator[HostBatch]:
+def validation_rows(experiment: ExperimentConfig, prepared: TrainingData) -> Iterator[HostBatch]:
     """Returns this process's share of the validation batches that the settings ask for."""
     batches = validation_batches(
         prepared,

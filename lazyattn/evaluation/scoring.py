@@ -99,7 +99,7 @@ class Scorer:
         self._params = params
         self._mesh = mesh
         self._batch_tokens = batch_tokens
-        self._precision = "highest" if exact else None
+        self.precision = "highest" if exact else None
         self._score: Any = jax.jit(functools.partial(_score, self.config))
 
     @property
@@ -113,7 +113,11 @@ class Scorer:
         return max(1, self._batch_tokens // (length * shards)) * shards
 
     def __call__(
-        self, sequences: Sequence[Sequence[int]], *, context: int, label: str = ""
+        self,
+        sequences: Sequence[Sequence[int] | Int[np.ndarray, " tokens"]],
+        *,
+        context: int,
+        label: str = "",
     ) -> list[Scores]:
         """Returns the scores of each sequence, in the order given.
 
@@ -176,7 +180,7 @@ class Scorer:
 
     def _run(self, batch: Int32[np.ndarray, "rows tokens"]) -> tuple[Array, Array]:
         """Returns nll and greedy of a batch, on their way."""
-        with jax.set_mesh(self._mesh), jax.default_matmul_precision(self._precision):
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision(self.precision):
             tokens = sharding.shard_batch({"tokens": batch}, self._mesh)["tokens"]
             return self._score(self._params, tokens)
 

@@ -1,47 +1,76 @@
 """`--mode=sample`: text from a run's newest checkpoint."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
+from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.generation.cache import trained_cache_length
-from lazyattn.generation.decode import generate_text
+from lazyattn.generation.cache import check_context, trained_cache_length
 from lazyattn.generation.sampling import SamplingConfig
-from lazyattn.training.workdir import load_trained
+from lazyattn.generation.text import generate_text, stream_text
+from lazyattn.training.workdir import check_tokenizer, load_trained
 
 
 def sample(
     path: str | os.PathLike[str],
-    prompt: str,
+    prompts: Sequence[str],
     sampling: SamplingConfig,
     *,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    beyond_table: bool = False,
     experiment: ExperimentConfig | None = None,
 ) -> None:
-    """Prints the prompt and its continuation, and nothing else.
+    """Prints each prompt and its continuation, and nothing else.
+
+    One prompt is continued before the reader's eyes; several, which are decoded as
+    one batch, are printed when all are done, with an empty line between them.
 
     Args:
       path: the run's folder.
-      prompt: may be empty: then a document is written from its start.
+      prompts: may be empty texts: then a document is written from its start.
       sampling: how to draw, and how many tokens.
       seed: of the draws.
+      stop: a continuation ends before the first of these strings.
+      beyond_table: go on where a bias table without a tail ends.
       experiment: settings to use; None: the checkpoint's own.
 
     Raises:
-      InputError: if there is no checkpoint, or the text would not fit a cache whose
-        length the model fixes.
+      InputError: if there is no checkpoint or tokenizer, or the text would not fit a
+        cache whose length the model fixes, or go past its bias table.
     """
+    if "" in stop:
+        raise InputError("--stop is '', but it must be a text of at least one character.")
+    check_tokenizer(path)
     trained = load_trained(path, experiment)
-    model = trained.experiment.model
+    model, tokenizer = trained.experiment.model, trained.tokenizer
+    trained_length = trained.experiment.data.sequence_length
+    longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in prompts)
+    check_context(
+        longest + sampling.max_new_tokens,
+        model,
+        trained_length,
+        name="the prompt's tokens and --max_new_tokens together",
+        beyond_table=beyond_table,
+    )
+    how: dict[str, Any] = {
+        "sampling": sampling,
+        "key": jax.random.PRNGKey(seed),
+        "stop": stop,
+        "cache_length": trained_cache_length(model, trained_length),
+    }
     with jax.set_mesh(trained.mesh):
-        (text,) = generate_text(
-            trained.params,
-            model,
-            trained.tokenizer,
-            [prompt],
-            sampling=sampling,
-            key=jax.random.PRNGKey(seed),
-            cache_length=trained_cache_length(model, trained.experiment.data.sequence_length),
-        )
-    print(prompt + text)
+        if len(prompts) > 1:
+            texts = generate_text(trained.params, model, tokenizer, prompts, **how)
+            both = zip(prompts, texts, strict=True)
+            print("\n\n".join(prompt + text for prompt, text in both))
+            return
+        shown = ""
+        print(prompts[0], end="", flush=True)
+        for (text,) in stream_text(trained.params, model, tokenizer, prompts, **how):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print()

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,8 @@ from lazyattn.generation.sampling import SamplingConfig, next_token
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 
-# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
-_PROMPT_MULTIPLE = 32
-
 # An id that no token has.
-_NO_TOKEN = -1
+NO_TOKEN = -1
 
 
 class Continuation(NamedTuple):
@@ -33,19 +30,6 @@ class Continuation(NamedTuple):
 
     tokens: Int[Array, "batch new"]
     lengths: Int[Array, " batch"]
-
-
-class TextTokenizer(Protocol):
-    """What `generate_text` needs of a tokenizer."""
-
-    bos_id: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without special tokens."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`."""
 
 
 def generate(
@@ -80,6 +64,28 @@ def generate(
       InputError: for an empty prompt, one that does not fit the cache with its
         continuation, ids outside the vocabulary, or shapes that do not go together.
     """
+    cache_length = check_prompts(prompts, prompt_lengths, config, sampling, cache_length)
+    prompts, prompt_lengths = np.asarray(prompts), np.asarray(prompt_lengths)
+    return _generate(
+        params,
+        jnp.asarray(prompts[:, :cache_length], jnp.int32),
+        jnp.asarray(prompt_lengths, jnp.int32),
+        key,
+        jnp.asarray(NO_TOKEN if eos_id is None else eos_id, jnp.int32),
+        config=config,
+        sampling=sampling,
+        cache_length=cache_length,
+    )
+
+
+def check_prompts(
+    prompts: Int[np.ndarray | Array, "batch prompt_length"],
+    prompt_lengths: Int[np.ndarray | Array, " batch"],
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    cache_length: int | None,
+) -> int:
+    """Returns the length of the cache; arguments and errors as in `generate`."""
     prompts, prompt_lengths = np.asarray(prompts), np.asarray(prompt_lengths)
     require(
         prompts.ndim == 2 and prompts.size > 0, "prompts' shape", prompts.shape, "[batch, length]"
@@ -119,29 +125,112 @@ def generate(
         f"at most {cache_length - sampling.max_new_tokens}: the cache has room for {cache_length}"
         f" tokens, of which max_new_tokens takes {sampling.max_new_tokens}",
     )
-    return _generate(
-        params,
-        jnp.asarray(prompts[:, :cache_length], jnp.int32),
-        jnp.asarray(prompt_lengths, jnp.int32),
-        key,
-        jnp.asarray(_NO_TOKEN if eos_id is None else eos_id, jnp.int32),
-        config=config,
-        sampling=sampling,
-        cache_length=cache_length,
-    )
+    return cache_length
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Progress:
-    """The decoding loop's state: `count` columns of `tokens` are filled."""
+class Progress:
+    """The state of decoding: `count` columns of `tokens` are filled.
+
+    Attributes:
+      count: int32, tokens drawn for each row so far.
+      token: int32, the last of them.
+      tokens: int32, new tokens, 0 where a row has ended.
+      lengths: int32, new tokens of each row before its end.
+      ended: rows that draw no more.
+      seen: tokens each row holds, for the repetition penalty; None without one.
+      cache: keys and values of all tokens but the last.
+    """
 
     count: Int[Array, ""]
     token: Int[Array, " batch"]
     tokens: Int[Array, "batch new"]
     lengths: Int[Array, " batch"]
     ended: Bool[Array, " batch"]
+    seen: Bool[Array, "batch vocab"] | None
     cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """How one token follows another; what is compiled is a method of it."""
+
+    params: Mapping[str, Any]
+    config: ModelConfig
+    sampling: SamplingConfig
+    key: Array
+    eos_id: Int[Array, ""]
+
+    def start(
+        self,
+        prompts: Int[Array, "batch prompt_length"],
+        prompt_lengths: Int[Array, " batch"],
+        cache_length: int,
+    ) -> Progress:
+        """Returns the state with each row's first new token."""
+        batch, width = prompts.shape
+        rows = jnp.arange(batch)
+        seen = None
+        if self.sampling.repetition_penalty != 1:
+            # The padding is no part of a row, so its ids go out of bounds.
+            real = jnp.arange(width) < prompt_lengths[:, None]
+            ids = jnp.where(real, prompts, self.config.vocab_size)
+            seen = jnp.zeros((batch, self.config.vocab_size), bool)
+            seen = seen.at[rows[:, None], ids].set(True, mode="drop")
+        # The prompts' padding is written to the cache as well, then forgotten.
+        hidden, cache = self._feed(prompts, init_cache(self.config, batch, cache_length))
+        start = Progress(
+            count=jnp.zeros((), jnp.int32),
+            token=jnp.zeros(batch, jnp.int32),
+            tokens=jnp.zeros((batch, self.sampling.max_new_tokens), jnp.int32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            ended=jnp.zeros(batch, bool),
+            seen=seen,
+            cache=dataclasses.replace(cache, lengths=prompt_lengths),
+        )
+        return self._add(start, hidden[rows, prompt_lengths - 1])
+
+    def advance(self, progress: Progress, until: Int[Array, ""] | int) -> Progress:
+        """Returns the state when `until` tokens are drawn or every row has ended."""
+
+        def unfinished(progress: Progress) -> Bool[Array, ""]:
+            return (progress.count < until) & ~jnp.all(progress.ended)
+
+        return jax.lax.while_loop(unfinished, self._step, progress)
+
+    def _step(self, progress: Progress) -> Progress:
+        hidden, cache = self._feed(progress.token[:, None], progress.cache)
+        return self._add(dataclasses.replace(progress, cache=cache), hidden[:, 0])
+
+    def _feed(
+        self, tokens: Int[Array, "batch length"], cache: KVCache
+    ) -> tuple[Float[Array, "batch length width"], KVCache]:
+        # Attention here is whatever `lazyattn.attention` finds best for a call with
+        # `query_start`: a kernel that skips the values of zero weights joins there.
+        variables = {"params": self.params}
+        result: Any = Transformer(self.config).apply(variables, tokens, cache=cache)
+        return result
+
+    def _add(self, progress: Progress, hidden: Float[Array, "batch width"]) -> Progress:
+        """Draws each row's next token from the hidden state before it."""
+        count = progress.count
+        rows = jnp.arange(hidden.shape[0])
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), count))(
+            rows
+        )
+        table = output_embedding(self.params, self.config)
+        token = next_token(logits(hidden, table), keys, self.sampling, progress.seen)
+        ended = progress.ended | (token == self.eos_id)
+        return dataclasses.replace(
+            progress,
+            count=count + 1,
+            token=token,
+            tokens=progress.tokens.at[:, count].set(jnp.where(ended, 0, token)),
+            lengths=progress.lengths + ~ended,
+            ended=ended,
+            seen=None if progress.seen is None else progress.seen.at[rows, token].set(True),
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "cache_length"))
@@ -156,95 +245,45 @@ def _generate(
     sampling: SamplingConfig,
     cache_length: int,
 ) -> Continuation:
-    batch = prompts.shape[0]
-    rows = jnp.arange(batch)
-    table = output_embedding(params, config)
-
-    def feed(
-        tokens: Int[Array, "batch length"], cache: KVCache
-    ) -> tuple[Float[Array, "batch length width"], KVCache]:
-        result: Any = Transformer(config).apply({"params": params}, tokens, cache=cache)
-        return result
-
-    def add(progress: _Progress, hidden: Float[Array, "batch width"]) -> _Progress:
-        """Draws each row's next token from the hidden state before it."""
-        count = progress.count
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), count))(rows)
-        token = next_token(logits(hidden, table), keys, sampling)
-        ended = progress.ended | (token == eos_id)
-        return dataclasses.replace(
-            progress,
-            count=count + 1,
-            token=token,
-            tokens=progress.tokens.at[:, count].set(jnp.where(ended, 0, token)),
-            lengths=progress.lengths + ~ended,
-            ended=ended,
-        )
-
-    def step(progress: _Progress) -> _Progress:
-        hidden, cache = feed(progress.token[:, None], progress.cache)
-        return add(dataclasses.replace(progress, cache=cache), hidden[:, 0])
-
-    def unfinished(progress: _Progress) -> Bool[Array, ""]:
-        return (progress.count < sampling.max_new_tokens) & ~jnp.all(progress.ended)
-
-    # The prompts' padding is written to the cache as well, then forgotten.
-    hidden, cache = feed(prompts, init_cache(config, batch, cache_length))
-    start = _Progress(
-        count=jnp.zeros((), jnp.int32),
-        token=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.zeros((batch, sampling.max_new_tokens), jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        ended=jnp.zeros(batch, bool),
-        cache=dataclasses.replace(cache, lengths=prompt_lengths),
-    )
-    start = add(start, hidden[rows, prompt_lengths - 1])
-    end = jax.lax.while_loop(unfinished, step, start)
+    decoder = _Decoder(params, config, sampling, key, eos_id)
+    start = decoder.start(prompts, prompt_lengths, cache_length)
+    end = decoder.advance(start, sampling.max_new_tokens)
     return Continuation(end.tokens, end.lengths)
 
 
-def generate_text(
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "cache_length"))
+def start(
     params: Mapping[str, Any],
-    config: ModelConfig,
-    tokenizer: TextTokenizer,
-    prompts: Sequence[str],
-    *,
-    sampling: SamplingConfig,
+    prompts: Int[Array, "batch prompt_length"],
+    prompt_lengths: Int[Array, " batch"],
     key: Array,
-    cache_length: int | None = None,
-) -> list[str]:
-    """Returns the continuation of each text, without the text itself.
+    eos_id: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    cache_length: int,
+) -> Progress:
+    """Returns the state with each row's first new token; arguments as in `generate`."""
+    decoder = _Decoder(params, config, sampling, key, eos_id)
+    return decoder.start(prompts, prompt_lengths, cache_length)
 
-    A prompt is the beginning-of-sequence token and the text's tokens, so an empty
-    text asks for a document from its start.
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("progress",))
+def advance(
+    params: Mapping[str, Any],
+    progress: Progress,
+    until: Int[Array, ""],
+    key: Array,
+    eos_id: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+) -> Progress:
+    """Returns the state after more tokens; it is the one `generate` would come to.
 
     Args:
-      params, config, sampling, key, cache_length: as in `generate`.
-      tokenizer: between text and ids.
-      prompts: at least one text.
-
-    Raises:
-      InputError: as `generate`.
+      params, key, eos_id, config, sampling: those of `start`.
+      progress: where to go on; used up.
+      until: tokens to have drawn for each row.
     """
-    if not prompts:
-        raise InputError("There is no prompt, but there must be at least 1 (it may be empty text).")
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts]
-    lengths = np.asarray([len(ids) for ids in encoded])
-    width = -(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    padded = np.zeros((len(encoded), width), np.int32)
-    for row, ids in zip(padded, encoded, strict=True):
-        row[: len(ids)] = ids
-    new = generate(
-        params,
-        config,
-        padded,
-        lengths,
-        sampling=sampling,
-        key=key,
-        eos_id=tokenizer.eos_id,
-        cache_length=cache_length,
-    )
-    tokens, counts = jax.device_get((new.tokens, new.lengths))
-    return [
-        tokenizer.decode(row[:count].tolist()) for row, count in zip(tokens, counts, strict=True)
-    ]
+    return _Decoder(params, config, sampling, key, eos_id).advance(progress, until)

@@ -1,6 +1,7 @@
 """Choosing the next token from its logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,42 @@ class SamplingConfig:
       temperature: divides the logits; 0 always takes the likeliest token.
       top_p: draw from the smallest set of likeliest tokens whose probabilities, at
         this temperature, sum to at least this much; 1: from all.
+      top_k: draw from so many of the likeliest tokens; 0: from all.
+      min_p: draw from tokens that are at least so many times as likely as the
+        likeliest, at this temperature; 0: from all.
+      repetition_penalty: what a token's logit is divided by if it is positive, and
+        multiplied by if not, once the token is in the row; 1: nothing.
+
+    A token must pass all of `top_k`, `top_p` and `min_p`, each of which looks at the
+    whole distribution. Ties at the edge are kept.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or positive")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "positive and finite",
+        )
 
 
 def next_token(
-    logits: Float[Array, "batch vocab"], keys: Array, config: SamplingConfig
+    logits: Float[Array, "batch vocab"],
+    keys: Array,
+    config: SamplingConfig,
+    seen: Bool[Array, "batch vocab"] | None = None,
 ) -> Int[Array, " batch"]:
     """Returns the next token of each row, int32.
 
@@ -39,12 +62,26 @@ def next_token(
       logits: float32.
       keys: one PRNG key a row, so that a row's draw does not depend on the others.
       config: how to draw.
+      seen: tokens each row holds, for the penalty; None: there is none.
     """
+    if seen is not None and config.repetition_penalty != 1:
+        # Keskar et al., arXiv 1909.05858, section 4.1, for logits of either sign.
+        penalty = config.repetition_penalty
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen, penalized, logits)
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / config.temperature
+    kept = jnp.ones(logits.shape, bool)
+    if 0 < config.top_k < logits.shape[1]:
+        lowest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
+        kept &= logits >= lowest
     if config.top_p < 1:
-        logits = jnp.where(_nucleus(logits, config.top_p), logits, -jnp.inf)
+        kept &= _nucleus(logits, config.top_p)
+    if config.min_p > 0:
+        # Nguyen et al., arXiv 2407.01082, section 3.
+        kept &= logits >= logits.max(axis=-1, keepdims=True) + math.log(config.min_p)
+    logits = jnp.where(kept, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lazyattn.data.pipeline import PreparedData, unigram_entropy, validation_batches
+from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import trained_cache_length
-from lazyattn.generation.decode import generate_text
 from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.generation.text import generate_text
 from lazyattn.inspection.statistics import attention_statistics
 from lazyattn.training.state import TrainState
 
@@ -26,7 +26,7 @@ def print_summary(
     say: Callable[[str], None],
     path: str | os.PathLike[str],
     experiment: ExperimentConfig,
-    prepared: PreparedData,
+    prepared: TrainingData,
     state: TrainState,
     *,
     checkpoint: Path,
@@ -67,7 +67,7 @@ def print_summary(
     say(f"    {train} --mode=eval --workdir={path}")
 
 
-def _continuation(experiment: ExperimentConfig, prepared: PreparedData, state: TrainState) -> str:
+def _continuation(experiment: ExperimentConfig, prepared: TrainingData, state: TrainState) -> str:
     """Returns what the model says after `_PROMPT`, shorter where its cache is."""
     model, tokenizer = experiment.model, prepared.tokenizer
     room = trained_cache_length(model, experiment.data.sequence_length)

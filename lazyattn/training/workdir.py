@@ -90,6 +90,19 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     os.replace(temporary, path)
 
 
+def check_tokenizer(path: str | os.PathLike[str]) -> None:
+    """Checks that a run's folder has a tokenizer, before anything long begins.
+
+    Raises:
+      InputError: if there are checkpoints but no tokenizer.
+    """
+    workdir = Path(path).expanduser().absolute()
+    if (workdir / FOLDER).is_dir() and not (workdir / "tokenizer.json").is_file():
+        raise bad_value(
+            "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
+        )
+
+
 def check_vocabulary(tokenizer: Tokenizer, experiment: ExperimentConfig) -> None:
     """Checks that the model has an embedding for every token.
 

@@ -9,7 +9,7 @@ import pytest
 from lazyattn.errors import InputError
 from lazyattn.generation import decode
 from lazyattn.generation.cache import init_cache
-from lazyattn.generation.decode import generate, generate_text
+from lazyattn.generation.decode import generate
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from tests.model.tiny import VOCAB, make_config, make_params
@@ -27,9 +27,9 @@ def _params(config=CONFIG):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forced(config, params, tokens):
+def _forced(config, params, tokens, segment_ids=None):
     """Returns the logits of every position, computed at once."""
-    hidden = Transformer(config).apply({"params": params}, tokens)
+    hidden = Transformer(config).apply({"params": params}, tokens, segment_ids)
     return logits(hidden, output_embedding(params, config))
 
 
@@ -73,6 +73,30 @@ def test_cached_logits_are_those_of_one_pass(config):
     np.testing.assert_array_equal(cache.lengths, LENGTHS + 4)
 
 
+@pytest.mark.parametrize("config", VARIANTS[::2], ids=lambda c: c.attention.variant)
+def test_cached_logits_are_those_of_packed_documents(config):
+    """A row of the cache is one document; a training row packs them all."""
+    params = _params(config)
+    lengths = [5, 9, 4]
+    rng = np.random.default_rng(2)
+    documents = [rng.integers(VOCAB, size=n) for n in lengths]
+    packed = jnp.asarray(np.concatenate(documents), jnp.int32)[None]
+    segment_ids = jnp.asarray(np.repeat([1, 2, 3], lengths), jnp.int32)[None]
+    expected = np.split(_forced(config, params, packed, segment_ids)[0], np.cumsum(lengths)[:-1])
+    padded = np.zeros((3, 9), np.int32)
+    for row, document in zip(padded, documents, strict=True):
+        row[: len(document)] = document
+    cache = init_cache(config, 3, 12)
+    found, cache = _cached(config, params, jnp.asarray(padded[:, :2]), cache)
+    for row, wanted in enumerate(expected):
+        np.testing.assert_allclose(found[row], wanted[:2], rtol=1e-4, atol=1e-4)
+    for step in range(2, 9):
+        found, cache = _cached(config, params, jnp.asarray(padded[:, step : step + 1]), cache)
+        for row, wanted in enumerate(expected):
+            if step < lengths[row]:
+                np.testing.assert_allclose(found[row, 0], wanted[step], rtol=1e-4, atol=1e-4)
+
+
 def _greedy_by_hand(prompt, count):
     tokens = list(prompt)
     for _ in range(count):
@@ -112,6 +136,19 @@ def test_rows_end_at_the_end_of_sequence_token_however_padded():
     np.testing.assert_array_equal(new.lengths, [len(row) for row in expected])
     for row, wanted in zip(np.asarray(new.tokens), expected, strict=True):
         np.testing.assert_array_equal(row, wanted + [0] * (6 - len(wanted)))
+
+
+def test_a_token_that_is_penalized_enough_never_comes_twice():
+    # Nothing but the row's own tokens counts, so the padding's id may come.
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=12, repetition_penalty=1e6)
+    padding = int(_by_hand()[0][0])
+    prompts = np.concatenate([PROMPTS, np.full((3, 2), padding)], axis=1)
+    new = generate(_params(), CONFIG, prompts, LENGTHS, sampling=sampling, key=KEY)
+    for prompt, length, tokens in zip(prompts, LENGTHS, np.asarray(new.tokens), strict=True):
+        row = [*prompt[:length], *tokens]
+        assert len(set(row)) == len(set(row[:length])) + 12
+    if padding not in PROMPTS[0, : LENGTHS[0]]:
+        assert new.tokens[0, 0] == padding
 
 
 def test_draws_depend_on_the_key_and_not_on_other_rows_or_padding():
@@ -156,36 +193,6 @@ def test_the_cache_is_in_the_compute_dtype():
     np.testing.assert_array_equal(cache.lengths, 0)
 
 
-class Letters:
-    """A tokenizer of the letters a, b, ...; 0 begins and 1 ends a sequence."""
-
-    bos_id = 0
-    eos_id = 1
-
-    def encode(self, text):
-        return [ord(letter) - ord("a") + 2 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(ord("a") + i - 2) for i in ids)
-
-
-def test_text_in_text_out():
-    run = functools.partial(generate_text, _params(), CONFIG, Letters(), sampling=GREEDY, key=KEY)
-    together = run(["hello", "", "abc"])
-    assert len(together) == 3 and all(isinstance(text, str) for text in together)
-    prompts = np.zeros((3, 32), np.int32)
-    for row, text in zip(prompts, ["hello", "", "abc"], strict=True):
-        row[1 : len(text) + 1] = Letters().encode(text)
-    ids = generate(
-        _params(), CONFIG, prompts, np.array([6, 1, 4]), sampling=GREEDY, key=KEY, eos_id=1
-    )
-    expected = [
-        Letters().decode(row[:n])
-        for row, n in zip(np.asarray(ids.tokens), np.asarray(ids.lengths), strict=True)
-    ]
-    assert together == expected
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -207,11 +214,6 @@ def test_bad_inputs(change, message):
     arguments = {"prompts": PROMPTS, "prompt_lengths": LENGTHS, **change}
     with pytest.raises(InputError, match=message):
         generate(_params(), CONFIG, **arguments, sampling=GREEDY, key=KEY)
-
-
-def test_no_prompt_at_all():
-    with pytest.raises(InputError, match="There is no prompt"):
-        generate_text(_params(), CONFIG, Letters(), [], sampling=GREEDY, key=KEY)
 
 
 def test_bad_cache_length():

@@ -1,0 +1,367 @@
+"""A model as EleutherAI's lm-evaluation-harness sees it."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError, require
+from lazyattn.evaluation import benchmarks
+from lazyattn.evaluation.scoring import Scorer
+from lazyattn.evaluation.windows import rolling_windows
+from lazyattn.generation.cache import check_context, trained_cache_length
+from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.generation.text import stream_ids
+from lazyattn.model.config import ModelConfig
+from lazyattn.training.workdir import TrainedModel
+
+# What a task's generation settings may say besides when to stop.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class LazyAttentionLM(TemplateLM):
+    """Answers the harness's three kinds of request; batches them by length.
+
+    How text is cut into context and continuation is the harness's own
+    (`TemplateLM`), so that its other models are asked the same questions.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        *,
+        context: int,
+        batch_tokens: int = 16_384,
+        exact: bool = True,
+        add_bos: bool = True,
+        seed: int = 0,
+    ):
+        """Wraps a model.
+
+        Args:
+          params: its parameters, laid out on `mesh`.
+          config: the model.
+          tokenizer: its tokenizer.
+          mesh: where it runs.
+          context: tokens a prediction may look at; of longer texts the first are left
+            out. For `lazy_length_offset`, the length it was trained at.
+          batch_tokens, exact: as in `Scorer`.
+          add_bos: begin every context with the beginning-of-sequence token, as every
+            document of the training data does.
+          seed: of the draws, in tasks that sample.
+
+        Raises:
+          InputError: for a context or batch_tokens below 1.
+        """
+        super().__init__()
+        require(context >= 1, "context", context, "at least 1")
+        self.tokenizer = tokenizer
+        self.max_length = context
+        self.max_gen_toks = 256
+        self.add_bos = add_bos
+        self.scorer = Scorer(params, config, mesh, batch_tokens=batch_tokens, exact=exact)
+        self._params = params
+        self._config = self.scorer.config
+        self._mesh = mesh
+        self._batch_tokens = batch_tokens
+        self._key = jax.random.PRNGKey(seed)
+
+    @classmethod
+    def from_trained(
+        cls,
+        trained: TrainedModel,
+        *,
+        context: int | None = None,
+        beyond_table: bool = False,
+        **settings: Any,
+    ) -> "LazyAttentionLM":
+        """Wraps what `training.workdir.load_trained` returns.
+
+        Args:
+          trained: the model.
+          context: as in `__init__`; None: the length it was trained at.
+          beyond_table: allow a context past the end of a bias table without a tail.
+          **settings: the rest of `__init__`'s.
+
+        Raises:
+          InputError: for a context that the model knows nothing of.
+        """
+        experiment = trained.experiment
+        length = experiment.data.sequence_length
+        context = length if context is None else context
+        check_context(
+            context, experiment.model, length, name="the context", beyond_table=beyond_table
+        )
+        return cls(
+            trained.params,
+            experiment.model,
+            trained.tokenizer,
+            trained.mesh,
+            context=context,
+            **settings,
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context."""
+        return self.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows the tokenizer by."""
+        return self.tokenizer.fingerprint
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Returns what the results' `config` says of the model."""
+        return {
+            "model_num_parameters": sum(x.size for x in jax.tree.leaves(self._params)),
+            "model_dtype": self._config.compute_dtype,
+            "max_length": self.max_length,
+            "attention": self._config.attention.variant,
+            "skip_mass": self._config.attention.skip_mass,
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Returns the ids of a text, the first of them `<|bos|>` where that is wanted."""
+        bos = self.add_bos if add_special_tokens is None else add_special_tokens
+        return [self.tokenizer.bos_id] * bos + self.tokenizer.encode(string)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Returns the log-likelihood of each continuation, and whether it is greedy.
+
+        Raises:
+          InputError: for an empty continuation.
+        """
+        for request in requests:
+            if not request.args[1]:
+                raise InputError("A continuation to score is empty text, but it must have a token.")
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
+    ) -> list[tuple[float, bool]]:
+        del unused
+        rows = []
+        for _, context, continuation in requests:
+            require(
+                len(continuation) <= self.max_length,
+                "the tokens of a continuation to score",
+                len(continuation),
+                f"at most {self.max_length}, the context",
+            )
+            rows.append((context + continuation)[-(self.max_length + 1) :])
+        scores = self.scorer(rows, context=self.max_length, label="log-likelihoods")
+        answers = []
+        for (texts, _, continuation), score in zip(requests, scores, strict=True):
+            size = len(continuation)
+            answer = (
+                -float(score.nll[-size:].sum(dtype=np.float64)),
+                bool(score.greedy[-size:].all()),
+            )
+            answers.append(answer)
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each text, window by window.
+
+        Raises:
+          InputError: for an empty text.
+        """
+        rows, skipped, owners = [], [], []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            if not text:
+                raise InputError("A text to score is empty, but it must have a token.")
+            tokens = [self.prefix_token_id, *self.tokenizer.encode(text)]
+            for window in rolling_windows(len(tokens), self.max_length, self.max_length):
+                rows.append(tokens[window.start : window.stop])
+                skipped.append(window.first - window.start - 1)
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scores = self.scorer(rows, context=self.max_length, label="rolling log-likelihoods")
+        for owner, skip, score in zip(owners, skipped, scores, strict=True):
+            totals[owner] -= float(score.nll[skip:].sum(dtype=np.float64))
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns a continuation of each context.
+
+        Contexts are continued in batches of equal settings and similar length.
+
+        Raises:
+          InputError: for settings that are not known, or no room for any context.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        answers = [""] * len(requests)
+        for members in groups.values():
+            sampling, stop = self._how(requests[members[0]].args[1])
+            room = self.max_length - sampling.max_new_tokens
+            require(
+                room >= 1,
+                "the tokens to generate",
+                sampling.max_new_tokens,
+                f"below {self.max_length}, the context",
+            )
+            prompts = {i: self._prompt(requests[i].args[0], room) for i in members}
+            members = sorted(members, key=lambda i: -len(prompts[i]))
+            while members:
+                batch, members = self._next_batch(members, prompts, room)
+                width = _width(len(prompts[batch[0]]), room)
+                texts = self._continue([prompts[i] for i in batch], width, sampling, stop)
+                for index, text in zip(batch, texts, strict=False):
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return answers
+
+    def _how(self, settings: Mapping[str, Any]) -> tuple[SamplingConfig, list[str]]:
+        """Returns how to draw and where to stop."""
+        given = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
+        until = given.pop("until", None) or []
+        length = given.pop("max_gen_toks")
+        given.pop("do_sample", None)
+        unknown = sorted(set(given) - set(_SAMPLING))
+        if unknown:
+            raise InputError(
+                f"A task's generation setting {unknown[0]} is unknown; it must be one of until,"
+                f" max_gen_toks, do_sample, {', '.join(_SAMPLING)}."
+            )
+        stop = [until] if isinstance(until, str) else list(until)
+        return SamplingConfig(max_new_tokens=length, **given), [s for s in stop if s]
+
+    def _prompt(self, text: str, room: int) -> list[int]:
+        tokens = self.tok_encode(text) or [self.prefix_token_id]
+        return tokens[-room:]
+
+    def _next_batch(
+        self, members: list[int], prompts: Mapping[int, list[int]], room: int
+    ) -> tuple[list[int], list[int]]:
+        rows = self.scorer.rows(_width(len(prompts[members[0]]), room))
+        return members[:rows], members[rows:]
+
+    def _continue(
+        self, prompts: list[list[int]], width: int, sampling: SamplingConfig, stop: Sequence[str]
+    ) -> list[str]:
+        # A last batch that isn't full has the shape of the others all the same.
+        full = prompts + [prompts[-1]] * (self.scorer.rows(width) - len(prompts))
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision(self.scorer.precision):
+            texts: list[str] = []
+            for texts in stream_ids(  # noqa: B007
+                self._params,
+                self._config,
+                self.tokenizer,
+                full,
+                width=width,
+                sampling=sampling,
+                key=self._key,
+                stop=stop,
+                cache_length=trained_cache_length(self._config, self.max_length)
+                or width + sampling.max_new_tokens,
+            ):
+                pass
+        return texts[: len(prompts)]
+
+
+def _width(tokens: int, room: int) -> int:
+    """Returns what a prompt is padded to: a power of two, or all the room there is."""
+    return min(room, max(32, 1 << (tokens - 1).bit_length()))
+
+
+def run_tasks(
+    lm: LazyAttentionLM,
+    tasks: Sequence[str],
+    *,
+    tasks_dir: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    name: str = "lazyattn",
+    output: str | os.PathLike[str] | None = None,
+    bootstrap_iters: int = 1000,
+) -> tuple[dict[str, Any], Path | None]:
+    """Measures a model on tasks of the harness.
+
+    Args:
+      lm: the model.
+      tasks, tasks_dir: as `tasks` and `folder` in `benchmarks.find_tasks`.
+      num_fewshot: solved examples in a prompt; None: the task's own number.
+      limit: items a task; None: all.
+      name: what the results call the model.
+      output: folder that gets the results as the harness writes them; None: none does.
+      bootstrap_iters: resamplings behind the standard error of a perplexity.
+
+    Returns:
+      What `lm_eval.simple_evaluate` returns, and the file written.
+
+    Raises:
+      InputError: as `benchmarks.find_tasks`.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        names, manager = benchmarks.find_tasks(tasks, tasks_dir, Path(work))
+        tracker = EvaluationTracker(output_path=None if output is None else str(output))
+        with _one_process():
+            results = simple_evaluate(
+                model=lm,
+                model_args={"pretrained": name},
+                tasks=list(names),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=bootstrap_iters,
+                log_samples=True,
+                evaluation_tracker=tracker,
+                task_manager=manager,
+            )
+    samples = results.pop("samples")
+    if output is None:
+        return results, None
+    before = set(Path(output).rglob("results_*.json"))
+    tracker.save_results_aggregated(results=results, samples=samples)
+    (written,) = set(Path(output).rglob("results_*.json")) - before
+    return results, written
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Keeps the harness from forking to resample: JAX has threads, so a fork may hang."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def quiet() -> None:
+    """Leaves the harness's own log to those who ask for it."""
+    for logger in ("lm_eval", "datasets", "evaluate"):
+        logging.getLogger(logger).setLevel(logging.ERROR)

@@ -1,0 +1,116 @@
+"""The flags of `--mode=eval`."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from lazyattn.errors import InputError, require
+
+PRECISIONS = ("float32", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What to measure, and how.
+
+    Attributes:
+      tasks: of lm-evaluation-harness.
+      tasks_dir: folder with the tasks' items or settings; None: the harness's own.
+      num_fewshot: solved examples in a prompt; None: the task's own number.
+      limit: items a task; None: all.
+      contexts: context lengths; none: that of the training rows.
+      stride: of rolling windows; None: the context.
+      texts: files and folders to measure perplexity on.
+      lambada: file of passages; None: none.
+      output: folder for results; None: `evaluation` in the run's.
+      precision: "float32" (and nothing skipped) or "model" (as in training).
+      batch_tokens: tokens of a batch.
+      beyond_table: go on where a bias table without a tail ends.
+    """
+
+    tasks: tuple[str, ...] = ()
+    tasks_dir: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    contexts: tuple[int, ...] = ()
+    stride: int | None = None
+    texts: tuple[str, ...] = ()
+    lambada: str | None = None
+    output: str | None = None
+    precision: str = "float32"
+    batch_tokens: int = 16_384
+    beyond_table: bool = False
+
+    def __post_init__(self):
+        for context in self.contexts:
+            require(context >= 1, "--contexts", context, "at least 1")
+        for name, least in (("stride", 1), ("limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"--{name}", value, f"at least {least}")
+        require(self.batch_tokens >= 1, "--batch_tokens", self.batch_tokens, "at least 1")
+        require(
+            self.precision in PRECISIONS, "--precision", self.precision, "one of float32, model"
+        )
+        if self.tasks and len(self.contexts) > 1:
+            raise InputError(
+                "--contexts has several lengths, but --tasks are measured at one; give one."
+            )
+        if self.tasks_dir is not None and not self.tasks:
+            raise InputError("--tasks_dir is given, but --tasks doesn't say which to measure.")
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags."""
+    where: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_list(
+        "tasks", [], "eval: tasks of lm-evaluation-harness; 'paper': the paper's nine.", **where
+    )
+    flags.DEFINE_string("tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", **where)
+    flags.DEFINE_integer("num_fewshot", None, "eval: solved examples in a prompt.", **where)
+    flags.DEFINE_integer("limit", None, "eval: items a task at most.", **where)
+    flags.DEFINE_list("contexts", [], "eval: context lengths, such as 512,1024,2048.", **where)
+    flags.DEFINE_integer("stride", None, "eval: tokens a rolling window predicts.", **where)
+    flags.DEFINE_multi_string(
+        "text",
+        [],
+        "eval: .txt, .jsonl or folder to measure perplexity on; 'validation': the run's own;"
+        " several times for several.",
+        **where,
+    )
+    flags.DEFINE_string("lambada", None, "eval: .jsonl file of passages.", **where)
+    flags.DEFINE_string("output", None, "eval: folder for results.", **where)
+    flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
+    flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)
+    flags.DEFINE_bool(
+        "beyond_table", False, "eval, sample: go on where a bias table without tail ends.", **where
+    )
+
+
+def options(values: flags.FlagValues = flags.FLAGS) -> EvaluationOptions:
+    """Returns what to measure.
+
+    Raises:
+      InputError: for a value out of range, or flags that do not go together.
+    """
+    try:
+        contexts = tuple(int(text) for text in values.contexts)
+    except ValueError:
+        raise InputError(
+            f"--contexts is {','.join(values.contexts)!r}, but it must be whole numbers with commas"
+            " between them."
+        ) from None
+    return EvaluationOptions(
+        tasks=tuple(name.strip() for name in values.tasks if name.strip()),
+        tasks_dir=values.tasks_dir,
+        num_fewshot=values.num_fewshot,
+        limit=values.limit,
+        contexts=contexts,
+        stride=values.stride,
+        texts=tuple(values.text),
+        lambada=values.lambada,
+        output=values.output,
+        precision=values.precision,
+        batch_tokens=values.batch_tokens,
+        beyond_table=values.beyond_table,
+    )

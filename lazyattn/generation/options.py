@@ -1,0 +1,45 @@
+"""The flags of `--mode=sample`."""
+
+from typing import Any
+
+from absl import flags
+
+from lazyattn.generation.sampling import SamplingConfig
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags."""
+    where: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_multi_string(
+        "prompt", [""], "sample: text to continue; several times for several.", **where
+    )
+    flags.DEFINE_integer("max_new_tokens", 128, "sample: tokens to add at most.", **where)
+    flags.DEFINE_float("temperature", 0.8, "sample: 0 takes the likeliest token.", **where)
+    flags.DEFINE_float("top_p", 0.95, "sample: share of probability to draw from.", **where)
+    flags.DEFINE_integer("top_k", 0, "sample: likeliest tokens to draw from; 0: all.", **where)
+    flags.DEFINE_float(
+        "min_p", 0.0, "sample: least probability, as a share of the likeliest token's.", **where
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "sample: how much less likely a token becomes by use.", **where
+    )
+    flags.DEFINE_multi_string(
+        "stop", [], "sample: text to end before; several times for several.", **where
+    )
+    flags.DEFINE_integer("seed", 0, "sample: seed of the draws.", **where)
+
+
+def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:
+    """Returns how to draw.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+    return SamplingConfig(
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        top_p=values.top_p,
+        top_k=values.top_k,
+        min_p=values.min_p,
+        repetition_penalty=values.repetition_penalty,
+    )

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
-from lazyattn.attention import lazy_attention
-from lazyattn.errors import require
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import slope_init, table_init
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
 from lazyattn.model.rope import rotate
+from lazyattn.model.sharded_attention import sharded_attention
 
 # Collection that receives every layer's attention weights when it is mutable.
 WEIGHTS = "attention_weights"
@@ -48,9 +46,15 @@ class Attention(nn.Module):
     [width, kv_heads, head_dim], output [heads, head_dim, width], and where the
     variant has them distance_bias [heads, bias_width], distance_slope [heads] and
     offset [heads]. The projections have no biases.
+
+    Attributes:
+      config: the model.
+      sequence_shards: devices that share every row, whose tokens are then in the order
+        of `sharding.deal_sequence`.
     """
 
     config: ModelConfig
+    sequence_shards: int = 1
 
     @nn.compact
     def __call__(
@@ -101,11 +105,12 @@ class Attention(nn.Module):
         # Only the definition returns weights; and what trains best may not decode.
         implementation = att.implementation if cache is None else None
         implementation = "xla" if observed else implementation
-        out = _attend(
+        out = sharded_attention(
             query,
             key,
             value,
             {"segment_ids": segment_ids, "query_start": query_start, **self._head_parameters()},
+            sequence_shards=self.sequence_shards,
             skip_mass=att.skip_mass,
             implementation=implementation,
             return_weights=observed,
@@ -153,69 +158,3 @@ def _write(
     rows = jnp.arange(new.shape[0])[:, None]
     columns = start[:, None] + jnp.arange(new.shape[1])
     return held.at[rows, columns].set(new.astype(held.dtype), mode="drop")
-
-
-# Logical axes of the op's arguments and results.
-_AXES = {
-    "query": ("batch", None, "heads", "head_dim"),
-    "key": ("batch", None, "kv_heads", "head_dim"),
-    "value": ("batch", None, "kv_heads", "head_dim"),
-    "segment_ids": ("batch", None),
-    "query_start": ("batch",),
-    "distance_bias": ("heads", "distance"),
-    "distance_slope": ("heads",),
-    "offset": ("heads",),
-    "weights": ("batch", "heads", None, None),
-}
-
-
-def _attend(
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch key_length kv_heads head_dim"],
-    value: Float[Array, "batch key_length kv_heads head_dim"],
-    arrays: dict[str, Array | None],
-    *,
-    return_weights: bool,
-    **settings: Any,
-) -> Any:
-    """Calls `lazy_attention`, on each device's rows and heads where there are several.
-
-    Rows and heads never meet in attention, so no device talks to another here. A
-    batch that does not divide evenly is worked on by every device.
-    """
-    given = {"query": query, "key": key, "value": value}
-    given |= {name: array for name, array in arrays.items() if array is not None}
-
-    def call(given: dict[str, Array]) -> Any:
-        rest = {k: v for k, v in given.items() if k not in ("query", "key", "value")}
-        return lazy_attention(
-            given["query"],
-            given["key"],
-            given["value"],
-            return_weights=return_weights,
-            **{**rest, **settings},
-        )
-
-    mesh = sharding.active_mesh()
-    if mesh is None:
-        return call(given)
-    for axis, heads in (("heads", query.shape[2]), ("kv_heads", key.shape[2])):
-        shards = sharding.num_shards(mesh, axis)
-        require(
-            heads % shards == 0,
-            f"model.attention.num_{axis}",
-            heads,
-            f"a multiple of {shards}, the devices of the mesh that share the heads",
-        )
-    specs = {
-        name: sharding.fitting_spec(mesh, array.shape, *_AXES[name])
-        for name, array in given.items()
-    }
-    out_specs: Any = specs["query"]
-    if return_weights:
-        batch, length, heads = query.shape[:3]
-        shape = (batch, heads, length, key.shape[1])
-        out_specs = out_specs, sharding.fitting_spec(mesh, shape, *_AXES["weights"])
-    # check_vma=False: the op's loops start from constants, which that check takes
-    # for a mistake.
-    return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs, check_vma=False)(given)

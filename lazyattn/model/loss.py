@@ -46,7 +46,8 @@ def cross_entropy(
     forward pass also makes the gradient chunk by chunk, so nothing is computed
     twice and the backward pass only scales. Products take inputs in `hidden`'s
     dtype and accumulate in float32; logits, softmax and sums are float32. On a mesh
-    each device works on its own rows and its own part of the vocabulary.
+    each device works on its own rows, or its part of their length, and its own part
+    of the vocabulary.
 
     Args:
       hidden: final hidden states, float.
@@ -169,13 +170,25 @@ def _weighted(
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Mesh axes over which a device's share was split from the whole, if any."""
+    """Mesh axes over which a device's share was split from the whole, if any.
 
-    rows: tuple[str, ...] = ()
+    Attributes:
+      tokens: of rows and their length.
+      vocab: of the vocabulary.
+      width: some of `tokens`, over which the table's gradient is split once summed.
+    """
+
+    tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
 
-    def sum_rows(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jax.lax.psum(x, self.rows) if self.rows else x
+    def sum_tokens(self, d_table: Float[Array, "vocab width"]) -> Float[Array, "vocab share"]:
+        rest = tuple(axis for axis in self.tokens if axis not in self.width)
+        if rest:
+            d_table = jax.lax.psum(d_table, rest)
+        if self.width:
+            d_table = jax.lax.psum_scatter(d_table, self.width, scatter_dimension=1, tiled=True)
+        return d_table
 
     def sum_vocab(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return jax.lax.psum(x, self.vocab) if self.vocab else x
@@ -204,7 +217,7 @@ def _by_token(
         _, (nll, log_z) = jax.lax.scan(step, None, parts)
         return join(nll), join(log_z)
 
-    return _per_device(share, ("batch", "batch"), hidden, table, targets)
+    return _per_device(share, ("tokens", "tokens"), hidden, table, targets)
 
 
 def _with_gradients(
@@ -232,9 +245,9 @@ def _with_gradients(
         parts, join = _chunks((hidden, targets, weights), chunk)
         zeros = jnp.zeros(table.shape, jnp.float32)
         d_table, (nll, log_z, d_hidden) = jax.lax.scan(step, zeros, parts)
-        return join(nll), join(log_z), join(d_hidden), split.sum_rows(d_table)
+        return join(nll), join(log_z), join(d_hidden), split.sum_tokens(d_table)
 
-    outputs = ("batch", "batch", "batch", "vocab")
+    outputs = ("tokens", "tokens", "tokens", "d_table")
     return _per_device(share, outputs, hidden, table, targets, weights)
 
 
@@ -300,34 +313,39 @@ def _per_device(
     outputs: tuple[str, ...],
     hidden: Float[Array, "batch length width"],
     table: Float[Array, "vocab width"],
-    *by_row: Array,
+    *by_token: Array,
 ) -> Any:
-    """Calls `share` on each device's rows and vocabulary, or once on everything.
+    """Calls `share` on each device's tokens and vocabulary, or once on everything.
 
     Args:
       share: takes a `_Split` and the arrays, returns a tuple.
-      outputs: for each of its results the logical axis of the first dimension.
-      hidden, table: the arrays split by rows and by vocabulary.
-      *by_row: further arrays split by rows.
+      outputs: how each of its results is split: "tokens" or "d_table".
+      hidden, table: the arrays split by tokens and by vocabulary.
+      *by_token: further arrays split by tokens.
     """
     mesh = sharding.active_mesh()
     if mesh is None:
-        return share(_Split(), hidden, table, *by_row)
-    specs = {
-        "batch": sharding.fitting_spec(mesh, hidden.shape[:1], "batch"),
-        "vocab": sharding.fitting_spec(mesh, table.shape[:1], "vocab"),
-    }
-    split = _Split(rows=_axis_names(specs["batch"]), vocab=_axis_names(specs["vocab"]))
+        return share(_Split(), hidden, table, *by_token)
+    tokens = sharding.fitting_spec(mesh, hidden.shape[:2], "batch", "length")
+    rows = sharding.fitting_spec(mesh, table.shape, "vocab", "embed")
+    split = _Split(
+        tokens=_axis_names(tokens[0]) + _axis_names(tokens[1]), vocab=_axis_names(rows[0])
+    )
+    # A device needs the table's whole width, but keeps its part of the gradient alone.
+    if set(_axis_names(rows[1])) <= set(split.tokens):
+        split = dataclasses.replace(split, width=_axis_names(rows[1]))
+    vocab = jax.sharding.PartitionSpec(rows[0])
+    specs = {"tokens": tokens, "d_table": rows if split.width else vocab}
     # check_vma=False: the scans start from constants, which that check takes for a
     # mistake. Nothing is differentiated through here: all sums are written out.
     return jax.shard_map(
         functools.partial(share, split),
-        in_specs=(specs["batch"], specs["vocab"], *(specs["batch"] for _ in by_row)),
-        out_specs=tuple(specs[axis] for axis in outputs),
+        in_specs=(tokens, vocab, *(tokens for _ in by_token)),
+        out_specs=tuple(specs[output] for output in outputs),
         check_vma=False,
-    )(hidden, table, *by_row)
+    )(hidden, table, *by_token)
 
 
-def _axis_names(spec: jax.sharding.PartitionSpec) -> tuple[str, ...]:
-    axes = spec[0]
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+def _axis_names(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a `PartitionSpec` names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

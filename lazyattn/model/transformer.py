@@ -13,6 +13,7 @@ from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model import attention_layer
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.embedding import look_up
 from lazyattn.model.layers import RMSNorm, SwiGLU, matrix_init, parameter
 from lazyattn.model.rope import document_positions
 
@@ -28,9 +29,10 @@ _REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); fields as in `Attention`."""
 
     config: ModelConfig
+    sequence_shards: int = 1
 
     @nn.compact
     def __call__(
@@ -43,7 +45,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "batch length width"], attention_layer.LayerCache | None]:
         """Returns the residual stream after the layer, and the layer's cache."""
         cfg = self.config
-        update, cache = attention_layer.Attention(cfg, name="attention")(
+        update, cache = attention_layer.Attention(cfg, self.sequence_shards, name="attention")(
             RMSNorm(cfg.norm_eps, name="attention_norm")(x),
             positions,
             segment_ids,
@@ -108,9 +110,21 @@ class Transformer(nn.Module):
             # Used by `logits` and the loss, which read it from the parameters.
             parameter(self, "unembedding", *table)
 
-        x = jnp.take(embedding, inputs, axis=0, mode="fill") * cfg.width**0.5
+        # On a mesh that shares rows out, layers see them in another order. Weights, for
+        # inspection, are of whole rows.
+        shards = 1
+        if cache is None and not self.is_mutable_collection(attention_layer.WEIGHTS):
+            shards = sharding.sequence_shards(inputs.shape[1])
+        if shards > 1:
+            inputs, positions = map(sharding.deal_sequence, (inputs, positions))
+            if segment_ids is not None:
+                segment_ids = sharding.deal_sequence(segment_ids)
+
+        x = look_up(embedding, inputs) * cfg.width**0.5
         x = sharding.constrain(x.astype(cfg.compute_dtype), "batch", "length", None)
-        x, cache = self._blocks(x, cache, positions, segment_ids)
+        x, cache = self._blocks(x, cache, positions, segment_ids, shards)
+        if shards > 1:
+            x = sharding.collect_sequence(x)
         x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
         return x if cache is None else (x, cache)
 
@@ -120,6 +134,7 @@ class Transformer(nn.Module):
         cache: "KVCache | None",
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None,
+        shards: int,
     ) -> tuple[Float[Array, "batch length width"], "KVCache | None"]:
         """Applies all layers, scanned or unrolled."""
         cfg = self.config
@@ -140,12 +155,13 @@ class Transformer(nn.Module):
                 length=cfg.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, held = scanned(cfg, name="blocks")(x, held, positions, segment_ids, start)
+            x, held = scanned(cfg, shards, name="blocks")(x, held, positions, segment_ids, start)
         else:
             layers = []
             for i in range(cfg.num_layers):
                 mine = jax.tree.map(lambda leaf, i=i: leaf[i], held)
-                x, mine = block(cfg, name=f"blocks_{i}")(x, mine, positions, segment_ids, start)
+                layer = block(cfg, shards, name=f"blocks_{i}")
+                x, mine = layer(x, mine, positions, segment_ids, start)
                 layers.append(mine)
             held = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         if cache is None:

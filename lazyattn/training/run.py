@@ -55,7 +55,12 @@ def train(
     """
     training = experiment.training
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_batch(mesh, experiment.data.batch_size, training.microbatches)
+    sharding.check_batch(
+        mesh,
+        experiment.data.batch_size,
+        training.microbatches,
+        experiment.data.sequence_length,
+    )
     workdir = folders.open_workdir(path)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

@@ -1,26 +1,18 @@
-"""The mesh and the one table that says which logical axis lies on which mesh axis.
+"""The one table that says which logical axis lies on which mesh axis."""
 
-Nothing else in the package names a mesh axis.
-"""
-
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Array, Int
 
-from lazyattn.errors import InputError, require
-
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+from lazyattn.errors import InputError
 
 # Logical axis of an array -> mesh axes it is split over. Axes not named here, and
 # None, are replicated.
 RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
     ("batch", ("data", "fsdp")),
-    ("length", None),
+    ("length", "sequence"),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
@@ -31,56 +23,6 @@ RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
     ("norm", None),
     ("layers", None),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, "the rest".
-
-    `sequence` is kept for splitting the length, which nothing does yet: it must be 1.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-
-    def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name}", size, "-1 or at least 1")
-        require(
-            list(sizes.values()).count(-1) <= 1,
-            "mesh",
-            sizes,
-            "a mesh with at most one size of -1",
-        )
-        require(
-            self.sequence == 1,
-            "mesh.sequence",
-            self.sequence,
-            "1, since nothing is split along the length yet",
-        )
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Returns the named mesh over `devices` (default: all of them).
-
-    Raises:
-      InputError: if the sizes don't multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    require(
-        math.prod(sizes) == len(devices),
-        "mesh",
-        dataclasses.asdict(config),
-        f"sizes with a product of {len(devices)}, the number of devices",
-    )
-    return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
 def spec(*logical_axes: str | None) -> jax.sharding.PartitionSpec:
@@ -156,37 +98,3 @@ def check_divisible(shapes: Any, shardings: Any) -> None:
                     f"{parameter} of shape {array.shape} can't be split along axis {axis}:"
                     f" {array.shape[axis]} is not a multiple of mesh {' x '.join(names)} = {parts}."
                 )
-
-
-def check_batch(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch_size: int, microbatches: int = 1
-) -> None:
-    """Checks that microbatches and the mesh divide the batch.
-
-    Args:
-      mesh: the mesh.
-      batch_size: rows a step, over all devices and microbatches.
-      microbatches: parts of a batch.
-
-    Raises:
-      InputError: if they don't, before anything is compiled.
-    """
-    shards = num_shards(mesh, "batch")
-    require(
-        batch_size % (microbatches * shards) == 0,
-        "data.batch_size",
-        batch_size,
-        f"a multiple of {microbatches * shards}: training.microbatches = {microbatches}"
-        f" times the mesh's {shards} parts of a batch",
-    )
-
-
-def shard_batch(
-    batch: Mapping[str, Int[np.ndarray, "rows length"]], mesh: jax.sharding.Mesh
-) -> dict[str, Int[Array, "batch length"]]:
-    """Returns this process's rows of a batch as arrays over the whole mesh."""
-    sharding = jax.sharding.NamedSharding(mesh, spec("batch", "length"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
-        for name, array in batch.items()
-    }

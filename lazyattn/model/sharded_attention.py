@@ -1,0 +1,127 @@
+"""One call of the op on a mesh: each device's rows, heads and part of the length."""
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from lazyattn import sharding
+from lazyattn.attention import lazy_attention
+from lazyattn.errors import require
+
+# Logical axes of the op's arguments and results; "length" only where parts of rows
+# were dealt out.
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "query": ("batch", "length", "heads", "head_dim"),
+    "key": ("batch", "length", "kv_heads", "head_dim"),
+    "value": ("batch", "length", "kv_heads", "head_dim"),
+    "segment_ids": ("batch", "length"),
+    "query_start": ("batch",),
+    "distance_bias": ("heads", "distance"),
+    "distance_slope": ("heads",),
+    "offset": ("heads",),
+    "weights": ("batch", "heads", None, None),
+}
+
+# Moving and reshaping whole rows of keys and values: done again in the backward pass, so
+# that between the passes a device holds its own part of them only.
+_MOVES = frozenset(
+    {
+        "all_gather",
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "pad",
+        "reshape",
+        "rev",
+        "select_n",
+        "slice",
+        "split",
+        "squeeze",
+        "transpose",
+    }
+)
+
+
+def sharded_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch key_length kv_heads head_dim"],
+    value: Float[Array, "batch key_length kv_heads value_dim"],
+    arrays: dict[str, Array | None],
+    *,
+    sequence_shards: int,
+    return_weights: bool,
+    **settings: Any,
+) -> Any:
+    """Calls `lazy_attention`, on each device's share where there are several.
+
+    Rows and heads never meet in attention, so devices that differ in these don't talk to
+    one another here. A batch that does not divide evenly is worked on by every device.
+    Where the length is shared, a device takes its own queries and gathers the keys and
+    values of the whole length; the gradients of parameters that devices share are
+    summed, those of keys and values too, each device keeping its part.
+
+    Args:
+      query, key, value: as in `lazy_attention`, over all devices.
+      arrays: its other array arguments.
+      sequence_shards: devices that share a row, in the order of
+        `sharding.deal_sequence`; 1: none do.
+      return_weights: as there; not with shared rows.
+      **settings: its other arguments.
+    """
+    given = {"query": query, "key": key, "value": value}
+    given |= {name: array for name, array in arrays.items() if array is not None}
+    call: Any = functools.partial(_call, settings | {"return_weights": return_weights})
+    mesh = sharding.active_mesh()
+    if mesh is None:
+        return call(given)
+    for axis, heads in (("heads", query.shape[2]), ("kv_heads", key.shape[2])):
+        shards = sharding.num_shards(mesh, axis)
+        require(
+            heads % shards == 0,
+            f"model.attention.num_{axis}",
+            heads,
+            f"a multiple of {shards}, the devices of the mesh that share the heads",
+        )
+    shared = sequence_shards > 1
+    assert not (shared and return_weights)
+
+    def place(name: str, shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
+        axes = (axis if shared or axis != "length" else None for axis in _AXES[name])
+        return sharding.fitting_spec(mesh, shape, *axes)
+
+    specs = {name: place(name, array.shape) for name, array in given.items()}
+    out_specs: Any = specs["query"]
+    if return_weights:
+        batch, length, heads = query.shape[:3]
+        out_specs = out_specs, place("weights", (batch, heads, length, key.shape[1]))
+    if shared:
+        whole = functools.partial(_on_part_of_length, call, query.shape[1], sequence_shards)
+        call = jax.checkpoint(whole, policy=_may_be_saved)
+    # check_vma=False: the op's loops start from constants, which that check takes
+    # for a mistake.
+    return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs, check_vma=False)(given)
+
+
+def _call(settings: dict[str, Any], given: dict[str, Array]) -> Any:
+    rest: dict[str, Any] = {k: x for k, x in given.items() if k not in ("query", "key", "value")}
+    return lazy_attention(given["query"], given["key"], given["value"], **rest, **settings)
+
+
+def _on_part_of_length(call: Any, length: int, shards: int, given: dict[str, Array]) -> Any:
+    """Calls the op for this device's queries and the whole length's keys."""
+    gathered = {
+        name: sharding.gather_sequence(given[name])
+        for name in ("key", "value", "segment_ids")
+        if name in given
+    }
+    return call(given | gathered | {"chunk_starts": sharding.chunk_starts(length, shards)})
+
+
+def _may_be_saved(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _MOVES

@@ -1,0 +1,25 @@
+"""Every mesh computes what one device computes."""
+
+import pytest
+
+from tests.sharding import cases
+from tests.sharding.processes import report_of
+
+PROGRAM = "tests.sharding.sameness_program"
+
+
+def check(report, names):
+    assert list(report) == list(names)
+    for name, found in report.items():
+        assert all(difference <= 1e-5 for difference in found.values()), (name, found)
+
+
+def test_one_step_on_each_kind_of_mesh():
+    names = ("fsdp", "tensor", "sequence", "fsdp_tensor_sequence")
+    check(report_of(PROGRAM, "lazy", "0", *names), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lazy", "softmax"])
+def test_twenty_steps_on_every_mesh(variant):
+    check(report_of(PROGRAM, variant, "20", *cases.MESHES), cases.MESHES)

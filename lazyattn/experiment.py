@@ -59,6 +59,8 @@ CHANGEABLE = (
     "optimizer.",
     "mesh.",
     "training.",
+    "data.path",  # where shards lie; what they hold, the data iterator's state tells
+    "data.sources",
     "data.num_workers",
     "data.prefetch",
     "model.remat",

@@ -40,6 +40,8 @@ def test_weighted_folders_survive_json():
     plain = json.loads(json.dumps(experiment.to_dict()))
     assert from_config_dict(plain) == experiment
     assert resumption_changes(plain, experiment) == {}
+    config.data.sources, config.data.path = (), "c"  # the data's fingerprint decides
+    assert set(resumption_changes(plain, from_config_dict(config))) == {"data.sources", "data.path"}
     check_override("data.sources", "(('a', 1.0),)")
     with pytest.raises(InputError, match=r"config.data.sources is 'a', .* of type tuple"):
         check_override("data.sources", "a")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,33 +84,41 @@ def find_tasks(
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        shipped = TaskManager()
+        shipped = _shipped()
         if folder is None:
             _check_names(names, shipped)
             return names, shipped
         place = Path(folder).expanduser()
         if not place.is_dir():
             raise bad_value("--tasks_dir", folder, "a folder that exists")
-        own = list(place.rglob("*.yaml"))
-        manager = TaskManager(include_path=[str(place)]) if own else shipped
-        _check_names(names, manager)
+        own = TaskManager(include_path=[str(place)], include_defaults=False)
+        _check_names(names, shipped, own)
         for name in names:
             items = place / f"{name}.jsonl"
             if items.is_file():
-                settings = _local_settings(name, items, manager)
+                settings = _local_settings(name, items, own if name in own.all_tasks else shipped)
                 (work / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-            elif not _comes_from(manager, name, own):
+            elif name not in own.all_tasks:
                 raise InputError(
                     f"--tasks_dir is {folder!r}, but it has neither {name}.jsonl nor a .yaml of"
                     f" the task {name}."
                 )
-        return names, TaskManager(include_path=[str(place), str(work)])
+        # A group of one's own may be of the harness's tasks.
+        return names, TaskManager(
+            include_path=[str(place), str(work)], include_defaults=bool(own.all_groups)
+        )
     finally:
         logger.setLevel(level)
 
 
-def _check_names(names: Sequence[str], manager: TaskManager) -> None:
-    known = manager.all_tasks
+@functools.cache
+def _shipped() -> TaskManager:
+    """Returns the manager of the harness's own tasks; it reads thousands of files."""
+    return TaskManager()
+
+
+def _check_names(names: Sequence[str], *managers: TaskManager) -> None:
+    known = [name for manager in managers for name in manager.all_tasks]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, PAPER], n=3)
@@ -117,11 +126,6 @@ def _check_names(names: Sequence[str], manager: TaskManager) -> None:
             raise InputError(
                 f"--tasks has {name!r}, which lm-evaluation-harness doesn't know{hint}."
             )
-
-
-def _comes_from(manager: TaskManager, name: str, files: Sequence[Path]) -> bool:
-    path = manager.task_index[name].yaml_path
-    return path is not None and Path(path).resolve() in {file.resolve() for file in files}
 
 
 def _local_settings(name: str, items: Path, manager: TaskManager) -> dict[str, Any]:

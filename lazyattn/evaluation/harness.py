@@ -246,7 +246,8 @@ class LazyAttentionLM(TemplateLM):
         given = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         until = given.pop("until", None) or []
         length = given.pop("max_gen_toks")
-        given.pop("do_sample", None)
+        if not given.pop("do_sample", False):
+            given["temperature"] = 0.0
         unknown = sorted(set(given) - set(_SAMPLING))
         if unknown:
             raise InputError(

@@ -168,7 +168,8 @@ class Module:
             if instruction.opcode == "while":
                 body = instruction.attribute("body")
                 if body is not None:
-                    yield from self._running(body, times * self.trip_count(instruction))
+                    rounds = self.trip_count(instruction, computation)
+                    yield from self._running(body, times * rounds)
             elif instruction.opcode in ("call", "async-start"):
                 called = instruction.attribute("calls") or instruction.attribute("to_apply")
                 if called is not None:
@@ -189,34 +190,80 @@ class Module:
             yield part, computation
             yield from self.inside(part)
 
-    def trip_count(self, loop: Instruction) -> int:
+    def trip_count(self, loop: Instruction, owner: Computation) -> int:
         """Returns how often a loop's body runs; 1 where that can't be read.
 
         Args:
           loop: a `while`.
+          owner: the computation it is in.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known is not None:
             return int(known[1])
-        name = loop.attribute("condition")
-        condition = self.computations.get(name or "")
-        if condition is None:
+        condition = self.computations.get(loop.attribute("condition") or "")
+        body = self.computations.get(loop.attribute("body") or "")
+        if condition is None or body is None or body.root.opcode != "tuple":
             return 1
-        root = condition.root
-        if root.opcode == "fusion":
-            inner = self.computations[root.attribute("calls") or ""]
-            comparison = inner.root
-        else:
-            comparison = root
-        direction = re.search(r"direction=(\w+)", comparison.rest)
-        constants = [
-            int(i.operands[0])
-            for i in condition.instructions.values()
-            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.operands[0])
+        compared = self._unfused(condition.root)
+        direction = re.search(r"direction=(\w+)", compared.rest)
+        limits = [
+            value
+            for instruction in condition.instructions.values()
+            if (value := _integer(instruction)) is not None
         ]
-        if direction is None or direction[1] not in ("LT", "NE", "GT") or len(constants) != 1:
+        counters = [
+            int(index[1])
+            for instruction in condition.instructions.values()
+            if instruction.opcode == "get-tuple-element"
+            and (index := re.search(r"index=(\d+)", instruction.rest))
+        ]
+        if direction is None or direction[1] not in ("LT", "NE"):
             return 1
-        return max(constants[0], 1)
+        if len(limits) != 1 or len(counters) != 1:
+            return 1
+        start = self._start(loop, owner, counters[0])
+        step = self._step(body, counters[0])
+        return max(-(-(limits[0] - start) // step), 1)
+
+    def _unfused(self, instruction: Instruction) -> Instruction:
+        """Returns what a fusion computes last."""
+        while instruction.opcode == "fusion":
+            instruction = self.computations[instruction.attribute("calls") or ""].root
+        return instruction
+
+    def _start(self, loop: Instruction, owner: Computation, index: int) -> int:
+        """Returns a loop's counter before the first round, 0 where that can't be read."""
+        given = owner.instructions[loop.operands[0]]
+        if given.opcode != "tuple":
+            return 0
+        value = _integer(_source(owner.instructions[given.operands[index]], owner))
+        return 0 if value is None else value
+
+    def _step(self, body: Computation, index: int) -> int:
+        """Returns what a round adds to its counter, 1 where that can't be read."""
+        owner = body
+        added = _source(body.instructions[body.root.operands[index]], body)
+        while added.opcode == "fusion":
+            owner = self.computations[added.attribute("calls") or ""]
+            added = owner.root
+        if added.opcode != "add":
+            return 1
+        values = [_integer(owner.instructions[name]) for name in added.operands]
+        return next((value for value in values if value is not None and value > 0), 1)
+
+
+def _source(instruction: Instruction, owner: Computation) -> Instruction:
+    """Returns what an instruction copies."""
+    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        instruction = owner.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _integer(instruction: Instruction) -> int | None:
+    """Returns a constant's value, None for anything but an integer."""
+    if instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.operands[0]):
+        return None
+    return int(instruction.operands[0])
 
 
 def _branches(rest: str) -> str:

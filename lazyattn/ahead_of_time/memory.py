@@ -61,14 +61,15 @@ def stacked_bytes(module: Module, layers: int) -> Stacked:
     """
     activations = gradients = 0
     for instruction, computation, _ in module.running():
-        if instruction.opcode != "while" or module.trip_count(instruction) != layers:
+        if instruction.opcode != "while":
+            continue
+        if module.trip_count(instruction, computation) != layers:
             continue
         written = sum(
             array.bytes
             for index, array in enumerate(instruction.arrays)
             if array.shape[:1] == (layers,) and _is_written(instruction, index, module)
         )
-        del computation
         if "transpose(" in instruction.op_name:
             gradients += written
         else:

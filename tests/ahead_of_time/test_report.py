@@ -1,0 +1,167 @@
+"""The report, its suggestions and the estimate for GPUs."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from configs.fineweb_edu import recipe
+from lazyattn.ahead_of_time import compiler, estimate, report, run, topology
+from lazyattn.ahead_of_time.chips import CHIPS
+from lazyattn.ahead_of_time.roofline import roofline
+from lazyattn.ahead_of_time.suggestions import suggest
+from lazyattn.errors import InputError
+from lazyattn.experiment import check_override, from_config_dict
+from lazyattn.model.accounting import flops_per_token
+
+EIGHT = topology.parse("h100:8")
+
+
+def _experiment(size="340m", **changes):
+    config = recipe(size, "10b", "sharp")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(config)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return estimate.estimate(_experiment(), EIGHT)
+
+
+def test_the_state_is_exact(small):
+    assert small.state.parameters == pytest.approx(4 * small.parameters / 8, rel=1e-2)
+    assert small.state.optimizer == pytest.approx(2 * small.state.parameters, rel=1e-6)
+
+
+def test_remat_keeps_what_enters_a_block():
+    model = _experiment().model
+    full = estimate.kept_bytes(model, 2, 4096)
+    stream = model.num_layers * 2 * 4096 * model.width * 2
+    assert stream < full < 1.5 * stream
+    none = estimate.kept_bytes(dataclasses.replace(model, remat="none"), 2, 4096)
+    assert none > 8 * full
+
+
+def test_products_are_those_of_the_model_and_what_is_done_again(small):
+    experiment, tokens = _experiment(), 524_288 / 8
+    once = flops_per_token(experiment.model, 4096)
+    assert once.training * tokens < 3 * once.forward * tokens * 1.001
+    assert 3 * once.weights * tokens < small.traffic.weight_flops < 4 * once.weights * tokens
+    none = estimate.estimate(_experiment(model__remat="none"), EIGHT).traffic
+    assert none.weight_flops == 3 * once.weights * tokens
+    # Forward four products and backward five, where softmax has two and four.
+    assert none.attention_flops == pytest.approx(9 / 2 * once.attention * tokens)
+
+
+def test_what_fits_and_what_does_not(small):
+    assert small.fits and not small.compiler_gave_up
+    large = estimate.estimate(_experiment(model__remat="none"), EIGHT)
+    assert not large.fits and large.needed > large.available
+    told = "\n".join(report.lines(large))
+    assert "DOES NOT FIT" in told and "It does not fit. Try" in told
+    assert "--config.model.remat=full" in told and "--config.training.microbatches=2" in told
+
+
+def test_the_report_says_all_it_must(small):
+    told = "\n".join(report.lines(small))
+    for words in (
+        "topology     h100:8: 8 chips, 8 devices as fsdp 8",
+        "374,261,504 parameters, 524,288 tokens, 1 microbatches, remat full",
+        "nothing: all below is estimated by formula",
+        "parameters ",
+        "optimiser ",
+        "activations kept for the backward pass",
+        "TFLOP a step and device",
+        "GB read and written",
+        "all-gather         over fsdp",
+        "step time",
+        "MFU",
+        "assumed      products at the chip's peak rate",
+        "NVIDIA H100 SXM data sheet",
+    ):
+        assert words in told
+    assert not any(len(line) > 120 for line in report.lines(small))
+
+
+def test_the_exit_status(monkeypatch, capsys):
+    before = jax.config.jax_platforms
+    try:
+        assert run.compile_report(_experiment(), "h100:8") == 0
+        assert run.compile_report(_experiment(model__remat="none"), "h100:8") == 1
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert capsys.readouterr().out.count("topology     h100:8") == 2
+
+
+def test_a_mesh_that_does_not_go_with_the_chips():
+    with pytest.raises(InputError, match=r"mesh is .* product of 8, the number of devices"):
+        estimate.estimate(_experiment(mesh__fsdp=3), EIGHT)
+    with pytest.raises(InputError, match=r"data.batch_size is 128, but it must be a multiple of"):
+        estimate.estimate(_experiment(), topology.parse("h100:256"))
+
+
+def test_suggestions_are_settings_that_exist():
+    found = []
+    for changes in (
+        {"model__remat": "none"},
+        {"training__microbatches": 16},
+        {"mesh__data": 2, "mesh__fsdp": 4},
+    ):
+        mesh = {"data": changes.get("mesh__data", 1), "fsdp": changes.get("mesh__fsdp", 8)}
+        found += suggest(
+            _experiment(**changes), mesh, state=1e9, available=16e9, parameters=374_000_000
+        )
+    settings = [word for line in found for word in line.split() if word.startswith("--config.")]
+    assert {s.split("=")[0] for s in settings} >= {
+        "--config.model.remat",
+        "--config.training.microbatches",
+        "--config.mesh.data",
+        "--config.mesh.fsdp",
+        "--config.mesh.tensor",
+    }
+    for setting in settings:
+        check_override(*setting.removeprefix("--config.").split("="))
+
+
+def test_a_state_that_is_too_large():
+    experiment = _experiment("70b")
+    few = suggest(experiment, {"fsdp": 8}, state=100e9, available=80e9, parameters=69 * 10**9)
+    assert "more chips: state and gradients alone need 133.3 GB of 80.0 GB a device" in few[0]
+    many = {"data": 64, "fsdp": 8}
+    spread = suggest(experiment, many, state=100e9, available=80e9, parameters=69 * 10**9)
+    assert spread[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=512")
+
+
+def test_the_roofline_between_full_overlap_and_none():
+    found = roofline(
+        CHIPS["v5p"],
+        flops=459e12,
+        hbm_bytes=2765e9 / 2,
+        network={"fsdp": 0.25, "data": 0.5},
+        model_flops=0.6 * 459e12,
+    )
+    assert (found.compute, found.memory, found.bound) == (1.0, 0.5, "compute")
+    assert found.overlapped == 1.0 and found.serial == 2.25
+    assert math.isclose(found.mfu(found.overlapped), 0.6)
+    half = roofline(CHIPS["tpu7x"], flops=2307e12, hbm_bytes=0, network={}, model_flops=0)
+    assert half.compute == 2.0  # a device is half a chip
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+            " temporaries (56.50G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            (int(56.5 * 2**30), int(15.75 * 2**30), "temporaries alone"),
+        ),
+        (
+            "Ran out of memory in memory space hbm. Used 512.00M of 95.50G hbm. Exceeded ...",
+            (2**29, int(95.5 * 2**30), "in all"),
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_the_compilers_refusal(message, expected):
+    assert compiler.read_refusal(message) == expected

@@ -8,7 +8,7 @@ GPU_TEST_WORKERS ?= 4
 LIBTPU ?= build/libtpu
 TPU_REPORT ?= build/tpu_report
 
-.PHONY: help setup train test test-all test-gpu test-tpu test-tpu-device check format clean
+.PHONY: help setup train test test-all test-gpu test-tpu test-tpu-device libtpu check format clean
 
 help:
 	@echo "make train     train a small Lazy Attention model on English every Python carries"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the fused kernels' tests, on an NVIDIA GPU (BUILD.md says what to install)"
 	@echo "make test-tpu  the TPU kernels interpreted and compiled for every TPU, without one"
+	@echo "make libtpu    get the TPU compiler for \`train.py --mode=compile\` (700 MB, into build/)"
 	@echo "make test-tpu-device  their numbers and times on a TPU, as one report to send back"
 	@echo "make format    format the code"
 
@@ -47,12 +48,15 @@ $(LIBTPU)/libtpu/libtpu.so:
 	@$(PYTHON_BIN) -m pip --disable-pip-version-check -q install --no-deps --target $(LIBTPU) \
 	  "$$($(PYTHON_BIN) -m benchmarks.tpu_compiler)"
 
+libtpu: setup $(LIBTPU)/libtpu/libtpu.so
+
 test-tpu: setup $(LIBTPU)/libtpu/libtpu.so
 	@JAX_PLATFORMS=cpu $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) tests/pallas_kernels/test_tpu*.py
 	@$(PYTHON_BIN) -m benchmarks.tpu_static --compile --generations=v4,v5e,v5p,v6e,7x \
 	  --lengths=4096,32768 --head_dims=64,128
 	@$(PYTHON_BIN) -m benchmarks.tpu_static --lengths=4096,16384
-	@$(PYTHON_BIN) -m benchmarks.tpu_train_step
+	@$(PYTHON_BIN) -m pytest tests/ahead_of_time
+	@$(PYTHON_BIN) train.py --mode=compile --config=configs/lazy_340m_10b.py --topology=v5p:2x2x1
 
 # On a machine with a TPU and requirements/tpu.txt. One report, to be sent back as it is.
 test-tpu-device: setup

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import re
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lazyattn.ahead_of_time import libtpu
+
 # What `jax.experimental.topologies` calls the smallest slice of each generation.
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -24,20 +25,6 @@ TOPOLOGIES = {
 }
 # Bundles of a loop's end among which those of what follows may stand.
 _MIXED = 64
-_HERE = pathlib.Path(__file__).resolve().parent.parent / "build" / "libtpu"
-
-
-def library() -> pathlib.Path | None:
-    """Returns where libtpu is: as named, as `make test-tpu` puts it, or as pip does."""
-    named = os.environ.get("TPU_LIBRARY_PATH")
-    if named:
-        return pathlib.Path(named)
-    spec = importlib.util.find_spec("libtpu")
-    folders = [_HERE / "libtpu", *(spec.submodule_search_locations or [] if spec else [])]
-    for folder in map(pathlib.Path, folders):
-        if (folder / "libtpu.so").exists():
-            return folder / "libtpu.so"
-    return None
 
 
 class Compiler:
@@ -48,21 +35,9 @@ class Compiler:
     """
 
     def __init__(self, *, dump: bool = True):
-        found = library()
-        if found is None:
-            raise FileNotFoundError(
-                "There is no libtpu here: `make test-tpu` gets it, or set TPU_LIBRARY_PATH."
-            )
+        libtpu.prepare()
         self._folder = tempfile.TemporaryDirectory()
         self.dumps = pathlib.Path(self._folder.name)
-        os.environ |= {
-            "TPU_LIBRARY_PATH": str(found),
-            "TPU_SKIP_MDS_QUERY": "1",
-            # Nothing here uses a device, so that several processes may compile at once.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": "v5p-8",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-        }
         if dump:
             os.environ["LIBTPU_INIT_ARGS"] = (
                 f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.tpu_compiler import library
 from lazyattn import InputError, attention, lazy_attention
+from lazyattn.ahead_of_time.libtpu import library
 from pallas_kernels.tpu import config, support
 from tests import oracle
 

@@ -11,6 +11,8 @@ from lazyattn.evaluation.documents import (
     VALIDATION,
     Corpus,
     Text,
+    is_prepared,
+    read_prepared,
     read_texts,
     tokenize,
     validation_texts,
@@ -46,8 +48,12 @@ def evaluate(
         or something asked for is wrong, all before anything is compiled.
     """
     options = EvaluationOptions() if options is None else options
-    texts = {name: read_texts(name) for name in options.texts if name != VALIDATION}
-    passages = None if options.lambada is None else read_lambada(options.lambada)
+    texts = {
+        name: read_texts(name)[: options.limit]
+        for name in options.texts
+        if name != VALIDATION and not is_prepared(name)
+    }
+    passages = [] if options.lambada is None else read_lambada(options.lambada)[: options.limit]
     if options.tasks:
         _check_tasks(options)
     check_tokenizer(path)
@@ -66,11 +72,11 @@ def evaluate(
     if options.tasks:
         _print_tasks(trained, options, contexts[0], folder)
     # A list of contexts alone is a question about the run's own text.
-    about_text = bool(texts or passages or VALIDATION in options.texts)
+    about_text = bool(options.texts or passages)
     if about_text or (options.contexts and not options.tasks):
         names = options.texts if about_text else (VALIDATION,)
-        corpora = [_corpus(trained, name, texts) for name in names]
-        _print_texts(trained, options, corpora, passages or [], contexts, folder)
+        corpora = [_corpus(trained, name, texts, options.limit) for name in names]
+        _print_texts(trained, options, corpora, passages, contexts, folder)
     elif not options.tasks:
         _print_validation(trained, cache_dir)
 
@@ -97,10 +103,19 @@ def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] |
     print(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
 
 
-def _corpus(trained: TrainedModel, name: str, texts: dict[str, list[Text]]) -> Corpus:
-    held_out = name == VALIDATION
-    found = validation_texts(trained.experiment.data) if held_out else texts[name]
-    return tokenize(Path(name).stem, found, trained.tokenizer)
+def _corpus(
+    trained: TrainedModel, name: str, texts: dict[str, list[Text]], limit: int | None
+) -> Corpus:
+    """Returns the documents of a name on the command line; `texts` are those read before."""
+    data = trained.experiment.data
+    label, tokenizer = Path(name).stem, trained.tokenizer
+    if name in texts:
+        return tokenize(label, texts[name], tokenizer)
+    if name != VALIDATION:
+        return read_prepared(label, [name], tokenizer, limit)
+    if data.tokenised:
+        return read_prepared(label, [path for path, _ in data.weighted_paths], tokenizer, limit)
+    return tokenize(label, validation_texts(data)[:limit], tokenizer)
 
 
 def _print_texts(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from lazyattn.data import sources
+from lazyattn.data import manifest, sources
 from lazyattn.data.config import DataConfig
 from lazyattn.data.corpus import is_validation
+from lazyattn.data.shards import Shards
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
 
@@ -69,7 +70,9 @@ def read_texts(path: str) -> list[Text]:
     if file.is_dir():
         return [_plain(document.text) for document in sources.documents(str(file))]
     if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
-        raise bad_value("--text", path, "a .txt or .jsonl file, or a folder of .txt files")
+        raise bad_value(
+            "--text", path, "a .txt or .jsonl file, or a folder of .txt files or shards"
+        )
     if file.suffix == ".txt":
         texts = [_plain(_read(file, "--text"))]
     else:
@@ -97,6 +100,47 @@ def validation_texts(config: DataConfig) -> list[Text]:
     if not texts:
         raise InputError(f"data.source {config.source!r} has no validation document.")
     return texts
+
+
+def is_prepared(path: str) -> bool:
+    """Returns whether a folder holds tokenised shards."""
+    return (Path(path).expanduser() / manifest.NAME).is_file()
+
+
+def read_prepared(
+    name: str, folders: Sequence[str], tokenizer: Tokenizer, limit: int | None = None
+) -> Corpus:
+    """Returns the validation documents of folders of tokenised shards.
+
+    Args:
+      name: for tables.
+      folders: of shards, made with `tokenizer`.
+      tokenizer: the model's.
+      limit: documents to take of each folder; None: all.
+
+    Raises:
+      InputError: if a folder can't be read, has another tokenizer or no validation
+        document.
+    """
+    documents = []
+    words = size = 0
+    for folder in folders:
+        content = manifest.read(folder)
+        if content.tokenizer.sha256 != tokenizer.fingerprint:
+            raise InputError(
+                f"{folder!r} was prepared with another tokenizer than the run was trained with;"
+                " prepare it with the run's own."
+            )
+        shards = Shards(folder, "validation", content)
+        for index in range(len(shards) if limit is None else min(limit, len(shards))):
+            ids = shards[index].astype(np.int32)
+            if ids.size:
+                documents.append(np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32))
+                words += len(tokenizer.decode(ids.tolist()).split())
+                size += int(tokenizer.bytes_per_token[ids].sum())
+    if not documents:
+        raise InputError(f"{', '.join(folders)} has no validation document with text.")
+    return Corpus(name, documents, words, size)
 
 
 def tokenize(name: str, texts: Sequence[Text], tokenizer: Tokenizer) -> Corpus:

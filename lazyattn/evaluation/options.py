@@ -18,10 +18,10 @@ class EvaluationOptions:
       tasks: of lm-evaluation-harness.
       tasks_dir: folder with the tasks' items or settings; None: the harness's own.
       num_fewshot: solved examples in a prompt; None: the task's own number.
-      limit: items a task; None: all.
+      limit: items a task, documents a text, passages of LAMBADA; None: all.
       contexts: context lengths; none: that of the training rows.
       stride: of rolling windows; None: the context.
-      texts: files and folders to measure perplexity on.
+      texts: files, folders of text and of tokenised shards to measure perplexity on.
       lambada: file of passages; None: none.
       output: folder for results; None: `evaluation` in the run's.
       precision: "float32" (and nothing skipped) or "model" (as in training).
@@ -68,13 +68,13 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_string("tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", **where)
     flags.DEFINE_integer("num_fewshot", None, "eval: solved examples in a prompt.", **where)
-    flags.DEFINE_integer("limit", None, "eval: items a task at most.", **where)
+    flags.DEFINE_integer("limit", None, "eval: items a task, documents a text at most.", **where)
     flags.DEFINE_list("contexts", [], "eval: context lengths, such as 512,1024,2048.", **where)
     flags.DEFINE_integer("stride", None, "eval: tokens a rolling window predicts.", **where)
     flags.DEFINE_multi_string(
         "text",
         [],
-        "eval: .txt, .jsonl or folder to measure perplexity on; 'validation': the run's own;"
+        "eval: .txt, .jsonl, folder of .txt or of shards; 'validation': the run's own;"
         " several times for several.",
         **where,
     )

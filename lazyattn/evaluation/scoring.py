@@ -181,7 +181,9 @@ class Scorer:
     def _run(self, batch: Int32[np.ndarray, "rows tokens"]) -> tuple[Array, Array]:
         """Returns nll and greedy of a batch, on their way."""
         with jax.set_mesh(self._mesh), jax.default_matmul_precision(self.precision):
-            tokens = sharding.shard_batch({"tokens": batch}, self._mesh)["tokens"]
+            # One token more than the length, which may be split as well, later.
+            rows = jax.sharding.NamedSharding(self._mesh, sharding.spec("batch", None))
+            tokens = jax.make_array_from_process_local_data(rows, batch)
             return self._score(self._params, tokens)
 
 

@@ -97,7 +97,8 @@ def check_tokenizer(path: str | os.PathLike[str]) -> None:
       InputError: if there are checkpoints but no tokenizer.
     """
     workdir = Path(path).expanduser().absolute()
-    if (workdir / FOLDER).is_dir() and not (workdir / "tokenizer.json").is_file():
+    names = ("tokenizer.json", "tokenizer.model")
+    if (workdir / FOLDER).is_dir() and not any((workdir / name).is_file() for name in names):
         raise bad_value(
             "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
         )

@@ -3,10 +3,15 @@ import json
 import numpy as np
 import pytest
 
+from lazyattn.data import manifest
 from lazyattn.data.config import DataConfig
+from lazyattn.data.shards import shard_name, token_dtype, write_shard
+from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.evaluation.documents import (
+    is_prepared,
     json_lines,
+    read_prepared,
     read_texts,
     tokenize,
     validation_texts,
@@ -71,10 +76,55 @@ def test_documents_begin_with_the_beginning_of_sequence_token(tmp_path):
     assert (corpus.words, corpus.bytes) == (1, 3)
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Returns a folder of shards, its tokenizer and its validation texts."""
+    folder = tmp_path_factory.mktemp("shards")
+    tokenizer = Tokenizer.train([tiny.TEXT], 300)
+    tokenizer.save(folder / "tokenizer.json")
+    texts = ["no word is worth it", "", "attention may look at nothing"]
+    splits = {}
+    for split in manifest.SPLITS:
+        name = shard_name(split, 0, 1)
+        documents = [(tokenizer.encode(text), len(text.encode())) for text in texts]
+        splits[split] = manifest.Split(
+            (write_shard(folder / name, documents, token_dtype(tokenizer.vocab_size)),)
+        )
+    record = manifest.TokenizerRecord(
+        kind=tokenizer.kind,
+        file="tokenizer.json",
+        sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        beginning_of_document=tokenizer.bos_id,
+        end_of_document=tokenizer.eos_id,
+        padding=tokenizer.pad_id,
+    )
+    content = manifest.Manifest("test", record, "uint16", splits, (), {}, {})
+    (folder / manifest.NAME).write_text(content.to_json())
+    return folder, tokenizer, texts
+
+
+def test_prepared_shards(prepared, tmp_path):
+    folder, tokenizer, texts = prepared
+    assert is_prepared(str(folder)) and not is_prepared(str(tmp_path))
+    corpus = read_prepared("x", [str(folder)], tokenizer)
+    expected = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts if text]
+    assert [document.tolist() for document in corpus.documents] == expected
+    assert corpus.words == sum(len(text.split()) for text in texts)
+    assert corpus.bytes == sum(len(text) for text in texts)
+    assert len(read_prepared("x", [str(folder)], tokenizer, limit=1).documents) == 1
+
+
+def test_shards_of_another_tokenizer_are_refused(prepared):
+    other = Tokenizer.train(["something else"], 280)
+    with pytest.raises(InputError, match="was prepared with another tokenizer than the run was"):
+        read_prepared("x", [str(prepared[0])], other)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "--text is .*none.txt', but it must be a .txt or .jsonl file, or a"),
+        ("none.txt", None, "--text is .*none.txt', but it must be a .txt or .jsonl file, or a "),
         ("a.csv", b"x", "--text is .*a.csv', but it must be a .txt or .jsonl file"),
         ("a.txt", b" \n", "--text is .*a.txt', but there is no text in it"),
         ("a.txt", b"\xff", "--text is .*a.txt', which is not UTF-8 at byte 0"),

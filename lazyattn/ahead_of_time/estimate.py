@@ -46,7 +46,7 @@ def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
     )
     sizes = dict(mesh.shape)
     parts = experiment.training.microbatches
-    sharding.check_batch(mesh, experiment.data.batch_size, parts)
+    sharding.check_batch(mesh, experiment.data.batch_size, parts, experiment.data.sequence_length)
     factory = compiler.state_factory(experiment, mesh)
     state = memory.state_bytes(factory.abstract)
     counts = parameter_counts(factory.abstract.params)

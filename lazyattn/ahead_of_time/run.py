@@ -43,7 +43,12 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
     if not where.chip.is_tpu:
         return estimate.estimate(experiment, where)
     mesh = sharding.make_mesh(experiment.mesh, topology.devices(where))
-    sharding.check_batch(mesh, experiment.data.batch_size, experiment.training.microbatches)
+    sharding.check_batch(
+        mesh,
+        experiment.data.batch_size,
+        experiment.training.microbatches,
+        experiment.data.sequence_length,
+    )
     factory = compiler.state_factory(experiment, mesh)
     state = memory.state_bytes(factory.abstract)
     parameters = parameter_counts(factory.abstract.params)["total"]

@@ -1,0 +1,117 @@
+"""Tokenises a corpus into a folder of shards that training reads.
+
+    python -m lazyattn.data.prepare --input='DIR/*.parquet' --output=DIR --tokenizer=train
+
+Killed, interrupted or out of disk, the same command goes on where it was. Exit status:
+0 when done, 2 when something given is wrong, 130 when stopped by Ctrl-C.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from lazyattn.data.prepare.run import Preparation, Prepared, prepare_shards
+from lazyattn.data.prepare.selection import Selection
+from lazyattn.errors import InputError
+
+_INPUT = flags.DEFINE_list(
+    "input",
+    [],
+    "Files, folders or patterns of them, with commas between: .parquet, .jsonl, .jsonl.zst,"
+    " .jsonl.gz, or the folder of a built TensorFlow dataset.",
+)
+_OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "A tokenizer.json, a SentencePiece model, or 'train': learn one here."
+)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32768, "Entries of a tokenizer trained here.")
+_SAMPLE_MB = flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.")
+_MIN_INT_SCORE = flags.DEFINE_integer(
+    "min_int_score", None, "Lowest score of a document that is kept; default: all are."
+)
+_VALIDATION_FRACTION = flags.DEFINE_float(
+    "validation_fraction", 0.005, "Share of the documents held out, by the hash of their id."
+)
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Column or key of the text.")
+_ID_FIELD = flags.DEFINE_string(
+    "id_field", "id", "Column or key of the id; empty: the hash of the text is the id."
+)
+_SCORE_FIELD = flags.DEFINE_string("score_field", "int_score", "Column or key of the score.")
+_SHARD_MB = flags.DEFINE_integer("shard_mb", 512, "MB of text a shard has at most.")
+_NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0: one for each core.")
+_ON_FAULT = flags.DEFINE_string(
+    "on_fault", "skip", "Damaged files and documents: 'skip' and count them, or 'fail'."
+)
+
+
+def _summary(prepared: Prepared) -> str:
+    content = prepared.manifest
+    lines = []
+    for name, split in content.splits.items():
+        lines.append(
+            f"{name:<12}{split.documents:,} documents, {split.tokens:,} tokens,"
+            f" {split.bytes:,} bytes ({split.bytes / max(1, split.tokens):.3f} a token),"
+            f" {len(split.shards)} shards"
+        )
+    for reason, count in content.skipped.items():
+        lines.append(f"{'skipped':<12}{count:,} documents: {reason}")
+    for source in content.sources:
+        if source.error is not None:
+            lines.append(f"{'damaged':<12}{source.file}: {source.error}")
+    if not content.splits["validation"].documents:
+        lines.append("No document was held out for validation, which training needs.")
+    if prepared.seconds and prepared.bytes:
+        lines.append(
+            f"{'took':<12}{prepared.seconds:.1f} s: {prepared.bytes / 1e6 / prepared.seconds:.2f}"
+            f" MB/s, {prepared.tokens / prepared.seconds:,.0f} tokens/s"
+        )
+    else:
+        lines.append("It had been prepared before; nothing was done.")
+    lines.append(f"{'read it':<12}--config.data.path={prepared.folder}")
+    return "\n".join(lines)
+
+
+def _prepare() -> int:
+    preparation = Preparation(
+        inputs=tuple(_INPUT.value),
+        output=_OUTPUT.value,
+        tokenizer=_TOKENIZER.value,
+        vocab_size=_VOCAB_SIZE.value,
+        sample_mb=_SAMPLE_MB.value,
+        selection=Selection(
+            text_field=_TEXT_FIELD.value,
+            id_field=_ID_FIELD.value,
+            score_field=_SCORE_FIELD.value,
+            min_int_score=_MIN_INT_SCORE.value,
+            validation_fraction=_VALIDATION_FRACTION.value,
+        ),
+        shard_mb=_SHARD_MB.value,
+        num_workers=_NUM_WORKERS.value,
+        on_fault=_ON_FAULT.value,
+    )
+    print(_summary(prepare_shards(preparation)))
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepares; returns the exit status."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise InputError(
+                f"The argument {argv[1]!r} is not a flag; flags look like --input=PATTERN (with"
+                " quotation marks around a pattern)."
+            )
+        return _prepare()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    app.run(main)

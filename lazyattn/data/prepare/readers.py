@@ -1,0 +1,254 @@
+"""Documents of one range of one file, whatever its format, in bounded memory."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lazyattn.data.prepare.selection import INVALID_JSON, INVALID_UNICODE, Selection
+
+_BATCH_ROWS = 64  # of a Parquet file decoded at once
+_BUFFER = 1 << 20  # bytes
+LONGEST_LINE = 1 << 28  # bytes of a JSON line; more is no document
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A range of a file that is prepared as one piece of work.
+
+    Attributes:
+      index: which piece of all, in the order of the corpus.
+      path: of the file.
+      kind: its format: "parquet", "jsonl", "jsonl.zst", "jsonl.gz" or "tfds".
+      start, stop: rows of a Parquet file, bytes of a jsonl one, documents of a TFDS
+        split; 0 and the file's size where it can only be read from its beginning.
+      weight: bytes of work, for the progress bar.
+      split: of the TFDS dataset; "" for other formats.
+    """
+
+    index: int
+    path: str
+    kind: str
+    start: int
+    stop: int
+    weight: int
+    split: str = ""
+
+    def name(self, place: int) -> str:
+        """Returns what to call a document found at `place`."""
+        return f"{self.path}, {'row' if self.kind in ('parquet', 'tfds') else 'byte'} {place:,}"
+
+
+class Row(NamedTuple):
+    """What was found at one place.
+
+    Attributes:
+      place: row, or byte of the (decompressed) file.
+      text, id, score: what the fields hold, None where there is nothing.
+      fault: why nothing could be read; None: something was.
+      done: share of the unit that was read with this, 0 to 1.
+    """
+
+    place: int
+    text: Any
+    id: Any
+    score: Any
+    fault: str | None
+    done: float
+
+
+class DamagedFileError(Exception):
+    """The rest of a range can't be read; the message says why.
+
+    Attributes:
+      lost: documents that were to come; None: nobody knows.
+    """
+
+    def __init__(self, reason: str, lost: int | None = None):
+        super().__init__(reason)
+        self.lost = lost
+
+
+def read_unit(unit: Unit, selection: Selection) -> Iterator[Row]:
+    """Yields the documents of a range, always in the same order.
+
+    Raises:
+      DamagedFileError: where the file is damaged; what came before is good.
+    """
+    if unit.kind == "parquet":
+        return _parquet(unit, selection)
+    if unit.kind == "tfds":
+        return _tfds(unit, selection)
+    return _jsonl(unit, selection)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """Opens a Parquet file to be read piece by piece.
+
+    Raises:
+      DamagedFileError: if it is none or has lost its end.
+    """
+    try:
+        return pq.ParquetFile(
+            path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(_reason(error)) from error
+
+
+def _parquet(unit: Unit, selection: Selection) -> Iterator[Row]:
+    file = open_parquet(unit.path)
+    groups, first = _row_groups(file.metadata, unit)
+    columns = [field for field in selection.fields if field is not None]
+    place = first
+    try:
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
+            begin, end = max(unit.start - place, 0), min(unit.stop - place, batch.num_rows)
+            if begin < end:
+                values = [
+                    [None] * (end - begin)
+                    if field is None
+                    else plain_values(batch.column(batch.schema.get_field_index(field))[begin:end])
+                    for field in selection.fields
+                ]
+                for offset, (text, id, score) in enumerate(zip(*values, strict=True), begin):
+                    done = (place + offset + 1 - unit.start) / (unit.stop - unit.start)
+                    yield Row(place + offset, text, id, score, None, done)
+            place += batch.num_rows
+            if place >= unit.stop:
+                return
+    except (pa.ArrowException, OSError) as error:
+        lost = unit.stop - max(place, unit.start)
+        raise DamagedFileError(_reason(error), lost) from error
+
+
+def _row_groups(metadata: pq.FileMetaData, unit: Unit) -> tuple[list[int], int]:
+    """Returns the row groups that hold a unit's rows, and the first one's first row."""
+    groups: list[int] = []
+    first = begin = 0
+    for group in range(metadata.num_row_groups):
+        end = begin + metadata.row_group(group).num_rows
+        if begin < unit.stop and unit.start < end:
+            if not groups:
+                first = begin
+            groups.append(group)
+        begin = end
+    return groups, first
+
+
+def plain_values(column: pa.Array) -> list[Any]:
+    """Returns a column as Python values, text as bytes: it may be no valid UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.binary())
+    elif pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return column.to_pylist()
+
+
+def _jsonl(unit: Unit, selection: Selection) -> Iterator[Row]:
+    """Yields the lines that begin within the unit."""
+    compression = {"jsonl.zst": "zstd", "jsonl.gz": "gzip"}.get(unit.kind)
+    try:
+        with Path(unit.path).open("rb", buffering=_BUFFER) as raw:
+            if compression is None:
+                yield from _lines(unit, selection, raw, raw)
+            else:
+                with pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression) as stream:
+                    yield from _lines(unit, selection, _Buffered(stream), raw)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DamagedFileError(_reason(error)) from error
+
+
+def _lines(unit: Unit, selection: Selection, file: Any, raw: Any) -> Iterator[Row]:
+    compressed = file is not raw
+    place = 0 if compressed else unit.start
+    if place:  # the line that is under way belongs to the unit before
+        raw.seek(place - 1)
+        place += len(_line(raw)[0]) - 1
+    while compressed or place < unit.stop:
+        line, size = _line(file)
+        if not size:
+            return
+        at = raw.tell() if compressed else place + size - unit.start
+        if line.strip():
+            yield _parsed(line if size == len(line) else b"", place, selection)._replace(
+                done=min(1.0, at / max(1, unit.stop - unit.start))
+            )
+        place += size
+
+
+def _line(file: Any) -> tuple[bytes, int]:
+    """Returns a line, or the beginning of one that is too long, and how long it is."""
+    line = file.readline(LONGEST_LINE)
+    size = len(line)
+    while len(line) and not line.endswith(b"\n") and size % LONGEST_LINE == 0:
+        more = file.readline(LONGEST_LINE)
+        if not more:
+            break
+        size += len(more)
+        if more.endswith(b"\n"):
+            break
+    return line, size
+
+
+def _parsed(line: bytes, place: int, selection: Selection) -> Row:
+    try:
+        content = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Row(place, None, None, None, INVALID_UNICODE, 0.0)
+    except (ValueError, RecursionError):
+        return Row(place, None, None, None, INVALID_JSON, 0.0)
+    if not isinstance(content, dict):
+        return Row(place, None, None, None, INVALID_JSON, 0.0)
+    text, id, score = (None if field is None else content.get(field) for field in selection.fields)
+    return Row(place, text, id, score, None, 0.0)
+
+
+class _Buffered:
+    """`readline` for a stream of Arrow's, which has none."""
+
+    def __init__(self, stream: pa.NativeFile):
+        self._stream = stream
+        self._held = b""
+        self._at = 0
+
+    def readline(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            end = self._held.find(b"\n", self._at) + 1
+            stop = min(end or len(self._held), self._at + limit - size)
+            parts.append(self._held[self._at : stop])
+            size += stop - self._at
+            self._at = stop
+            if (end and stop == end) or size == limit:
+                return b"".join(parts)
+            self._held, self._at = self._stream.read(_BUFFER), 0
+            if not self._held:
+                return b"".join(parts)
+
+
+def _tfds(unit: Unit, selection: Selection) -> Iterator[Row]:
+    from lazyattn.data.fineweb_edu import open_dataset
+
+    source = open_dataset(Path(unit.path).parent).as_data_source(unit.split)
+    for place in range(unit.start, unit.stop):
+        try:
+            document = source[place]
+        except Exception as error:  # the library raises nothing narrower
+            raise DamagedFileError(_reason(error), unit.stop - place) from error
+        text, id, score = (
+            None if field is None else document.get(field) for field in selection.fields
+        )
+        done = (place + 1 - unit.start) / (unit.stop - unit.start)
+        yield Row(place, text, id, None if score is None else score.item(), None, done)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

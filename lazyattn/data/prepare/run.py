@@ -1,0 +1,277 @@
+"""A corpus to a folder of tokenised shards; a killed run is taken up again.
+
+Work in progress lies in a folder within the output: a plan, the tokenizer, and for
+each unit its shards and then its result. What has a result is done. When all have,
+the shards get their names and the manifest is written; only then is the output a
+folder of shards.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lazyattn.data import manifest
+from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
+from lazyattn.data.prepare import assemble, workspace
+from lazyattn.data.prepare.inputs import Plan, make_plan
+from lazyattn.data.prepare.progress import ProgressLine
+from lazyattn.data.prepare.readers import DamagedFileError, read_unit
+from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
+from lazyattn.data.prepare.unit import UnitResult
+from lazyattn.data.prepare.workers import process_all
+from lazyattn.data.shards import token_dtype
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError, require
+
+TRAIN = "train"  # as a tokenizer: learn one
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What to prepare, and how.
+
+    Attributes:
+      inputs: folders, files or patterns of them.
+      output: folder of the shards.
+      tokenizer: path of a `tokenizer.json` or a SentencePiece model, or "train".
+      vocab_size: entries of a tokenizer that is trained.
+      sample_mb: text that it is trained on, in millions of bytes, from all over the
+        training documents.
+      selection: which documents are kept, in which split.
+      shard_mb: text of a shard at most, in millions of bytes.
+      num_workers: processes; 0: one for each core.
+      on_fault: "skip": leave out and count what can't be read; "fail": stop there.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    tokenizer: str
+    vocab_size: int = 32768
+    sample_mb: int = 256
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    shard_mb: int = 512
+    num_workers: int = 0
+    on_fault: str = "skip"
+
+    def __post_init__(self):
+        require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
+        require(bool(self.output), "--output", self.output, "the folder of the shards to be")
+        require(
+            bool(self.tokenizer),
+            "--tokenizer",
+            self.tokenizer,
+            f"a tokenizer.json, a SentencePiece model, or '{TRAIN}'",
+        )
+        require(self.vocab_size >= 260, "--vocab_size", self.vocab_size, "at least 260")
+        for name in ("sample_mb", "shard_mb"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        require(self.num_workers >= 0, "--num_workers", self.num_workers, "at least 0")
+        require(self.on_fault in ("skip", "fail"), "--on_fault", self.on_fault, "'skip' or 'fail'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a preparation came to.
+
+    Attributes:
+      folder: of the shards.
+      manifest: what it says.
+      seconds: this run took for `bytes` and `tokens`; 0 if all had been done before.
+      bytes, tokens: of text tokenised in this run.
+    """
+
+    folder: Path
+    manifest: Manifest
+    seconds: float
+    bytes: int
+    tokens: int
+
+
+def prepare_shards(preparation: Preparation) -> Prepared:
+    """Prepares a corpus, or goes on where a killed run left off.
+
+    The files depend on the corpus and the settings alone, not on processes, faults of
+    the machine or how often it was taken up again. A folder that is finished stays as
+    it is.
+
+    Raises:
+      InputError: if an input, the tokenizer or the output is unusable, another process
+        is at work in the output, it holds something else, no document is left, or
+        there is a fault and they are fatal.
+    """
+    folder = Path(preparation.output).expanduser()
+    given = None if preparation.tokenizer == TRAIN else Tokenizer.load(preparation.tokenizer)
+    plan = make_plan(preparation.inputs, preparation.selection, preparation.shard_mb * 10**6)
+    try:
+        with workspace.locked(folder) as work:
+            return _prepare(preparation, folder, work, given, plan)
+    except OSError as error:
+        raise InputError(
+            f"--output is {preparation.output!r}, but nothing can be written there"
+            f" ({error.strerror or error}); what is done is kept, and the same command goes on."
+        ) from error
+
+
+def _prepare(
+    preparation: Preparation, folder: Path, work: Path, given: Tokenizer | None, plan: Plan
+) -> Prepared:
+    identity = workspace.identity(_settings(preparation, given), plan)
+    if (folder / manifest.NAME).exists():
+        content = workspace.require_finished(folder, identity)
+        shutil.rmtree(work)
+        return Prepared(folder, content, 0.0, 0, 0)
+    workspace.claim(folder, work, identity)
+    for path in plan.files:
+        if path.error is not None and preparation.on_fault == "fail":
+            raise InputError(
+                f"{path.path} can't be read ({path.error}); --on_fault=skip leaves it out."
+            )
+    results = workspace.finished_units(work, plan)
+    left = [unit for unit in plan.units if unit.index not in results]
+    line = ProgressLine(
+        total=sum(unit.weight for unit in plan.units),
+        finished=sum(unit.weight for unit in plan.units if unit.index in results),
+    )
+    if results:
+        line.line(f"prepare  goes on: {len(results)} of {len(plan.units)} pieces are done")
+    for path in plan.files:
+        if path.error is not None:
+            line.line(f"skipped  {path.path}: can't be read ({path.error})")
+    tokenizer, tokenizer_path = _tokenizer(preparation, given, plan, work, line)
+    line = ProgressLine(line.total, line.finished)  # the clock starts now
+    for result in process_all(
+        left,
+        work,
+        tokenizer_path,
+        preparation.selection,
+        fatal=preparation.on_fault == "fail",
+        num_workers=preparation.num_workers or _cores(),
+        report=line.add,
+    ):
+        results[result.index] = result
+        for text in _faults(result, plan):
+            line.line(text)
+    seconds = line.seconds
+    line.close()
+    ordered = [results[unit.index] for unit in plan.units]
+    splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
+    if not splits["train"].documents:
+        raise InputError(
+            f"No training document is left; skipped: {assemble.total_skipped(ordered) or 'none'}."
+        )
+    tokenizer.save(work / tokenizer.file_name)
+    os.replace(work / tokenizer.file_name, folder / tokenizer.file_name)
+    content = Manifest(
+        created_by=f"lazyattn {metadata.version('lazyattn')}",
+        tokenizer=TokenizerRecord(
+            kind=tokenizer.kind,
+            file=tokenizer.file_name,
+            sha256=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            beginning_of_document=tokenizer.bos_id,
+            end_of_document=tokenizer.eos_id,
+            padding=tokenizer.pad_id,
+        ),
+        token_dtype=token_dtype(tokenizer.vocab_size),
+        splits=splits,
+        sources=_sources(plan, ordered),
+        settings=identity["settings"],
+        skipped=assemble.total_skipped(ordered),
+    )
+    content.write(folder)
+    shutil.rmtree(work)
+    return Prepared(folder, content, seconds, line.done.bytes, line.done.tokens)
+
+
+def _cores() -> int:
+    """Returns the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _settings(preparation: Preparation, given: Tokenizer | None) -> dict[str, Any]:
+    """Returns the settings that the shards depend on, as plain data."""
+    tokenizer: dict[str, Any] = (
+        {"vocab_size": preparation.vocab_size, "sample_mb": preparation.sample_mb}
+        if given is None
+        else {"sha256": given.fingerprint}
+    )
+    selection = dataclasses.asdict(preparation.selection)
+    return {**selection, "shard_mb": preparation.shard_mb, "tokenizer": tokenizer}
+
+
+def _tokenizer(
+    preparation: Preparation,
+    given: Tokenizer | None,
+    plan: Plan,
+    work: Path,
+    line: ProgressLine,
+) -> tuple[Tokenizer, Path]:
+    """Returns the tokenizer and its file in the work folder."""
+    path = work / "tokenizer"
+    if not path.exists():
+        if given is None:
+            line.line(f"prepare  trains a tokenizer of {preparation.vocab_size:,} entries")
+            given = Tokenizer.train(_sample(preparation, plan), preparation.vocab_size)
+        temporary = work / ".tokenizer"
+        given.save(temporary)
+        os.replace(temporary, path)
+    return Tokenizer.load(path), path
+
+
+def _sample(preparation: Preparation, plan: Plan) -> Iterator[str]:
+    """Yields training documents from the beginning of every unit."""
+    quota = preparation.sample_mb * 10**6 / max(1, len(plan.units))
+    for unit in plan.units:
+        taken = 0
+        try:
+            for row in read_unit(unit, preparation.selection):
+                if row.fault is not None:
+                    continue
+                chosen = select(row.text, row.id, row.score, preparation.selection)
+                if isinstance(chosen, str) or chosen.split != "train":
+                    continue
+                yield chosen.text
+                taken += chosen.size
+                if taken >= quota:
+                    break
+        except DamagedFileError:
+            continue  # reported when the unit is prepared
+
+
+def _faults(result: UnitResult, plan: Plan) -> Iterator[str]:
+    """Yields what to tell of a unit's faults."""
+    unit = plan.units[result.index]
+    if result.error is not None:
+        yield f"skipped  {unit.path}: the rest can't be read ({result.error})"
+    yield from (f"skipped  {example}" for example in result.examples)
+    one_by_one = (
+        count for reason, count in result.skipped.items() if reason not in (LOW_SCORE, UNREADABLE)
+    )
+    more = sum(one_by_one) - len(result.examples)
+    if more:
+        yield f"skipped  {unit.path}: {more:,} more documents"
+
+
+def _sources(plan: Plan, results: Sequence[UnitResult]) -> tuple[SourceFile, ...]:
+    found: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    for unit, result in zip(plan.units, results, strict=True):
+        found[unit.path] = found.get(unit.path, 0) + result.found
+        if result.error is not None:
+            errors.setdefault(unit.path, result.error)
+    return tuple(
+        SourceFile(
+            file=file.file,
+            size=file.size,
+            modified=file.modified,
+            documents=found.get(file.path, 0),
+            error=file.error or errors.get(file.path),
+        )
+        for file in plan.files
+    )

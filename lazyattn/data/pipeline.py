@@ -33,6 +33,9 @@ __all__ = [
     "validation_batches",
 ]
 
+# Part of the state: raise it whenever the same settings come to give other batches.
+_ORDER = 1
+
 TrainingData = PreparedData | ShardedData
 
 
@@ -86,6 +89,7 @@ def train_iterator(
             prepared, config, process_index=process_index, process_count=process_count
         )
     order = (
+        _ORDER,
         prepared.fingerprint,
         prepared.weights,
         *(config.sequence_length, config.batch_size, config.packing, config.long_documents),

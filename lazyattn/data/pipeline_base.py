@@ -65,14 +65,13 @@ class BatchIterator(grain.DatasetIterator):
         """Continues after `state["step"]` batches.
 
         Raises:
-          InputError: if the state belongs to other data: another source, tokenizer,
-            row length, packing, batch size or shuffle seed.
+          InputError: if the state belongs to other data, or to another order of it.
         """
         if state.get("data") != self._data:
             raise InputError(
-                "The checkpoint was made with other data (source, tokenizer, sequence_length,"
-                " packing, batch_size or shuffle_seed), so training cannot resume exactly; restore"
-                " those settings or start a new workdir."
+                "The checkpoint was made with other data (source or shards, their weights,"
+                " tokenizer, sequence_length, packing, long_documents, batch_size or shuffle_seed),"
+                " so training cannot resume exactly; restore those settings or start a new workdir."
             )
         self._drop_reader()
         self._step = int(state["step"])

@@ -82,6 +82,7 @@ def train(
             process_count=jax.process_count(),
             gather=_gather,
         )
+        stack.callback(batches.close)
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
             folders.write_experiment(workdir, experiment)

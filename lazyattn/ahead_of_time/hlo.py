@@ -22,7 +22,6 @@ _BYTES = {
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|async_execution_thread)=%([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,14 +53,13 @@ def count(module: Module, length: int) -> Work:
     weights = attention = hbm = 0.0
     calls: dict[str, int] = {}
     for instruction, computation, times in module.running():
-        parts = [instruction, *(part for part, _ in module.inside(instruction))]
-        owners = [computation, *(owner for _, owner in module.inside(instruction))]
-        for part, owner in zip(parts, owners, strict=True):
+        for part, owner in ((instruction, computation), *module.inside(instruction)):
             weights += times * product_flops(part, owner)
         kernel = kernel_of(instruction)
         if kernel is not None:
             calls[kernel] = calls.get(kernel, 0) + times
-            pairs = _query_elements(instruction, computation) * (length + 1) / 2
+            # The first result has the shape of the queries: batch, heads, length, head size.
+            pairs = instruction.arrays[0].size * (length + 1) / 2
             attention += times * KERNELS[kernel] * 2.0 * pairs
         hbm += times * hbm_bytes(instruction, computation, module)
     return Work(weights, attention, hbm, calls)
@@ -71,16 +70,6 @@ def kernel_of(instruction: Instruction) -> str | None:
     if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.rest:
         return None
     return next((name for name in KERNELS if instruction.name.startswith(name)), None)
-
-
-def _query_elements(call: Instruction, computation: Computation) -> int:
-    """Returns batch x heads x length x head size of a kernel's queries.
-
-    Every kernel has results of the queries' shape, and they are its largest ones where
-    keys are no longer than queries.
-    """
-    del computation
-    return call.arrays[0].size
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> float:

@@ -14,6 +14,7 @@ from lazyattn.ahead_of_time.suggestions import suggest
 from lazyattn.errors import InputError
 from lazyattn.experiment import check_override, from_config_dict
 from lazyattn.model.accounting import flops_per_token
+from lazyattn.training.metrics import PEAK_FLOPS
 
 EIGHT = topology.parse("h100:8")
 
@@ -146,6 +147,20 @@ def test_the_roofline_between_full_overlap_and_none():
     assert math.isclose(found.mfu(found.overlapped), 0.6)
     half = roofline(CHIPS["tpu7x"], flops=2307e12, hbm_bytes=0, network={}, model_flops=0)
     assert half.compute == 2.0  # a device is half a chip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+    ],
+)
+def test_a_running_step_is_measured_against_the_same_peak(kind, name):
+    assert PEAK_FLOPS[kind] == CHIPS[name].flops
 
 
 @pytest.mark.parametrize(

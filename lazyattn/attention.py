@@ -267,12 +267,10 @@ def _fused_unsupported(call: Call) -> str | None:
 
 
 def _mosaic_gpu_unsupported(call: Call) -> str | None:
-    heads, head_dim = call.query.shape[2:]
     return _fused_unsupported(call) or mosaic_gpu_support.unsupported(
-        head_dim,
+        call.query.shape[-1],
         call.value.shape[-1],
         call.query.dtype,
-        heads // call.key.shape[2],
         call.key.shape[1],
         0 if call.distance_bias is None else call.distance_bias.shape[1],
     )

@@ -82,8 +82,19 @@ def sum_tiles(
     Args:
       sums: for each distance of tiles from the diagonal on, a tile of one value an entry.
     """
-    *axes, distances, size, _ = sums.shape
-    diagonals = sum_diagonals(sums)
+    return join_diagonals(sum_diagonals(sums))
+
+
+def join_diagonals(
+    diagonals: Float[Array, "*axes heads distances 2*size-1"],
+) -> Float[Array, "*axes heads near"]:
+    """Returns the sum over each distance x >= 0, from the diagonals of tiles `size` apart.
+
+    Args:
+      diagonals: for each distance of tiles from the diagonal on, as from `sum_diagonals`.
+    """
+    *axes, distances, count = diagonals.shape
+    size = (count + 1) // 2
     # Tile n has the distances from (n - 1) size + 1 to (n + 1) size - 1.
     no_axes = [(0, 0)] * len(axes)
     halves = jnp.pad(diagonals, [*no_axes, (0, 0), (0, 1)])

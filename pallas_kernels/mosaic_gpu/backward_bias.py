@@ -1,9 +1,10 @@
 """The gradient of the bias table, without atomics.
 
 All tiles of a head at one distance from the diagonal share one bias tile, so dS is summed
-over these tiles elementwise first, in registers; the diagonals of the sum are added up
-later, once. A block walks down the queries, each of its warpgroups at a distance of its own,
-one unit further from the diagonal than the one before: the keys that one warpgroup has used
+over these tiles elementwise first, in registers, and the diagonals of the sum are added up
+at the end. A block takes piece after piece: a run of queries down which it walks, each of its
+warpgroups at a distance of its own, one unit further from the diagonal than the one before:
+the keys that one warpgroup has used
 are the next one's at the next step, so that each step fetches but one tile of each operand.
 """
 
@@ -17,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings
+from pallas_kernels.mosaic_gpu import config, lanes, queue, rings
 from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
 
-# Blocks wanted, so that uneven ones share out well over the largest GPUs, and query units
-# that a block should at least walk.
-_BLOCKS = 1024
-_UNITS_A_BLOCK = 16
+# Pieces wanted, so that uneven ones share out well over the largest GPUs, and query units
+# that a piece should at least have.
+_PIECES = 1024
+_UNITS_A_PIECE = 16
 
 
 def distances(plan: Plan, units: int) -> int:
@@ -35,8 +36,8 @@ def distances(plan: Plan, units: int) -> int:
 def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     """Returns into how many runs of queries a row is cut."""
     groups = -(-distances(plan, units) // plan.blocks.backward_bias.warpgroups)
-    wanted = -(-_BLOCKS // (batch * heads * groups))
-    return max(1, min(wanted, units // _UNITS_A_BLOCK))
+    wanted = -(-_PIECES // (batch * heads * groups))
+    return max(1, min(wanted, units // _UNITS_A_PIECE))
 
 
 def backward_bias(
@@ -48,7 +49,7 @@ def backward_bias(
     table: Float[Array, "heads rows 128"],
     rows: Float[Array, "batch heads units kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
-) -> Float[Array, "batch chunks heads distances 64 64"]:
+) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
 
     Args:
@@ -65,16 +66,17 @@ def backward_bias(
         nothing is visited the last is not above the first.
 
     Returns:
-      the sums of dS at each distance.
+      for each distance the sums of dS over the diagonals of its tiles, the top right corner's
+      first, and one 0.
     """
     kernel = _Kernel(plan, query, key, table.shape, rows.shape, ranges.shape)
-    shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, ROWS, UNIT)
+    shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, 2 * UNIT)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
         scratch_types=kernel.scratch(),
-        grid=(kernel.batch * kernel.chunks * kernel.heads * kernel.groups,),
-        grid_names=("work",),
+        grid=(queue.blocks(kernel.pieces, kernel.interpret),),
+        grid_names=("block",),
         num_threads=kernel.block.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -99,7 +101,10 @@ class _Kernel:
         self.table_shape = table_shape[1:]
         self.chunks, self.distances = ranges_shape[2:4]
         self.groups = self.distances // self.block.warpgroups
+        self.pieces = self.batch * self.chunks * self.heads * self.groups
         self.interpret = plan.interpret is not None
+        tiles = config.bias_tiles(self.block, self.head_dim)
+        self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
@@ -107,25 +112,19 @@ class _Kernel:
         tile = rings.tiled((block.stages, UNIT, d), self.dtype)
         # Warpgroups lag behind each other by one tile of keys.
         keys = rings.tiled((self.key_stages, UNIT, d), self.dtype)
-
-        def barriers(slots):
-            return {
-                "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
-                "empty": plgpu.Barrier(num_barriers=slots, num_arrivals=block.warpgroups),
-            }
-
         scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
             "key_smem": keys,
             "value_smem": keys,
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
-            "table_smem": plgpu.SMEM(self.table_shape, jnp.float32),
-            "start_barrier": plgpu.Barrier(),
+            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
+            "sums_smem": plgpu.SMEM((block.warpgroups, lanes.DIAGONALS_WORDS), jnp.float32),
         }
-        for name, slots in (("query", block.stages), ("key", self.key_stages)):
-            scratch |= {f"{name}_{end}": x for end, x in barriers(slots).items()}
-        scratch["query_full"] = plgpu.Barrier(num_barriers=block.stages, num_arrivals=3)
+        scratch |= queue.scratch()
+        scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=3)
+        scratch |= rings.barriers("key", self.key_stages, block.warpgroups, copies=2)
+        scratch |= rings.barriers("table", self.tables, block.warpgroups)
         return scratch
 
     @property
@@ -134,23 +133,68 @@ class _Kernel:
         return self.block.stages + self.block.warpgroups - 1
 
     def __call__(self, *refs, **scratch) -> None:
-        """The body: a few distances of one head, for one run of queries."""
+        """The body."""
         names = ["query", "d_out", "key", "value", "table", "rows", "ranges", "sums"]
-        _Body(self, dict(zip(names, refs, strict=True)) | scratch).run()
+        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
 
-class _Body:
-    """The body, while it is traced."""
+class _Blocks:
+    """What a block of the grid does, piece after piece, while the body is traced."""
 
     def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref = kernel, ref
+        self.kernel, self.ref, self.block = kernel, ref, kernel.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.queue = queue.Queue(kernel.pieces, ref, lax.axis_index("block"), kernel.interpret)
+        # Queries and d_out; keys and values.
+        sizes = {"query": self.block.stages, "key": kernel.key_stages, "table": kernel.tables}
+        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+
+    def fetch(self) -> None:
+        """Fetches all that the pieces read."""
+
+        def piece(number, n, done):
+            return _Piece(self, number, n, done).fetch()
+
+        zero = jnp.int32(0)
+        pieces, (queries, keys) = self.queue.each(True, piece, (zero, zero))
+        for name, tiles in (("query", queries), ("key", keys), ("table", pieces)):
+            self.rings[name].close(tiles)
+
+    def compute(self) -> None:
+        """Does what is to be done for one warpgroup's distance in each piece."""
+        for ring in self.rings.values():
+            ring.open()
+
+        def piece(number, n, done):
+            return _Piece(self, number, n, done).compute()
+
+        zero = jnp.int32(0)
+        self.queue.each(False, piece, (zero, zero))
+
+
+class _Piece:
+    """A few distances of one head, for one run of queries.
+
+    Args:
+      blocks: what works on it.
+      number: which piece it is.
+      n: how many pieces came before it here.
+      done: tiles of queries, and of keys, that those took.
+    """
+
+    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
+        kernel = self.kernel
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        # All distances of a part run side by side, so that they share its tiles in L2.
-        work = lax.axis_index("work")
-        part = lax.div(work, jnp.int32(kernel.groups))
-        group = work - part * kernel.groups
+        self.warpgroup = blocks.warpgroup
+        # All distances of a part side by side, so that they share its tiles in L2.
+        part = lax.div(number, jnp.int32(kernel.groups))
+        group = number - part * kernel.groups
         row = lax.div(part, jnp.int32(kernel.heads))
         self.head = part - row * kernel.heads
         self.batch = lax.div(row, jnp.int32(kernel.chunks))
@@ -164,32 +208,23 @@ class _Body:
         self.start = functools.reduce(lax.min, starts)
         self.stop = lax.max(functools.reduce(lax.max, stops), self.start)
         self.steps = self.stop - self.start
-
-        def ring(name: str, stages: int, number: int) -> rings.Ring:
-            return rings.Ring(
-                ref[f"{name}_full"],
-                ref[f"{name}_empty"],
-                stages,
-                rings.FIRST_NAMED_BARRIER + number,
-                block.warpgroups,
-                self.plan,
-            )
-
-        # Queries and d_out; keys and values.
-        self.queries = ring("query", block.stages, 0)
-        self.keys = ring("key", kernel.key_stages, block.stages)
+        behind = jnp.int32(block.warpgroups - 1)
+        self.key_tiles = lax.select(self.steps > 0, self.steps + behind, jnp.int32(0))
+        self.queries = blocks.rings["query"].after(done[0])
+        self.keys = blocks.rings["key"].after(done[1])
+        self.tables = blocks.rings["table"]
 
     def range_of(self, distance: Any) -> tuple[Any, Any, Any]:
         """Returns where the visited, and the live, tiles at a distance begin and end."""
         ref = self.ref["ranges"]
         return tuple(ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def next_done(self) -> tuple[Any, Any]:
+        """Returns `done` of the next piece."""
+        return self.done[0] + self.steps, self.done[1] + self.key_tiles
 
-    def fetch(self) -> None:
-        """Fetches all that the block reads.
+    def fetch(self) -> tuple[Any, Any]:
+        """Fetches all that the block reads; returns `done` of the next piece.
 
         Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
         """
@@ -210,7 +245,10 @@ class _Body:
 
         @rings.fetching(self.plan)
         def _():
-            plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], ref["start_barrier"])
+            slot = self.tables.acquire(self.n)
+            plgpu.copy_gmem_to_smem(
+                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
+            )
 
             @pl.when(self.steps > 0)
             def _():
@@ -226,22 +264,22 @@ class _Body:
                     copy(self.queries, slot, name, pl.ds(unit * UNIT, UNIT), h)
                 copy_keys(n + behind)
 
-        self.queries.close(self.steps)
-        self.keys.close(lax.select(self.steps > 0, self.steps + behind, jnp.int32(0)))
+        return self.next_done()
 
-    def compute(self) -> None:
-        """Does all that is to be done for one warpgroup's distance."""
+    def compute(self) -> tuple[Any, Any]:
+        """Does all that is to be done for one warpgroup's distance; returns as `fetch` does."""
         ref, plan = self.ref, self.plan
-        for ring in (self.queries, self.keys):
-            ring.open()
         behind = self.block.warpgroups - 1
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
-        plgpu.barrier_wait(ref["start_barrier"])
         start, _ = plan.bias_of_tile(distance * UNIT, UNIT, (jnp.float32(0.0), jnp.float32(0.0)))
         bias = lanes.gather(
-            ref["table_smem"], start, UNIT, transposed=False, interpret=self.interpret
-        )
+            ref["table_smem"].at[self.tables.wait(self.n)], start, UNIT, transposed=False,
+            interpret=self.interpret,
+        )  # fmt: skip
+        # The table was read by ordinary loads.
+        plgpu.commit_smem()
+        self.tables.release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
 
@@ -272,12 +310,11 @@ class _Body:
             total, end = steps(self.dead, my_start, lax.min(my_live, my_stop), total)
         total, end = steps(self.live, end + self.start, my_stop, total)
         rings.skip(end, self.steps, *both)
-        rings.skip(
-            self.steps + lag,
-            lax.select(self.steps > 0, self.steps + behind, self.steps + lag),
-            (self.keys, 0),
+        rings.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
+        ref["sums"][self.batch, self.chunk, self.head, distance] = lanes.sum_diagonals(
+            total, ref["sums_smem"].at[self.warpgroup], interpret=self.interpret
         )
-        ref["sums"][self.batch, self.chunk, self.head, distance] = total
+        return self.next_done()
 
     def row(self, slot: Any, kind: int) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along its row."""

@@ -4,10 +4,10 @@ With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
 
     dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
 
-A block has 64 keys of one key head a warpgroup, and goes for each query head of the group
-over the query tiles from the diagonal on: those that may be live first, then the dead ones,
-where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All sums stay in
-registers until they are complete, so every run gives the same bits.
+A block takes piece after piece: 64 keys of one key head a warpgroup, and goes for each query
+head of the group over the query tiles from the diagonal on: those that may be live first, then
+the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All sums
+stay in registers until they are complete, so every run gives the same bits.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings, schedule
+from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, schedule
 from pallas_kernels.mosaic_gpu.lanes import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
 
@@ -62,8 +62,8 @@ def backward_key(
         kernel,
         out_type=(same, same),
         scratch_types=kernel.scratch(),
-        grid=(kernel.batch * kernel.kv_heads * kernel.order.tiles,),
-        grid_names=("work",),
+        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
+        grid_names=("block",),
         num_threads=kernel.block.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -91,21 +91,14 @@ class _Kernel:
         self.order = schedule.Order.of_keys(
             self.batch, self.kv_heads, self.length, self.block.rows, self.head_dim * self.group
         )
-
-    @property
-    def tables(self) -> int:
-        """Slots for bias tables: the next head's is fetched while one is in use."""
-        return min(2, self.group)
+        tiles = config.key_tiles(self.block, self.head_dim)
+        self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
         tile = rings.tiled((block.stages, UNIT, d), self.dtype)
         keys = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
-
-        def used(slots):
-            return plgpu.Barrier(num_barriers=slots, num_arrivals=block.warpgroups)
-
         scratch = {
             "key_smem": keys,
             "value_smem": keys,
@@ -113,48 +106,95 @@ class _Kernel:
             "d_out_smem": tile,
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
-            "start_barrier": plgpu.Barrier(num_arrivals=2 * block.warpgroups),
-            "query_full": plgpu.Barrier(num_barriers=block.stages, num_arrivals=2),
-            "d_out_full": plgpu.Barrier(num_barriers=block.stages),
-            "table_full": plgpu.Barrier(num_barriers=self.tables),
-            "query_empty": used(block.stages),
-            "d_out_empty": used(block.stages),
-            "table_empty": used(self.tables),
         }
+        scratch |= queue.scratch()
+        scratch |= rings.barriers("key", 1, block.warpgroups, copies=2 * block.warpgroups)
+        scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=2)
+        scratch |= rings.barriers("d_out", block.stages, block.warpgroups)
+        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        if block.in_registers:
+            # Else the keys' and values' own places, which they need to the end.
+            scratch |= {"d_key_smem": keys, "d_value_smem": keys}
         if self.interpret:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def __call__(self, *refs, **scratch) -> None:
-        """The body: one block of keys of one key head."""
+        """The body."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
             "d_key", "d_value",
         ]  # fmt: skip
-        _Body(self, dict(zip(names, refs, strict=True)) | scratch).run()
+        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
 
-class _Body:
-    """The body, while it is traced."""
+class _Blocks:
+    """What a block of the grid does, piece after piece, while the body is traced."""
 
     def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref = kernel, ref
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        block = self.block
+        self.kernel, self.ref, self.block = kernel, ref, kernel.block
         self.warpgroup = lax.axis_index("warpgroup")
-        self.batch, self.key_head, tile = kernel.order.item(lax.axis_index("work"))
+        self.queue = queue.Queue(
+            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
+        )
+        stages = self.block.stages
+        sizes = {"query": stages, "d_out": stages, "key": 1, "table": kernel.tables}
+        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+
+    def fetch(self) -> None:
+        """Fetches all that the pieces read."""
+
+        def piece(number, n, done):
+            return _Piece(self, number, n).fetch(done)
+
+        zero = jnp.int32(0)
+        pieces, (queries, d_outs) = self.queue.each(True, piece, (zero, zero))
+        tables = pieces * self.kernel.group
+        for name, tiles in (
+            ("query", queries),
+            ("d_out", d_outs),
+            ("key", pieces),
+            ("table", tables),
+        ):
+            self.rings[name].close(tiles)
+
+    def compute(self) -> None:
+        """Does what is to be done for one warpgroup's keys in each piece."""
+        for ring in self.rings.values():
+            ring.open()
+
+        def piece(number, n, done):
+            return _Piece(self, number, n).compute(done)
+
+        zero = jnp.int32(0)
+        self.queue.each(False, piece, (zero, zero))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class _Piece:
+    """A block of keys of one key head.
+
+    Args:
+      blocks: what works on it.
+      number: which piece it is.
+      n: how many pieces came before it here.
+    """
+
+    def __init__(self, blocks: _Blocks, number: Any, n: Any):
+        self.kernel, self.ref, self.n = blocks.kernel, blocks.ref, n
+        kernel = self.kernel
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        self.warpgroup = blocks.warpgroup
+        self.batch, self.key_head, tile = kernel.order.item(number)
         # Query tiles are counted in steps from the first key tile of the block on.
-        self.unit0 = tile * block.warpgroups
-
-        def ring(name: str, stages: int, number: int) -> rings.Ring:
-            return rings.Ring(
-                ref[f"{name}_full"], ref[f"{name}_empty"], stages,
-                rings.FIRST_NAMED_BARRIER + number, block.warpgroups, self.plan,
-            )  # fmt: skip
-
-        self.queries = ring("query", block.stages, 0)
-        self.d_outs = ring("d_out", block.stages, block.stages)
-        self.tables = ring("table", kernel.tables, 2 * block.stages)
+        self.unit0 = tile * self.block.warpgroups
+        self.queries, self.d_outs = blocks.rings["query"], blocks.rings["d_out"]
+        self.keys = blocks.rings["key"]
+        self.tables = blocks.rings["table"].after(n * kernel.group)
 
     def head(self, member: Any) -> Int[Array, ""]:
         """Returns a query head of the group."""
@@ -175,23 +215,25 @@ class _Body:
         steps = self.steps("last", head)
         return steps, self.steps("live", head) if self.plan.has_offset else steps
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def fetch(self, done: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Fetches all that the block reads.
 
-    def fetch(self) -> None:
-        """Fetches all that the block reads."""
+        Args:
+          done: tiles of queries, and of d_out, of the pieces before.
+
+        Returns:
+          the same with those of this one.
+        """
         ref, b = self.ref, self.batch
 
         @rings.fetching(self.plan)
         def _():
+            full = self.keys.full.at[self.keys.acquire(self.n)]
             for n in range(self.block.warpgroups):
                 rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
                 for name in ("key", "value"):
                     plgpu.copy_gmem_to_smem(
-                        ref[name].at[b, rows, self.key_head],
-                        ref[f"{name}_smem"].at[n],
-                        ref["start_barrier"],
+                        ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[n], full
                     )
 
         def one_head(member, done):
@@ -232,26 +274,23 @@ class _Body:
 
             return steps_done + steps, live_done + live
 
-        zero = jnp.int32(0)
-        steps, live = lax.fori_loop(0, self.kernel.group, one_head, (zero, zero))
-        self.queries.close(steps)
-        self.d_outs.close(live)
-        self.tables.close(jnp.int32(self.kernel.group))
+        return lax.fori_loop(0, self.kernel.group, one_head, done)
 
-    def compute(self) -> None:
-        """Does all that is to be done for one warpgroup's keys."""
+    def compute(self, done: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Does all that is to be done for one warpgroup's keys; takes and returns as `fetch`."""
         ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
-        for ring in (self.queries, self.d_outs, self.tables):
-            ring.open()
         unit = self.unit0 + self.warpgroup
         exists = unit < kernel.units
         unit = lax.min(unit, jnp.int32(kernel.units - 1))
         self.key0 = unit * UNIT
-        plgpu.barrier_wait(ref["start_barrier"])
+        self.keys.wait(self.n)
         self.key, self.value = (
             rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
             for name in ("key_smem", "value_smem")
         )
+        release_early = self.block.in_registers and not self.interpret
+        if release_early:
+            self.keys.release(self.n)
         begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
 
         def one_head(d_key_acc, d_value_acc, member, done):
@@ -277,27 +316,36 @@ class _Body:
             if plan.has_offset:
                 loop(self.dead_step, live, end)
             rings.skip(lax.max(end, live), steps, both[0])
+            # The table was read by ordinary loads.
+            plgpu.commit_smem()
             self.tables.release(member)
             return steps_done + steps, live_done + live
 
         def run(d_key_acc, d_value_acc):
-            zero = jnp.int32(0)
             step = functools.partial(one_head, d_key_acc, d_value_acc)
-            lax.fori_loop(0, kernel.group, step, (zero, zero))
-            return d_key_acc[...], d_value_acc[...]
+            after = lax.fori_loop(0, kernel.group, step, done)
+            return d_key_acc[...], d_value_acc[...], after
 
         acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
-        d_key, d_value = pl.run_scoped(run, acc, acc)
+        d_key, d_value, after = pl.run_scoped(run, acc, acc)
 
         @pl.when(exists)
         def _():
+            # What the piece before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             rows = pl.ds(self.key0, ROWS)
+            prefix = "d_" if self.block.in_registers else ""
             for name, x in (("key", d_key * plan.scale), ("value", d_value)):
-                smem = ref[f"{name}_smem"].at[self.warpgroup]
+                smem = ref[f"{prefix}{name}_smem"].at[self.warpgroup]
                 smem[...] = x.astype(kernel.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.key_head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        if not release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.keys.release(self.n)
+        return after
 
     def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along the keys."""

@@ -4,9 +4,9 @@ With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
 
     dS = P (m dP - delta)     dQ = scale dS K
 
-A block has 64 queries of one head a warpgroup and goes over their key tiles from the
-diagonal backwards: the live ones first, then the dead ones, where dS = -P delta and neither
-values nor dP are needed. Tiles past the bias table also add to the gradient of its tail.
+A block takes piece after piece: 64 queries of one head a warpgroup, and goes over their key
+tiles from the diagonal backwards: the live ones first, then the dead ones, where
+dS = -P delta and neither values nor dP are needed. Tiles past the bias table also add to the gradient of its tail.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings, schedule
+from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, schedule
 from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
 
@@ -62,8 +62,8 @@ def backward_query(
         kernel,
         out_type=tuple(out_type),
         scratch_types=kernel.scratch(),
-        grid=(kernel.batch * kernel.heads * kernel.order.tiles,),
-        grid_names=("work",),
+        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
+        grid_names=("block",),
         num_threads=kernel.block.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -92,56 +92,103 @@ class _Kernel:
         self.order = schedule.Order.of_queries(
             self.batch, self.heads, self.length, self.block.rows, self.head_dim, self.group
         )
+        tiles = config.query_tiles(self.block, self.head_dim)
+        self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
         tile = rings.tiled((block.stages, UNIT, d), self.dtype)
         rows = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
-        slots = plgpu.Barrier(num_barriers=block.stages)
-        used = plgpu.Barrier(num_barriers=block.stages, num_arrivals=block.warpgroups)
         scratch = {
             "query_smem": rows,
             "d_out_smem": rows,
             "key_smem": tile,
             "value_smem": tile,
-            "table_smem": plgpu.SMEM(self.table_shape, jnp.float32),
-            "start_barrier": plgpu.Barrier(num_arrivals=1 + 2 * block.warpgroups),
-            "key_full": slots,
-            "value_full": slots,
-            "key_empty": used,
-            "value_empty": used,
+            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
+        scratch |= queue.scratch()
+        scratch |= rings.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
+        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        for name in ("key", "value"):
+            scratch |= rings.barriers(name, block.stages, block.warpgroups)
+        if block.in_registers:
+            # Else the queries' own place, which they need to the end.
+            scratch["d_query_smem"] = rows
         if self.interpret:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def __call__(self, *refs, **scratch) -> None:
-        """The body: one block of queries of one head."""
+        """The body."""
         names = ["query", "d_out", "key", "value", "table", "tail", "rows", "first", "live"]
         names += ["d_query", "far"] if self.want_tail else ["d_query"]
-        _Body(self, dict(zip(names, refs, strict=True)) | scratch).run()
+        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
 
-class _Body:
-    """The body, while it is traced."""
+class _Blocks:
+    """What a block of the grid does, piece after piece, while the body is traced."""
 
     def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref = kernel, ref
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        block = self.block
+        self.kernel, self.ref, self.block = kernel, ref, kernel.block
         self.warpgroup = lax.axis_index("warpgroup")
-        self.batch, self.head, tile = kernel.order.item(lax.axis_index("work"))
-        self.unit0 = tile * block.warpgroups
+        self.queue = queue.Queue(
+            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
+        )
+        stages = self.block.stages
+        sizes = {"key": stages, "value": stages, "query": 1, "table": kernel.tables}
+        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+
+    def fetch(self) -> None:
+        """Fetches all that the pieces read."""
+
+        def piece(number, n, done):
+            return _Piece(self, number, n, done).fetch()
+
+        zero = jnp.int32(0)
+        pieces, (keys, values) = self.queue.each(True, piece, (zero, zero))
+        for name, tiles in (("key", keys), ("value", values), ("query", pieces), ("table", pieces)):
+            self.rings[name].close(tiles)
+
+    def compute(self) -> None:
+        """Does what is to be done for one warpgroup's queries in each piece."""
+        for ring in self.rings.values():
+            ring.open()
+
+        def piece(number, n, done):
+            return _Piece(self, number, n, done).compute()
+
+        zero = jnp.int32(0)
+        self.queue.each(False, piece, (zero, zero))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class _Piece:
+    """A block of queries of one head.
+
+    Args:
+      blocks: what works on it.
+      number: which piece it is.
+      n: how many pieces came before it here.
+      done: tiles of keys, and of values, that those took.
+    """
+
+    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
+        kernel = self.kernel
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        self.warpgroup = blocks.warpgroup
+        self.batch, self.head, tile = kernel.order.item(number)
+        self.unit0 = tile * self.block.warpgroups
         # Everything is counted in steps from the last key tile of the block backwards.
-        self.last = lax.min(self.unit0 + block.warpgroups - 1, jnp.int32(kernel.units - 1))
-        self.keys, self.values = (
-            rings.Ring(
-                ref[f"{name}_full"], ref[f"{name}_empty"], block.stages,
-                rings.FIRST_NAMED_BARRIER + number, block.warpgroups, self.plan,
-            )
-            for name, number in (("key", 0), ("value", block.stages))
-        )  # fmt: skip
+        self.last = lax.min(self.unit0 + self.block.warpgroups - 1, jnp.int32(kernel.units - 1))
+        self.keys = blocks.rings["key"].after(done[0])
+        self.values = blocks.rings["value"].after(done[1])
+        self.queries, self.tables = blocks.rings["query"], blocks.rings["table"]
 
     def count_steps(self) -> None:
         """Reads how many key tiles the block visits, and how many of them may be live."""
@@ -157,15 +204,14 @@ class _Body:
         self.steps = steps("first")
         self.live_steps = steps("live") if self.plan.has_offset else self.steps
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def next_done(self) -> tuple[Any, Any]:
+        """Returns `done` of the next piece."""
+        return self.done[0] + self.steps, self.done[1] + self.live_steps
 
-    def fetch(self) -> None:
-        """Fetches all that the block reads."""
+    def fetch(self) -> tuple[Any, Any]:
+        """Fetches all that the block reads; returns `done` of the next piece."""
         ref, kernel, b, h = self.ref, self.kernel, self.batch, self.head
         key_head = lax.div(h, jnp.int32(kernel.group))
-        start = ref["start_barrier"]
 
         def copy(ring, name, n):
             slot = ring.acquire(n)
@@ -176,13 +222,17 @@ class _Body:
 
         @rings.fetching(self.plan)
         def _():
+            full = self.queries.full.at[self.queries.acquire(self.n)]
             for n in range(self.block.warpgroups):
                 rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
                 for name in ("query", "d_out"):
                     plgpu.copy_gmem_to_smem(
-                        ref[name].at[b, rows, h], ref[f"{name}_smem"].at[n], start
+                        ref[name].at[b, rows, h], ref[f"{name}_smem"].at[n], full
                     )
-            plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], start)
+            slot = self.tables.acquire(self.n)
+            plgpu.copy_gmem_to_smem(
+                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
+            )
 
         # What is read here takes time, so it comes after the first copies.
         self.count_steps()
@@ -198,15 +248,12 @@ class _Body:
             def _(n):
                 copy(self.keys, "key", self.live_steps + n)
 
-        self.keys.close(self.steps)
-        self.values.close(self.live_steps)
+        return self.next_done()
 
-    def compute(self) -> None:
-        """Does all that is to be done for one warpgroup's queries."""
+    def compute(self) -> tuple[Any, Any]:
+        """Does all that is to be done for one warpgroup's queries; returns as `fetch` does."""
         ref, plan, kernel, b, h = self.ref, self.plan, self.kernel, self.batch, self.head
         self.count_steps()
-        self.keys.open()
-        self.values.open()
         unit = self.unit0 + self.warpgroup
         exists = unit < kernel.units
         unit = lax.min(unit, jnp.int32(kernel.units - 1))
@@ -227,11 +274,15 @@ class _Body:
             # Documents begin later and later: the last query's masks the most.
             last = ref["rows"][b, h, unit, Rows.DOCUMENT, UNIT - 1]
             self.document_last = last.astype(jnp.int32)
-        plgpu.barrier_wait(ref["start_barrier"])
+        self.queries.wait(self.n)
         self.query, self.d_out = (
             rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
             for name in ("query_smem", "d_out_smem")
         )
+        release_early = self.block.in_registers and not self.interpret
+        if release_early:
+            self.queries.release(self.n)
+        self.table = ref["table_smem"].at[self.tables.wait(self.n)]
         both = ((self.keys, 0), (self.values, 0))
         rings.skip(0, begin, *both)
 
@@ -255,24 +306,33 @@ class _Body:
 
         d_query, sums = pl.run_scoped(run, plgpu.ACC((ROWS, kernel.head_dim), jnp.float32))
         rings.skip(lax.max(end, self.live_steps), self.steps, (self.keys, 0))
+        # The table was read by ordinary loads.
+        plgpu.commit_smem()
+        self.tables.release(self.n)
 
         @pl.when(exists)
         def _():
-            smem = ref["query_smem"].at[self.warpgroup]
+            # What the piece before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own = "d_query_smem" if self.block.in_registers else "query_smem"
+            smem = ref[own].at[self.warpgroup]
             smem[...] = (d_query * plan.scale).astype(kernel.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, ref["d_query"].at[b, pl.ds(self.query0, ROWS), h])
             for n, x in enumerate(sums):
                 ref["far"][b, h, unit, n] = lanes.finish_sums(x, interpret=self.interpret)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        if not release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.queries.release(self.n)
+        return self.next_done()
 
     def softmax(self, x: Array, n: Any) -> tuple[Array, Any]:
         """Returns softmax weights of tile n from its products, and its first key."""
         key0 = (self.last - n) * UNIT
         start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
-        bias = lanes.gather(
-            self.ref["table_smem"], start, UNIT, transposed=False, interpret=self.interpret
-        )
+        bias = lanes.gather(self.table, start, UNIT, transposed=False, interpret=self.interpret)
         x = x * (self.plan.scale * LOG2_E) + bias
         if self.plan.packed:
             x = lax.cond(

@@ -82,6 +82,8 @@ _BLOCKS = {
     ),
 }
 
+# Bytes of what is known of 64 queries.
+_ROW_FACTS = 4 * 64 * 4
 # Bytes of shared memory a block may have, less what barriers and alignment take.
 _SHARED_MEMORY = 227 * 1024 - 4096
 
@@ -96,30 +98,64 @@ def blocks(head_dim: int) -> Blocks:
     return _BLOCKS[head_dim]
 
 
-def widest_table(head_dim: int, group: int) -> int:
+def tables(tiles: int, table_rows: int) -> int:
+    """Returns how many bias tables a kernel has room for: 2, or 1.
+
+    With two, the next piece's is fetched while one is in use.
+
+    Args:
+      tiles: bytes that the kernel's tiles take.
+      table_rows: rows of 128 entries that a table has.
+    """
+    return 2 if tiles + 2 * 512 * table_rows <= _SHARED_MEMORY else 1
+
+
+def forward_tiles(block: ForwardBlock, head_dim: int, outputs: int) -> int:
+    """Returns the bytes of SMEM that the tiles of the forward pass take.
+
+    Args:
+      block: of the kernel.
+      head_dim: padded head size.
+      outputs: arrays of the query's size that it writes.
+    """
+    own = outputs + block.in_registers
+    return (own * block.rows + 2 * block.stages * block.keys) * 2 * head_dim
+
+
+def query_tiles(block: Block, head_dim: int) -> int:
+    """Returns the bytes of SMEM that the tiles of dQ's kernel take."""
+    own = 2 + block.in_registers
+    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+
+
+def key_tiles(block: Block, head_dim: int) -> int:
+    """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take."""
+    own = 2 + 2 * block.in_registers
+    tiles = (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+    return tiles + block.stages * _ROW_FACTS
+
+
+def bias_tiles(block: Block, head_dim: int) -> int:
+    """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
+    keys = block.stages + block.warpgroups - 1
+    sums = block.warpgroups * 64 * 65 * 4
+    return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
+
+
+def widest_table(head_dim: int) -> int:
     """Returns the longest bias table that fits into shared memory beside the tiles.
 
     Args:
       head_dim: padded head size.
-      group: query heads a key head.
     """
     found = blocks(head_dim)
-    row = 2 * head_dim
-
-    def ahead(block: ForwardBlock, outputs: int) -> int:
-        return outputs * block.rows * row + 2 * block.stages * block.keys * row
-
-    query, key, bias = found.backward_query, found.backward_key, found.backward_bias
-    key_stages = bias.stages + bias.warpgroups - 1
-    rows_facts = 4 * 64 * 4
-    used = (
-        (ahead(found.inference, 1), 1),
-        # Query (and out), mean, rounding.
-        (ahead(found.forward, 3), 1),
-        (2 * query.rows * row + 2 * query.stages * 64 * row, 1),
-        (2 * key.rows * row + key.stages * (2 * 64 * row + rows_facts), min(2, group)),
-        (bias.stages * (2 * 64 * row + rows_facts) + 2 * key_stages * 64 * row, 1),
+    used = max(
+        forward_tiles(found.inference, head_dim, 1),
+        # Out, mean and rounding.
+        forward_tiles(found.forward, head_dim, 3),
+        query_tiles(found.backward_query, head_dim),
+        key_tiles(found.backward_key, head_dim),
+        bias_tiles(found.backward_bias, head_dim),
     )
     # A table is held twice, with some entries around it: see `plan.Plan.table`.
-    entries = min((_SHARED_MEMORY - bytes_) // tables // 8 for bytes_, tables in used)
-    return (entries - 640) // 128 * 128
+    return ((_SHARED_MEMORY - used) // 8 - 640) // 128 * 128

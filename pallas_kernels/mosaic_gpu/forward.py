@@ -1,7 +1,8 @@
 """The forward pass: its launch, and what is fetched for it; `forward_queries.py` computes.
 
-A block has 64 queries of one head a warpgroup, and one more warpgroup of which one warp
-fetches tiles of keys and values. The first sweep goes from the diagonal backwards over the
+A block stays, and takes piece after piece: 64 queries of one head a warpgroup. One more
+warpgroup has one warp that fetches, tiles of keys and values and the next piece's queries.
+The first sweep goes from the diagonal backwards over the
 tiles that are not negligible, sums the exponentials and notes the farthest tile that may be
 live; the second goes the same way over the live ones. Without an offset one sweep does it.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import rings, schedule
+from pallas_kernels.mosaic_gpu import config, queue, rings, schedule
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
 from pallas_kernels.mosaic_gpu.forward_queries import Queries
 from pallas_kernels.mosaic_gpu.lanes import ROWS
@@ -80,8 +81,8 @@ def forward(
         kernel,
         out_type=tuple(out_type),
         scratch_types=kernel.scratch(),
-        grid=(batch * heads * kernel.order.tiles,),
-        grid_names=("work",),
+        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
+        grid_names=("block",),
         num_threads=block.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -120,6 +121,9 @@ class _Forward:
         )
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
+        outputs = 1 + training + self.want_mean
+        tiles = config.forward_tiles(block, self.head_dim, outputs)
+        self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
@@ -127,21 +131,23 @@ class _Forward:
         tile = rings.tiled((block.stages, block.keys, d), self.dtype)
         rows = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
         row = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
-        slots = plgpu.Barrier(num_barriers=block.stages)
-        used = plgpu.Barrier(num_barriers=block.stages, num_arrivals=block.warpgroups)
         scratch = {
             "query_smem": rows,
             "key_smem": tile,
             "value_smem": tile,
-            "table_smem": plgpu.SMEM(self.table_shape, jnp.float32),
-            "words_smem": plgpu.SMEM((4 * block.warpgroups,), jnp.int32),
-            "start_barrier": plgpu.Barrier(num_arrivals=1 + block.warpgroups),
-            "key_full": slots,
-            "value_full": slots,
-            "key_empty": used,
-            "value_empty": used,
+            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
+            # Of two pieces, since one warpgroup may be at the next.
+            "words_smem": plgpu.SMEM((2, 4 * block.warpgroups), jnp.int32),
             "bound_barrier": plgpu.Barrier(num_arrivals=block.warpgroups),
         }
+        scratch |= queue.scratch()
+        scratch |= rings.barriers("query", 1, block.warpgroups, copies=block.warpgroups)
+        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        for name in ("key", "value"):
+            scratch |= rings.barriers(name, block.stages, block.warpgroups)
+        if block.in_registers:
+            # Else the queries' own place, which they need to the end.
+            scratch["out_smem"] = rows
         if self.want_mean:
             scratch["mean_smem"] = rows
         if self.training:
@@ -161,19 +167,67 @@ class _Forward:
             names += ["mean", "live"]
         if self.training:
             names += ["rounding", "log_total"]
-        ref = dict(zip(names, refs, strict=True)) | scratch
-        Block(self, ref).run()
+        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
 
-class Block:
-    """One block of queries, while its body is traced."""
+class _Blocks:
+    """What a block of the grid does, piece after piece, while the body is traced."""
 
     def __init__(self, kernel: _Forward, ref: dict[str, Any]):
-        self.kernel, self.ref = kernel, ref
+        self.kernel, self.ref, self.block = kernel, ref, kernel.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.queue = queue.Queue(
+            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
+        )
+        stages = self.block.stages
+        sizes = {"key": stages, "value": stages, "query": 1, "table": kernel.tables}
+        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+
+    def run(self) -> None:
+        """Divides the warpgroups."""
+        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+
+    def fetch(self) -> None:
+        """Fetches all that the pieces read."""
+
+        def piece(number, n, done):
+            return Piece(self, number, n, done).fetch()
+
+        zero = jnp.int32(0)
+        pieces, (keys, values) = self.queue.each(True, piece, (zero, zero))
+        for name, tiles in (("key", keys), ("value", values), ("query", pieces), ("table", pieces)):
+            self.rings[name].close(tiles)
+
+    def compute(self) -> None:
+        """Does what is to be done for one warpgroup's queries in each piece."""
+        for ring in self.rings.values():
+            ring.open()
+
+        def piece(number, n, done):
+            return Queries(Piece(self, number, n, done)).compute()
+
+        zero = jnp.int32(0)
+        self.queue.each(False, piece, (zero, zero))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class Piece:
+    """A block of queries of one head, as all warpgroups see it.
+
+    Args:
+      blocks: what works on it.
+      number: which piece it is.
+      n: how many pieces came before it here.
+      done: tiles of keys, and of values, that those took.
+    """
+
+    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
+        kernel = self.kernel
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.batch, self.head, tile = kernel.order.item(lax.axis_index("work"))
+        self.warpgroup = blocks.warpgroup
+        self.batch, self.head, tile = kernel.order.item(number)
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
         self.query0 = tile * block.rows
         # Everything is counted in steps from the last key tile of the block backwards.
@@ -181,18 +235,14 @@ class Block:
             lax.div(self.query0 + block.rows - 1, jnp.int32(block.keys)),
             jnp.int32((kernel.length - 1) // block.keys),
         )
+        self.keys = blocks.rings["key"].after(done[0])
+        self.values = blocks.rings["value"].after(done[1])
+        self.queries, self.tables = blocks.rings["query"], blocks.rings["table"]
+        self.words = self.ref["words_smem"].at[lax.rem(n, jnp.int32(2))]
 
-        def ring(name: str, number: int) -> rings.Ring:
-            return rings.Ring(
-                ref[f"{name}_full"],
-                ref[f"{name}_empty"],
-                block.stages,
-                rings.FIRST_NAMED_BARRIER + number,
-                block.warpgroups,
-                self.plan,
-            )
-
-        self.keys, self.values = ring("key", 0), ring("value", block.stages)
+    def used(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Returns `done` of the next piece, where this one took so many."""
+        return self.done[0] + keys, self.done[1] + values
 
     def first_tile(self, unit: Any) -> Int[Array, ""]:
         """Returns the key tile of a unit of keys."""
@@ -212,9 +262,8 @@ class Block:
 
     def live_steps(self) -> Int[Array, ""]:
         """Returns the same of the live ones, once `bound_barrier` is complete."""
-        words = self.ref["words_smem"]
-        first = functools.reduce(lax.min, [words[n] for n in range(words.shape[0])])
-        return self.last - self.first_tile(first) + 1
+        words = [self.words[n] for n in range(4 * self.block.warpgroups)]
+        return self.last - self.first_tile(functools.reduce(lax.min, words)) + 1
 
     @property
     def sweeps_twice(self) -> Any:
@@ -223,15 +272,10 @@ class Block:
             return True
         return self.ref["small"][self.batch, self.head] == 0
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, lambda: Queries(self).compute())
-
-    def fetch(self) -> None:
-        """Fetches all that the block reads."""
+    def fetch(self) -> tuple[Any, Any]:
+        """Fetches all that the block reads; returns `done` of the next piece."""
         ref, block = self.ref, self.block
         b, h = self.batch, self.head
-        start = ref["start_barrier"]
 
         def copy(ring, name, number, step):
             slot = ring.acquire(number)
@@ -246,10 +290,16 @@ class Block:
 
         @rings.fetching(self.plan)
         def _():
+            slot = self.queries.acquire(self.n)
             for n in range(block.warpgroups):
                 rows = pl.ds(self.query0 + ROWS * n, ROWS)
-                plgpu.copy_gmem_to_smem(ref["query"].at[b, rows, h], ref["query_smem"].at[n], start)
-            plgpu.copy_gmem_to_smem(ref["table"].at[h], ref["table_smem"], start)
+                plgpu.copy_gmem_to_smem(
+                    ref["query"].at[b, rows, h], ref["query_smem"].at[n], self.queries.full.at[slot]
+                )
+            slot = self.tables.acquire(self.n)
+            plgpu.copy_gmem_to_smem(
+                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
+            )
 
         twice = self.sweeps_twice
         # One warp copies; but it can't load numbers, which is done here for it.
@@ -263,8 +313,7 @@ class Block:
                     copy_key(n, n)
                     copy_value(n, n)
 
-            self.keys.close(steps)
-            self.values.close(steps)
+            return self.used(steps, steps)
 
         def two_sweeps():
             @rings.fetching(self.plan)
@@ -284,10 +333,8 @@ class Block:
                     copy_key(steps + n, n)
                     copy_value(n, n)
 
-            self.keys.close(steps + live)
-            self.values.close(live)
+            return self.used(steps + live, live)
 
         if twice is True:
-            two_sweeps()
-        else:
-            lax.cond(twice, two_sweeps, one_sweep)
+            return two_sweeps()
+        return lax.cond(twice, two_sweeps, one_sweep)

@@ -27,12 +27,12 @@ from pallas_kernels.mosaic_gpu.rings import as_index
 class Queries:
     """What one computing warpgroup does with its 64 queries."""
 
-    def __init__(self, block: Any):
-        # `forward.Block`, which imports this.
-        self.all, self.kernel, self.ref = block, block.kernel, block.ref
-        self.plan, self.block, self.interpret = block.plan, block.block, block.interpret
-        self.warpgroup = block.warpgroup
-        self.query0 = block.query0 + ROWS * self.warpgroup
+    def __init__(self, piece: Any):
+        # `forward.Piece`, which imports this.
+        self.all, self.kernel, self.ref = piece, piece.kernel, piece.ref
+        self.plan, self.block, self.interpret = piece.plan, piece.block, piece.interpret
+        self.warpgroup = piece.warpgroup
+        self.query0 = piece.query0 + ROWS * self.warpgroup
         self.rows = pl.ds(self.query0, ROWS)
         self.shape = (ROWS, UNIT)
 
@@ -52,13 +52,11 @@ class Queries:
             self.ref[name].at[self.all.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
         )
 
-    def compute(self) -> None:
-        """Does all that is to be done for the queries."""
+    def compute(self) -> tuple[Any, Any]:
+        """Does all that is to be done for the queries; returns `done` of the next piece."""
         ref, plan, kernel = self.ref, self.plan, self.kernel
         block, b, h = self.all, self.all.batch, self.all.head
         self.exists = self.query0 < kernel.length
-        block.keys.open()
-        block.values.open()
         self.small = ref["small"][b, h] != 0
         self.tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         self.total_steps = block.steps()
@@ -75,15 +73,26 @@ class Queries:
             unit = lax.div(self.query0, jnp.int32(UNIT))
             unit = lax.min(unit, jnp.int32(ref["document_last"].shape[-1] - 1))
             self.document_last = ref["document_last"][b, unit]
-        plgpu.barrier_wait(ref["start_barrier"])
+        block.queries.wait(block.n)
         self.query = rings.operand(
             ref["query_smem"].at[self.warpgroup], self.block.in_registers, self.interpret
         )
+        self.release_early = self.block.in_registers and not self.interpret
+        if self.release_early:
+            block.queries.release(block.n)
+        self.table = ref["table_smem"].at[block.tables.wait(block.n)]
 
         if kernel.one_sweep:
-            lax.cond(self.small, self.softmax, self.two_sweeps)
+            keys, values = lax.cond(self.small, self.softmax, self.two_sweeps)
         else:
-            self.two_sweeps()
+            keys, values = self.two_sweeps()
+        return block.used(keys, values)
+
+    def end_of_table(self) -> None:
+        """Gives the table's place back."""
+        # It was read by ordinary loads.
+        plgpu.commit_smem()
+        self.all.tables.release(self.all.n)
 
     def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
@@ -93,7 +102,7 @@ class Queries:
 
         Args:
           number: of the tile in the ring of keys.
-          step: where it lies, see `forward.Block.last`.
+          step: where it lies, see `forward.Piece.last`.
           use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
             them, the first key and the index of the unit; returns the carry, and how many
             products it left in flight. Scores are masked where causality wants it: the table
@@ -119,9 +128,8 @@ class Queries:
                 key0 = (block.last - step) * self.block.keys + unit * UNIT
                 start, rest = plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
                 bias = lanes.gather(
-                    self.ref["table_smem"], start, UNIT, transposed=False,
-                    interpret=self.interpret,
-                )  # fmt: skip
+                    self.table, start, UNIT, transposed=False, interpret=self.interpret
+                )
                 x = x * (plan.scale * LOG2_E) + bias
                 result, issued = use(x, rest, key0, unit, result)
                 in_flight += issued
@@ -148,10 +156,10 @@ class Queries:
             lambda: x,
         )
 
-    def two_sweeps(self) -> None:
-        """Log-sum-exp, then the output."""
+    def two_sweeps(self) -> tuple[Any, Any]:
+        """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
         ref, block = self.ref, self.all
-        words = self.ref["words_smem"]
+        words = block.words
         rings.skip(0, self.begin, (block.keys, 0))
         log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
         rings.skip(self.end, self.total_steps, (block.keys, 0))
@@ -173,6 +181,7 @@ class Queries:
             shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
             out, value_sum = pl.run_scoped(run, shape), None
         rings.skip(end, live_steps, *both)
+        self.end_of_table()
         self.store(out, value_sum, log_total)
         if self.kernel.want_mean:
 
@@ -180,6 +189,8 @@ class Queries:
             def _():
                 unit = lax.div(self.query0, jnp.int32(UNIT))
                 ref["live"][block.batch, block.head, unit] = mine
+
+        return self.total_steps + live_steps, live_steps
 
     def sum_small(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live unit per lane."""
@@ -308,8 +319,11 @@ class Queries:
         slot = ring.wait(number) if last else ring.slot(number)
         return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
 
-    def softmax(self) -> None:
-        """The only sweep where there is no offset, and no exponential is too large."""
+    def softmax(self) -> tuple[Any, Any]:
+        """The only sweep where there is no offset, and no exponential is too large.
+
+        Returns what `two_sweeps` does.
+        """
         block = self.all
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
@@ -338,9 +352,11 @@ class Queries:
         shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
         out, total = pl.run_scoped(run, shape)
         rings.skip(self.end, self.total_steps, *both)
+        self.end_of_table()
         total = lanes.finish_sums(total, interpret=self.interpret)
         out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
         self.store(out, None, jnp.log2(total))
+        return self.total_steps, self.total_steps
 
     def store(self, out: Array, value_sum: Array | None, log_total: Array) -> None:
         """Writes the results of the queries that exist."""
@@ -360,20 +376,29 @@ class Queries:
                     factor = self.offset * self.count_ratio()
                     factor = lax.broadcast_in_dim(factor, value_sum.shape, [0])
                     results["rounding"] = lost["out"] - lost["mean"] * factor
+            # What the piece before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for name, x in results.items():
-                smem = "query_smem" if name == "out" else f"{name}_smem"
-                ref[smem].at[self.warpgroup][...] = self.round(x)
+                self.staged(name)[...] = self.round(x)
             if self.kernel.training:
                 ref["total_smem"][self.warpgroup] = log_total
             plgpu.commit_smem()
             for name in results:
-                smem = "query_smem" if name == "out" else f"{name}_smem"
-                plgpu.copy_smem_to_gmem(ref[smem].at[self.warpgroup], ref[name].at[b, self.rows, h])
+                plgpu.copy_smem_to_gmem(self.staged(name), ref[name].at[b, self.rows, h])
             if self.kernel.training:
                 plgpu.copy_smem_to_gmem(
                     ref["total_smem"].at[self.warpgroup], ref["log_total"].at[b, h, self.rows]
                 )
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        if not self.release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            block.queries.release(block.n)
+
+    def staged(self, name: str) -> Any:
+        """Returns where in SMEM an output waits to be written."""
+        own = name == "out" and not self.block.in_registers
+        return self.ref["query_smem" if own else f"{name}_smem"].at[self.warpgroup]
 
     def round(self, x: Array) -> Array:
         """Returns x in the dtype of the outputs."""

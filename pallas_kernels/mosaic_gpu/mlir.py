@@ -54,6 +54,11 @@ def pair(low: ir.Value, high: ir.Value) -> ir.Value:
     return x
 
 
+def single(x: ir.Value) -> ir.Value:
+    """Returns a number as a register of one."""
+    return vector.broadcast(ir.VectorType.get((1,), x.type), x)
+
+
 def add(x: ir.Value, y: ir.Value) -> ir.Value:
     """Returns x + y, which may be contracted with a product."""
     return arith.addf(x, y, fastmath=arith.FastMathFlags.contract)

@@ -301,7 +301,7 @@ class Kernels:
             ranges = _distance_ranges(first, live, distances, filled, parts)
             sums = bias_kernel.backward_bias(plan, *(*others, ranges))
             sums = sums.reshape(groups, -1, *sums.shape[2:]).sum(axis=1)
-            return bias_lib.sum_tiles(sums[:, :, :distances])
+            return bias_lib.join_diagonals(sums[:, :, :distances, :-1])
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),

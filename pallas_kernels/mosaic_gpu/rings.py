@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_gpu.plan import Plan
 
 # Lower ones belong to the compiler.
 FIRST_NAMED_BARRIER = 4
+_NAMED_BARRIERS = 16
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -36,7 +37,7 @@ class Ring:
     """One ring, as seen by all warps of a block.
 
     Tiles are numbered from 0 in the order they are fetched; tile n lies in slot
-    n mod stages. Every warpgroup takes and releases every tile.
+    (done + n) mod stages. Every warpgroup takes and releases every tile.
 
     Attributes:
       full: a barrier a slot, completed by the copies into it.
@@ -45,6 +46,7 @@ class Ring:
       number: the first of as many named barriers, which do the same on a GPU at less cost.
       warpgroups: how many release each tile.
       plan: of the call.
+      done: tiles of earlier pieces of work.
     """
 
     full: Any
@@ -53,6 +55,11 @@ class Ring:
     number: int
     warpgroups: int
     plan: Plan
+    done: Any = 0
+
+    def after(self, tiles: Any) -> "Ring":
+        """Returns the ring as a piece of work sees it, before which `tiles` were fetched."""
+        return dataclasses.replace(self, done=tiles)
 
     @property
     def interpret(self) -> bool:
@@ -66,7 +73,9 @@ class Ring:
 
     def slot(self, tile: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the slot of a tile."""
-        return lax.rem(as_index(tile), jnp.int32(self.stages))
+        if self.stages == 1:
+            return jnp.int32(0)
+        return lax.rem(as_index(self.done + tile), jnp.int32(self.stages))
 
     def open(self) -> None:
         """Declares all slots empty; every user calls it once."""
@@ -79,7 +88,7 @@ class Ring:
         slot = self.slot(tile)
         if self.interpret:
 
-            @pl.when(tile >= self.stages)
+            @pl.when(self.done + tile >= self.stages)
             def _() -> None:
                 plgpu.barrier_wait(self.empty.at[slot])
 
@@ -102,12 +111,40 @@ class Ring:
             lanes.named_barrier("arrive", self.number + slot, self.threads)
 
     def close(self, tiles: Int[Array, ""]) -> None:
-        """Waits until all is released; the fetching warp's part."""
+        """Waits until all is released, of all pieces; the fetching warp's part."""
         if self.interpret:
             # Every completion of a barrier must be waited for.
             for slot in range(self.stages):
                 wait = functools.partial(plgpu.barrier_wait, self.empty.at[slot])
                 pl.when(tiles > slot)(wait)
+
+
+def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> dict[str, Any]:
+    """Returns the types of a ring's barriers.
+
+    Args:
+      name: of the ring.
+      slots: of the ring.
+      warpgroups: how many release each tile.
+      copies: how many copies fill a slot.
+    """
+    return {
+        f"{name}_full": plgpu.Barrier(num_barriers=slots, num_arrivals=copies),
+        f"{name}_empty": plgpu.Barrier(num_barriers=slots, num_arrivals=warpgroups),
+    }
+
+
+def make(
+    ref: dict[str, Any], slots: dict[str, int], warpgroups: int, plan: Plan
+) -> dict[str, Ring]:
+    """Returns the rings of a block, given the slots of each."""
+    made, number = {}, FIRST_NAMED_BARRIER
+    for name, stages in slots.items():
+        full, empty = (ref[f"{name}_{end}"] for end in ("full", "empty"))
+        made[name] = Ring(full, empty, stages, number, warpgroups, plan)
+        number += stages
+    assert number <= _NAMED_BARRIERS, slots
+    return made
 
 
 def divide(warpgroup: Int[Array, ""], block: Block, fetch: Any, compute: Any) -> None:

@@ -1,6 +1,6 @@
-"""In which order blocks of work are started, and how far each reaches.
+"""In which order pieces of work are handed out.
 
-Work is handed out in the order of the grid. Longest first keeps all SMs busy to the end:
+Longest first keeps all SMs busy to the end:
 late queries see more keys. But heads taken together read more keys and values than the L2
 cache holds, so the heads are cut into sections that fit, and each section starts its late
 queries first. Only the last section's end is a real end.
@@ -50,8 +50,13 @@ class Order:
         section = max(1, _SECTION_BYTES // one)
         return cls(batch, kv_heads, -(-length // keys), min(section, batch * kv_heads), False)
 
+    @property
+    def pieces(self) -> int:
+        """How many there are in all."""
+        return self.batch * self.heads * self.tiles
+
     def item(self, work: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
-        """Returns batch, head and tile of the n-th block."""
+        """Returns batch, head and tile of the n-th piece."""
         pairs = self.batch * self.heads
         whole = pairs // self.section
         rest = pairs - whole * self.section

@@ -10,16 +10,13 @@ from pallas_kernels.mosaic_gpu import config
 MAX_HEAD_DIM = 128
 
 
-def unsupported(
-    head_dim: int, value_dim: int, dtype: Any, group: int, length: int, width: int
-) -> str | None:
+def unsupported(head_dim: int, value_dim: int, dtype: Any, length: int, width: int) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can.
 
     Args:
       head_dim: of queries and keys.
       value_dim: of values.
       dtype: of all of them.
-      group: query heads a key head.
       length: of the sequence.
       width: of the bias table; 0: no bias.
     """
@@ -34,7 +31,7 @@ def unsupported(
         return f"value_dim is {value_dim} and head_dim {head_dim}"
     if str(dtype) not in ("bfloat16", "float16"):
         return f"inputs are {dtype}, not bfloat16 or float16"
-    widest = config.widest_table(config.padded_head_dim(head_dim), group)
+    widest = config.widest_table(config.padded_head_dim(head_dim))
     if min(width, length) > widest:
         return f"distance_bias has width {width}, above {widest}"
     return None

@@ -60,7 +60,7 @@ def test_lowers_for_a_gpu(case, dtype):
 
 @pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (128, 1)])
 def test_widest_table_leaves_room_for_the_tiles(head_dim, kv_heads):
-    width = config.widest_table(head_dim, 2 // kv_heads)
+    width = config.widest_table(head_dim)
     case = oracle.Case("", (1, width, 2, kv_heads, head_dim), width, documents=(700, 90))
     args, settings = _arrays(case)
     _lower(lambda args: lazy_attention(**args, implementation="mosaic_gpu"), args)
@@ -117,7 +117,7 @@ def test_what_is_refused_by_name():
     assert "head_dim is 160, above 128" in _refusal(90, oracle.Case("", (1, 40, 2, 2, 160)))
     exact = {name: oracle.inputs(case)[name] for name in ("query", "key", "value")}
     assert "inputs are float32" in _refusal(90, case, **exact)
-    widest = config.widest_table(128, 2)
+    widest = config.widest_table(128)
     wide = oracle.Case("", (1, widest + 1, 2, 1, 128), widest + 1)
     assert f"distance_bias has width {widest + 1}, above {widest}" in _refusal(90, wide)
 

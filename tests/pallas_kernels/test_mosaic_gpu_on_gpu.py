@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.mosaic_gpu import support
 
-_REASON = support.unsupported(64, 64, "bfloat16", 1, 64, 64)
+_REASON = support.unsupported(64, 64, "bfloat16", 64, 64)
 if _REASON is not None:
     pytest.skip(f"no Hopper kernels here: {_REASON}", allow_module_level=True)
 

@@ -1,0 +1,63 @@
+"""Run by test_collectives.py in a process of its own, with eight simulated devices.
+
+    python -m tests.sharding.collectives_program MESH...
+
+Compiles the train step for each mesh and prints one JSON object: the collectives of each,
+as [kind, shapes, dtypes].
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+
+from lazyattn import sharding
+from lazyattn.model.parameters import init_params, partition_specs
+from lazyattn.training.objective import make_loss_fn
+from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.state import StateFactory
+from lazyattn.training.step import make_train_step
+from tests.sharding import cases, hlo
+
+
+def compiled(mesh):
+    """Returns the text of the compiled step."""
+    config = cases.model()
+    optimizer = make_optimizer(cases.OPTIMIZER, 2)
+    factory = StateFactory(
+        lambda key: init_params(config, key), partition_specs(config), optimizer, mesh, 0
+    )
+    step = make_train_step(
+        make_loss_fn(config),
+        optimizer,
+        make_schedule(cases.OPTIMIZER, 2),
+        mesh=mesh,
+        shardings=factory.shardings,
+    )
+    batch = sharding.shard_batch(cases.batch(0), mesh)
+    return step.lower(factory.abstract, batch).compile().as_text()
+
+
+def careless():
+    """Returns the text of a program that brings all rows to every device."""
+    config = cases.model()
+    mesh = sharding.make_mesh(cases.MESHES["data"])
+    shape = (cases.ROWS, cases.LENGTH, config.width)
+    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length", None))
+    everywhere = jax.sharding.NamedSharding(mesh, sharding.spec())
+    x = jax.ShapeDtypeStruct(shape, "float32", sharding=rows)
+    return jax.jit(lambda x: 2 * x, out_shardings=everywhere).lower(x).compile().as_text()
+
+
+def main() -> None:
+    report = {"careless": hlo.collectives(careless())}
+    for name in sys.argv[1:]:
+        mesh = sharding.make_mesh(cases.MESHES[name], jax.devices()[: 4 if name == "tensor" else 8])
+        report[name] = hlo.collectives(compiled(mesh))
+    plain = {name: list(map(dataclasses.astuple, found)) for name, found in report.items()}
+    json.dump(plain, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from absl import logging
 
-from lazyattn.data.prepare.readers import DamagedFileError, open_parquet, plain_values
+from lazyattn.data.prepare.readers import DamagedFileError, open_parquet, parquet_rows
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
 from lazyattn.errors import InputError, bad_value, require
 
@@ -34,7 +33,6 @@ except ImportError as error:
     ) from error
 
 _REPOSITORY = "HuggingFaceFW/fineweb-edu"  # on the Hugging Face hub
-_BATCH_ROWS = 64
 
 _TEXTS = ("text", "id", "dump", "url", "file_path", "language")
 _FLOATS = ("language_score", "score")
@@ -163,7 +161,7 @@ class FinewebEdu(tfds.core.GeneratorBasedBuilder):
             except DamagedFileError as damaged:
                 skipped[UNREADABLE] += damaged.lost or 0
                 if tell:
-                    self._fault(f"{file}: the rest can't be read ({damaged})")
+                    self._fault(f"{file}: a part can't be read ({damaged})")
         self.info.metadata["skipped"] = dict(sorted(skipped.items()))
 
     def _files(self) -> list[Path]:
@@ -273,20 +271,12 @@ def _documents(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields row numbers and documents of a file; text as bytes.
 
     Raises:
-      DamagedFileError: where it is damaged; what came before is good.
+      DamagedFileError: at the end, if it is damaged.
       InputError: if it lacks a column.
     """
     parquet = open_parquet(str(file))
     missing = [field for field in FIELDS if field not in parquet.schema_arrow.names]
     if missing:
         raise InputError(f"{file} is not in FineWeb-Edu's schema: it has no {missing[0]}.")
-    place = 0
-    try:
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(FIELDS)):
-            columns = [plain_values(batch.column(batch.schema.get_field_index(f))) for f in FIELDS]
-            for values in zip(*columns, strict=True):
-                yield place, dict(zip(FIELDS, values, strict=True))
-                place += 1
-    except (pa.ArrowException, OSError) as error:
-        lost = parquet.metadata.num_rows - place
-        raise DamagedFileError(" ".join(str(error).split()), lost) from error
+    for place, values in parquet_rows(parquet, FIELDS, 0, parquet.metadata.num_rows):
+        yield place, dict(zip(FIELDS, values, strict=True))

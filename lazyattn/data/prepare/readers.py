@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +62,12 @@ class Row(NamedTuple):
 
 
 class DamagedFileError(Exception):
-    """The rest of a range can't be read; the message says why.
+    """A part of a range can't be read; the message says why.
+
+    It is raised when all that can be read has been.
 
     Attributes:
-      lost: documents that were to come; None: nobody knows.
+      lost: documents that could not be read; None: nobody knows how many.
     """
 
     def __init__(self, reason: str, lost: int | None = None):
@@ -77,7 +79,7 @@ def read_unit(unit: Unit, selection: Selection) -> Iterator[Row]:
     """Yields the documents of a range, always in the same order.
 
     Raises:
-      DamagedFileError: where the file is damaged; what came before is good.
+      DamagedFileError: at the end, if the file is damaged; what was yielded is good.
     """
     if unit.kind == "parquet":
         return _parquet(unit, selection)
@@ -100,47 +102,72 @@ def open_parquet(path: str) -> pq.ParquetFile:
         raise DamagedFileError(_reason(error)) from error
 
 
+def parquet_rows(
+    file: pq.ParquetFile, fields: Sequence[str | None], start: int, stop: int
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yields row numbers and what the fields hold, text as bytes; None for no field.
+
+    Where a row group is damaged, those after it go on.
+
+    Raises:
+      DamagedFileError: at the end, if one was.
+    """
+    damage: list[str] = []
+    lost = 0
+    for group, begin, end in _row_groups(file.metadata, start, stop):
+        place = max(begin, start)
+        end = min(end, stop)
+        try:
+            for values in _group_rows(file, group, place - begin, end - begin, fields):
+                yield place, values
+                place += 1
+        except (pa.ArrowException, OSError) as error:
+            damage.append(f"row {place:,}: {_reason(error)}")
+            lost += end - place
+    if damage:
+        raise DamagedFileError("; ".join(damage), lost)
+
+
 def _parquet(unit: Unit, selection: Selection) -> Iterator[Row]:
     file = open_parquet(unit.path)
-    groups, first = _row_groups(file.metadata, unit)
-    columns = [field for field in selection.fields if field is not None]
-    place = first
-    try:
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
-            begin, end = max(unit.start - place, 0), min(unit.stop - place, batch.num_rows)
-            if begin < end:
-                values = [
-                    [None] * (end - begin)
-                    if field is None
-                    else plain_values(batch.column(batch.schema.get_field_index(field))[begin:end])
-                    for field in selection.fields
-                ]
-                for offset, (text, id, score) in enumerate(zip(*values, strict=True), begin):
-                    done = (place + offset + 1 - unit.start) / (unit.stop - unit.start)
-                    yield Row(place + offset, text, id, score, None, done)
-            place += batch.num_rows
-            if place >= unit.stop:
-                return
-    except (pa.ArrowException, OSError) as error:
-        lost = unit.stop - max(place, unit.start)
-        raise DamagedFileError(_reason(error), lost) from error
+    for place, values in parquet_rows(file, selection.fields, unit.start, unit.stop):
+        done = (place + 1 - unit.start) / (unit.stop - unit.start)
+        text, id, score = values
+        yield Row(place, text, id, score, None, done)
 
 
-def _row_groups(metadata: pq.FileMetaData, unit: Unit) -> tuple[list[int], int]:
-    """Returns the row groups that hold a unit's rows, and the first one's first row."""
-    groups: list[int] = []
-    first = begin = 0
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yields number, first row and end of the row groups that hold some rows."""
+    begin = 0
     for group in range(metadata.num_row_groups):
         end = begin + metadata.row_group(group).num_rows
-        if begin < unit.stop and unit.start < end:
-            if not groups:
-                first = begin
-            groups.append(group)
+        if begin < stop and start < end:
+            yield group, begin, end
         begin = end
-    return groups, first
 
 
-def plain_values(column: pa.Array) -> list[Any]:
+def _group_rows(
+    file: pq.ParquetFile, group: int, start: int, stop: int, fields: Sequence[str | None]
+) -> Iterator[tuple[Any, ...]]:
+    """Yields what the fields hold in some rows of a row group."""
+    columns = [field for field in fields if field is not None]
+    place = 0
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+        begin, end = max(start - place, 0), min(stop - place, batch.num_rows)
+        place += batch.num_rows
+        if begin < end:
+            values = (
+                [None] * (end - begin)
+                if field is None
+                else _plain(batch.column(batch.schema.get_field_index(field))[begin:end])
+                for field in fields
+            )
+            yield from zip(*values, strict=True)
+        if place >= stop:
+            return
+
+
+def _plain(column: pa.Array) -> list[Any]:
     """Returns a column as Python values, text as bytes: it may be no valid UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

@@ -122,7 +122,7 @@ def _prepare(
     identity = workspace.identity(_settings(preparation, given), plan)
     if (folder / manifest.NAME).exists():
         content = workspace.require_finished(folder, identity)
-        shutil.rmtree(work)
+        shutil.rmtree(work)  # what a kill after the manifest left
         return Prepared(folder, content, 0.0, 0, 0)
     workspace.claim(folder, work, identity)
     for path in plan.files:
@@ -248,7 +248,7 @@ def _faults(result: UnitResult, plan: Plan) -> Iterator[str]:
     """Yields what to tell of a unit's faults."""
     unit = plan.units[result.index]
     if result.error is not None:
-        yield f"skipped  {unit.path}: the rest can't be read ({result.error})"
+        yield f"skipped  {unit.path}: a part can't be read ({result.error})"
     yield from (f"skipped  {example}" for example in result.examples)
     one_by_one = (
         count for reason, count in result.skipped.items() if reason not in (LOW_SCORE, UNREADABLE)

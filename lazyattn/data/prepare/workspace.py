@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,11 @@ def locked(folder: Path) -> Iterator[Path]:
                 f"--output is {str(folder)!r}, but another process is preparing it right now; wait"
                 " for it or give another folder."
             ) from None
-        yield work
+        try:
+            yield work
+        finally:
+            if not (work / _PLAN).exists():  # finished, or never begun
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def identity(settings: dict[str, Any], plan: Plan) -> Identity:

@@ -15,8 +15,7 @@ _FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
         *("conditional", "after-all", "partition-id", "replica-id", "opt-barrier"),
-        *("copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
-        *("async-start", "async-update", "async-done", "send-done", "recv-done", "domain"),
+        *("async-start", "async-update", "domain"),
     }
 )
 
@@ -95,14 +94,18 @@ def hbm_bytes(instruction: Instruction, computation: Computation, module: Module
     sliced or updated in place, the slice.
     """
     opcode = instruction.opcode
-    if opcode in _FREE:
+    if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
 
     def operand(index: int) -> Instruction:
         return computation.instructions[instruction.operands[index]]
 
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2.0 * instruction.hbm_bytes
+        return float(instruction.bytes + instruction.hbm_bytes)
+    if opcode in ("slice-start", "dynamic-slice-start"):
+        # (source, slice, context): the slice is read, and written.
+        part = instruction.arrays[1]
+        return float(part.bytes * (1 if part.on_chip else 2))
     if opcode == "dynamic-update-slice":
         return 2.0 * operand(1).hbm_bytes
     if opcode == "copy-start":

@@ -16,7 +16,7 @@ from lazyattn.training.workdir import check_tokenizer, load_trained
 
 def sample(
     path: str | os.PathLike[str],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     sampling: SamplingConfig,
     *,
     seed: int = 0,
@@ -31,7 +31,7 @@ def sample(
 
     Args:
       path: the run's folder.
-      prompts: may be empty texts: then a document is written from its start.
+      prompts: one or several; an empty text asks for a document from its start.
       sampling: how to draw, and how many tokens.
       seed: of the draws.
       stop: a continuation ends before the first of these strings.
@@ -42,6 +42,9 @@ def sample(
       InputError: if there is no checkpoint or tokenizer, or the text would not fit a
         cache whose length the model fixes, or go past its bias table.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise InputError("There is no prompt, but there must be at least 1 (it may be empty text).")
     if "" in stop:
         raise InputError("--stop is '', but it must be a text of at least one character.")
     check_tokenizer(path)

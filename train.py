@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lazyattn import command_line
+from lazyattn import command_line, distributed
 from lazyattn.ahead_of_time import options as ahead_of_time_options
 from lazyattn.errors import InputError
 from lazyattn.evaluation import options as evaluation_options
@@ -34,6 +34,7 @@ _MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval, sample or
 _CACHE_DIR = flags.DEFINE_string(
     "cache_dir", None, "Folder for prepared data; default: LAZYATTN_CACHE or the user's cache."
 )
+distributed.define()
 evaluation_options.define()
 generation_options.define()
 ahead_of_time_options.define()
@@ -131,6 +132,7 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(
                 f"--mode is {_MODE.value!r}, but it must be one of {', '.join(_MODES)}."
             )
+        distributed.initialize()
         return _MODES[_MODE.value]()
     except InputError as error:
         return _refuse(error)

@@ -94,7 +94,7 @@ def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] |
     evaluator = Evaluator(
         experiment.model, trained.mesh, trained.param_shardings, trained.tokenizer.bytes_per_token
     )
-    found = evaluator(trained.params, validation_rows(experiment, prepared))
+    found = evaluator(trained.params, validation_rows(experiment, prepared, trained.mesh))
     print(
         f"validation loss  {found.loss:.4f} nats a token over {found.tokens:,} tokens"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"

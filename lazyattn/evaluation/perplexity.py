@@ -109,12 +109,12 @@ def _sums(
     return loss_fn(params, batch).nll, jnp.sum(mask), jnp.sum(size)
 
 
-def validation_rows(experiment: ExperimentConfig, prepared: TrainingData) -> Iterator[HostBatch]:
+def validation_rows(
+    experiment: ExperimentConfig, prepared: TrainingData, mesh: jax.sharding.Mesh
+) -> Iterator[HostBatch]:
     """Returns this process's share of the validation batches that the settings ask for."""
+    share = sharding.batch_share(mesh)
     batches = validation_batches(
-        prepared,
-        experiment.data,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        prepared, experiment.data, process_index=share.index, process_count=share.count
     )
     return itertools.islice(batches, experiment.training.eval_batches or None)

@@ -3,7 +3,13 @@
 Nothing else in the package names a mesh axis.
 """
 
-from lazyattn.sharding.batch import BatchShare, batch_share, check_batch, shard_batch
+from lazyattn.sharding.batch import (
+    BatchShare,
+    batch_share,
+    check_batch,
+    shard_batch,
+    shares_by_process,
+)
 from lazyattn.sharding.mesh import MESH_AXES, MeshConfig, make_mesh
 from lazyattn.sharding.rules import (
     RULES,
@@ -43,5 +49,6 @@ __all__ = [
     "num_shards",
     "sequence_shards",
     "shard_batch",
+    "shares_by_process",
     "spec",
 ]

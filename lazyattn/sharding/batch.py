@@ -33,13 +33,19 @@ def batch_share(mesh: jax.sharding.Mesh) -> BatchShare:
     Raises:
       InputError: if the mesh deals rows unevenly among processes.
     """
+    shares = shares_by_process(mesh)
+    return BatchShare(shares[jax.process_index()], len(set(shares)))
+
+
+def shares_by_process(mesh: jax.sharding.Mesh) -> list[int]:
+    """Returns for every process the index of its part of a batch; raises as `batch_share`."""
     if jax.process_count() == 1:
-        return BatchShare(0, 1)
-    return _share(_row_shards_by_process(mesh), jax.process_index())
+        return [0]
+    return _shares(_row_shards_by_process(mesh))
 
 
-def _share(held: Mapping[int, tuple[int, ...]], process: int) -> BatchShare:
-    """As `batch_share`, given which parts of the rows each process's devices hold."""
+def _shares(held: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """As above, given which parts of the rows each process's devices hold."""
     groups = sorted(set(held.values()))
     every = [shard for group in groups for shard in group]
     if len(set(every)) != len(every) or len({len(group) for group in groups}) != 1:
@@ -47,7 +53,7 @@ def _share(held: Mapping[int, tuple[int, ...]], process: int) -> BatchShare:
             "mesh gives processes parts of a batch that overlap in part: data x fsdp must be a"
             " multiple of the number of processes, or divide it."
         )
-    return BatchShare(groups.index(held[process]), len(groups))
+    return [groups.index(held[process]) for process in sorted(held)]
 
 
 def _row_shards_by_process(mesh: jax.sharding.Mesh) -> dict[int, tuple[int, ...]]:

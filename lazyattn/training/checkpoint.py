@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from lazyattn.distributed import wait_for_all
 from lazyattn.errors import InputError
 from lazyattn.training.state import TrainState
 
@@ -198,7 +200,10 @@ class Checkpoints:
         shelf = self.folder.parent / "damaged"
         shelf.mkdir(exist_ok=True)
         target = next(path for path in _numbered(shelf, step) if not path.exists())
-        (self.folder / str(step)).rename(target)
+        wait_for_all("checkpoints are read")
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(target)
+        wait_for_all("damaged checkpoints are moved")
         self.reload()
         logging.warning("moved the unreadable checkpoint %d to %s", step, target)
 

@@ -1,6 +1,7 @@
 """The loop: one step dispatched while the numbers of the one before are fetched."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lazyattn import sharding
+from lazyattn.distributed import Agreement
 from lazyattn.errors import InputError
 from lazyattn.training.checkpoint import Checkpoints
 from lazyattn.training.config import TrainingConfig
@@ -85,6 +87,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         there are other processes, which would have to take part.
     """
     config = run.config
+    agreed_to_stop = Agreement()
     start = int(state.step)
     pending: tuple[int, Metrics] | None = None
     record: dict[str, Any] = {}
@@ -108,7 +111,9 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here
 
-        stopping = run.stop.received is not None
+        stopping = agreed_to_stop(run.stop.received is not None)
+        if stopping and run.stop.received is None:
+            run.stop.received = signal.SIGTERM  # another process has it
         last = number == config.steps or stopping
         validating = not stopping and (
             last or (config.eval_every > 0 and number % config.eval_every == 0)

@@ -1,13 +1,11 @@
 """A training run from its settings: check, prepare, resume, train, sum up."""
 
 import contextlib
+import functools
 import os
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jaxtyping import Int32
 
 from lazyattn import sharding
 from lazyattn.data.pipeline import (
@@ -17,6 +15,7 @@ from lazyattn.data.pipeline import (
     prepare,
     train_iterator,
 )
+from lazyattn.distributed import gather_rows
 from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.model.accounting import flops_per_token, parameter_counts
@@ -75,12 +74,13 @@ def train(
             print(_where_the_data_is(experiment), flush=True)
         prepared = prepare(experiment.data, cache_dir)
         folders.check_vocabulary(prepared.tokenizer, experiment)
+        share = sharding.batch_share(mesh)
         batches = train_iterator(
             prepared,
             experiment.data,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            gather=_gather,
+            process_index=share.index,
+            process_count=share.count,
+            gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
         )
         stack.callback(batches.close)
         if jax.process_index() == 0:
@@ -95,7 +95,7 @@ def train(
         )
 
         def validate(params: Params) -> dict[str, float]:
-            found = evaluator(params, validation_rows(experiment, prepared))
+            found = evaluator(params, validation_rows(experiment, prepared, mesh))
             return {
                 "validation_loss": found.loss,
                 "validation_bits_per_byte": found.bits_per_byte,
@@ -190,11 +190,6 @@ def _describe(
         f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
         + (f" as {devices}" if devices else ""),
     ]
-
-
-def _gather(rows: Int32[np.ndarray, "rows columns"]) -> Int32[np.ndarray, "all_rows columns"]:
-    """Returns the rows of all processes, each of which calls this."""
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def _where_the_data_is(experiment: ExperimentConfig) -> str:

@@ -45,26 +45,36 @@ def print_summary(
       loss: validation loss, nats a token.
       bits_per_byte: of the validation split.
     """
-    rows = next(validation_batches(prepared, experiment.data))
-    found = attention_statistics(state.params, experiment.model, rows)
-    share = np.mean(found.first_token / np.maximum(found.mass, 1e-9))
     say("")
     say(
         f"validation loss            {loss:.4f} nats a token"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"
     )
     say(f"bits per byte              {bits_per_byte:.4f}")
+    if jax.process_count() == 1:  # else no process holds the model
+        _show_attention_and_sample(say, experiment, prepared, state)
+    say(f"checkpoint                 {checkpoint}")
+    say("go on with")
+    train = f"{_python()} train.py"
+    say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
+    say(f"    {train} --mode=eval --workdir={path}")
+
+
+def _show_attention_and_sample(
+    say: Callable[[str], None],
+    experiment: ExperimentConfig,
+    prepared: TrainingData,
+    state: TrainState,
+) -> None:
+    rows = next(validation_batches(prepared, experiment.data))
+    found = attention_statistics(state.params, experiment.model, rows)
+    share = np.mean(found.first_token / np.maximum(found.mass, 1e-9))
     say(f"attention exactly zero     {found.zero_share.mean():.1%} of the visible pairs")
     say(f"attention on first token   {share:.2%} of all attention, mean over layers and heads")
     say("sample, after a given first word")
     text = _PROMPT + _continuation(experiment, prepared, state)
     for line in textwrap.wrap(" ".join(text.split()), 90):
         say(f"    {line}")
-    say(f"checkpoint                 {checkpoint}")
-    say("go on with")
-    train = f"{_python()} train.py"
-    say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
-    say(f"    {train} --mode=eval --workdir={path}")
 
 
 def _continuation(experiment: ExperimentConfig, prepared: TrainingData, state: TrainState) -> str:

@@ -13,7 +13,7 @@ from lazyattn.sharding import (
     shard_batch,
     spec,
 )
-from lazyattn.sharding.batch import _share
+from lazyattn.sharding.batch import _shares
 
 
 def _abstract(**sizes):
@@ -49,16 +49,12 @@ def test_one_process_reads_everything():
 
 def test_processes_that_hold_the_same_rows_read_the_same():
     # Parts of the rows that each process's devices hold.
-    each_its_own = {0: (0, 1), 1: (2, 3)}
-    assert [_share(each_its_own, p) for p in (0, 1)] == [BatchShare(0, 2), BatchShare(1, 2)]
-    in_pairs = {0: (0,), 1: (0,), 2: (1,), 3: (1,)}
-    assert [_share(in_pairs, p).index for p in range(4)] == [0, 0, 1, 1]
-    assert _share(in_pairs, 3).count == 2
-    scattered = {0: (1, 3), 1: (0, 2)}
-    assert _share(scattered, 1) == BatchShare(0, 2)
+    assert _shares({0: (0, 1), 1: (2, 3)}) == [0, 1]
+    assert _shares({0: (0,), 1: (0,), 2: (1,), 3: (1,)}) == [0, 0, 1, 1]
+    assert _shares({0: (1, 3), 1: (0, 2)}) == [1, 0]
 
 
 @pytest.mark.parametrize("held", [{0: (0, 1), 1: (1, 2)}, {0: (0,), 1: (1, 2)}])
 def test_uneven_parts_are_refused(held):
     with pytest.raises(InputError, match="data x fsdp must be a multiple"):
-        _share(held, 0)
+        _shares(held)

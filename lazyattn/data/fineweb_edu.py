@@ -123,7 +123,7 @@ class FinewebEdu(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         kinds = {
             **dict.fromkeys(_TEXTS, tfds.features.Text()),
-            **dict.fromkeys(_FLOATS, np.float64),
+            **dict.fromkeys(_FLOATS, np.float32),  # a tf.train.Example holds no wider ones
             **dict.fromkeys(_INTEGERS, np.int64),
         }
         return self.dataset_info_from_configs(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -273,8 +274,10 @@ def _tfds(unit: Unit, selection: Selection) -> Iterator[Row]:
         text, id, score = (
             None if field is None else document.get(field) for field in selection.fields
         )
+        if isinstance(score, np.generic):
+            score = score.item()
         done = (place + 1 - unit.start) / (unit.stop - unit.start)
-        yield Row(place, text, id, None if score is None else score.item(), None, done)
+        yield Row(place, text, id, score, None, done)
 
 
 def _reason(error: BaseException) -> str:

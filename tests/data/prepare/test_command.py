@@ -1,0 +1,93 @@
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from lazyattn.data.prepare import __main__ as command
+from lazyattn.data.prepare.progress import ProgressLine
+from lazyattn.data.prepare.unit import Progress
+from tests.data.prepare.corpora import make_documents, write_parquet
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _run(**settings):
+    with flagsaver.flagsaver(**settings):
+        return command.main(["prepare"])
+
+
+def test_what_is_printed(tmp_path, capsys):
+    write_parquet(tmp_path / "in" / "a.parquet", make_documents(200))
+    settings = {
+        "input": [f"{tmp_path}/in/*.parquet"],
+        "output": f"{tmp_path}/out",
+        "tokenizer": "train",
+        "vocab_size": 300,
+        "validation_fraction": 0.1,
+        "min_int_score": 3,
+        "num_workers": 1,
+    }
+    assert _run(**settings) == 0
+    out = capsys.readouterr().out
+    for part in ("train  ", "validation  ", "documents: low_score", " a token), 1 shards", "took "):
+        assert part in out
+    assert f"--config.data.path={tmp_path}/out" in out
+    assert _run(**settings) == 0
+    assert "It had been prepared before; nothing was done." in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys):
+    assert _run(input=[str(tmp_path)], output="x", tokenizer="train") == 2
+    assert capsys.readouterr().err.startswith(f"--input is '{tmp_path}', but it must be folders")
+    assert command.main(["prepare", "stray.parquet"]) == 2
+    assert "The argument 'stray.parquet' is not a flag" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "lazyattn.data.prepare", "--output=x", "--tokenizer=train"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--input is '', but it must be files to prepare.\n"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_line(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    terminal, file = _Terminal(), io.StringIO()
+    lines = [ProgressLine(1000, 200, terminal), ProgressLine(1000, 200, file)]
+    for line in lines:
+        now[0] = 0.0
+        for now[0] in (0.1, 1.0, 2.0):
+            line.add(Progress(100, 5, 10**6, 7000))
+        assert line.text() == (
+            "prepare  [############            ]  50%  1.5 MB/s  10,500 tokens/s  15 documents"
+            "  3 s left"
+        )
+        line.line("skipped  something")
+        line.close()
+    assert terminal.getvalue().count("\r") == 4  # two times the bar, one line, wiped
+    assert file.getvalue() == "skipped  something\n"  # no bar in a log of a few seconds
+    now[0] = 40.0
+    lines[1].show()
+    assert file.getvalue().count("\n") == 2
+    lines[1].add(Progress())
+    assert lines[1].text().endswith("1 min 7 s left")

@@ -80,7 +80,7 @@ def _parts(data, config, processes, **kwargs):
 
 
 @packings
-@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("processes", [2, 8])
 def test_processes_together_read_the_batch_of_one(data, packing, processes):
     config = _config(packing)
     whole = _take(train_iterator(data, config), 30)
@@ -91,9 +91,8 @@ def test_processes_together_read_the_batch_of_one(data, packing, processes):
 
 
 @packings
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_resuming_anywhere_goes_on_exactly(data, packing, prefetch):
-    config = _config(packing, prefetch=prefetch)
+def test_resuming_anywhere_goes_on_exactly(data, packing):
+    config = _config(packing, prefetch=3)
     whole = _take(train_iterator(data, config), 40)
     for stop in (0, 1, 9, 20, 37):
         iterator = train_iterator(data, config)
@@ -198,12 +197,11 @@ def test_a_state_of_other_data_is_refused(data, change):
         train_iterator(other, _config()).set_state(train_iterator(data, _config()).get_state())
 
 
-@packings
-def test_worker_processes_give_the_same_batches(packing):
+def test_worker_processes_give_the_same_batches():
     # In a worker the windows have their full size, so here they need it, too.
     lanes.WINDOW.update(split=32, first_fit=128)
     data = _data(made_up(50, seed=1), Shifted([40] * 30), weights=(1.0, 3.0))
-    config = _config(packing, batch_size=5)
+    config = _config("first_fit", batch_size=5)
     whole = _take(train_iterator(data, config), 9)
     iterator = train_iterator(data, dataclasses.replace(config, num_workers=2, prefetch=2))
     plain = train_iterator(data, config)
@@ -305,7 +303,7 @@ def test_grain_checkpointing_works(data, tmp_path):
 def test_the_part_of_the_pipeline_that_is_grains_keeps_its_state(data):
     iterator = train_iterator(data, _config("first_fit"))
     grain.experimental.assert_equal_output_after_checkpoint(
-        grain.experimental.LimitIterDataset(iterator._dataset(), 12)
+        grain.experimental.LimitIterDataset(iterator._dataset(), 5)
     )
 
 

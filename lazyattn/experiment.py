@@ -63,6 +63,7 @@ CHANGEABLE = (
     "data.sources",
     "data.num_workers",
     "data.prefetch",
+    "data.verify_checksums",
     "model.remat",
     "model.loss_chunk",
     "model.attention.implementation",

@@ -31,6 +31,8 @@ class DataConfig:
       shuffle_seed: seed of the order, a new order every epoch.
       num_workers: reader processes; 0: read in the training process.
       prefetch: batches made ahead.
+      verify_checksums: before the start, read tokenised shards in full and compare
+        their SHA-256 with the manifest's, not their sizes alone.
     """
 
     source: str = "stdlib"
@@ -46,6 +48,7 @@ class DataConfig:
     shuffle_seed: int = 0
     num_workers: int = 0
     prefetch: int = 2
+    verify_checksums: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "sources", _checked_sources(self.sources))

@@ -72,7 +72,7 @@ def open_shards(config: DataConfig) -> ShardedData:
         says, a split is empty, or tokenizers differ.
     """
     folders = [folder for folder, _ in config.weighted_paths]
-    manifests = [manifest.verify(folder) for folder in folders]
+    manifests = [manifest.verify(folder, deep=config.verify_checksums) for folder in folders]
     manifest.require_same_tokenizer(folders, manifests)
     made_with = manifests[0].tokenizer
     tokenizer = Tokenizer.load(Path(folders[0]).expanduser() / made_with.file)

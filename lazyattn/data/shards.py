@@ -6,10 +6,12 @@ manifest says (`lazyattn.data.manifest`).
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import operator
 import os
+import resource
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -163,6 +165,7 @@ class Shards(Sequence[Ids]):
         self._files = [shard.file for shard in shards]
         self._ends = list(itertools.accumulate(shard.documents for shard in shards))
         self._dtype = np.dtype(content.token_dtype).newbyteorder("<")
+        _allow_open_files(len(shards))
         self._forget_readers()
 
     def __len__(self) -> int:
@@ -223,4 +226,15 @@ class Shards(Sequence[Ids]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        _allow_open_files(len(self._files))
         self._forget_readers()
+
+
+def _allow_open_files(number: int) -> None:
+    """Raises this process's limit of open files for so many shards, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
+    with contextlib.suppress(OSError, ValueError):  # then a file that can't be opened is named
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

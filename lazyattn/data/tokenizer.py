@@ -10,10 +10,13 @@ import tokenizers
 from absl import logging
 from jaxtyping import Int32
 
-from lazyattn.data.codecs import Codec, TokenizerJson, read_codec
+from lazyattn.data.codecs import Codec, SentencePiece, TokenizerJson, read_codec
 from lazyattn.errors import InputError, require
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
+
+# What a tokenizer's file is called in a folder of ours.
+FILE_NAMES = (TokenizerJson.file_name, SentencePiece.file_name)
 
 # What other people's tokenizers call theirs; the first one there is counts. A
 # tokenizer without a beginning or padding uses its end for it, as GPT-2 does.

@@ -1,7 +1,8 @@
 """The folder of a run, and what is read back from it.
 
 workdir/config.json     the settings of the last start
-        tokenizer.json  the tokenizer, so that the folder is all one needs
+        tokenizer.json  the tokenizer (tokenizer.model if it is SentencePiece's), so
+                        that the folder is all one needs
         metrics.jsonl   one JSON line a step
         tensorboard/    event files
         checkpoints/    see `lazyattn.training.checkpoint`
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 
 from lazyattn import sharding
-from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.model.parameters import init_params, partition_specs
@@ -77,17 +78,25 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     Raises:
       InputError: if the folder has another one: its model wouldn't understand.
     """
-    path = workdir / "tokenizer.json"
-    if path.exists():
+    path = find_tokenizer(workdir)
+    if path is not None:
         if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
             raise InputError(
                 f"{path} is not the tokenizer of this data (another Python or other settings);"
                 " use what it was made with, or choose another --workdir."
             )
         return
-    temporary = path.with_name("tokenizer.tmp.json")
+    temporary = workdir / f"tmp.{tokenizer.file_name}"
     tokenizer.save(temporary)
-    os.replace(temporary, path)
+    os.replace(temporary, workdir / tokenizer.file_name)
+
+
+def find_tokenizer(workdir: Path) -> Path | None:
+    """Returns the tokenizer's file in a run's folder, whichever kind it is; None: none."""
+    for name in FILE_NAMES:
+        if (workdir / name).is_file():
+            return workdir / name
+    return None
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> None:
@@ -97,8 +106,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> None:
       InputError: if there are checkpoints but no tokenizer.
     """
     workdir = Path(path).expanduser().absolute()
-    names = ("tokenizer.json", "tokenizer.model")
-    if (workdir / FOLDER).is_dir() and not any((workdir / name).is_file() for name in names):
+    if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
         raise bad_value(
             "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
         )
@@ -169,6 +177,6 @@ def load_trained(
             params=restored.state.params,
             param_shardings=factory.shardings.params,
             mesh=mesh,
-            tokenizer=Tokenizer.load(workdir / "tokenizer.json"),
+            tokenizer=Tokenizer.load(find_tokenizer(workdir) or workdir / FILE_NAMES[0]),
             checkpoint=checkpoints.folder / str(step),
         )

@@ -43,6 +43,18 @@ def test_what_is_opened_is_what_was_written(folders):
     assert opened.fingerprint == prepare(_config(folders, packing="first_fit")).fingerprint
 
 
+def test_checksums_are_compared_if_asked_for(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    config = _config([str(folder)])
+    path = folder / "train-00000-of-00006.arrayrecord"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # padding: nothing reads it
+    path.write_bytes(content)
+    prepare(config)
+    with pytest.raises(InputError, match="its SHA-256 is another"):
+        prepare(dataclasses.replace(config, verify_checksums=True))
+
+
 def test_from_files_to_batches_and_on_in_worker_processes(folders):
     config = _config(folders, packing="first_fit")
     whole = list(itertools.islice(train_iterator(prepare(config), config), 12))

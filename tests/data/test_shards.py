@@ -1,5 +1,6 @@
 import os
 import pickle
+import resource
 import threading
 
 import grain
@@ -131,3 +132,16 @@ def test_a_damaged_shard_is_named(folder, all_documents, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"train-00000-of-00001.arrayrecord' cannot be read"):
         Shards(tmp_path, "train")[0]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path, all_documents):
+    write_folder(tmp_path, [[document] for document in all_documents[:40]], [all_documents[40:]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
+        source = Shards(tmp_path, "train")
+        for found, expected in zip(source, all_documents[:40], strict=True):
+            np.testing.assert_array_equal(found, expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

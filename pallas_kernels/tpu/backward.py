@@ -21,7 +21,6 @@ from jaxtyping import Array
 from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.plan import Plan
 from pallas_kernels.tpu.tile import (
-    FIRST_FIRST,
     LAST_FIRST,
     LAST_LAST,
     Bias,
@@ -73,12 +72,12 @@ class _QueryTile:
         refs.sum[...] = jnp.zeros_like(refs.sum)
 
     def raw_products(self, tile: Any, skipped: int, *, live: bool) -> tuple[Any, Any]:
-        """Returns K^T Q and, for a live tile, V^T dO."""
+        """Returns K Q and, for a live tile, V dO."""
         refs, at = self.refs, at_tile(tile - self.base, self.plan.keys)
-        raw = dot(refs.key[0, 0, :, at], refs.query[:, skipped:], FIRST_FIRST)
+        raw = dot(refs.key[0, 0, at, :], refs.query[:, skipped:], LAST_FIRST)
         if not live:
             return raw, None
-        return raw, dot(refs.value[0, 0, :, at], refs.d_out[:, skipped:], FIRST_FIRST)
+        return raw, dot(refs.value[0, 0, at, :], refs.d_out[:, skipped:], LAST_FIRST)
 
     def prepare(self, tile: Any, *, live: bool) -> None:
         """Stores the products of the tile that the next turn works on."""
@@ -92,8 +91,8 @@ class _QueryTile:
 
         Args:
           tile: index of the tile of keys.
-          raw: K^T Q.
-          raw_d: V^T dO; None: the tile is dead.
+          raw: K Q.
+          raw_d: V dO; None: the tile is dead.
           skipped: queries cut off; None: not on the diagonal.
         """
         plan, refs = self.plan, self.refs
@@ -135,7 +134,7 @@ class _QueryTile:
         refs, cut = self.refs, slice(skipped, None)
         at, d_scores = at_tile(tile - self.base, self.plan.keys), refs.d_scores[:, cut]
         refs.d_key[0, 0, at, :] += dot(d_scores, refs.query[:, cut], LAST_LAST)
-        refs.sum[:, cut] += dot(refs.key[0, 0, :, at], d_scores, LAST_FIRST)
+        refs.sum[:, cut] += dot(refs.key_columns[0, 0, :, at], d_scores, LAST_FIRST)
 
     def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> Any:
         """Goes over tiles from `stop` back to `first`, all live or all dead.
@@ -265,6 +264,7 @@ def backward(
     query: Array,
     key: Array,
     value: Array,
+    key_columns: Array,
     bias: Array,
     tau: Array,
     scale: Array,
@@ -284,7 +284,8 @@ def backward(
       groups: see `batching.over_batch`; only dummies need it.
       query: as in `forward.forward`, and so the others up to `first`.
       key: see `query`.
-      value: see `query`.
+      value: likewise upright, [batch, kv_heads, length, head_dim].
+      key_columns: `key` as [batch, kv_heads, head_dim, length].
       bias: see `query`.
       tau: see `query`.
       scale: see `query`.
@@ -313,7 +314,10 @@ def backward(
     def own(b, h, c, g, i, *refs):
         return b, head(h, g), 0, i
 
-    def keys(b, h, c, g, i, *refs):
+    def rows(b, h, c, g, i, *refs):
+        return b, h, c, 0
+
+    def columns(b, h, c, g, i, *refs):
         return b, h, 0, c
 
     def row(b, h, c, g, i, *refs):
@@ -323,8 +327,9 @@ def backward(
     tile = (1, 1, dim, block)
     inputs = [
         Operand("query", query, tile, own),
-        Operand("key", key, (1, 1, dim, chunk), keys),
-        Operand("value", value, (1, 1, dim, chunk), keys),
+        Operand("key", key, (1, 1, chunk, dim), rows),
+        Operand("value", value, (1, 1, chunk, dim), rows),
+        Operand("key_columns", key_columns, (1, 1, dim, chunk), columns),
         Operand("log_sum", log_sum, (1, 1, 1, block), own),
         Operand("out", out, tile, own),
         Operand("d_out", d_out, tile, own),
@@ -365,11 +370,11 @@ def backward(
         scalars |= {"live": plan.ranges(live), "tau": tau}
         inputs.append(Operand("scale", scale, (1, 1, block), row))
         inputs.append(Operand("mean", mean, tile, own))
-        rows = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
+        pulls = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
         outputs.append(
             Operand(
                 "pull",
-                rows,
+                pulls,
                 (1, 1, 1, 1, block),
                 lambda b, h, c, g, i, *refs: (b, c, head(h, g), 0, i),
             )

@@ -204,7 +204,10 @@ def vmem_bytes(
     bias = 8 * (length + queries) * 4
     tile = queries * keys
     of_query = head_dim * step_queries * itemsize
-    need = twice * 2 * head_dim * chunk * itemsize + twice * bias
+    # Keys and values, in the backward pass keys both ways up; lanes are padded.
+    upright = chunk * -(-head_dim // LANES) * LANES * itemsize
+    lying = head_dim * chunk * itemsize
+    need = twice * ((2 * upright + lying) if backward else (upright + lying)) + twice * bias
     if turned:
         need += (2 if backward else 1) * LANES * (length + queries + LANES) * 4
     if backward:

@@ -23,7 +23,6 @@ from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 from pallas_kernels.tpu.tile import (
     DEAD_SLACK,
-    FIRST_FIRST,
     LAST_FIRST,
     LOWEST,
     UNREACHABLE,
@@ -72,10 +71,10 @@ class _QueryTile:
         self.bias = Bias(plan, refs)
 
     def raw_scores(self, tile: Any, base: Any, skipped: int = 0) -> Array:
-        """Returns K^T Q of a tile; `base` is the first tile in VMEM."""
+        """Returns K Q of a tile; `base` is the first tile in VMEM."""
         refs = self.refs
-        key = refs.key[0, 0, :, at_tile(tile - base, self.plan.keys)]
-        return dot(key, refs.query[:, skipped:], FIRST_FIRST)
+        key = refs.key[0, 0, at_tile(tile - base, self.plan.keys), :]
+        return dot(key, refs.query[:, skipped:], LAST_FIRST)
 
     def scores(self, tile: Any, raw: Array, keys: slice, skipped: int | None) -> Any:
         """Returns the scores of some keys of a tile, and what is seen of them.
@@ -405,9 +404,9 @@ def forward(
       plan: of the call.
       training: also return residuals.
       groups: see `batching.over_batch`; only dummies need it.
-      query: [batch, heads, head_dim, length], and so `key` and `value`: `Plan.to_kernel`.
-      key: see `query`.
-      value: see `query`.
+      query: [batch, heads, head_dim, length]: `Plan.to_kernel`.
+      key: [batch, kv_heads, length, head_dim]: `Plan.to_kernel_rows`.
+      value: [batch, kv_heads, head_dim, length].
       bias: `Plan.bias`.
       tau: [heads], offset.
       scale: [batch, 1, length], of tau.
@@ -430,19 +429,19 @@ def forward(
     def own(b, h, i, step, *refs):
         return b, h, 0, i
 
-    def keys(second):
-        def index(b, h, i, step, *refs):
-            return b, h // plan.group, 0, _chunk_index(plan, refs, b, h, i, step, second)
+    def keys(b, h, i, step, *refs):
+        return b, h // plan.group, _chunk_index(plan, refs, b, h, i, step, False), 0
 
-        return index
+    def values(b, h, i, step, *refs):
+        return b, h // plan.group, 0, _chunk_index(plan, refs, b, h, i, step, True)
 
     def row(b, h, i, step, *refs):
         return b, 0, i
 
     inputs = [
         Operand("query", query, (1, 1, dim, block), own),
-        Operand("key", key, (1, 1, dim, chunk), keys(False)),
-        Operand("value", value, (1, 1, dim, chunk), keys(True)),
+        Operand("key", key, (1, 1, chunk, dim), keys),
+        Operand("value", value, (1, 1, dim, chunk), values),
     ]
     if plan.has_bias:
         inputs.append(

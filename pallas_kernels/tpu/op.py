@@ -1,6 +1,7 @@
 """Lazy Attention on TPUs, differentiable: two kernels and what joins them."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -161,14 +162,13 @@ class Kernels:
             tiles=plan.block.tiles,
         ).first
 
-    def _launch(self, run, *arrays: Array) -> Any:
+    def _launch(self, run, keys: Sequence[Array], *arrays: Array) -> Any:
         plan = self.plan
         nothing = jnp.zeros(1, jnp.float32)
         has_bias, has_offset = plan.has_bias, plan.has_offset
         operands = [
             (plan.to_kernel(self.query), False),
-            (plan.to_kernel(self.key), False),
-            (plan.to_kernel(self.value), False),
+            *((array, False) for array in keys),
             (plan.bias(self.bias) if has_bias else nothing, True),
             (self.offset if has_offset else nothing, True),
             (plan.rows(self.visibility.offset_scale) if has_offset else nothing, not has_offset),
@@ -183,9 +183,14 @@ class Kernels:
 
     def forward(self, first: Array, *, training: bool) -> Any:
         """Launches the forward pass."""
-        return self._launch(functools.partial(forward, self.plan, training), first)
+        plan = self.plan
+        keys = plan.to_kernel_rows(self.key), plan.to_kernel(self.value)
+        return self._launch(functools.partial(forward, plan, training), keys, first)
 
     def backward(self, first, live, log_sum, out, mean, rounding, d_out) -> Any:
         """Launches the backward pass."""
-        run = functools.partial(backward, self.plan)
-        return self._launch(run, first, live, log_sum, out, mean, rounding, d_out)
+        plan = self.plan
+        rows = plan.to_kernel_rows(self.key), plan.to_kernel_rows(self.value)
+        keys = (*rows, plan.to_kernel(self.key))
+        run = functools.partial(backward, plan)
+        return self._launch(run, keys, first, live, log_sum, out, mean, rounding, d_out)

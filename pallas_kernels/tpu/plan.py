@@ -121,16 +121,22 @@ class Plan:
         self, x: Shaped[Array, "batch length heads head_dim"]
     ) -> Shaped[Array, "batch heads padded_dim padded_length"]:
         """Brings inputs into the kernels' form."""
-        x = jnp.pad(
-            x,
-            (
-                (0, 0),
-                (0, self.padded_length - self.length),
-                (0, 0),
-                (0, self.padded_dim - self.head_dim),
-            ),
-        )
-        return x.transpose(0, 2, 3, 1)
+        return self._pad(x).transpose(0, 2, 3, 1)
+
+    def to_kernel_rows(
+        self, x: Shaped[Array, "batch length heads head_dim"]
+    ) -> Shaped[Array, "batch heads padded_length padded_dim"]:
+        """Likewise for keys and values that products with queries take from the left.
+
+        The other way up, each of their tiles would be turned for every tile of queries.
+        """
+        return self._pad(x).transpose(0, 2, 1, 3)
+
+    def _pad(
+        self, x: Shaped[Array, "batch length heads head_dim"]
+    ) -> Shaped[Array, "batch padded_length heads padded_dim"]:
+        length, dim = self.padded_length - self.length, self.padded_dim - self.head_dim
+        return jnp.pad(x, ((0, 0), (0, length), (0, 0), (0, dim)))
 
     def from_kernel(
         self, x: Shaped[Array, "batch heads padded_dim padded_length"]

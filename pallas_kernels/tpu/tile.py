@@ -33,7 +33,6 @@ UNREACHABLE = 1.0e30
 DEAD_SLACK = 1.0e-3
 
 # Contracted axes of a product: of the left and of the right operand.
-FIRST_FIRST = (((0,), (0,)), ((), ()))
 LAST_FIRST = (((1,), (0,)), ((), ()))
 LAST_LAST = (((1,), (1,)), ((), ()))
 

@@ -1,13 +1,14 @@
-"""The only entry point: trains, evaluates, samples, and compiles for chips elsewhere.
+"""The only entry point: trains, evaluates, looks inside, samples, compiles for chips elsewhere.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=configs/quickstart.py --workdir=DIR --config.training.steps=50
     python train.py --mode=eval --workdir=runs/quickstart --contexts=256,512,1024
+    python train.py --mode=inspect --workdir=runs/quickstart --against=runs/softmax
     python train.py --mode=sample --workdir=runs/quickstart --prompt="The "
     python train.py --mode=compile --config=configs/lazy_7b_100b.py --topology=v5p:4x4x4
 
-Training goes on from the newest checkpoint in --workdir. eval and sample read the
-settings from the checkpoint, so they need no --config.
+Training goes on from the newest checkpoint in --workdir. eval, inspect and
+sample read the settings from the checkpoint, so they need no --config.
 
 Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop or what
 --mode=compile looked at does not fit, 2 when something given is wrong, 130 when stopped by Ctrl-C.
@@ -25,17 +26,19 @@ from lazyattn.errors import InputError
 from lazyattn.evaluation import options as evaluation_options
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.generation import options as generation_options
+from lazyattn.inspection import options as inspection_options
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/quickstart.py; FILE:NAME for a kind of attention."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, settings.")
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval, sample or compile.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, eval, inspect, sample or compile.")
 _CACHE_DIR = flags.DEFINE_string(
     "cache_dir", None, "Folder for prepared data; default: LAZYATTN_CACHE or the user's cache."
 )
 distributed.define()
 evaluation_options.define()
+inspection_options.define()
 generation_options.define()
 ahead_of_time_options.define()
 
@@ -75,6 +78,15 @@ def _eval() -> int:
     return 0
 
 
+def _inspect() -> int:
+    options = inspection_options.options()
+    experiment, path = _experiment(), _workdir()
+    from lazyattn.inspection.checkpoint import inspect
+
+    inspect(path, experiment, options)
+    return 0
+
+
 def _sample() -> int:
     sampling = generation_options.sampling_config()
     experiment, path = _experiment(), _workdir()
@@ -105,6 +117,7 @@ def _compile() -> int:
 _MODES: dict[str, Callable[[], int]] = {
     "train": _train,
     "eval": _eval,
+    "inspect": _inspect,
     "sample": _sample,
     "compile": _compile,
 }

@@ -6,16 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from lazyattn.inspection.sums import head_sums
+from lazyattn.inspection.walk import LayerInput, walk
 from lazyattn.model.config import ModelConfig
-from lazyattn.model.rope import document_positions, document_starts
-from lazyattn.model.transformer import attention_weights
-
-# The weights of one row at a time are held, at most this many numbers of them.
-_MAX_WEIGHTS = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +39,7 @@ def attention_statistics(
     *,
     max_rows: int = 8,
 ) -> AttentionStatistics:
-    """Measures a model on a few rows, by the reference implementation of attention.
-
-    Rows are cut short where their weights (quadratic in length) would be too many.
+    """Measures a model on a few rows, in memory linear in their length.
 
     Args:
       params: the model's parameters.
@@ -61,69 +55,37 @@ def attention_statistics(
     """
     if not np.any(batch["segment_ids"][:max_rows]):
         raise ValueError("the batch has no tokens, only padding")
-    heads = config.num_layers * config.attention.num_heads
-    length = min(batch["inputs"].shape[1], max(int((_MAX_WEIGHTS / heads) ** 0.5), 1))
-    totals = [
-        _row_totals(
-            params,
-            batch["inputs"][row : row + 1, :length],
-            batch["segment_ids"][row : row + 1, :length],
-            config=config,
-        )
-        for row in range(min(batch["inputs"].shape[0], max_rows))
-    ]
-    total = {
-        name: np.sum([np.asarray(row[name], np.float64) for row in totals], axis=0)
-        for name in totals[0]
-    }
+    rows = {name: batch[name][:max_rows] for name in ("inputs", "segment_ids")}
+    found = jax.device_get(layer_sums(params, config=config, **rows))
+    total = {name: np.sum(np.asarray(x, np.float64), axis=1) for name, x in found.items()}
     return AttentionStatistics(
         zero_share=total["zeros"] / total["pairs"],
         mass=total["mass"] / total["queries"],
-        first_token=total["first"] / np.maximum(total["later_queries"], 1),
-        queries=int(total["queries"]),
+        first_token=total["first"] / np.maximum(total["later"], 1),
+        queries=int(total["queries"][0, 0]),
     )
 
 
-def visible_pairs(segment_ids: Int[Array, "rows length"]) -> Bool[Array, "rows length length"]:
-    """Returns which keys [.., i, j] each query may see: same document, not later.
-
-    Padding (segment 0) sees nothing and is not seen.
-    """
-    index = jnp.arange(segment_ids.shape[1])
-    start = document_starts(segment_ids)
-    causal = index[:, None] >= index[None, :]
-    same = start[:, :, None] == start[:, None, :]
-    real = segment_ids > 0
-    return causal & same & real[:, :, None] & real[:, None, :]
-
-
 @functools.partial(jax.jit, static_argnames="config")
-def _row_totals(
+def layer_sums(
     params: Mapping[str, Any],
     inputs: Int[Array, "rows length"],
     segment_ids: Int[Array, "rows length"],
     *,
     config: ModelConfig,
-) -> dict[str, Array]:
-    """Returns sums by layer and head, and counts, over a row's queries."""
-    weights = attention_weights(params, config, inputs, segment_ids)
-    visible = visible_pairs(segment_ids)
-    positions = document_positions(segment_ids)
-    real = segment_ids > 0
-    # On the visible pair whose key is its document's first token, query not that token.
-    first = visible & (positions == 0)[:, None, :] & (positions > 0)[:, :, None]
+) -> dict[str, Float[Array, "layers rows heads ..."]]:
+    """Returns `sums.head_sums` of every layer.
 
-    def total(
-        values: Float[Array, "layers rows heads length length"],
-        pairs: Bool[Array, "rows length length"],
-    ) -> Float[Array, "layers heads"]:
-        return jnp.sum(values * pairs[None, :, None], axis=(1, 3, 4))
+    Args:
+      params: the model's parameters.
+      inputs: int32 token ids.
+      segment_ids: documents are runs of equal ids; 0 marks padding.
+      config: the model.
+    """
+    renormalize = config.attention.variant == "lazy_renormalized"
 
-    return {
-        "zeros": total((weights == 0).astype(jnp.float32), visible),
-        "mass": total(weights, visible),
-        "first": total(weights, first),
-        "pairs": jnp.sum(visible),
-        "queries": jnp.sum(real),
-        "later_queries": jnp.sum(real & (positions > 0)),
-    }
+    def observe(layer: LayerInput, x: Array, carry: None) -> tuple[None, dict[str, Array]]:
+        del x
+        return carry, head_sums(layer, renormalize)
+
+    return walk(params, config, inputs, segment_ids, observe)[1]

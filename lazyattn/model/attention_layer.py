@@ -15,6 +15,8 @@ from lazyattn.model.sharded_attention import sharded_attention
 
 # Collection that receives every layer's attention weights when it is mutable.
 WEIGHTS = "attention_weights"
+# Another, that receives what a layer gives to the op besides its values.
+OPERANDS = "attention_operands"
 
 # One layer's keys and values of a cache, [batch, cache_length, kv_heads, head_dim].
 LayerCache = tuple[
@@ -101,6 +103,9 @@ class Attention(nn.Module):
             value = _write(cache[1], value, query_start)
             cache = key, value
 
+        head_parameters = self._head_parameters()
+        if self.is_mutable_collection(OPERANDS) and not self.is_initializing():
+            self._keep(OPERANDS, "operands", {"query": query, "key": key, **head_parameters})
         observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
         # Only the definition returns weights; and what trains best may not decode.
         implementation = att.implementation if cache is None else None
@@ -109,7 +114,7 @@ class Attention(nn.Module):
             query,
             key,
             value,
-            {"segment_ids": segment_ids, "query_start": query_start, **self._head_parameters()},
+            {"segment_ids": segment_ids, "query_start": query_start, **head_parameters},
             sequence_shards=self.sequence_shards,
             skip_mass=att.skip_mass,
             implementation=implementation,
@@ -118,7 +123,7 @@ class Attention(nn.Module):
         )
         if observed:
             out, weights = out
-            self.sow(WEIGHTS, "weights", weights, init_fn=lambda: None, reduce_fn=lambda _, w: w)
+            self._keep(WEIGHTS, "weights", weights)
 
         kernel = parameter(
             self,
@@ -128,6 +133,9 @@ class Attention(nn.Module):
             ("heads", "head_dim", "embed"),
         )
         return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype)), cache
+
+    def _keep(self, collection: str, name: str, value: Any) -> None:
+        self.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
     def _head_parameters(self) -> dict[str, Array]:
         """Returns the op's learned arguments, those the variant has."""

@@ -68,6 +68,8 @@ class TrainingConfig:
       log_every: steps between lines on the terminal.
       eval_every: steps between validations; 0: only at the end.
       eval_batches: batches of a validation; 0: the whole split.
+      inspect_every: steps between measurements of attention (zeros, mass, sink, offsets)
+        on a few validation rows; 0: none.
       checkpoint_every: steps between checkpoints; the last step always has one.
       keep: newest checkpoints kept.
       keep_every: checkpoints at multiples of this are kept for good; 0: none.
@@ -81,6 +83,7 @@ class TrainingConfig:
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 0
+    inspect_every: int = 0
     checkpoint_every: int = 100
     keep: int = 3
     keep_every: int = 0
@@ -96,5 +99,5 @@ class TrainingConfig:
             "max_nonfinite_steps",
         ):
             require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")
-        for name in ("z_loss", "eval_every", "eval_batches", "keep_every"):
+        for name in ("z_loss", "eval_every", "eval_batches", "inspect_every", "keep_every"):
             require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")

@@ -88,7 +88,7 @@ class RunLog:
 
         Args:
           record: the step and its metrics, with "validation_..." where there was a
-            validation.
+            validation and "attention_..." where attention was measured.
         """
         if not self.enabled:
             return
@@ -104,14 +104,15 @@ class RunLog:
             record |= rates
             names = ("loss", "learning_rate", "gradient_norm", "nonfinite_total", *rates)
             scalars |= {f"training/{name}": record[name] for name in names}
-        validation = {
-            name.removeprefix("validation_"): value
-            for name, value in record.items()
-            if name.startswith("validation_")
-        }
-        if validation:
-            parts = "  ".join(f"{name} {value:.4f}" for name, value in validation.items())
-            self._progress.line(f"step {step}/{self._steps}  validation: {parts}")
-            scalars |= {f"validation/{name}": value for name, value in validation.items()}
+        for group in ("validation", "attention"):
+            values = {
+                name.removeprefix(f"{group}_"): value
+                for name, value in record.items()
+                if name.startswith(f"{group}_")
+            }
+            if values:
+                parts = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                self._progress.line(f"step {step}/{self._steps}  {group}: {parts}")
+                scalars |= {f"{group}/{name}": value for name, value in values.items()}
         self._lines.write(record)
         self._tensorboard.write(step, scalars)

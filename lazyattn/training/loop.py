@@ -53,6 +53,7 @@ class Run:
       log: where numbers go.
       validate: parameters -> scalars that join the step's metrics.
       stop: asks the loop to end early.
+      inspect: parameters -> scalars on attention, every `config.inspect_every` steps.
     """
 
     config: TrainingConfig
@@ -64,6 +65,7 @@ class Run:
     log: RunLog
     validate: Callable[[Params], dict[str, float]]
     stop: StopSignal
+    inspect: Callable[[Params], dict[str, float]] = lambda params: {}
 
 
 def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -118,14 +120,17 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         validating = not stopping and (
             last or (config.eval_every > 0 and number % config.eval_every == 0)
         )
+        inspecting = config.inspect_every > 0 and number % config.inspect_every == 0
         saving = last or number % config.checkpoint_every == 0
-        if not (validating or saving):
+        if not (validating or inspecting or saving):
             continue
         record = _fetch(run, *pending)
         pending = None
         begin = time.perf_counter()
         if validating:
             record |= run.validate(state.params)
+        if inspecting:
+            record |= run.inspect(state.params)
         run.log.pause(time.perf_counter() - begin)
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)

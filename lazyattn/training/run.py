@@ -14,10 +14,12 @@ from lazyattn.data.pipeline import (
     packing_report,
     prepare,
     train_iterator,
+    validation_batches,
 )
 from lazyattn.distributed import gather_rows
 from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, resumption_changes
+from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.training import workdir as folders
 from lazyattn.training.checkpoint import Checkpoints, Restored
@@ -94,12 +96,21 @@ def train(
             experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
         )
 
+        probe: AttentionProbe | None = None
+
         def validate(params: Params) -> dict[str, float]:
             found = evaluator(params, validation_rows(experiment, prepared, mesh))
             return {
                 "validation_loss": found.loss,
                 "validation_bits_per_byte": found.bits_per_byte,
             }
+
+        def inspect(params: Params) -> dict[str, float]:
+            nonlocal probe
+            if probe is None:  # made when it is first needed, which may be never
+                rows = next(validation_batches(prepared, experiment.data))
+                probe = AttentionProbe(experiment.model, mesh, rows)
+            return probe(params)
 
         start = int(state.step)
         log = stack.enter_context(
@@ -135,6 +146,7 @@ def train(
             log=log,
             validate=validate,
             stop=stop,
+            inspect=inspect,
         )
         stop.arm()
         state, record = fit(run, state)

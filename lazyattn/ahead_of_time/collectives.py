@@ -80,18 +80,18 @@ class Network:
     def bandwidth(self, group: Sequence[int]) -> float:
         """Returns the rate at which each device of a group can send in a ring, bytes/s.
 
-        Two links of every torus axis the group spans, one where the axis is not a ring;
-        the network's rate if it spans slices or hosts.
+        Two links of every torus axis that the group spans, one where the axis is not a
+        ring or the group is a part of it; the network's rate if it spans slices.
         """
         places = self.coordinates[np.asarray(group)]
-        spread = [len(set(column.tolist())) > 1 for column in places.T]
-        if spread[-1]:
+        *spread, slices = (len(set(column.tolist())) for column in places.T)
+        if slices > 1:
             assert self.chip.network_bandwidth is not None
             return self.chip.network_bandwidth / self.chip.devices
         links = sum(
-            (2 if self._is_ring(size) else 1)
-            for size, varied in zip(self.shape, spread, strict=False)
-            if varied
+            2 if self._is_ring(size) and chips == size else 1
+            for size, chips in zip(self.shape, spread, strict=True)
+            if chips > 1
         )
         if not links:  # the two halves of a chip
             return self.chip.hbm_bandwidth / self.chip.devices

@@ -40,6 +40,7 @@ def test_axes_and_rates_of_a_group():
     link = 100e9
     assert network.bandwidth([0, 32]) == link  # two chips: one link
     assert network.bandwidth([0, 8, 16, 24]) == 2 * link  # a ring of four
+    assert network.bandwidth([0, 8]) == link  # half of that ring
     assert network.bandwidth(range(64)) == 5 * link
 
 

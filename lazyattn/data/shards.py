@@ -13,7 +13,7 @@ import operator
 import os
 import resource
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -77,18 +77,25 @@ class Writer:
 
         Raises:
           ValueError: if an id doesn't fit.
+          OSError: if it can't be written.
         """
         tokens = np.asarray(ids, np.int64)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= self._limit:
             raise ValueError(f"A token id is outside 0..{self._limit}.")
-        self._writer.write(tokens.astype(self._dtype).tobytes())
+        with self._told():
+            self._writer.write(tokens.astype(self._dtype).tobytes())
         self._documents += 1
         self._tokens += tokens.size
         self._bytes += size
 
     def close(self) -> Shard:
-        """Finishes the file and returns what it holds."""
-        self._writer.close()
+        """Finishes the file and returns what it holds.
+
+        Raises:
+          OSError: if it can't be written, as on a full disk.
+        """
+        with self._told():
+            self._writer.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -105,9 +112,18 @@ class Writer:
 
     def discard(self) -> None:
         """Ends without a file."""
-        if self._writer.is_open():
-            self._writer.close()
+        with contextlib.suppress(RuntimeError):  # what could not be written before
+            if self._writer.is_open():
+                self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns the library's only kind of error into the one it means."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"{self._path}: {error}") from error
 
     def __enter__(self) -> "Writer":
         return self

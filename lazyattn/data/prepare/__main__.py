@@ -25,7 +25,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", "", "A tokenizer.json, a SentencePiece model, or 'train': learn one here."
 )
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32768, "Entries of a tokenizer trained here.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "Entries of a tokenizer trained here.")
 _SAMPLE_MB = flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.")
 _MIN_INT_SCORE = flags.DEFINE_integer(
     "min_int_score", None, "Lowest score of a document that is kept; default: all are."

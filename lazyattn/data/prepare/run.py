@@ -50,7 +50,7 @@ class Preparation:
     inputs: tuple[str, ...]
     output: str
     tokenizer: str
-    vocab_size: int = 32768
+    vocab_size: int = 32000
     sample_mb: int = 256
     selection: Selection = dataclasses.field(default_factory=Selection)
     shard_mb: int = 512

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import fcntl
 import json
+import resource
 
 import pytest
 
@@ -162,6 +163,19 @@ def test_no_room_to_write(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"--output is '.*file', but nothing can be written"):
         prepare_shards(_preparation(corpus, tmp_path / "file"))
+
+
+def test_a_full_disk(corpus, prepared, tmp_path):
+    """Stood in for by a limit on the size of files."""
+    preparation = _preparation(corpus, tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        with pytest.raises(InputError, match=r"nothing can be written there \(.*File too large"):
+            prepare_shards(preparation)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _files(prepare_shards(preparation).folder) == _files(prepared.folder)
 
 
 def test_a_given_tokenizer(corpus, prepared, tmp_path):

@@ -19,7 +19,8 @@ class Chip:
       link_bandwidth: bytes/s of one link to a neighbour, one way. On a GPU: of all
         NVLinks together, one way.
       axes: dimensions of the torus; 0: every chip of a host reaches every other.
-      wrap: a torus axis of a slice is a ring from this many chips on.
+      wrap: an axis of a slice is a ring at multiples of this many chips; in three
+        dimensions, if all three are.
       network_bandwidth: bytes/s a chip of the network between slices or hosts, one
         way; None: not stated.
       devices: JAX devices a chip, as this library compiles for it.

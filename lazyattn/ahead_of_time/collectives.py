@@ -98,9 +98,8 @@ class Network:
         return links * self.chip.link_bandwidth / self.chip.devices
 
     def _is_ring(self, size: int) -> bool:
-        if self.chip.axes == 0 or self.chip.wrap == 0:
-            return False
-        return size % self.chip.wrap == 0
+        whole = self.shape if self.chip.axes == 3 else (size,)
+        return all(each % self.chip.wrap == 0 for each in whole)
 
 
 def collect(module: Module, network: Network) -> list[Collective]:

@@ -34,14 +34,15 @@ def test_groups_in_every_notation(text, group):
 
 
 def test_axes_and_rates_of_a_group():
-    network = _network({"data": 2, "fsdp": 4, "tensor": 8}, (2, 4, 8))
+    network = _network({"data": 4, "fsdp": 4, "tensor": 8}, (4, 4, 8))
     assert network.axes([0, 1]) == "tensor" and network.axes([0, 8, 16, 24]) == "fsdp"
-    assert network.axes(range(64)) == "data+fsdp+tensor" and network.axes([3]) == ""
+    assert network.axes(range(128)) == "data+fsdp+tensor" and network.axes([3]) == ""
     link = 100e9
-    assert network.bandwidth([0, 32]) == link  # two chips: one link
     assert network.bandwidth([0, 8, 16, 24]) == 2 * link  # a ring of four
     assert network.bandwidth([0, 8]) == link  # half of that ring
-    assert network.bandwidth(range(64)) == 5 * link
+    assert network.bandwidth(range(128)) == 6 * link
+    small = _network({"data": 2, "fsdp": 8}, (2, 2, 4))  # too small for rings
+    assert small.bandwidth([0, 1, 2, 3]) == link and small.bandwidth(range(16)) == 3 * link
 
 
 def test_rates_of_a_line_and_of_a_network():

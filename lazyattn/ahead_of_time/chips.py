@@ -49,8 +49,8 @@ class Chip:
 
 
 # A TPU's link is its stated bidirectional bandwidth over links and both ways: six
-# links in a 3D torus, four in a 2D one. A 3D slice has rings where an axis is a
-# multiple of 4 chips, a 2D one where an axis spans the pod's 16.
+# links in a 3D torus, four in a 2D one. A 3D slice is a torus if each axis is a multiple
+# of 4 chips; an axis of a 2D slice is a ring if it spans the pod's 16.
 CHIPS = {
     chip.name: chip
     for chip in (

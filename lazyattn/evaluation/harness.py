@@ -152,6 +152,9 @@ class LazyAttentionLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Returns the log-likelihood of each continuation, and whether it is greedy.
 
+        A continuation longer than the context is scored in windows, as rolling
+        log-likelihoods are.
+
         Raises:
           InputError: for an empty continuation.
         """
@@ -164,24 +167,22 @@ class LazyAttentionLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
         del unused
-        rows = []
-        for _, context, continuation in requests:
-            require(
-                len(continuation) <= self.max_length,
-                "the tokens of a continuation to score",
-                len(continuation),
-                f"at most {self.max_length}, the context",
-            )
-            rows.append((context + continuation)[-(self.max_length + 1) :])
+        rows: list[list[int]] = []
+        parts: list[tuple[int, int]] = []  # for each row its request and the targets counted
+        for owner, (_, context, continuation) in enumerate(requests):
+            before = max(1, self.max_length + 1 - len(continuation))
+            whole = context[-before:] + continuation
+            # One window, unless the continuation alone is longer than the context.
+            for window in rolling_windows(len(whole), self.max_length, self.max_length):
+                rows.append(whole[window.start : window.stop])
+                parts.append((owner, min(window.stop - window.first, len(continuation))))
+        totals, greedy = [0.0] * len(requests), [True] * len(requests)
         scores = self.scorer(rows, context=self.max_length, label="log-likelihoods")
-        answers = []
-        for (texts, _, continuation), score in zip(requests, scores, strict=True):
-            size = len(continuation)
-            answer = (
-                -float(score.nll[-size:].sum(dtype=np.float64)),
-                bool(score.greedy[-size:].all()),
-            )
-            answers.append(answer)
+        for (owner, size), score in zip(parts, scores, strict=True):
+            totals[owner] -= float(score.nll[-size:].sum(dtype=np.float64))
+            greedy[owner] &= bool(score.greedy[-size:].all())
+        answers = list(zip(totals, greedy, strict=True))
+        for (texts, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 

@@ -56,6 +56,7 @@ def test_softmax_keeps_all_mass_and_has_no_zeros():
     np.testing.assert_array_equal(found.zero_share, 0)
     np.testing.assert_allclose(found.mass, 1, rtol=1e-5)
     assert np.all(found.first_token > 0.05)
+    assert attention_statistics(params, config, _batch(), max_rows=1).queries == 7
 
 
 def test_an_offset_below_every_weight_leaves_nothing():
@@ -64,11 +65,6 @@ def test_an_offset_below_every_weight_leaves_nothing():
     np.testing.assert_array_equal(found.zero_share, 1)
     np.testing.assert_array_equal(found.mass, 0)
     np.testing.assert_array_equal(found.first_token, 0)
-
-
-def test_only_so_many_rows_are_looked_at():
-    config, params = _model("softmax")
-    assert attention_statistics(params, config, _batch(), max_rows=1).queries == 7
 
 
 def test_padding_alone_is_refused():

@@ -277,8 +277,6 @@ class _Piece:
             ref["table_smem"].at[self.tables.wait(self.n)], start, UNIT, transposed=False,
             interpret=self.interpret,
         )  # fmt: skip
-        # The table was read by ordinary loads.
-        plgpu.commit_smem()
         self.tables.release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
@@ -291,8 +289,6 @@ class _Piece:
                 n = first + n
                 slot, key_slot = self.queries.wait(n), self.keys.wait(n + lag)
                 total = total + add(bias, n, slot, key_slot)
-                # Row facts were read by ordinary loads.
-                plgpu.commit_smem()
                 self.queries.release(n)
                 self.keys.release(n + lag)
                 return total

@@ -316,8 +316,6 @@ class _Piece:
             if plan.has_offset:
                 loop(self.dead_step, live, end)
             rings.skip(lax.max(end, live), steps, both[0])
-            # The table was read by ordinary loads.
-            plgpu.commit_smem()
             self.tables.release(member)
             return steps_done + steps, live_done + live
 
@@ -436,8 +434,6 @@ class _Piece:
         plgpu.wgmma_wait(1)
         self.d_outs.release(live_done + n)
         plgpu.wgmma_wait(0)
-        # The numbers of the queries were read by ordinary loads.
-        plgpu.commit_smem()
         self.queries.release(steps_done + n)
 
     def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
@@ -456,5 +452,4 @@ class _Piece:
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(0)
-        plgpu.commit_smem()
         self.queries.release(steps_done + n)

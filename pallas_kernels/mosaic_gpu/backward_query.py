@@ -6,7 +6,8 @@ With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
 
 A block takes piece after piece: 64 queries of one head a warpgroup, and goes over their key
 tiles from the diagonal backwards: the live ones first, then the dead ones, where
-dS = -P delta and neither values nor dP are needed. Tiles past the bias table also add to the gradient of its tail.
+dS = -P delta and neither values nor dP are needed. Tiles past the bias table also add to the
+gradient of its tail.
 """
 
 import functools
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, schedule
+from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, row_facts, schedule
 from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
+from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan
 
 
 def backward_query(
@@ -32,10 +33,14 @@ def backward_query(
     value: Float[Array, "batch length kv_heads head_dim"],
     table: Float[Array, "heads rows 128"],
     tail: Float[Array, "heads 2"],
-    rows: Float[Array, "batch heads units kinds 64"],
+    residuals: row_facts.Residuals,
+    offset: Float[Array, " heads"],
+    offset_scale: Float[Array, "batch padded"],
+    count_inverse: Float[Array, "batch padded"],
+    document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
-) -> tuple[Float[Array, "batch length heads head_dim"], Float[Array, "..."] | None]:
+) -> tuple[Float[Array, "..."] | None, ...]:
     """Launches the kernel.
 
     Args:
@@ -46,19 +51,26 @@ def backward_query(
       value: values.
       table: from `plan.table`.
       tail: from `plan.table`.
-      rows: what `Rows` says of each query.
+      residuals: of the forward pass.
+      offset: tau; not read without an offset.
+      offset_scale: as in the forward pass, like the next two.
+      count_inverse: one over the number of keys each query sees.
+      document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
 
     Returns:
-      d_query; and if the bias has a slope, for each query the sum of dS over tiles past the
-      table, and of dS times the distance past its end [batch, heads, units, 2, 64].
+      d_query; what `Rows` says of each query [batch, heads, units, kinds, 64]; with an offset
+      what each query adds to the gradient of tau [batch, heads, units, 64]; and if the bias
+      has a slope, for each query the sum of dS over tiles past the table, and of dS times the
+      distance past its end [batch, heads, units, 2, 64].
     """
-    kernel = _Kernel(plan, query, key, table.shape, rows.shape)
+    kernel = _Kernel(plan, query, key, table.shape, first.shape[-1])
     out_type: list[Any] = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
+    out_type += row_facts.outputs(plan, first)
     if kernel.want_tail:
         out_type.append(jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32))
-    results = plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=tuple(out_type),
         scratch_types=kernel.scratch(),
@@ -71,8 +83,16 @@ def backward_query(
         ),
         kernel_name="lazy_backward_query",
         interpret=plan.interpret,
-    )(query, d_out, key, value, table, tail, rows, first, live)
-    return results[0], (results[1] if kernel.want_tail else None)
+    )
+    results = list(
+        run(
+            query, d_out, key, value, table, tail, residuals.log_total, offset, offset_scale,
+            count_inverse, document, first, live, *residuals.tiles.values(),
+        )
+    )  # fmt: skip
+    d_query, rows = results.pop(0), results.pop(0)
+    of_mean = results.pop(0) if plan.has_offset else None
+    return d_query, rows, of_mean, results.pop(0) if kernel.want_tail else None
 
 
 class _Kernel:
@@ -80,19 +100,19 @@ class _Kernel:
 
     __name__ = "lazy_backward_query"
 
-    def __init__(self, plan: Plan, query, key, table_shape, rows_shape):
+    def __init__(self, plan: Plan, query, key, table_shape, units: int):
         self.plan, self.block = plan, plan.blocks.backward_query
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
-        self.units = rows_shape[2]
+        self.units = units
         self.table_shape = table_shape[1:]
         self.interpret = plan.interpret is not None
         self.want_tail = plan.has_slope and self.length > plan.width
         self.order = schedule.Order.of_queries(
             self.batch, self.heads, self.length, self.block.rows, self.head_dim, self.group
         )
-        tiles = config.query_tiles(self.block, self.head_dim)
+        tiles, self.fact_stages = config.query_tiles(self.block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
@@ -108,6 +128,7 @@ class _Kernel:
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
         scratch |= queue.scratch()
+        scratch |= row_facts.scratch(self.fact_stages, block.warpgroups, self.head_dim, self.dtype)
         scratch |= rings.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
         scratch |= rings.barriers("table", self.tables, block.warpgroups)
         for name in ("key", "value"):
@@ -121,8 +142,13 @@ class _Kernel:
 
     def __call__(self, *refs, **scratch) -> None:
         """The body."""
-        names = ["query", "d_out", "key", "value", "table", "tail", "rows", "first", "live"]
-        names += ["d_query", "far"] if self.want_tail else ["d_query"]
+        names = [
+            "query", "d_out", "key", "value", "table", "tail", "log_total", "offset",
+            "offset_scale", "count_inverse", "document", "first", "live",
+            *row_facts.names(self.plan), "d_query", "rows",
+        ]  # fmt: skip
+        names += ["of_mean"] if self.plan.has_offset else []
+        names += ["far"] if self.want_tail else []
         _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
 
@@ -137,6 +163,7 @@ class _Blocks:
         )
         stages = self.block.stages
         sizes = {"key": stages, "value": stages, "query": 1, "table": kernel.tables}
+        sizes["fact"] = kernel.fact_stages
         self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
 
     def run(self) -> None:
@@ -151,7 +178,9 @@ class _Blocks:
 
         zero = jnp.int32(0)
         pieces, (keys, values) = self.queue.each(True, piece, (zero, zero))
-        for name, tiles in (("key", keys), ("value", values), ("query", pieces), ("table", pieces)):
+        facts = pieces * len(row_facts.names(self.kernel.plan))
+        done = {"key": keys, "value": values, "query": pieces, "table": pieces, "fact": facts}
+        for name, tiles in done.items():
             self.rings[name].close(tiles)
 
     def compute(self) -> None:
@@ -189,6 +218,7 @@ class _Piece:
         self.keys = blocks.rings["key"].after(done[0])
         self.values = blocks.rings["value"].after(done[1])
         self.queries, self.tables = blocks.rings["query"], blocks.rings["table"]
+        self.facts = blocks.rings["fact"].after(n * len(row_facts.names(self.plan)))
 
     def count_steps(self) -> None:
         """Reads how many key tiles the block visits, and how many of them may be live."""
@@ -233,7 +263,9 @@ class _Piece:
             plgpu.copy_gmem_to_smem(
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
+            row_facts.fetch(self)
 
+        row_facts.prefetch(self)
         # What is read here takes time, so it comes after the first copies.
         self.count_steps()
 
@@ -263,18 +295,8 @@ class _Piece:
         end = lax.select(exists, self.last - ref["first"][b, h, unit] + 1, begin)
         live_end = lax.min(self.live_steps, end)
 
-        def row(kind: int) -> Array:
-            return plgpu.load(ref["rows"].at[b, h, unit, kind], layout=ROW, optimized=False)
-
-        self.log_total, self.delta = row(Rows.LOG_TOTAL), row(Rows.DELTA)
-        if plan.has_offset:
-            self.threshold = row(Rows.THRESHOLD)
-        if plan.packed:
-            self.document = row(Rows.DOCUMENT).astype(jnp.int32)
-            # Documents begin later and later: the last query's masks the most.
-            last = ref["rows"][b, h, unit, Rows.DOCUMENT, UNIT - 1]
-            self.document_last = last.astype(jnp.int32)
         self.queries.wait(self.n)
+        self.row = row_facts.find(self, unit, exists)
         self.query, self.d_out = (
             rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
             for name in ("query_smem", "d_out_smem")
@@ -306,8 +328,6 @@ class _Piece:
 
         d_query, sums = pl.run_scoped(run, plgpu.ACC((ROWS, kernel.head_dim), jnp.float32))
         rings.skip(lax.max(end, self.live_steps), self.steps, (self.keys, 0))
-        # The table was read by ordinary loads.
-        plgpu.commit_smem()
         self.tables.release(self.n)
 
         @pl.when(exists)
@@ -336,16 +356,16 @@ class _Piece:
         x = x * (self.plan.scale * LOG2_E) + bias
         if self.plan.packed:
             x = lax.cond(
-                key0 < self.document_last,
+                key0 < self.row.document_last,
                 lambda: jnp.where(self.in_document(key0), x, LOWEST),
                 lambda: x,
             )
-        return jnp.exp2(x - self.spread(self.log_total - rest)), key0
+        return jnp.exp2(x - self.spread(self.row.log_total - rest)), key0
 
     def in_document(self, key0: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
         columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
-        return columns + key0 >= self.spread(self.document)
+        return columns + key0 >= self.spread(self.row.document)
 
     def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns a row vector repeated along its rows."""
@@ -365,8 +385,8 @@ class _Piece:
         p, key0, d_weights = pl.run_scoped(products, tile, tile)
         self.values.release(n)
         if self.plan.has_offset:
-            d_weights = jnp.where(p > self.spread(self.threshold), d_weights, 0.0)
-        return self.add(acc, n, p * (d_weights - self.spread(self.delta)), key0, sums)
+            d_weights = jnp.where(p > self.spread(self.row.threshold), d_weights, 0.0)
+        return self.add(acc, n, p * (d_weights - self.spread(self.row.delta)), key0, sums)
 
     def dead_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
         """Adds a tile with no live entry."""
@@ -378,7 +398,7 @@ class _Piece:
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
         p, key0 = self.softmax(x, n)
-        return self.add(acc, n, p * self.spread(-self.delta), key0, sums)
+        return self.add(acc, n, p * self.spread(-self.row.delta), key0, sums)
 
     def add(self, acc: Any, n: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
         """Adds dS K, and what dS means for the bias's tail; releases the keys."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, queue, rings, schedule
+from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, schedule
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
 from pallas_kernels.mosaic_gpu.forward_queries import Queries
 from pallas_kernels.mosaic_gpu.lanes import ROWS
@@ -274,7 +274,7 @@ class Piece:
 
     def fetch(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `done` of the next piece."""
-        ref, block = self.ref, self.block
+        ref, block, kernel = self.ref, self.block, self.kernel
         b, h = self.batch, self.head
 
         def copy(ring, name, number, step):
@@ -301,6 +301,11 @@ class Piece:
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
 
+        wanted = ["offset_scale"] if self.plan.has_offset else []
+        wanted += ["count_inverse"] if kernel.want_mean else []
+        wanted += ["document"] if self.plan.packed else []
+        for name in wanted:
+            lanes.prefetch(ref[name].at[b], self.query0, block.rows, interpret=self.interpret)
         twice = self.sweeps_twice
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.steps()

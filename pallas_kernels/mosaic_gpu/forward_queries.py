@@ -67,7 +67,12 @@ class Queries:
         self.end = lax.select(self.exists, block.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
-            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
+            offset_scale = self.load_rows("offset_scale")
+            self.threshold = threshold(self.offset, offset_scale)
+        if kernel.want_mean:
+            self.count_inverse = self.load_rows("count_inverse")
+            # What the mean's factor of tau is: 1 where the divisor is what is visible.
+            self.mean_factor = self.offset * (offset_scale / self.count_inverse)
         if plan.packed:
             self.document = self.load_rows("document")
             unit = lax.div(self.query0, jnp.int32(UNIT))
@@ -87,12 +92,6 @@ class Queries:
         else:
             keys, values = self.two_sweeps()
         return block.used(keys, values)
-
-    def end_of_table(self) -> None:
-        """Gives the table's place back."""
-        # It was read by ordinary loads.
-        plgpu.commit_smem()
-        self.all.tables.release(self.all.n)
 
     def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
@@ -181,7 +180,7 @@ class Queries:
             shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
             out, value_sum = pl.run_scoped(run, shape), None
         rings.skip(end, live_steps, *both)
-        self.end_of_table()
+        block.tables.release(block.n)
         self.store(out, value_sum, log_total)
         if self.kernel.want_mean:
 
@@ -352,7 +351,7 @@ class Queries:
         shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
         out, total = pl.run_scoped(run, shape)
         rings.skip(self.end, self.total_steps, *both)
-        self.end_of_table()
+        block.tables.release(block.n)
         total = lanes.finish_sums(total, interpret=self.interpret)
         out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
         self.store(out, None, jnp.log2(total))
@@ -367,14 +366,13 @@ class Queries:
         def _():
             results = {"out": out}
             if value_sum is not None:
-                factor = lax.broadcast_in_dim(self.load_rows("count_inverse"), value_sum.shape, [0])
+                factor = lax.broadcast_in_dim(self.count_inverse, value_sum.shape, [0])
                 results["mean"] = value_sum * factor
             lost = {name: x - self.round(x).astype(jnp.float32) for name, x in results.items()}
             if self.kernel.training:
                 results["rounding"] = lost["out"]
                 if value_sum is not None:
-                    factor = self.offset * self.count_ratio()
-                    factor = lax.broadcast_in_dim(factor, value_sum.shape, [0])
+                    factor = lax.broadcast_in_dim(self.mean_factor, value_sum.shape, [0])
                     results["rounding"] = lost["out"] - lost["mean"] * factor
             # What the piece before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -403,10 +401,6 @@ class Queries:
     def round(self, x: Array) -> Array:
         """Returns x in the dtype of the outputs."""
         return x.astype(self.kernel.dtype)
-
-    def count_ratio(self) -> Float[Array, "64"]:
-        """Returns what the mean's factor of tau is: 1 where the divisor is what is visible."""
-        return self.load_rows("offset_scale") / self.load_rows("count_inverse")
 
 
 def _unit(key0: Any) -> Int[Array, ""]:

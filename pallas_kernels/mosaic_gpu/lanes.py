@@ -436,6 +436,41 @@ def store_minimum(
     store(x, words, warpgroup)
 
 
+def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
+    """Brings some of x into the first cache, a line a thread; past its end nothing.
+
+    Args:
+      x: 4-byte numbers in global memory, one axis.
+      start: of what is wanted.
+      size: how many.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        return
+    length = x.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
+    def fetch(_, x, start):
+        f32 = ir.F32Type.get()
+        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        at = arith.addi(mlir.scalar(start), arith.muli(thread, mlir.constant(32)))
+        wanted = arith.andi(
+            arith.cmpi(arith.CmpIPredicate.slt, thread, mlir.constant(-(-size // 32))),
+            arith.cmpi(arith.CmpIPredicate.slt, at, mlir.constant(length)),
+        )
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [at], f32)
+        with mgpu.utils.when(wanted):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [pointer],
+                "prefetch.global.L1 [$0];",
+                "l",
+                has_side_effects=True,
+            )
+
+    fetch(x, start)
+
+
 def take_number(counter, words, slot: Int[Array, ""]) -> None:
     """Takes the next number from a counter in global memory into a word of SMEM.
 
@@ -504,6 +539,7 @@ __all__ = [
     "lane_sums",
     "named_barrier",
     "pack",
+    "prefetch",
     "row_index",
     "store_minimum",
     "sum_and_bound",

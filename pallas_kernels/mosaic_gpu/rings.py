@@ -103,9 +103,14 @@ class Ring:
         return slot
 
     def release(self, tile: Int[Array, ""]) -> None:
-        """Gives a tile's slot back, once nothing that reads it is in flight."""
+        """Gives a tile's slot back, once nothing that reads it is in flight.
+
+        On a GPU ordinary loads are done when the threads arrive, and the copy that writes
+        there next needs no fence; the race detector of interpret mode wants one.
+        """
         slot = self.slot(tile)
         if self.interpret:
+            plgpu.commit_smem()
             plgpu.barrier_arrive(self.empty.at[slot])
         else:
             lanes.named_barrier("arrive", self.number + slot, self.threads)

@@ -188,7 +188,7 @@ def as_data(
 def draw(
     texts: Sequence[TextResult], lambada: Sequence[LambadaLine], trained: int, path: Path
 ) -> bool:
-    """Draws perplexity over context length; arguments as in `as_table`.
+    """Draws perplexity over context length, a panel a text; arguments as in `as_table`.
 
     Returns:
       Whether it did: matplotlib is not among what the package needs.
@@ -202,22 +202,19 @@ def draw(
         curves.setdefault(result.corpus, []).append((result.context, result.perplexity))
     for line in lambada:
         curves.setdefault("LAMBADA, last word", []).append((line.context, line.perplexity))
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "o-", label=label, ms=4)
-    axes.axvline(trained, color="grey", lw=1, ls=":")
-    axes.annotate(
-        "trained", (trained, 1), xycoords=("data", "axes fraction"), va="top", color="grey", size=8
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    contexts = sorted({context for points in curves.values() for context, _ in points})
-    axes.set_xticks(contexts, [str(context) for context in contexts])
-    axes.minorticks_off()
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("perplexity")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    # A panel each: a text's perplexity says nothing beside another's.
+    figure = Figure(figsize=(0.6 + 3.2 * len(curves), 3), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (label, points) in zip(panels, curves.items(), strict=True):
+        contexts = [context for context, _ in points]
+        axes.plot(contexts, [perplexity for _, perplexity in points], "o-", ms=4)
+        axes.axvline(trained, color="grey", lw=1, ls=":")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [str(context) for context in contexts], rotation=45)
+        axes.minorticks_off()
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel(f"context (dotted: trained at {trained})")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("perplexity")
     figure.savefig(path, dpi=110)
     return True

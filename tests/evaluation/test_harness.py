@@ -178,6 +178,24 @@ def test_the_table_has_the_paper_s_order_and_figures(measured):
     assert float(rows[-1][2]) == pytest.approx(np.mean(accuracy), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_real_items_of_all_nine_benchmarks(data_folder, tmp_path, monkeypatch):
+    if data_folder is None or not (data_folder / "benchmarks").is_dir():
+        pytest.skip("LAZYATTN_TEST_DATA does not name a folder with benchmarks/*.jsonl")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    lm = _lm()
+    results, _ = harness.run_tasks(
+        lm, ["paper"], tasks_dir=str(data_folder / "benchmarks"), bootstrap_iters=0
+    )
+    assert results["n-samples"]["wikitext"]["effective"] == 20
+    for name in benchmarks.BENCHMARKS[1:]:
+        assert results["n-samples"][name]["effective"] == 100
+    # Nothing was learned, so answers are drawn by lot.
+    for name, choices in (("piqa", 2), ("winogrande", 2), ("hellaswag", 4), ("social_iqa", 3)):
+        assert abs(results["results"][name]["acc,none"] - 1 / choices) < 0.2
+    assert lm.scorer.compilations <= 3
+
+
 def test_other_tasks_come_after(measured):
     results = {"mine": {"alias": "mine", "acc,none": 0.25, "acc_stderr,none": "N/A"}}
     results["piqa"] = measured[0]["results"]["piqa"]

@@ -96,7 +96,8 @@ def prepare_shards(preparation: Preparation) -> Prepared:
 
     The files depend on the corpus and the settings alone, not on processes, faults of
     the machine or how often it was taken up again. A folder that is finished stays as
-    it is.
+    it is. With more than one process, scripts must call it from under
+    `if __name__ == "__main__":`, as all that start processes.
 
     Raises:
       InputError: if an input, the tokenizer or the output is unusable, another process
@@ -214,14 +215,15 @@ def _tokenizer(
 ) -> tuple[Tokenizer, Path]:
     """Returns the tokenizer and its file in the work folder."""
     path = work / "tokenizer"
-    if not path.exists():
-        if given is None:
-            line.line(f"prepare  trains a tokenizer of {preparation.vocab_size:,} entries")
-            given = Tokenizer.train(_sample(preparation, plan), preparation.vocab_size)
-        temporary = work / ".tokenizer"
-        given.save(temporary)
-        os.replace(temporary, path)
-    return Tokenizer.load(path), path
+    if path.exists():
+        return given or Tokenizer.load(path), path
+    if given is None:
+        line.line(f"prepare  trains a tokenizer of {preparation.vocab_size:,} entries")
+        given = Tokenizer.train(_sample(preparation, plan), preparation.vocab_size)
+    temporary = work / ".tokenizer"
+    given.save(temporary)
+    os.replace(temporary, path)
+    return given, path
 
 
 def _sample(preparation: Preparation, plan: Plan) -> Iterator[str]:

@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from lazyattn.data.prepare.readers import Unit
 from lazyattn.data.prepare.selection import Selection
@@ -69,9 +72,10 @@ def process_all(
             " again to go on, with a smaller --num_workers if it was."
         ) from error
     finally:
+        processes = list((pool._processes or {}).values())  # shutdown forgets them
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()
+        for process in processes if sys.exc_info()[0] is not None else []:
+            process.terminate()  # what it was at will be done again
         reports.close()
 
 
@@ -91,6 +95,7 @@ def _begin(work: Path, tokenizer: Path, selection: Selection, fatal: bool, repor
     """Sets up a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    logging.set_verbosity(logging.ERROR)  # of the tokenizer, the parent has warned
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker.update(
         work=work,

@@ -47,9 +47,13 @@ def _alive(pid):
         return False
 
 
+def _children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
-def test_the_command_is_killed_and_goes_on(tmp_path):
-    """As a user does it: processes, default settings, the parent killed from outside."""
+def test_the_command_is_ended_and_goes_on(tmp_path):
+    """As a user does it: Ctrl-C, then kill -9 of the parent alone, then no more."""
     documents = make_documents(1000, words=1300)
     pieces = -(-write_jsonl(tmp_path / "in" / "a.jsonl", documents).stat().st_size // 10**6)
     Tokenizer.train([documents[0]["text"]], 300).save(tmp_path / "tokenizer.json")
@@ -65,20 +69,24 @@ def test_the_command_is_killed_and_goes_on(tmp_path):
         "--num_workers=2",
     ]
     work = tmp_path / "out" / ".preparation"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    ends = {}
+    for end in (signal.SIGINT, signal.SIGKILL):
+        before = len(list(work.glob("unit-*.json")))
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 300
+            while len(list(work.glob("unit-*.json"))) <= before and time.monotonic() < until:
+                time.sleep(0.005)
+            children = _children(process.pid)
+            process.send_signal(end)
+        ends[end] = process.returncode
+        assert len(children) >= 2
+        assert before < len(list(work.glob("unit-*.json"))) < pieces
+        assert not (tmp_path / "out" / "manifest.json").exists()
         until = time.monotonic() + 60
-        while not list(work.glob("unit-*.json")) and time.monotonic() < until:
-            time.sleep(0.005)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGKILL)
-    assert len(children) >= 2
-    done = len(list(work.glob("unit-*.json")))
-    assert 0 < done < pieces
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    until = time.monotonic() + 10
-    while any(map(_alive, children)) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not any(map(_alive, children)), "worker processes outlive their parent"
+        while any(map(_alive, children)) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not any(map(_alive, children)), "worker processes outlive their parent"
+    assert ends == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "goes on: " in again.stderr

@@ -209,7 +209,7 @@ const figures = {
       const { rows, columns, image, largest } = model.rollout;
       const canvas = make(cell, "canvas", { style: "max-width:24rem", role: "img", "aria-label": `attention rollout of ${model.label}` });
       paint(canvas, image, rows, columns, (q, k) => k / columns <= (q + 1) / rows);
-      make(cell, "small", { style: "color:var(--soft)" }, `darkest or brightest: ${show.share(largest)}`);
+      make(cell, "small", { style: "color:var(--soft)" }, `end of the ramp: ${show.percent(largest)} of a token from one cell`);
     }
   },
   rolloutfirst(box) {

@@ -20,7 +20,9 @@ SIZE = (1060, 1180)
 STYLE = """<style>
 nav, section:not(#summary, #maps, .map section), section > p, #maps figcaption { display: none; }
 .layout { display: block; max-width: none; } main { padding: 1.2rem 1.4rem 0; }
-#summary tr:is(:nth-child(2), :nth-child(5), :nth-child(n + 7):not(:nth-child(11))) { display: none; }
+#summary tr:is(:nth-child(2), :nth-child(5), :nth-child(n + 7)):not(:nth-child(11)) {
+  display: none;
+}
 #summary tr:nth-child(11) td { border: 0; }
 .map:not(:nth-last-child(-n + 4)) { display: none; }
 td, th { padding: .1rem .7rem; } section { margin-top: 1.1rem; } .map canvas { max-width: 12rem; }

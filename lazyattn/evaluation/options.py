@@ -74,16 +74,19 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string(
         "text",
         [],
-        "eval: .txt, .jsonl, folder of .txt or of shards; 'validation': the run's own;"
+        "eval, inspect: .txt, .jsonl, folder of .txt or of shards; 'validation': the run's own;"
         " several times for several.",
         **where,
     )
     flags.DEFINE_string("lambada", None, "eval: .jsonl file of passages.", **where)
-    flags.DEFINE_string("output", None, "eval: folder for results.", **where)
+    flags.DEFINE_string("output", None, "eval, inspect: folder for results.", **where)
     flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
     flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)
     flags.DEFINE_bool(
-        "beyond_table", False, "eval, sample: go on where a bias table without tail ends.", **where
+        "beyond_table",
+        False,
+        "eval, inspect, sample: go on past a bias table without tail.",
+        **where,
     )
 
 

@@ -100,7 +100,9 @@ class Scorer:
         self._mesh = mesh
         self._batch_tokens = batch_tokens
         self.precision = "highest" if exact else None
-        self._score: Any = jax.jit(functools.partial(_score, self.config))
+        # Whole on every process, as is what it is given.
+        everywhere = jax.sharding.NamedSharding(mesh, sharding.spec())
+        self._score: Any = jax.jit(functools.partial(_score, self.config), out_shardings=everywhere)
 
     @property
     def compilations(self) -> int:
@@ -183,7 +185,7 @@ class Scorer:
         with jax.set_mesh(self._mesh), jax.default_matmul_precision(self.precision):
             # One token more than the length, which may be split as well, later.
             rows = jax.sharding.NamedSharding(self._mesh, sharding.spec("batch", None))
-            tokens = jax.make_array_from_process_local_data(rows, batch)
+            tokens = jax.make_array_from_callback(batch.shape, rows, lambda part: batch[part])
             return self._score(self._params, tokens)
 
 

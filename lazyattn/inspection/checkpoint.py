@@ -8,9 +8,17 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from lazyattn.data.config import DataConfig
 from lazyattn.data.tokenizer import Tokenizer
-from lazyattn.errors import InputError, require
-from lazyattn.evaluation.documents import VALIDATION, Text, read_texts, tokenize, validation_texts
+from lazyattn.errors import require
+from lazyattn.evaluation.documents import (
+    VALIDATION,
+    is_prepared,
+    read_prepared,
+    read_texts,
+    tokenize,
+    validation_texts,
+)
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context, trained_cache_length
 from lazyattn.inspection.figures import Inspected, model_data, summary_table
@@ -21,6 +29,8 @@ from lazyattn.inspection.sequences import LENGTH, cut, inserted_token, sink_metr
 from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "inspection"
+# Documents read, at most: more than any report needs.
+_DOCUMENTS = 2000
 # Sequences that the fixed token is put into, once a place.
 _INSERTED = 32
 
@@ -47,8 +57,9 @@ def inspect(
         or something asked for is wrong, all before anything is compiled.
     """
     options = InspectionOptions() if options is None else options
-    given = options.text not in (None, VALIDATION)
-    texts = read_texts(str(options.text)) if given else None
+    text = None if options.text in (None, VALIDATION) else options.text
+    if text is not None and not is_prepared(text):
+        read_texts(text)  # what is wrong with it comes out before checkpoints are read
     check_tokenizer(path)
     if options.against is not None:
         check_tokenizer(options.against)
@@ -56,9 +67,8 @@ def inspect(
     if options.against is not None:
         runs[str(options.against)] = load_trained(options.against)
     models = list(runs.values())
-    texts = _own_text(models[0]) if texts is None else texts
-    name = str(options.text) if given else "the run's validation text"
-    documents = [tokenize(name, texts, model.tokenizer).documents for model in models]
+    name = text or "the run's validation text"
+    documents = [_read(text, models[0].experiment.data, model.tokenizer) for model in models]
     length = row_length(models, documents, options, name)
     heads = _heads(options, models[0])
 
@@ -74,14 +84,15 @@ def inspect(
     return folder
 
 
-def _own_text(model: TrainedModel) -> list[Text]:
-    data = model.experiment.data
-    if data.tokenised:
-        raise InputError(
-            f"--text is not given, but the run's data ({data.name}) is tokenised already; it must"
-            " be a .txt or .jsonl file, or a folder of .txt files."
-        )
-    return validation_texts(data)
+def _read(text: str | None, data: DataConfig, tokenizer: Tokenizer) -> _Documents:
+    """Returns the documents of a text, or the validation documents of `data`."""
+    if text is not None and is_prepared(text):
+        return read_prepared(text, [text], tokenizer, _DOCUMENTS).documents
+    if text is None and data.tokenised:
+        folders = [path for path, _ in data.weighted_paths]
+        return read_prepared(data.name, folders, tokenizer, _DOCUMENTS).documents
+    texts = validation_texts(data) if text is None else read_texts(text)
+    return tokenize("", texts[:_DOCUMENTS], tokenizer).documents
 
 
 def row_length(

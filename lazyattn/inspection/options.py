@@ -15,7 +15,8 @@ class InspectionOptions:
 
     Attributes:
       against: folder of a second run, shown beside the first; None: none.
-      text: file or folder of text; None: the run's own validation text.
+      text: file or folder of text, or of tokenised shards; None: the run's own
+        validation documents.
       length: tokens of a row; None: that of the training rows, or of the longest
         document where that is shorter.
       rows: rows looked at, at most.

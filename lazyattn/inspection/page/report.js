@@ -255,9 +255,9 @@ document.getElementById("theme").addEventListener("click", () => {
   theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
   setTheme(theme);
 });
-let width = innerWidth, waiting;
-addEventListener("resize", () => {
-  clearTimeout(waiting);
-  waiting = setTimeout(() => { if (innerWidth !== width) { width = innerWidth; drawAll(); } }, 150);
-});
+let width = 0;
+new ResizeObserver(([main]) => {
+  if (Math.abs(main.contentRect.width - width) > 1 && width) drawAll();
+  width = main.contentRect.width;
+}).observe(document.querySelector("main"));
 setTheme(dark.matches ? "dark" : "light");

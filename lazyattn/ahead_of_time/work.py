@@ -57,8 +57,7 @@ def count(module: Module, length: int) -> Work:
         kernel = kernel_of(instruction)
         if kernel is not None:
             calls[kernel] = calls.get(kernel, 0) + times
-            # The first result has the shape of the queries: batch, heads, length, head size.
-            pairs = instruction.arrays[0].size * (length + 1) / 2
+            pairs = _queries(instruction, computation).size * (length + 1) / 2
             attention += times * KERNELS[kernel] * 2.0 * pairs
         hbm += times * hbm_bytes(instruction, computation, module)
     return Work(weights, attention, hbm, calls)
@@ -69,6 +68,16 @@ def kernel_of(instruction: Instruction) -> str | None:
     if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.rest:
         return None
     return next((name for name in KERNELS if instruction.name.startswith(name)), None)
+
+
+def _queries(call: Instruction, computation: Computation) -> Array:
+    """Returns the queries of a kernel: the first operand with batch, heads, size and length.
+
+    Results won't do: the backward pass's first ones have the shape of the keys, which
+    may have fewer heads.
+    """
+    operands = (computation.instructions[name].arrays[0] for name in call.operands)
+    return next(array for array in operands if len(array.shape) == 4)
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> float:

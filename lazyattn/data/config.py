@@ -17,8 +17,8 @@ class DataConfig:
       sources: several such folders as ((folder, weight), ...), instead of `path`. A
         weight is the folder's share of the rows, relative to the sum of all weights.
       tokenizer: path of a `tokenizer.json` or a SentencePiece model; None: trained on
-        the source once, with `vocab_size` entries, and kept with the data. Shards bring their own; given
-        all the same, it must be that one.
+        the source once, with `vocab_size` entries, and kept with the data. Shards
+        bring their own; given all the same, it must be that one.
       vocab_size: entries of a trained tokenizer.
       sequence_length: tokens a row.
       batch_size: rows a step, over all devices and accumulated microbatches.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from lazyattn.ahead_of_time.chips import Chip
 
 ASSUMPTIONS = (
-    "products at the chip's peak rate, memory and links at their stated rates, no latency",
+    "products of any shape at the chip's peak rate, memory and links at theirs, no latency",
     "attention skips nothing: every visible tile counts, so skipping only makes it faster",
     "the attention kernels read each operand once; what is padded for layout is not counted",
     "collectives run as rings over the torus axes that their group spans, both ways",

@@ -78,7 +78,7 @@ def test_the_report_says_all_it_must(small):
         "all-gather         over fsdp",
         "step time",
         "MFU",
-        "assumed      products at the chip's peak rate",
+        "assumed      products of any shape at the chip's peak rate",
         "NVIDIA H100 SXM data sheet",
     ):
         assert words in told

@@ -58,6 +58,7 @@ def print_summary(
     train = f"{_python()} train.py"
     say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
     say(f"    {train} --mode=eval --workdir={path}")
+    say(f"    {train} --mode=inspect --workdir={path}")
 
 
 def _show_attention_and_sample(

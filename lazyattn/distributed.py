@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Int32
 
@@ -65,37 +66,48 @@ def initialize(values: flags.FlagValues = flags.FLAGS) -> None:
         ) from None
 
 
-class Agreement:
-    """Whether some process said yes, known to all of them at the same step.
+class StopAgreement:
+    """Makes all processes stop after the same step, whoever of them is asked to.
 
-    Asked every step, it answers for the step before: so nobody waits, and all processes
-    read the same answer at the same step.
+    By way of the coordinator, not of devices: see `one_at_a_time`.
     """
 
-    def __init__(self) -> None:
-        self._sent: Any = None
-        if jax.process_count() == 1:
-            return
-        first: dict[int, Any] = {}
-        for device in jax.devices():
-            first.setdefault(device.process_index, device)
-        devices = np.array([first[process] for process in sorted(first)])
-        mesh = jax.sharding.Mesh(devices, ("process",))
-        self._each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
-        self._any = jax.jit(
-            lambda said: said.max(),
-            out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-        )
+    _PREFIX = "lazyattn/stop/"
+    # A process that has fetched the numbers of step n - 1 knows that all have begun it. So
+    # whoever looks after step n + 2 began it after all looked after step n.
+    _STEPS_TO_SPREAD = 2
 
-    def __call__(self, said: bool) -> bool:
-        """Returns what all said at the call before; with one process, `said`."""
-        if jax.process_count() == 1:
-            return said
-        mine = np.array([said], np.int32)
-        shape = (jax.process_count(),)
-        sent = self._any(jax.make_array_from_callback(shape, self._each, lambda _: mine))
-        before, self._sent = self._sent, sent
-        return before is not None and bool(before.addressable_data(0))
+    def __init__(self) -> None:
+        self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        self._asked = False
+
+    def __call__(self, asked: bool, step: int) -> bool:
+        """Returns whether to stop after this step; to be called after every one.
+
+        Args:
+          asked: whether this process should stop.
+          step: that was dispatched last, the numbers of the one before having been
+            fetched.
+        """
+        if self._client is None:
+            return asked
+        if asked and not self._asked:
+            self._asked = True
+            key = f"{self._PREFIX}{jax.process_index()}"
+            self._client.key_value_set(key, str(step + self._STEPS_TO_SPREAD))
+        found = self._client.key_value_dir_get(self._PREFIX)
+        return any(step >= int(last) for _, last in found)
+
+
+def one_at_a_time(arrays: Any) -> Any:
+    """Returns `arrays`, waiting for them where another program had better not begin yet.
+
+    On CPUs of several processes, two programs under way between the same devices take
+    each other's messages: sums came out wrong, and programs waited for ever.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return jax.block_until_ready(arrays)
+    return arrays
 
 
 def gather_rows(

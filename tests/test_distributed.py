@@ -15,8 +15,8 @@ def _flags(*arguments):
 
 def test_without_flags_there_is_one_process():
     distributed.initialize(_flags())
-    assert distributed.Agreement()(True)
-    assert not distributed.Agreement()(False)
+    assert distributed.StopAgreement()(True, 1)
+    assert not distributed.StopAgreement()(False, 1)
     distributed.wait_for_all("nobody else")
 
 
@@ -36,6 +36,41 @@ def test_without_flags_there_is_one_process():
 def test_flags_that_do_not_go_together(arguments, message):
     with pytest.raises(InputError, match=message):
         distributed.initialize(_flags(*arguments))
+
+
+class _Coordinator:
+    """Keeps what processes tell one another."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def key_value_set(self, key, value):
+        assert key not in self.kept
+        self.kept[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.kept.items() if key.startswith(prefix)]
+
+
+def test_processes_stop_after_the_same_step(monkeypatch):
+    coordinator, processes = _Coordinator(), []
+    for _ in range(3):
+        agreement = distributed.StopAgreement()
+        agreement._client = coordinator
+        processes.append(agreement)
+
+    def stops(process, step, asked=False):
+        monkeypatch.setattr(distributed.jax, "process_index", lambda: process)
+        return processes[process](asked, step)
+
+    # Process 0 is a step ahead of the others, as it may be.
+    assert not stops(0, 6)
+    assert not stops(1, 5, asked=True)
+    assert not stops(2, 5)
+    assert stops(0, 7)
+    assert not stops(1, 6, asked=True)
+    assert not stops(2, 6, asked=True)  # too late to change anything
+    assert [stops(process, 7) for process in (1, 2)] == [True, True]
 
 
 def test_rows_of_a_share_are_taken_once(monkeypatch):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Int32
 from lazyattn import sharding
 from lazyattn.data.pipeline import Batch as HostBatch
 from lazyattn.data.pipeline import TrainingData, validation_batches
+from lazyattn.distributed import one_at_a_time
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.config import ModelConfig
 from lazyattn.training.objective import Batch, LossFn, counted, make_loss_fn
@@ -88,7 +89,8 @@ class Evaluator:
         with jax.set_mesh(self._mesh):
             # Everything is dispatched before the first sum is waited for.
             sums = [
-                self._sums(params, sharding.shard_batch(batch, self._mesh)) for batch in batches
+                one_at_a_time(self._sums(params, sharding.shard_batch(batch, self._mesh)))
+                for batch in batches
             ]
         host = jax.device_get(sums)
         nll = sum(float(part[0]) for part in host)

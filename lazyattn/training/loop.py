@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lazyattn import sharding
-from lazyattn.distributed import Agreement
+from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
 from lazyattn.training.checkpoint import Checkpoints
 from lazyattn.training.config import TrainingConfig
@@ -89,7 +89,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         there are other processes, which would have to take part.
     """
     config = run.config
-    agreed_to_stop = Agreement()
+    agreed_to_stop = StopAgreement()
     start = int(state.step)
     pending: tuple[int, Metrics] | None = None
     record: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here
 
-        stopping = agreed_to_stop(run.stop.received is not None)
+        stopping = agreed_to_stop(run.stop.received is not None, number)
         if stopping and run.stop.received is None:
             run.stop.received = signal.SIGTERM  # another process has it
         last = number == config.steps or stopping

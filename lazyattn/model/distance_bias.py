@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 
 from lazyattn.model.config import AttentionConfig
 
-# Tensor parallelism splits heads over a power of two of devices; beyond this many
-# shards a few heads each leave nothing to balance.
+# Tensor parallelism splits heads over a power of two of devices. Beyond eight, a few heads
+# each leave nothing to balance.
 _MAX_HALVINGS = 3
+_HEADS_BEYOND = 4
 
 
 def alibi_slopes(num_heads: int, num_kv_heads: int) -> Float[np.ndarray, " heads"]:
@@ -23,9 +24,9 @@ def alibi_slopes(num_heads: int, num_kv_heads: int) -> Float[np.ndarray, " heads
     any number of heads. A head's work grows with its span, about 1 / m_r, so a
     contiguous share of the heads should hold as many long spans as any other. Heads
     are ranked by slope and dealt as cards are, to and fro, into two halves, each
-    half into two again, up to eight shards, then into the grouped-query groups.
-    Where a share is an even number of heads, all shares have the same product of
-    slopes (equal sums of ranks).
+    half into two again, up to eight shards (more where each keeps four heads), then
+    into the grouped-query groups. Where a share is an even number of heads, all shares
+    have the same product of slopes (equal sums of ranks).
 
     Args:
       num_heads: query heads H.
@@ -39,7 +40,9 @@ def alibi_slopes(num_heads: int, num_kv_heads: int) -> Float[np.ndarray, " heads
     """
     factors: list[int] = []
     parts = 1
-    while len(factors) < _MAX_HALVINGS and num_heads % (2 * parts) == 0:
+    while num_heads % (2 * parts) == 0 and (
+        len(factors) < _MAX_HALVINGS or num_heads // (2 * parts) >= _HEADS_BEYOND
+    ):
         factors.append(2)
         parts *= 2
     together = math.lcm(parts, num_kv_heads)

@@ -21,6 +21,7 @@ from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.training import balance
 from lazyattn.training import workdir as folders
 from lazyattn.training.checkpoint import Checkpoints, Restored
 from lazyattn.training.interrupt import StopSignal
@@ -127,6 +128,9 @@ def train(
         for line in _describe(experiment, mesh, factory.abstract.params, prepared):
             log.line(line)
         for line in _where_from(restored, changes):
+            log.line(line)
+        length = experiment.data.sequence_length
+        for line in balance.describe(experiment.model, mesh, length, state.params):
             log.line(line)
         optimizer = make_optimizer(experiment.optimizer, training.steps)
         run = Run(

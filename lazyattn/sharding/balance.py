@@ -1,0 +1,99 @@
+"""How evenly attention's work falls on devices, foretold from biases alone.
+
+A head's work is the tiles it visits, and those follow from its bias: a steep one makes
+far tiles negligible. `pallas_kernels/visit.py` decides that for every call from the real
+queries and keys; here all of them are taken to have one length, so that it can be told
+before there are any.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+# Score bounds above this make a tile visited in any case; guards exp against overflow.
+_CERTAIN = 20.0
+
+
+def visited_tiles(
+    bias: Float[np.ndarray, "heads length"],
+    all_visible: Bool[np.ndarray, " heads"],
+    *,
+    score_bound: float,
+    skip_mass: float,
+    tile: int,
+) -> Int[np.ndarray, "heads query_tiles"]:
+    """Returns how many key tiles each query tile of a row of one document visits.
+
+    Args:
+      bias: b(x) of every distance 0 <= x < length.
+      all_visible: heads that skip nothing (tau > 0).
+      score_bound: max |q| max |k| / sqrt(d), in nats, above a query's score with its own
+        key less the bias.
+      skip_mass: as in `lazy_attention`.
+      tile: queries, and keys, of a tile.
+    """
+    heads, length = bias.shape
+    tiles = -(-length // tile)
+    padded = np.pad(
+        bias.astype(np.float64),
+        ((0, 0), (0, tiles * tile - length)),
+        constant_values=-np.inf,
+    )
+    largest = padded.reshape(heads, tiles, tile).max(axis=-1)
+    # A tile that lies d tiles off the diagonal has distances of cells d - 1 and d.
+    largest[:, 1:] = np.maximum(largest[:, 1:], largest[:, :-1])
+    mass = tile * np.exp(np.minimum(score_bound + largest - bias[:, :1], _CERTAIN))
+    # sums[:, d]: mass of the tiles nearer than d. Query tile i has tiles 0 ... i.
+    sums = np.concatenate([np.zeros((heads, 1)), np.cumsum(mass, axis=1)], axis=1)
+    causal = np.arange(1, tiles + 1)
+    if skip_mass == 0:
+        return np.broadcast_to(causal, (heads, tiles)).copy()
+    visited = np.stack(
+        [
+            # The nearest tiles after which no more than skip_mass is left.
+            np.searchsorted(total, total[1:] - skip_mass * (1 + 1e-12))
+            for total in sums
+        ]
+    )
+    visited = np.clip(visited, 1, causal)
+    return np.where(all_visible[:, None], causal, visited)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imbalance:
+    """Work of the most loaded device over the mean of all, less 1.
+
+    Attributes:
+      heads: among shares of the heads.
+      sequence: among shares of the length, each an early and a late chunk.
+      contiguous: what it would be with contiguous shares of the length.
+    """
+
+    heads: float
+    sequence: float
+    contiguous: float
+
+
+def imbalance(
+    visited: Int[np.ndarray, "heads query_tiles"], *, head_shards: int, sequence_shards: int
+) -> Imbalance:
+    """Returns how unevenly tiles fall on devices.
+
+    Args:
+      visited: of `visited_tiles`; heads in the order of the model, query tiles a
+        multiple of twice `sequence_shards`.
+      head_shards: contiguous shares of the heads.
+      sequence_shards: shares of the length.
+    """
+
+    def excess(shares: np.ndarray) -> float:
+        return float(shares.max() / shares.mean() - 1)
+
+    by_head = visited.reshape(head_shards, -1).sum(axis=1)
+    chunks = visited.sum(axis=0).reshape(2 * sequence_shards, -1).sum(axis=1)
+    return Imbalance(
+        heads=excess(by_head),
+        sequence=excess(chunks[:sequence_shards] + chunks[sequence_shards:][::-1]),
+        contiguous=excess(chunks.reshape(sequence_shards, 2).sum(axis=1)),
+    )

@@ -1,0 +1,112 @@
+"""What a run says about the balance of its devices before it starts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from lazyattn import sharding
+from lazyattn.model.config import ModelConfig
+from lazyattn.sharding.balance import Imbalance, imbalance, visited_tiles
+
+_TILE = 128
+_LAYERS = 8  # as many as are looked at, evenly spread
+
+
+def measure(
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    length: int,
+    heads: Mapping[str, Float[np.ndarray, "layers heads *rest"]],
+) -> Imbalance:
+    """Returns how unevenly attention falls on the mesh's devices, over the layers.
+
+    Queries and keys are taken to have entries of variance 1, as they have at
+    initialisation, and rows to be one document.
+
+    Args:
+      config: the model.
+      mesh: its devices.
+      length: tokens a row.
+      heads: distance_bias, distance_slope and offset of every layer, those there are.
+    """
+    att = config.attention
+    parts = sharding.num_shards(mesh, "length")
+    chunk = length // (2 * parts)
+    tile = math.gcd(chunk, _TILE) if chunk % _TILE else _TILE
+    # Very small tiles would take long, and say no more.
+    tile = tile if tile >= min(chunk, 16) else chunk
+    tables = heads.get("distance_bias", np.zeros((1, att.num_heads, 1)))
+    total = np.zeros((att.num_heads, length // tile))
+    for layer in np.unique(np.linspace(0, len(tables) - 1, _LAYERS).round().astype(int)):
+        table = tables[layer]
+        slope = heads["distance_slope"][layer] if "distance_slope" in heads else None
+        offset = heads["offset"][layer] if "offset" in heads else np.zeros(att.num_heads)
+        total += visited_tiles(
+            _expand(table, slope, length),
+            offset > 0,
+            score_bound=math.sqrt(config.head_dim),
+            skip_mass=att.skip_mass,
+            tile=tile,
+        )
+    return imbalance(total, head_shards=sharding.num_shards(mesh, "heads"), sequence_shards=parts)
+
+
+def _expand(
+    table: Float[np.ndarray, "heads width"],
+    slope: Float[np.ndarray, " heads"] | None,
+    length: int,
+) -> Float[np.ndarray, "heads length"]:
+    """Returns b(x) of every distance, as `pallas_kernels.bias.expand` does."""
+    width = table.shape[1]
+    near = table[:, :length].astype(np.float64)
+    past = np.arange(1, length - width + 1)
+    if slope is None:
+        return np.concatenate([near, np.zeros((len(table), past.size))], axis=1)
+    return np.concatenate([near, near[:, -1:] - slope[:, None] * past], axis=1)
+
+
+def describe(
+    config: ModelConfig, mesh: jax.sharding.Mesh, length: int, params: Mapping[str, Any]
+) -> list[str]:
+    """Returns a line on the balance, none where neither heads nor rows are shared out.
+
+    Args:
+      config: the model.
+      mesh: its devices; all processes must call this.
+      length: tokens a row.
+      params: the parameters, wherever they are.
+    """
+    heads, parts = (sharding.num_shards(mesh, axis) for axis in ("heads", "length"))
+    if heads == parts == 1:
+        return []
+    found = measure(config, mesh, length, _by_layer(config, mesh, params))
+    said = []
+    if heads > 1:
+        said.append(f"the busiest share of the heads {found.heads:+.1%}")
+    if parts > 1:
+        said.append(
+            f"the busiest share of the length {found.sequence:+.1%}"
+            f" (contiguous ones: {found.contiguous:+.1%})"
+        )
+    return ["balance  attention tiles over the mean: " + ", ".join(said)]
+
+
+def _by_layer(
+    config: ModelConfig, mesh: jax.sharding.Mesh, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Returns what heads have learned, on the host, with a leading axis of layers."""
+    names = ("distance_bias", "distance_slope", "offset")
+    if config.scan_layers:
+        blocks = [params["blocks"]["attention"]]
+    else:
+        blocks = [params[f"blocks_{i}"]["attention"] for i in range(config.num_layers)]
+    held: list[dict[str, Array]] = [{n: b[n] for n in names if n in b} for b in blocks]
+    everywhere = jax.sharding.NamedSharding(mesh, sharding.spec())
+    here = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(held))
+    if config.scan_layers:
+        return dict(here[0])
+    return {name: np.stack([block[name] for block in here]) for name in here[0]}

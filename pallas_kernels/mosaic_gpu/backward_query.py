@@ -20,9 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, row_facts, schedule
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan
+from pallas_kernels.mosaic_gpu import config, lanes, launch, memory, rings, row_facts, schedule
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan
+
+# Weights of dead tiles are computed 2^10 times as large, for float16 has no small numbers.
+_DEAD_SHIFT = 10
 
 
 def backward_query(
@@ -40,7 +43,7 @@ def backward_query(
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
-) -> tuple[Float[Array, "..."] | None, ...]:
+) -> tuple[Array, Array, Array | None, Array | None]:
     """Launches the kernel.
 
     Args:
@@ -70,48 +73,32 @@ def backward_query(
     out_type += row_facts.outputs(plan, first)
     if kernel.want_tail:
         out_type.append(jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32))
-    run = plgpu.kernel(
-        kernel,
-        out_type=tuple(out_type),
-        scratch_types=kernel.scratch(),
-        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
-        grid_names=("block",),
-        num_threads=kernel.block.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        kernel_name="lazy_backward_query",
-        interpret=plan.interpret,
-    )
-    results = list(
-        run(
-            query, d_out, key, value, table, tail, residuals.log_total, offset, offset_scale,
-            count_inverse, document, first, live, *residuals.tiles.values(),
-        )
+    results = kernel.launch(
+        out_type, query, d_out, key, value, table, tail, residuals.log_total, offset, offset_scale,
+        count_inverse, document, first, live, *residuals.tiles.values(),
     )  # fmt: skip
     d_query, rows = results.pop(0), results.pop(0)
     of_mean = results.pop(0) if plan.has_offset else None
     return d_query, rows, of_mean, results.pop(0) if kernel.want_tail else None
 
 
-class _Kernel:
-    """The kernel's static facts, and its body."""
+class _Kernel(launch.Kernel):
+    """The kernel."""
 
-    __name__ = "lazy_backward_query"
+    name = "lazy_backward_query"
 
     def __init__(self, plan: Plan, query, key, table_shape, units: int):
-        self.plan, self.block = plan, plan.blocks.backward_query
+        block = plan.blocks.backward_query
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
         self.units = units
         self.table_shape = table_shape[1:]
-        self.interpret = plan.interpret is not None
         self.want_tail = plan.has_slope and self.length > plan.width
         self.order = schedule.Order.of_queries(
-            self.batch, self.heads, self.length, self.block.rows, self.head_dim, self.group
+            self.batch, self.heads, self.length, block.rows, self.head_dim, self.group
         )
+        super().__init__(plan, block, self.order.pieces)
         tiles, self.fact_stages = config.query_tiles(self.block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
 
@@ -127,7 +114,6 @@ class _Kernel:
             "value_smem": tile,
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
-        scratch |= queue.scratch()
         scratch |= row_facts.scratch(self.fact_stages, block.warpgroups, self.head_dim, self.dtype)
         scratch |= rings.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
         scratch |= rings.barriers("table", self.tables, block.warpgroups)
@@ -140,60 +126,36 @@ class _Kernel:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
-    def __call__(self, *refs, **scratch) -> None:
-        """The body."""
+    def refs(self) -> list[str]:
+        """Returns the names of operands and results."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "log_total", "offset",
             "offset_scale", "count_inverse", "document", "first", "live",
             *row_facts.names(self.plan), "d_query", "rows",
         ]  # fmt: skip
         names += ["of_mean"] if self.plan.has_offset else []
-        names += ["far"] if self.want_tail else []
-        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
+        return names + (["far"] if self.want_tail else [])
 
-
-class _Blocks:
-    """What a block of the grid does, piece after piece, while the body is traced."""
-
-    def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref, self.block = kernel, ref, kernel.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.queue = queue.Queue(
-            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
-        )
+    def slots(self) -> dict[str, int]:
+        """Returns how many slots each ring has."""
         stages = self.block.stages
-        sizes = {"key": stages, "value": stages, "query": 1, "table": kernel.tables}
-        sizes["fact"] = kernel.fact_stages
-        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+        slots = {"key": stages, "value": stages, "query": 1, "table": self.tables}
+        return slots | {"fact": self.fact_stages}
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each ring so many pieces took."""
+        facts = pieces * len(row_facts.names(self.plan))
+        return {
+            "key": done[0],
+            "value": done[1],
+            "query": pieces,
+            "table": pieces,
+            "fact": facts,
+        }
 
-    def fetch(self) -> None:
-        """Fetches all that the pieces read."""
-
-        def piece(number, n, done):
-            return _Piece(self, number, n, done).fetch()
-
-        zero = jnp.int32(0)
-        pieces, (keys, values) = self.queue.each(True, piece, (zero, zero))
-        facts = pieces * len(row_facts.names(self.kernel.plan))
-        done = {"key": keys, "value": values, "query": pieces, "table": pieces, "fact": facts}
-        for name, tiles in done.items():
-            self.rings[name].close(tiles)
-
-    def compute(self) -> None:
-        """Does what is to be done for one warpgroup's queries in each piece."""
-        for ring in self.rings.values():
-            ring.open()
-
-        def piece(number, n, done):
-            return _Piece(self, number, n, done).compute()
-
-        zero = jnp.int32(0)
-        self.queue.each(False, piece, (zero, zero))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def piece(self, *args: Any) -> "_Piece":
+        """Returns a piece."""
+        return _Piece(*args)
 
 
 class _Piece:
@@ -206,9 +168,9 @@ class _Piece:
       done: tiles of keys, and of values, that those took.
     """
 
-    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
-        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
-        kernel = self.kernel
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        kernel: Any = blocks.kernel
+        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         self.warpgroup = blocks.warpgroup
         self.batch, self.head, tile = kernel.order.item(number)
@@ -308,25 +270,29 @@ class _Piece:
         both = ((self.keys, 0), (self.values, 0))
         rings.skip(0, begin, *both)
 
-        def run(acc):
+        def run(step, start, stop, acc):
             zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-            sums = (zero, zero) if kernel.want_tail else ()
-
-            def loop(step, start, stop, sums):
-                return lax.fori_loop(
-                    0,
-                    lax.max(stop - start, jnp.int32(0)),
-                    lambda n, sums: step(acc, start + n, sums),
-                    sums,
-                )
-
-            sums = loop(self.live_step, begin, live_end, sums)
-            rings.skip(end, self.live_steps, *both)
-            if plan.has_offset:
-                sums = loop(self.dead_step, self.live_steps, end, sums)
+            sums = lax.fori_loop(
+                0,
+                lax.max(stop - start, jnp.int32(0)),
+                lambda n, sums: step(acc, start + n, sums),
+                (zero, zero) if kernel.want_tail else (),
+            )
             return acc[...], sums
 
-        d_query, sums = pl.run_scoped(run, plgpu.ACC((ROWS, kernel.head_dim), jnp.float32))
+        shape = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
+        d_query, sums = pl.run_scoped(
+            functools.partial(run, self.live_step, begin, live_end), shape
+        )
+        rings.skip(end, self.live_steps, *both)
+        if plan.has_offset:
+            # Where all is dead delta is a factor of the whole row.
+            run_dead = functools.partial(run, self.dead_step, self.live_steps, end)
+            weighted, dead_sums = pl.run_scoped(run_dead, shape)
+            factor = -(2.0**-_DEAD_SHIFT) * self.row.delta
+            factors = lax.broadcast_in_dim(factor, weighted.shape, [0])
+            d_query = d_query + factors * weighted
+            sums = tuple(x + factor * y for x, y in zip(sums, dead_sums, strict=True))
         rings.skip(lax.max(end, self.live_steps), self.steps, (self.keys, 0))
         self.tables.release(self.n)
 
@@ -348,57 +314,68 @@ class _Piece:
             self.queries.release(self.n)
         return self.next_done()
 
-    def softmax(self, x: Array, n: Any) -> tuple[Array, Any]:
-        """Returns softmax weights of tile n from its products, and its first key."""
+    def begin(self, acc: Any, n: Any) -> tuple[Any, Any, Any]:
+        """Puts the bias of tile n where its products go.
+
+        Returns its first key, what its exponents lack, and what `rings.finish` wants.
+        """
         key0 = (self.last - n) * UNIT
-        start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
-        bias = lanes.gather(self.table, start, UNIT, transposed=False, interpret=self.interpret)
-        x = x * (self.plan.scale * LOG2_E) + bias
+        start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.tail, falling=True)
+        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
+        return key0, rest, rings.begin_with(acc, bias, self.interpret)
+
+    def softmax(self, x: Array, key0: Any, rest: Any) -> Array:
+        """Returns softmax weights of a tile from its products, and what `begin` returned."""
+        x = x * self.plan.exponent_scale
         if self.plan.packed:
             x = lax.cond(
                 key0 < self.row.document_last,
                 lambda: jnp.where(self.in_document(key0), x, LOWEST),
                 lambda: x,
             )
-        return jnp.exp2(x - self.spread(self.row.log_total - rest)), key0
+        return jnp.exp2(x - self.spread(self.row.log_total - rest))
 
     def in_document(self, key0: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
         columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
         return columns + key0 >= self.spread(self.row.document)
 
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
+    def spread(self, x: Any) -> Float[Array, "64 64"]:
         """Returns a row vector repeated along its rows."""
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
     def live_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
         """Adds a tile that may be live."""
-        key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
+        less = self.spread(-self.row.delta)
 
         def products(s_acc, d_acc):
+            key0, rest, begun = self.begin(s_acc, n)
+            d_begun = rings.begin_with(d_acc, less, self.interpret)
+            key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
             plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, self.d_out, self.ref["value_smem"].at[value_slot].T)
-            p, key0 = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), n)
-            return p, key0, d_acc[...]
+            p = self.softmax(rings.finish(s_acc, begun, 1), key0, rest)
+            return p, key0, rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, key0, d_weights = pl.run_scoped(products, tile, tile)
         self.values.release(n)
         if self.plan.has_offset:
-            d_weights = jnp.where(p > self.spread(self.row.threshold), d_weights, 0.0)
-        return self.add(acc, n, p * (d_weights - self.spread(self.row.delta)), key0, sums)
+            d_weights = jnp.where(p > self.spread(self.row.threshold), d_weights, less)
+        return self.add(acc, n, p * d_weights, key0, sums)
 
     def dead_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
-        """Adds a tile with no live entry."""
-        slot = self.keys.wait(n)
+        """Adds a tile with no live entry, as if all its dS / P were 2^_DEAD_SHIFT."""
 
         def product(s_acc):
+            key0, rest, begun = self.begin(s_acc, n)
+            slot = self.keys.wait(n)
             plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
-            return s_acc[...]
+            x = rings.finish(s_acc, begun)
+            return self.softmax(x, key0, rest + _DEAD_SHIFT), key0
 
-        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        p, key0 = self.softmax(x, n)
-        return self.add(acc, n, p * self.spread(-self.row.delta), key0, sums)
+        p, key0 = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        return self.add(acc, n, p, key0, sums)
 
     def add(self, acc: Any, n: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
         """Adds dS K, and what dS means for the bias's tail; releases the keys."""

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOG2_E, LOWEST, UNIT, threshold
+from pallas_kernels.mosaic_gpu import lanes, memory, rings
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
 
 
@@ -112,25 +112,30 @@ class Queries:
           the last carry.
         """
         block, plan = self.all, self.plan
-        slot = block.keys.wait(number)
         units = range(self.block.keys // UNIT)
+
+        key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
+        starts, rests = zip(
+            *(plan.bias_of_tile(self.query0 - x, UNIT, self.tail, falling=True) for x in key0),
+            strict=True,
+        )
 
         def run(*accs):
             result, in_flight = carry, 0
+            begun: dict[int, Any] = {}
+            for unit in reversed(units):
+                bias = memory.gather(self.table, starts[unit], UNIT, interpret=self.interpret)
+                begun[unit] = rings.begin_with(accs[unit], bias, self.interpret)
+            slot = block.keys.wait(number)
             for unit in reversed(units):
                 keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
                 plgpu.wgmma(accs[unit], self.query, keys.T)
             for unit in reversed(units):
-                x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
+                x = rings.finish(accs[unit], begun[unit], unit + in_flight)
                 if unit == 0:
                     block.keys.release(number)
-                key0 = (block.last - step) * self.block.keys + unit * UNIT
-                start, rest = plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
-                bias = lanes.gather(
-                    self.table, start, UNIT, transposed=False, interpret=self.interpret
-                )
-                x = x * (plan.scale * LOG2_E) + bias
-                result, issued = use(x, rest, key0, unit, result)
+                x = x * plan.exponent_scale
+                result, issued = use(x, rests[unit], key0[unit], unit, result)
                 in_flight += issued
             return result
 
@@ -162,7 +167,7 @@ class Queries:
         rings.skip(0, self.begin, (block.keys, 0))
         log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
         rings.skip(self.end, self.total_steps, (block.keys, 0))
-        lanes.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
+        memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
         live_steps = block.live_steps()

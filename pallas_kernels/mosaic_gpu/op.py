@@ -150,7 +150,7 @@ class Kernels:
         self.plan = plan
         batch, self.length, self.heads, _ = query.shape
         self.units = -(-self.length // UNIT)
-        self.table, self.tail = plan.table(distance_bias, distance_slope, self.heads)
+        self.falling, self.rising, self.tail = plan.table(distance_bias, distance_slope, self.heads)
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
         missing = self.units * UNIT - self.length
         # A row of padding sees what the last row sees.
@@ -205,7 +205,7 @@ class Kernels:
             return tuple(x for x in forward(plan, training, *arrays) if x is not None)
 
         operands = (
-            (self.query, False), (self.key, False), (self.value, False), (self.table, True),
+            (self.query, False), (self.key, False), (self.value, False), (self.falling, True),
             (self.tail, True), (self.tau, True), (self.offset_scale, False),
             (self.count_inverse, False), (self.document, False), (self.document_last, False),
             (first, False), (self.small().astype(jnp.int32), False),
@@ -219,22 +219,24 @@ class Kernels:
 
     def backward_query(
         self, residuals: Residuals, first: Array, live: Array, d_out: Array
-    ) -> tuple[Array | None, ...]:
+    ) -> tuple[Array, Array, Array | None, Array | None]:
         """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
         plan = self.plan
         names = row_facts.names(plan)
 
         def run(groups: int, *arrays: Array) -> Any:
             del groups
-            found = dict(zip((*names, "log_total"), arrays[12:], strict=True))
-            found = Residuals(**{"mean": None} | found)
+            by_name = dict(zip((*names, "log_total"), arrays[12:], strict=True))
+            found = Residuals(
+                by_name["out"], by_name["rounding"], by_name.get("mean"), by_name["log_total"]
+            )
             query, d_out, key, value, table, tail, *others = arrays[:12]
             results = backward_query(plan, query, d_out, key, value, table, tail, found, *others)
             return tuple(x for x in results if x is not None)
 
         operands = (
             (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (self.tail, True), (self.tau, True), (self.offset_scale, False),
+            (self.falling, True), (self.tail, True), (self.tau, True), (self.offset_scale, False),
             (self.count_inverse, False), (self.document, False), (first, False), (live, False),
             *((x, False) for x in residuals.tiles.values()), (residuals.log_total, False),
         )  # fmt: skip
@@ -253,7 +255,7 @@ class Kernels:
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (self.tail, True), (self.tau, True), (rows, False),
+            (self.rising, True), (self.tail, True), (self.tau, True), (rows, False),
             (_last_query(first), False), (_last_query(live), False),
         )  # fmt: skip
 
@@ -277,7 +279,7 @@ class Kernels:
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (rows, False), (first, False), (live, False),
+            (self.falling, True), (rows, False), (first, False), (live, False),
         ).sum(axis=0)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu import memory
 
 # SMs of an H100 or H200 SXM. On a smaller one some blocks start late and find nothing left.
 _SMS = 132
@@ -82,7 +82,7 @@ class Queue:
             if fetches:
                 # Not before all copies for the piece before are under way: who takes early
                 # holds a piece back that another block could begin.
-                lanes.take_number(counter, words, slot(n))
+                memory.take_number(counter, words, slot(n))
                 plgpu.barrier_arrive(full.at[slot(n)])
             plgpu.barrier_wait(full.at[slot(n)])
             return words[slot(n)]

@@ -14,8 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import lanes, rings
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu import lanes, memory, rings
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, Rows, threshold
 
 
@@ -89,7 +89,7 @@ def prefetch(piece: Any) -> None:
     if plan.packed:
         found.append(ref["document"].at[piece.batch])
     for x in found:
-        lanes.prefetch(x, piece.unit0 * UNIT, rows, interpret=piece.interpret)
+        memory.prefetch(x, piece.unit0 * UNIT, rows, interpret=piece.interpret)
 
 
 class RowFacts(NamedTuple):
@@ -125,12 +125,7 @@ def find(piece: Any, unit: Any, exists: Any) -> RowFacts:
         return plgpu.load(x.at[pl.ds(unit * UNIT, UNIT)], layout=ROW, optimized=False)
 
     log_total = row(ref["log_total"].at[b, h])
-    document = document_last = tau = offset_scale = count_inverse = None
-    if plan.has_offset:
-        offset_scale, count_inverse = (
-            row(ref[name].at[b]) for name in ("offset_scale", "count_inverse")
-        )
-        tau = ref["offset"][h]
+    document = document_last = None
     if plan.packed:
         document = row(ref["document"].at[b])
         # Documents begin later and later: the last query's masks the most.
@@ -152,9 +147,13 @@ def find(piece: Any, unit: Any, exists: Any) -> RowFacts:
     def finish(x: Array) -> Array:
         return lanes.finish_sums(x, interpret=interpret)
 
-    delta, limit = finish(dot(0) + dot(1)), None
-    of_mean = None
+    # Loaded before the arrays are waited for.
+    names_of_rows = ("offset_scale", "count_inverse") if plan.has_offset else ()
+    rows_of = [row(ref[name].at[b]) for name in names_of_rows]
+    delta, limit, of_mean = finish(dot(0) + dot(1)), None, None
     if plan.has_offset:
+        offset_scale, count_inverse = rows_of
+        tau = ref["offset"][h]
         of_mean = finish(dot(2)) * (offset_scale / count_inverse)
         delta = delta - tau * of_mean
         limit = threshold(tau, offset_scale)

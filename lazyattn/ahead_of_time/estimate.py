@@ -27,9 +27,6 @@ from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.training.objective import make_loss_fn
 
-# Memory that a GPU's driver, NCCL and JAX keep for themselves, as a share.
-_RESERVED = 0.08
-
 
 def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
     """Returns the report of a step on GPUs.
@@ -67,7 +64,7 @@ def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
         + _loss_bytes(model, rows, sizes["tensor"])
     )
     needed = state.parameters + state.optimizer + temporaries
-    available = (1 - _RESERVED) * where.chip.hbm_bytes
+    available = where.chip.usable_bytes
     return Report(
         topology=where,
         mesh=sizes,

@@ -62,7 +62,8 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
         stacked = memory.stacked_bytes(module, experiment.model.num_layers)
         activations, gradients = stacked.activations, stacked.gradients
         temporaries, needed = result.temporaries, result.bytes
-        available = where.chip.hbm_bytes / where.chip.devices
+        # The compiler looks at temporaries alone, not at the state beside them.
+        available = where.chip.usable_bytes
         traffic = _traffic(experiment, where, mesh, module, tokens)
     else:
         temporaries, available = result.bytes, result.available

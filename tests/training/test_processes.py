@@ -1,0 +1,162 @@
+"""Several processes on one machine that train as one: killed, stopped, gone on with."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+pytestmark = pytest.mark.slow
+
+
+@dataclasses.dataclass
+class Shell:
+    """Starts train.py as several processes with one cache for data and compiled functions."""
+
+    folder: Path
+
+    def start(self, name, count, *overrides, devices=2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "LAZYATTN_CACHE": str(self.folder / "cache"),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        command = [
+            *(sys.executable, "train.py"),
+            f"--config={ROOT / 'tests/training/tiny.py'}:{self.folder / 'text'}",
+            f"--workdir={self.folder / name}",
+            f"--config.training.steps={STEPS}",
+            "--config.data.batch_size=8",
+            *overrides,
+        ]
+        if count > 1:
+            command += [f"--coordinator=localhost:{port}", f"--process_count={count}"]
+        return [
+            subprocess.Popen(
+                command + ([f"--process_id={number}"] if count > 1 else []),
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(count)
+        ]
+
+    def run(self, name, count, *overrides, devices=2):
+        """Returns what each process printed, having made sure that all went well."""
+        return finish(self.start(name, count, *overrides, devices=devices))
+
+    def losses(self, name):
+        path = self.folder / name / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        records = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        return {record["step"]: record["loss"] for record in records}
+
+    def wait_for_step(self, processes, name, step):
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if max(self.losses(name), default=0) >= step:
+                return
+            for process in processes:
+                assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        raise AssertionError(f"step {step} never came")
+
+
+def finish(processes):
+    """Returns (status, stdout, stderr) of each, none of which may have failed."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, (process.returncode, err[-3000:])
+    return [out for out, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.write_text(folder / "text")
+    return Shell(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(shell):
+    """What every process of an uninterrupted run of two printed."""
+    return shell.run("whole", 2, "--config.mesh.fsdp=2")
+
+
+def said(out):
+    """Returns the lines that are ours: gloo prints some by itself."""
+    return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+
+
+def test_only_one_process_writes(shell, whole):
+    assert any("step 24/24" in line for line in said(whole[0]))
+    assert said(whole[1]) == []
+    assert list(shell.losses("whole")) == list(range(1, STEPS + 1))
+
+
+def test_one_process_kills_all_and_all_go_on_exactly(shell, whole):
+    processes = shell.start("killed", 2, "--config.mesh.fsdp=2")
+    shell.wait_for_step(processes, "killed", 9)
+    processes[1].kill()
+    # What is left can't go on: it ends by itself, or is ended as a scheduler would.
+    try:
+        processes[0].wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        processes[0].kill()
+    assert processes[0].wait() != 0
+    for process in processes:
+        process.communicate()
+    before = shell.losses("killed")
+    assert 9 <= max(before) < STEPS
+    (out, _) = shell.run("killed", 2, "--config.mesh.fsdp=2")
+    assert "resuming after step" in out
+    assert shell.losses("killed") == shell.losses("whole")
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(shell, whole):
+    processes = shell.start("stopped", 2, "--config.mesh.fsdp=2")
+    shell.wait_for_step(processes, "stopped", 5)
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _) = finish(processes)
+    assert "SIGTERM: stopped after step" in out
+    last = max(shell.losses("stopped"))
+    assert 5 <= last < STEPS
+    assert (shell.folder / "stopped" / "checkpoints" / str(last)).is_dir()
+    shell.run("stopped", 2, "--config.mesh.fsdp=2")
+    assert shell.losses("stopped") == shell.losses("whole")
+
+
+@pytest.mark.parametrize(
+    ("count", "overrides"),
+    [
+        (1, ()),
+        (4, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")),
+        # Two processes share each row, four share all rows.
+        (4, ("--config.mesh.tensor=2", "--config.mesh.sequence=2")),
+        (4, ("--config.mesh.sequence=8",)),
+    ],
+    ids=["one", "four", "four_in_pairs", "four_on_one_row"],
+)
+def test_any_number_of_processes_takes_the_same_steps(shell, whole, count, overrides):
+    name = f"{count}_" + "_".join(x.split(".")[-1].replace("=", "") for x in overrides)
+    shell.run(name, count, *overrides)
+    found, expected = shell.losses(name), shell.losses("whole")
+    assert found.keys() == expected.keys()
+    worst = max(abs(found[step] / expected[step] - 1) for step in expected)
+    assert worst < 1e-5

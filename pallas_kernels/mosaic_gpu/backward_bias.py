@@ -235,8 +235,10 @@ class _Piece:
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
         none = (jnp.float32(0.0), jnp.float32(0.0))
-        self.bias_start, _ = plan.bias_of_tile(distance * UNIT, UNIT, none, falling=True)
-        self.table = ref["table_smem"].at[self.tables.wait(self.n)]
+        start, _ = plan.bias_of_tile(distance * UNIT, UNIT, none, falling=True)
+        table = ref["table_smem"].at[self.tables.wait(self.n)]
+        bias = memory.gather(table, start, UNIT, interpret=self.interpret)
+        self.tables.release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
 
@@ -247,7 +249,7 @@ class _Piece:
             def step(n, total):
                 n = first + n
                 slot, key_slot = self.queries.wait(n), self.keys.wait(n + lag)
-                total = total + add(n, slot, key_slot)
+                total = total + add(bias, n, slot, key_slot)
                 self.queries.release(n)
                 self.keys.release(n + lag)
                 return total
@@ -266,7 +268,6 @@ class _Piece:
         total, end = steps(self.live, end + self.start, my_stop, total)
         rings.skip(end, self.steps, *both)
         rings.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
-        self.tables.release(self.n)
         ref["sums"][self.batch, self.chunk, self.head, distance] = memory.sum_diagonals(
             total, ref["sums_smem"].at[self.warpgroup], interpret=self.interpret
         )
@@ -277,15 +278,10 @@ class _Piece:
         x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
-    def begin(self, acc: Any) -> Any:
-        """Puts the bias where products go; returns what `rings.finish` wants."""
-        bias = memory.gather(self.table, self.bias_start, UNIT, interpret=self.interpret)
-        return rings.begin_with(acc, bias, self.interpret)
-
-    def softmax(self, x: Array, n: Any, slot: Any) -> Array:
+    def softmax(self, x: Array, bias: Array, n: Any, slot: Any) -> Array:
         """Returns softmax weights from the products of step n."""
         plan = self.plan
-        x = x * plan.exponent_scale
+        x = x * plan.exponent_scale + bias
         if plan.packed:
             key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
@@ -293,28 +289,26 @@ class _Piece:
             x = jnp.where(columns + key0 >= first, x, LOWEST)
         return jnp.exp2(x - self.row(slot, Rows.LOG_TOTAL))
 
-    def dead(self, n: Any, slot: Any, key_slot: Any) -> Array:
+    def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
         """Returns dS of a tile with no live entry."""
 
         def product(acc):
-            begun = self.begin(acc)
             plgpu.wgmma(acc, self.ref["query_smem"].at[slot], self.ref["key_smem"].at[key_slot].T)
-            return rings.finish(acc, begun)
+            return acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        return self.softmax(x, n, slot) * -self.row(slot, Rows.DELTA)
+        return self.softmax(x, bias, n, slot) * -self.row(slot, Rows.DELTA)
 
-    def live(self, n: Any, slot: Any, key_slot: Any) -> Array:
+    def live(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
         """Returns dS of a tile that may be live."""
         ref = self.ref
         less = -self.row(slot, Rows.DELTA)
 
         def products(s_acc, d_acc):
-            begun = self.begin(s_acc)
             d_begun = rings.begin_with(d_acc, less, self.interpret)
             plgpu.wgmma(s_acc, ref["query_smem"].at[slot], ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, ref["d_out_smem"].at[slot], ref["value_smem"].at[key_slot].T)
-            p = self.softmax(rings.finish(s_acc, begun, 1), n, slot)
+            p = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), bias, n, slot)
             return p, rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)

@@ -256,9 +256,14 @@ class _Piece:
             rings.skip(0, begin, *both)
 
             def loop(step, start, stop):
+                self.first_step = start
+
                 @pl.loop(0, lax.max(stop - start, jnp.int32(0)))
                 def _(n):
                     step(d_key_acc, d_value_acc, start + n, steps_done, live_done)
+
+                plgpu.wgmma_wait(0)
+                self.release_before(lax.max(stop, start), steps_done)
 
             loop(self.live_step, begin, live_end)
             rings.skip(end, live, *both)
@@ -302,20 +307,12 @@ class _Piece:
         """Returns one number a query."""
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
-    def begin(self, acc: Any, n: Any) -> tuple[Any, Any]:
-        """Puts the bias of tile n where its products go.
-
-        Returns what its exponents lack, and what `rings.finish` wants.
-        """
+    def softmax(self, x: Array, n: Any, slot: Any) -> Array:
+        """Returns softmax weights of tile n from its products."""
         query0 = (self.unit0 + n) * UNIT
         start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail, falling=False)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
-        return rest, rings.begin_with(acc, bias, self.interpret)
-
-    def softmax(self, x: Array, n: Any, slot: Any, rest: Any) -> Array:
-        """Returns softmax weights of tile n from its products and what `begin` returned."""
-        query0 = (self.unit0 + n) * UNIT
-        x = x * self.plan.exponent_scale
+        x = x * self.plan.exponent_scale + bias
         if self.plan.packed:
             x = lax.cond(
                 self.other_document(slot),
@@ -340,6 +337,10 @@ class _Piece:
             seen = seen & (keys >= self.spread(document))
         return seen
 
+    def release_before(self, n: Any, steps_done: Any) -> None:
+        """Gives back the queries of the step before, unless step n is a loop's first."""
+        self.queries.release_before(steps_done + n, steps_done + self.first_step)
+
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""
         return self.spread(-self.row(slot, Rows.DELTA))
@@ -351,8 +352,8 @@ class _Piece:
         slot = self.queries.wait(steps_done + n)
         d_slot = self.d_outs.wait(live_done + n)
 
-        def weigh(x, rest):
-            p = weights = self.softmax(x, n, slot, rest)
+        def weigh(x):
+            p = weights = self.softmax(x, n, slot)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
                 # A weight of tau / n is no weight where nothing is seen.
@@ -384,11 +385,12 @@ class _Piece:
             return p * d_weights
 
         def run(s_acc, d_acc):
-            rest, begun = self.begin(s_acc, n)
             d_begun = rings.begin_with(d_acc, self.less(slot), self.interpret)
             s_product(s_acc)
             d_product(d_acc)
-            return finish(d_acc, d_begun, *weigh(rings.finish(s_acc, begun, 1), rest))
+            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            self.release_before(n, steps_done)
+            return finish(d_acc, d_begun, *weigh(x))
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         d_scores = pl.run_scoped(run, tile, tile)
@@ -396,8 +398,6 @@ class _Piece:
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)
         self.d_outs.release(live_done + n)
-        plgpu.wgmma_wait(0)
-        self.queries.release(steps_done + n)
 
     def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
         """Adds a tile with no live entry."""
@@ -407,13 +407,11 @@ class _Piece:
         slot = self.queries.wait(steps_done + n)
 
         def product(s_acc):
-            rest, begun = self.begin(s_acc, n)
             plgpu.wgmma(s_acc, self.key, ref["query_smem"].at[slot].T)
-            return self.softmax(rings.finish(s_acc, begun), n, slot, rest)
+            return s_acc[...]
 
-        p = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        d_scores = p * self.less(slot)
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        self.release_before(n, steps_done)
+        d_scores = self.softmax(x, n, slot) * self.less(slot)
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
-        plgpu.wgmma_wait(0)
-        self.queries.release(steps_done + n)

@@ -271,6 +271,7 @@ class _Piece:
         rings.skip(0, begin, *both)
 
         def run(step, start, stop, acc):
+            self.first_step = start
             zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             sums = lax.fori_loop(
                 0,
@@ -278,7 +279,9 @@ class _Piece:
                 lambda n, sums: step(acc, start + n, sums),
                 (zero, zero) if kernel.want_tail else (),
             )
-            return acc[...], sums
+            total = acc[...]
+            self.keys.release_before(lax.max(stop, start), start)
+            return total, sums
 
         shape = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
         d_query, sums = pl.run_scoped(
@@ -314,26 +317,19 @@ class _Piece:
             self.queries.release(self.n)
         return self.next_done()
 
-    def begin(self, acc: Any, n: Any) -> tuple[Any, Any, Any]:
-        """Puts the bias of tile n where its products go.
-
-        Returns its first key, what its exponents lack, and what `rings.finish` wants.
-        """
+    def softmax(self, x: Array, n: Any, shift: int = 0) -> tuple[Array, Any]:
+        """Returns softmax weights of tile n from its products, times 2^shift; and its first key."""
         key0 = (self.last - n) * UNIT
         start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.tail, falling=True)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
-        return key0, rest, rings.begin_with(acc, bias, self.interpret)
-
-    def softmax(self, x: Array, key0: Any, rest: Any) -> Array:
-        """Returns softmax weights of a tile from its products, and what `begin` returned."""
-        x = x * self.plan.exponent_scale
+        x = x * self.plan.exponent_scale + bias
         if self.plan.packed:
             x = lax.cond(
                 key0 < self.row.document_last,
                 lambda: jnp.where(self.in_document(key0), x, LOWEST),
                 lambda: x,
             )
-        return jnp.exp2(x - self.spread(self.row.log_total - rest))
+        return jnp.exp2(x - self.spread(self.row.log_total - (rest + shift))), key0
 
     def in_document(self, key0: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
@@ -347,14 +343,15 @@ class _Piece:
     def live_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
         """Adds a tile that may be live."""
         less = self.spread(-self.row.delta)
+        key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
 
         def products(s_acc, d_acc):
-            key0, rest, begun = self.begin(s_acc, n)
             d_begun = rings.begin_with(d_acc, less, self.interpret)
-            key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
             plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, self.d_out, self.ref["value_smem"].at[value_slot].T)
-            p = self.softmax(rings.finish(s_acc, begun, 1), key0, rest)
+            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            self.keys.release_before(n, self.first_step)
+            p, key0 = self.softmax(x, n)
             return p, key0, rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
@@ -367,18 +364,19 @@ class _Piece:
     def dead_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
         """Adds a tile with no live entry, as if all its dS / P were 2^_DEAD_SHIFT."""
 
-        def product(s_acc):
-            key0, rest, begun = self.begin(s_acc, n)
-            slot = self.keys.wait(n)
-            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
-            x = rings.finish(s_acc, begun)
-            return self.softmax(x, key0, rest + _DEAD_SHIFT), key0
+        slot = self.keys.wait(n)
 
-        p, key0 = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        def product(s_acc):
+            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
+            return s_acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        self.keys.release_before(n, self.first_step)
+        p, key0 = self.softmax(x, n, _DEAD_SHIFT)
         return self.add(acc, n, p, key0, sums)
 
     def add(self, acc: Any, n: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
-        """Adds dS K, and what dS means for the bias's tail; releases the keys."""
+        """Issues dS K, and adds what dS means for the bias's tail."""
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         slot = self.keys.slot(n)
         x = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
@@ -395,6 +393,4 @@ class _Piece:
                 return sums[0] + plain, sums[1] + plain * distance - moment
 
             sums = lax.cond(past >= 0, far, lambda: sums)
-        plgpu.wgmma_wait(0)
-        self.keys.release(n)
         return sums

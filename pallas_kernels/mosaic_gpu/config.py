@@ -65,8 +65,8 @@ class Blocks:
 
     inference: ForwardBlock = ForwardBlock()
     forward: ForwardBlock = ForwardBlock()
-    backward_query: Block = Block()
-    backward_key: Block = Block()
+    backward_query: Block = Block(stages=3)
+    backward_key: Block = Block(stages=3)
     backward_bias: Block = Block(stages=4)
 
 
@@ -77,7 +77,7 @@ _BLOCKS = {
         inference=ForwardBlock(keys=128, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),
         backward_query=Block(stages=3, in_registers=False),
-        backward_key=Block(in_registers=False),
+        backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(),
     ),
 }
@@ -140,7 +140,7 @@ def key_tiles(block: Block, head_dim: int) -> int:
 def bias_tiles(block: Block, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
     keys = block.stages + block.warpgroups - 1
-    sums = block.warpgroups * 64 * 65 * 4
+    sums = block.warpgroups * 32 * 65 * 4
     return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
 
 

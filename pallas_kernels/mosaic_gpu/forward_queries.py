@@ -112,6 +112,7 @@ class Queries:
           the last carry.
         """
         block, plan = self.all, self.plan
+        slot = block.keys.wait(number)
         units = range(self.block.keys // UNIT)
 
         key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
@@ -122,19 +123,15 @@ class Queries:
 
         def run(*accs):
             result, in_flight = carry, 0
-            begun: dict[int, Any] = {}
-            for unit in reversed(units):
-                bias = memory.gather(self.table, starts[unit], UNIT, interpret=self.interpret)
-                begun[unit] = rings.begin_with(accs[unit], bias, self.interpret)
-            slot = block.keys.wait(number)
             for unit in reversed(units):
                 keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
                 plgpu.wgmma(accs[unit], self.query, keys.T)
             for unit in reversed(units):
-                x = rings.finish(accs[unit], begun[unit], unit + in_flight)
+                x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
                 if unit == 0:
                     block.keys.release(number)
-                x = x * plan.exponent_scale
+                bias = memory.gather(self.table, starts[unit], UNIT, interpret=self.interpret)
+                x = x * plan.exponent_scale + bias
                 result, issued = use(x, rests[unit], key0[unit], unit, result)
                 in_flight += issued
             return result
@@ -306,6 +303,7 @@ class Queries:
         def step(n, _):
             n = self.begin + n
             self.scores(self.total_steps + n, n, use, n)
+            # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
             block.values.release(n)
             return ()

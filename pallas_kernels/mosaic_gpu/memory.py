@@ -20,7 +20,7 @@ from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
 
 # Words from one row of a tile to the next, where rows lie in SMEM to be added up askew.
 _PITCH = 65
-DIAGONALS_WORDS = ROWS * _PITCH
+DIAGONALS_WORDS = ROWS // 2 * _PITCH
 
 
 def gather(
@@ -29,8 +29,8 @@ def gather(
     """Returns the tile with tile[r, c] = table[start + c - r].
 
     Two neighbours of a row come from one 8-byte load, which must be aligned; hence the two
-    copies of the table. Entries g, c and g+8, c+8 are equal and belong to one lane, but are
-    loaded twice: a load is one instruction, and moving two numbers two.
+    copies of the table. Entries g, c and g+8, c+8 are equal and belong to one lane, so
+    columns/8 + 1 loads a lane make the tile.
 
     Args:
       table: SMEM [2 n, 128] float32: n rows of the table, then the table without its first
@@ -60,19 +60,15 @@ def gather(
         at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
         at = arith.addi(at, mlir.scalar(start))
         base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)
-        both = ir.Type.parse("!llvm.struct<(f32, f32)>")
+        two = ir.VectorType.get((2,), f32)
+        loaded: dict[int, ir.Value] = {}
 
         def build(half, block):
-            # Assembly, for the compiler would load equal entries once.
-            offset = 4 * (8 * block - 8 * half)
-            found = llvm.inline_asm(
-                both,
-                [base],
-                f"ld.volatile.shared.v2.f32 {{$0, $1}}, [$2 + {offset}];",
-                "=f,=f,r",
-                has_side_effects=True,
-            )
-            return mlir.pair(*(llvm.extractvalue(f32, found, [i]) for i in range(2)))
+            distance = 8 * block - 8 * half
+            if distance not in loaded:
+                pointer = mgpu.utils.getelementptr(base, [distance], f32)
+                loaded[distance] = llvm.load(two, pointer, alignment=8)
+            return loaded[distance]
 
         return mlir.tile(build, columns)
 
@@ -103,30 +99,30 @@ def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[
         def pointer(at):
             return mgpu.utils.getelementptr(base, [at], f32)
 
-        # All have read what was there before.
-        mgpu.utils.warpgroup_barrier()
         registers = mlir.registers(x)
-        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
-        pair = arith.muli(t, mlir.constant(2))
-        first = arith.addi(arith.muli(row, mlir.constant(_PITCH)), pair)
+        # One half of each warp's rows at a time: thread n adds up the diagonal on which
+        # row - column is n - 63.
+        place = arith.addi(arith.muli(warp, mlir.constant(8)), g)
+        first = arith.muli(place, mlir.constant(_PITCH))
+        first = arith.addi(first, arith.muli(t, mlir.constant(2)))
+        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        sums = []
         for half in range(2):
+            # All have read what was there before.
+            mgpu.utils.warpgroup_barrier()
             for block in range(ROWS // 8):
                 for i in range(2):
-                    at = arith.addi(first, mlir.constant(8 * half * _PITCH + 8 * block + i))
+                    at = arith.addi(first, mlir.constant(8 * block + i))
                     llvm.store(mlir.element(registers[half, block], i), pointer(at))
-        mgpu.utils.warpgroup_barrier()
-        # Thread n adds up the diagonal on which row - column is n - 63.
-        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
-        distance = arith.subi(thread, mlir.constant(ROWS - 1))
-        sums = []
-        for r in range(ROWS):
-            column = arith.subi(mlir.constant(r), distance)
-            inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
-            column = arith.select(inside, column, mlir.constant(0))
-            at = arith.addi(column, mlir.constant(r * _PITCH))
-            value = llvm.load(f32, pointer(at))
-            zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-            sums.append(arith.select(inside, value, zero))
+            mgpu.utils.warpgroup_barrier()
+            for n in range(ROWS // 2):
+                row = n // 8 * 16 + n % 8 + 8 * half
+                column = arith.subi(mlir.constant(row + ROWS - 1), thread)
+                inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
+                column = arith.select(inside, column, mlir.constant(0))
+                value = llvm.load(f32, pointer(arith.addi(column, mlir.constant(n * _PITCH))))
+                sums.append(arith.select(inside, value, zero))
         total = mlir.tree(mlir.add, sums)
         return mgpu.FragmentedArray(
             _registers=np.array([mlir.single(total)], dtype=object),

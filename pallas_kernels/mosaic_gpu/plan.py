@@ -105,10 +105,9 @@ class Plan:
     ) -> tuple[
         Float[Array, "heads rows 128"], Float[Array, "heads rows 128"], Float[Array, "heads 2"]
     ]:
-        """Returns the bias in the kernels' form: what products of queries and keys begin with.
+        """Returns the bias in the kernels' form, in units of log2 and less b(0).
 
-        So it is divided by `exponent_scale`; and it is less b(0): a row of scores may be
-        shifted by a constant, and scores stay small then.
+        A row of scores may be shifted by a constant; less b(0), scores stay small.
 
         Returns:
           For each head, twice, the second time without the first entry: `LOWEST` for
@@ -116,8 +115,7 @@ class Plan:
           that begins within the table can reach; then the tail again, relative to where it
           begins, for tiles wholly past the table. First in the order of distances falling,
           for tiles whose rows are queries, then rising, for tiles whose rows are keys.
-          And for each head the tail, in units of log2: its value at distance `reach` - 1, and
-          its slope.
+          And for each head the tail: its value at distance `reach` - 1, and its slope.
         """
         if distance_bias is None:
             values = jnp.zeros((heads, self._near - _LEAD), jnp.float32)
@@ -136,7 +134,6 @@ class Plan:
         rising = jnp.concatenate(
             [jnp.full((heads, _LEAD), LOWEST, jnp.float32), values, ramp], axis=1
         )
-        rising = rising / self.exponent_scale
         # What was at n is now at the length less n.
         falling = jnp.roll(rising[:, ::-1], 1, axis=1)
 

@@ -115,6 +115,14 @@ class Ring:
         else:
             memory.named_barrier("arrive", self.number + slot, self.threads)
 
+    def release_before(self, tile: Int[Array, ""], first: Any) -> None:
+        """Gives back the tile before this one, unless this is the first.
+
+        What reads a tile last is left in flight while the next one's products begin; those who
+        have waited for these need not wait for it again.
+        """
+        pl.when(tile > first)(lambda: self.release(tile - 1))
+
     def close(self, tiles: Int[Array, ""]) -> None:
         """Waits until all is released, of all pieces; the fetching warp's part."""
         if self.interpret:

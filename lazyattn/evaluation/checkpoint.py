@@ -84,7 +84,8 @@ def evaluate(
 def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
     """Prints loss, perplexity and bits per byte of the rows that training validates on."""
     experiment = trained.experiment
-    check_batch(trained.mesh, experiment.data.batch_size)
+    length = experiment.data.sequence_length
+    check_batch(trained.mesh, experiment.data.batch_size, sequence_length=length)
     prepared = prepare(experiment.data, cache_dir)
     if prepared.tokenizer.fingerprint != trained.tokenizer.fingerprint:
         raise InputError(

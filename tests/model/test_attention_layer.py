@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lazyattn import lazy_attention
-from lazyattn.model import attention_layer
+from lazyattn.model import attention_layer, sharded_attention
 from lazyattn.model.attention_layer import Attention, variant_arguments
 from lazyattn.model.config import VARIANTS
 from lazyattn.model.layers import RMSNorm
@@ -50,7 +50,7 @@ def test_a_variant_is_these_arguments_of_the_op(variant, monkeypatch):
         given.update(arguments)
         return query
 
-    monkeypatch.setattr(attention_layer, "lazy_attention", op)
+    monkeypatch.setattr(sharded_attention, "lazy_attention", op)
     params = _params(make_config(variant))
     assert set(params) == {"query", "key", "value", "output"} | learned
     config = make_config(variant, attention={"skip_mass": 1e-3})

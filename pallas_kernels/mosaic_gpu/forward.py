@@ -37,7 +37,6 @@ def forward(
     offset_scale: Float[Array, "batch padded"],
     count_inverse: Float[Array, "batch padded"],
     document: Int[Array, "batch padded"],
-    document_last: Int[Array, "batch units"],
     first: Int[Array, "batch heads units"],
     small: Int[Array, "batch heads"],
 ) -> tuple[Array | None, ...]:
@@ -55,7 +54,6 @@ def forward(
       offset_scale: factor of tau for each query; rows are padded to units of 64.
       count_inverse: one over the number of keys each query sees.
       document: first key each query sees; not read unless `plan.packed`.
-      document_last: its maximum in each unit of queries; likewise.
       first: first unit of keys that each unit of queries visits.
       small: whether no exponential of a score of this head can overflow.
 
@@ -79,7 +77,7 @@ def forward(
     kernel = _Forward(plan, block, training, query, key, table.shape)
     results = kernel.launch(
         out_type, query, key, value, table, tail, offset, offset_scale, count_inverse, document,
-        document_last, first, small,
+        first, small,
     )  # fmt: skip
     out = results.pop(0)
     mean, live = (results.pop(0), results.pop(0)) if want_mean else (None, None)
@@ -145,7 +143,7 @@ class _Forward(launch.Kernel):
         """Returns the names of operands and results."""
         names = [
             "query", "key", "value", "table", "tail", "offset", "offset_scale", "count_inverse",
-            "document", "document_last", "first", "small", "out",
+            "document", "first", "small", "out",
         ]  # fmt: skip
         names += ["mean", "live"] if self.want_mean else []
         return names + (["rounding", "log_total"] if self.training else [])

@@ -148,7 +148,7 @@ class Kernels:
         self.query, self.key, self.value = query, key, value
         self.distance_bias, self.distance_slope, self.offset = distance_bias, distance_slope, offset
         self.plan = plan
-        batch, self.length, self.heads, _ = query.shape
+        _, self.length, self.heads, _ = query.shape
         self.units = -(-self.length // UNIT)
         self.falling, self.rising, self.tail = plan.table(distance_bias, distance_slope, self.heads)
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
@@ -160,7 +160,6 @@ class Kernels:
         )
         position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
         self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
-        self.document_last = self.document.reshape(batch, self.units, UNIT).max(axis=-1)
         self.first_visible = visibility.first
 
     def visited(self) -> Int[Array, "batch heads units"]:
@@ -207,7 +206,7 @@ class Kernels:
         operands = (
             (self.query, False), (self.key, False), (self.value, False), (self.falling, True),
             (self.tail, True), (self.tau, True), (self.offset_scale, False),
-            (self.count_inverse, False), (self.document, False), (self.document_last, False),
+            (self.count_inverse, False), (self.document if plan.packed else first, False),
             (first, False), (self.small().astype(jnp.int32), False),
         )  # fmt: skip
         results = list(_batched(run, *operands))
@@ -237,7 +236,8 @@ class Kernels:
         operands = (
             (self.query, False), (d_out, False), (self.key, False), (self.value, False),
             (self.falling, True), (self.tail, True), (self.tau, True), (self.offset_scale, False),
-            (self.count_inverse, False), (self.document, False), (first, False), (live, False),
+            (self.count_inverse, False), (self.document if plan.packed else first, False),
+            (first, False), (live, False),
             *((x, False) for x in residuals.tiles.values()), (residuals.log_total, False),
         )  # fmt: skip
         results = list(_batched(run, *operands))

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.chunked.backward import HeadGradients, backward
@@ -148,6 +149,8 @@ def _attention_fwd(query, key, value, bias, offset, visibility, settings):
         settings,
         want_value_sum=offset is not None,
     )
+    # Named, so that a checkpoint policy can keep what loops made.
+    residuals = jax.tree.map(lambda x: checkpoint_name(x, "attention"), residuals)
     return out, (query, key, value, bias, offset, visibility, residuals)
 
 

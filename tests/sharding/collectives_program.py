@@ -3,7 +3,7 @@
     python -m tests.sharding.collectives_program MESH...
 
 Compiles the train step for each mesh and prints one JSON object: the collectives of each,
-as [kind, shapes, dtypes].
+as [kind, shapes, dtypes], and what `kept_parts` returns.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 
 from lazyattn import sharding
 from lazyattn.model.parameters import init_params, partition_specs
+from lazyattn.model.sharded_attention import sharded_attention
 from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
 from lazyattn.training.state import StateFactory
@@ -50,13 +51,33 @@ def careless():
     return jax.jit(lambda x: 2 * x, out_shardings=everywhere).lower(x).compile().as_text()
 
 
+def kept_parts():
+    """Returns what a device keeps of attention between the passes, over its part of the queries."""
+    mesh = sharding.make_mesh(cases.MESHES["sequence"])
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 16), "float32")
+    table, offset = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 64), (2,)))
+
+    def attention(query, key, value, table, offset):
+        arrays = {"distance_bias": table, "offset": offset}
+        return sharded_attention(
+            *(query, key, value, arrays),
+            sequence_shards=8,
+            return_weights=False,
+            implementation="xla_chunked",
+        )
+
+    with jax.set_mesh(mesh):
+        kept = jax.eval_shape(lambda *args: jax.vjp(attention, *args)[1], x, x, x, table, offset)
+    return sum(leaf.size for leaf in jax.tree.leaves(kept)) / x.size
+
+
 def main() -> None:
     report = {"careless": hlo.collectives(careless())}
     for name in sys.argv[1:]:
         mesh = sharding.make_mesh(cases.MESHES[name], jax.devices()[: 4 if name == "tensor" else 8])
         report[name] = hlo.collectives(compiled(mesh))
     plain = {name: list(map(dataclasses.astuple, found)) for name, found in report.items()}
-    json.dump(plain, sys.stdout)
+    json.dump({"collectives": plain, "kept": kept_parts()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -256,14 +256,9 @@ class _Piece:
             rings.skip(0, begin, *both)
 
             def loop(step, start, stop):
-                self.first_step = start
-
                 @pl.loop(0, lax.max(stop - start, jnp.int32(0)))
                 def _(n):
                     step(d_key_acc, d_value_acc, start + n, steps_done, live_done)
-
-                plgpu.wgmma_wait(0)
-                self.release_before(lax.max(stop, start), steps_done)
 
             loop(self.live_step, begin, live_end)
             rings.skip(end, live, *both)
@@ -337,10 +332,6 @@ class _Piece:
             seen = seen & (keys >= self.spread(document))
         return seen
 
-    def release_before(self, n: Any, steps_done: Any) -> None:
-        """Gives back the queries of the step before, unless step n is a loop's first."""
-        self.queries.release_before(steps_done + n, steps_done + self.first_step)
-
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""
         return self.spread(-self.row(slot, Rows.DELTA))
@@ -389,7 +380,6 @@ class _Piece:
             s_product(s_acc)
             d_product(d_acc)
             x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            self.release_before(n, steps_done)
             return finish(d_acc, d_begun, *weigh(x))
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
@@ -398,6 +388,9 @@ class _Piece:
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)
         self.d_outs.release(live_done + n)
+        # Left in flight, it made ptxas put dS where the values are, and lose them.
+        plgpu.wgmma_wait(0)
+        self.queries.release(steps_done + n)
 
     def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
         """Adds a tile with no live entry."""
@@ -411,7 +404,8 @@ class _Piece:
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        self.release_before(n, steps_done)
         d_scores = self.softmax(x, n, slot) * self.less(slot)
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        plgpu.wgmma_wait(0)
+        self.queries.release(steps_done + n)

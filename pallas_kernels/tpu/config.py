@@ -57,6 +57,28 @@ _BLOCKS: dict[tuple[str, int], tuple[int, int]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Strips:
+    """Keys of a tile that vector units work on at a time, see `buffers`.
+
+    Attributes:
+      sums: first sweep.
+      weights: second sweep, or the only one.
+      residuals: second sweep of a forward pass that leaves residuals.
+      live, dead: tiles of the backward pass.
+    """
+
+    sums: int
+    weights: int
+    residuals: int
+    live: int
+    dead: int
+
+
+# Chosen by bundles and spills of the final schedules, on v5p and v6e.
+STRIPS = Strips(sums=32, weights=32, residuals=16, live=16, dead=16)
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Returns the head size the kernels see."""
     return 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
@@ -209,13 +231,13 @@ def vmem_bytes(
     lying = head_dim * chunk * itemsize
     need = twice * ((2 * upright + lying) if backward else (upright + lying)) + twice * bias
     if turned:
-        need += (2 if backward else 1) * LANES * (length + queries + LANES) * 4
+        need += ((2 if backward else 1) * LANES + 16) * (length + queries + LANES) * 4
     if backward:
         need += twice * 2 * chunk * max(head_dim, LANES) * 4
         need += twice * bias + twice * 6 * of_query + head_dim * queries * 4
-        need += twice * 5 * row + 6 * tile * 4
+        need += twice * 5 * row + twice * (2 * 4 + 2 * itemsize) * tile
     else:
         need += twice * 4 * of_query + 2 * head_dim * queries * 4
-        need += twice * 4 * row + 4 * row + 4 * tile * 4
+        need += twice * 4 * row + 8 * row + twice * (4 + 2 * itemsize) * tile
         need += length // keys * queries * 4
     return need

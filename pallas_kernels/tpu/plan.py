@@ -35,6 +35,7 @@ class Plan:
       head_dim: of the inputs.
       itemsize: bytes of an input number.
       block: tiles.
+      strips: of a tile, that are worked on at a time.
       turned: hold the turned bias in VMEM, see `tile.Bias`.
       tiles_a_step: tiles of queries of one step; 1 for a forward pass in chunks.
       forward_chunks, backward_chunks: see `config.key_chunks`.
@@ -52,6 +53,7 @@ class Plan:
     head_dim: int
     itemsize: int
     block: config.Block
+    strips: config.Strips
     turned: bool
     tiles_a_step: int
     forward_chunks: int

@@ -6,7 +6,7 @@ diagonal, where the first -distance * keys queries see nothing and are cut off.
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.tpu.buffers import HALF, half_of, unknown_zero
 from pallas_kernels.tpu.config import LANES
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 
 # Steps of eight lanes in a vector.
 TURNS = LANES // SUBLANES
 
-# Keys of a tile that are worked on at once.
-STRIP = 64
+# The arrays of a turned bias.
+_TURNED = ("turned_0", "turned_1")
 
 # A score below any other, finite so that differences stay numbers.
 LOWEST = -1.0e30
@@ -36,6 +37,9 @@ DEAD_SLACK = 1.0e-3
 LAST_FIRST = (((1,), (0,)), ((), ()))
 LAST_LAST = (((1,), (1,)), ((), ()))
 
+# Every query of a tile.
+EVERY = slice(0, None)
+
 
 def dot(a: Array, b: Array, axes: Any) -> Float[Array, "m n"]:
     """Contracts with float32 accumulation and no loss on float32 inputs."""
@@ -46,24 +50,6 @@ def dot(a: Array, b: Array, axes: Any) -> Float[Array, "m n"]:
 def at_tile(index: Any, size: int) -> pl.Slice:
     """Returns the positions of a tile."""
     return pl.ds(pl.multiple_of(index * size, size), size)
-
-
-def strips(plan: Plan) -> list[slice]:
-    """Returns a tile's keys in parts that registers can hold."""
-    size = min(STRIP, plan.keys)
-    return [slice(at, at + size) for at in range(0, plan.keys, size)]
-
-
-def over_pairs(count: Any, body: Callable[[Any], None]) -> None:
-    """Runs body(0), ..., body(count - 1), two a turn: what fills and drains the matrix
-    units at the ends of a turn is paid half as often."""
-
-    @pl.loop(0, count // 2)
-    def _(pair):
-        body(2 * pair)
-        body(2 * pair + 1)
-
-    pl.when(count % 2 == 1)(lambda: body(count - 1))
 
 
 def views(refs: Any, names: Sequence[str], at: pl.Slice) -> Any:
@@ -87,22 +73,26 @@ class Bias:
     Key k of a tile at distance n reads b(n keys + q - k). Row s of `Plan.bias` serves the
     keys s, 8 + s, ..., each eight lanes to the left of the one before. Turning vectors that
     far costs as much as a tile's other work, so where VMEM has room for it a head's bias is
-    turned once: 128 rows, of which every tile is whole vectors.
+    turned once: 128 rows, of which every tile is whole vectors. Two arrays hold them, and
+    strips of keys go through each in order: see `buffers`.
     """
 
-    def __init__(self, plan: Plan, refs: Any):
-        self.plan, self.refs = plan, refs
+    def __init__(self, plan: Plan, refs: Any, zero: Any = None):
+        """`zero`: see `buffers.Buffers`."""
+        self.plan, self.refs, self.zero = plan, refs, zero
 
     @staticmethod
     def scratch(plan: Plan, *, backward: bool) -> dict[str, Any]:
         """Returns the memory this needs."""
         if not (plan.has_bias and plan.turned):
             return {}
-        rows = {"turned": pltpu.VMEM((LANES, plan.bias_length), jnp.float32)}
-        if backward:
-            lanes = plan.bias_length + LANES
-            rows["d_turned"] = pltpu.VMEM((LANES, lanes), jnp.float32)
-        return rows
+        # Below the bias lies its gradient, and below that what `fence` stores.
+        below, lanes = (HALF, LANES) if backward else (0, 0)
+        shape = (HALF + below + SUBLANES, plan.bias_length + lanes)
+        return {name: pltpu.VMEM(shape, jnp.float32) for name in _TURNED}
+
+    def _turned(self, half: int) -> Any:
+        return getattr(self.refs, _TURNED[half])
 
     def start(self) -> None:
         """At a head's first step."""
@@ -116,9 +106,9 @@ class Bias:
 
         def turn(window: Float[Array, "8 lanes"], at: pl.Slice) -> None:
             for step in range(TURNS):
-                rows = slice(SUBLANES * step, SUBLANES * (step + 1))
+                half, row = divmod(SUBLANES * step, HALF)
                 turned = pltpu.roll(window, SUBLANES * step, 1) if step else window
-                refs.turned[rows, at] = turned[:, LANES:]
+                self._turned(half)[row : row + SUBLANES, at] = turned[:, LANES:]
 
         turn(jnp.concatenate([nothing, refs.bias[0, :, :width]], axis=1), pl.ds(0, width))
 
@@ -130,40 +120,45 @@ class Bias:
     def tile(self, distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
         """Returns the bias of some keys of a tile, `skipped` queries cut off."""
         plan, refs = self.plan, self.refs
-        start = bias_start(plan, distance)
         if not plan.turned:
-            window = refs.bias[0, :, pl.ds(start, plan.bias_window)]
+            window = refs.bias[0, :, pl.ds(bias_start(plan, distance), plan.bias_window)]
             return _turned_tile(plan, window, keys, skipped)
-        parts = []
-        for first in range(keys.start, keys.stop, LANES):
-            vectors, row = divmod(first, LANES)
-            rows = slice(row, min(LANES, row + keys.stop - first))
-            lane = pl.multiple_of(start + plan.keys - LANES * vectors + skipped, LANES)
-            parts.append(refs.turned[rows, pl.ds(lane, plan.queries - skipped)])
-        return jnp.concatenate(parts, axis=0)
+        row = keys.start % HALF
+        rows = slice(row, row + keys.stop - keys.start)
+        return self._turned(half_of(keys))[rows, self._lanes(distance, keys, skipped)]
+
+    def _lanes(self, distance: Any, keys: slice, skipped: int) -> pl.Slice:
+        plan = self.plan
+        start = bias_start(plan, distance) + plan.keys - keys.start // LANES * LANES + skipped
+        return pl.ds(pl.multiple_of(start, LANES), plan.queries - skipped)
+
+    def fence(self, keys: slice, x: Float[Array, "8 128"]) -> None:
+        """Keeps the bias of the next strip after x, of the results of the strip `keys`."""
+        if self.zero is not None and self.plan.has_bias and self.plan.turned:
+            ref = self._turned(1 - half_of(keys))
+            last = ref.shape[0] - SUBLANES
+            ref[pl.ds(unknown_zero(self.zero) + last, SUBLANES), :LANES] = x
 
     def clear(self) -> None:
         """Clears the gradient at a head's first step."""
-        refs = self.refs.d_turned if self.plan.turned else self.refs.d_bias
-        refs[...] = jnp.zeros_like(refs)
+        if not self.plan.turned:
+            self.refs.d_bias[...] = jnp.zeros_like(self.refs.d_bias)
+            return
+        for half in range(2):
+            ref = self._turned(half)
+            ref[HALF : 2 * HALF, :] = jnp.zeros_like(ref[HALF : 2 * HALF, :])
 
     def add(
         self, distance: Any, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
     ) -> None:
         """Adds some keys of a tile to the gradient: the adjoint of `tile`."""
         plan, refs = self.plan, self.refs
-        start = bias_start(plan, distance)
         if not plan.turned:
-            at = pl.ds(start, plan.bias_window)
+            at = pl.ds(bias_start(plan, distance), plan.bias_window)
             refs.d_bias[0, 0, 0, :, at] += _sum_diagonals(plan, keys, d_scores, skipped)
             return
-        for first in range(keys.start, keys.stop, LANES):
-            vectors, row = divmod(first, LANES)
-            count = min(LANES - row, keys.stop - first)
-            lane = pl.multiple_of(start + plan.keys - LANES * vectors + skipped, LANES)
-            lanes = pl.ds(lane, plan.queries - skipped)
-            done = first - keys.start
-            refs.d_turned[row : row + count, lanes] += d_scores[done : done + count]
+        rows = pl.ds(unknown_zero(self.zero) + HALF + keys.start % HALF, keys.stop - keys.start)
+        self._turned(half_of(keys))[rows, self._lanes(distance, keys, skipped)] += d_scores
 
     def finish(self) -> None:
         """Hands over the gradient at a head's last step."""
@@ -176,12 +171,13 @@ class Bias:
         @pl.loop(0, plan.bias_length // width)
         def _(part):
             at = at_tile(part, width)
-            total = refs.d_turned[:SUBLANES, at]
+            total = self._turned(0)[HALF : HALF + SUBLANES, at]
             window = pl.ds(at.start, width + LANES)
             for step in range(1, TURNS):
-                rows = slice(SUBLANES * step, SUBLANES * (step + 1))
+                half, row = divmod(SUBLANES * step, HALF)
+                rows = slice(HALF + row, HALF + row + SUBLANES)
                 left = width + LANES - SUBLANES * step
-                total += pltpu.roll(refs.d_turned[rows, window], left, 1)[:, :width]
+                total += pltpu.roll(self._turned(half)[rows, window], left, 1)[:, :width]
             refs.d_bias[0, 0, 0, :, at] = total
 
 

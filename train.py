@@ -59,12 +59,13 @@ def _train() -> int:
     if experiment is None:
         raise InputError("--config is not given, but --mode=train needs a config file.")
     path = _workdir()
+    from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train
 
     try:
         return train(experiment, path, _CACHE_DIR.value)
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -114,6 +115,9 @@ def _compile() -> int:
     return compile_report(experiment, topology)
 
 
+# The others would have nothing to do, or would print and write the same.
+_SEVERAL_PROCESSES = ("train", "eval")
+
 _MODES: dict[str, Callable[[], int]] = {
     "train": _train,
     "eval": _eval,
@@ -144,6 +148,11 @@ def main(argv: Sequence[str]) -> int:
         if _MODE.value not in _MODES:
             raise InputError(
                 f"--mode is {_MODE.value!r}, but it must be one of {', '.join(_MODES)}."
+            )
+        if flags.FLAGS.coordinator is not None and _MODE.value not in _SEVERAL_PROCESSES:
+            raise InputError(
+                f"--coordinator is {flags.FLAGS.coordinator!r}, but --mode={_MODE.value} is one"
+                " process; leave it out."
             )
         distributed.initialize()
         return _MODES[_MODE.value]()

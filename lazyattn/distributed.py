@@ -11,6 +11,9 @@ from jaxtyping import Int32
 
 from lazyattn.errors import InputError, require
 
+# For processes that are slower at what all do; one that is gone is noticed sooner.
+_PATIENCE_MS = 3_600_000
+
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags."""
@@ -70,33 +73,57 @@ class StopAgreement:
     """Makes all processes stop after the same step, whoever of them is asked to.
 
     By way of the coordinator, not of devices: see `one_at_a_time`.
+
+    Attributes:
+      why: what a process gave as its reason, once all stop; "" if there was none.
     """
 
     _PREFIX = "lazyattn/stop/"
     # A process that has fetched the numbers of step n - 1 knows that all have begun it. So
     # whoever looks after step n + 2 began it after all looked after step n.
-    _STEPS_TO_SPREAD = 2
+    STEPS_TO_SPREAD = 2
 
     def __init__(self) -> None:
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
         self._asked = False
+        self.why = ""
 
-    def __call__(self, asked: bool, step: int) -> bool:
+    def __call__(self, asked: bool, step: int, why: str = "") -> bool:
         """Returns whether to stop after this step; to be called after every one.
 
         Args:
           asked: whether this process should stop.
           step: that was dispatched last, the numbers of the one before having been
             fetched.
+          why: for `why` of all processes.
         """
         if self._client is None:
             return asked
         if asked and not self._asked:
             self._asked = True
             key = f"{self._PREFIX}{jax.process_index()}"
-            self._client.key_value_set(key, str(step + self._STEPS_TO_SPREAD))
-        found = self._client.key_value_dir_get(self._PREFIX)
-        return any(step >= int(last) for _, last in found)
+            self._client.key_value_set(key, f"{step + self.STEPS_TO_SPREAD} {why}")
+        found = [text.partition(" ") for _, text in self._client.key_value_dir_get(self._PREFIX)]
+        if not any(step >= int(last) for last, _, _ in found):
+            return False
+        self.why = next((reason for _, _, reason in found if reason), "")
+        return True
+
+
+def tell_all(what: str, text: str) -> list[str]:
+    """Returns what each process told, in order; each of them calls this.
+
+    Args:
+      what: they tell, a name of its own for every time.
+      text: this process's.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client: Any = distributed.global_state.client
+    prefix = f"lazyattn/told/{what}/"
+    client.key_value_set(f"{prefix}{jax.process_index():08d}", text)
+    client.wait_at_barrier(f"{prefix}all", _PATIENCE_MS)
+    return [found for _, found in sorted(client.key_value_dir_get(prefix))]
 
 
 def one_at_a_time(arrays: Any) -> Any:

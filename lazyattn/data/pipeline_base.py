@@ -57,9 +57,17 @@ class BatchIterator(grain.DatasetIterator):
         self._step += 1
         return batch
 
+    def position(self) -> Any:
+        """Returns where this process stands, for `state_at`; costs nothing."""
+        return self._step
+
+    def state_at(self, position: Any) -> dict[str, Any]:
+        """Returns the state as of an earlier `position()`, as `get_state` does."""
+        return {"step": position, "data": self._data}
+
     def get_state(self) -> dict[str, Any]:
         """Returns the state as plain data, "step" and "data" among it."""
-        return {"step": self._step, "data": self._data}
+        return self.state_at(self.position())
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after `state["step"]` batches.

@@ -200,24 +200,29 @@ class PackingIterator(BatchIterator):
         self._gather = gather if process_count > 1 else None
         self._cursors = np.zeros((local, len(sources), 2), np.int32)
 
-    def get_state(self) -> dict[str, Any]:
+    def position(self) -> tuple[int, Cursors]:
+        """Returns where this process stands, for `state_at`; costs nothing."""
+        return self._step, self._cursors
+
+    def state_at(self, position: tuple[int, Cursors]) -> dict[str, Any]:
         """Returns the state as plain data: step, data, first_lane and cursors.
 
-        With `gather`, all processes must call this after the same step.
+        With `gather`, all processes must call this (or `get_state`) for the same step.
         """
-        first, cursors = self._first, self._cursors
+        step, cursors = position
+        first = self._first
         if self._gather is not None:
-            first, cursors = 0, self._gathered()
-        return super().get_state() | {"first_lane": first, _CURSORS: cursors.tolist()}
+            first, cursors = 0, self._gathered(cursors)
+        return super().state_at(step) | {"first_lane": first, _CURSORS: cursors.tolist()}
 
-    def _gathered(self) -> Cursors:
+    def _gathered(self, cursors: Cursors) -> Cursors:
         """Returns the cursors of all lanes, of which processes may share some."""
-        numbers = self._first + np.arange(len(self._cursors), dtype=np.int32)
-        mine = np.column_stack([numbers, self._cursors.reshape(numbers.size, -1)])
+        numbers = self._first + np.arange(len(cursors), dtype=np.int32)
+        mine = np.column_stack([numbers, cursors.reshape(numbers.size, -1)])
         every = np.unique(np.asarray(self._gather(mine)), axis=0)  # type: ignore[misc]
         if not np.array_equal(every[:, 0], np.arange(self._lanes)):
             raise RuntimeError("The processes' positions in the data are not those of one batch.")
-        return every[:, 1:].reshape(self._lanes, *self._cursors.shape[1:])
+        return every[:, 1:].reshape(self._lanes, *cursors.shape[1:])
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after `state["step"]` batches, whoever read them.

@@ -8,9 +8,15 @@
 Orbax writes a step under another name and renames it when all of it is there, so
 that a killed process leaves no half of one. Truncated files are still possible (a
 full disk, a power cut); a step that can't be read is then passed over.
+
+A checkpoint that can't be written leaves those before as they are: they are deleted
+only when a later one is whole.
 """
 
 import dataclasses
+import gc
+import logging as standard_logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +28,16 @@ from orbax.checkpoint import checkpoint_managers
 
 from lazyattn.distributed import wait_for_all
 from lazyattn.errors import InputError
+from lazyattn.training import schema
+from lazyattn.training.save_agreement import SaveAgreement
+from lazyattn.training.save_agreement import brief as _brief
 from lazyattn.training.state import TrainState
 
 FOLDER = "checkpoints"
+
+
+class SaveError(RuntimeError):
+    """Checkpoints can't be written; the message is one sentence that says which is the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +62,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False
+        self,
+        workdir: Path,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        max_failed: int = 1,
+        read_only: bool = False,
     ):
         """Opens (and unless `read_only` makes) the folder.
 
@@ -57,30 +76,24 @@ class Checkpoints:
           workdir: the run's folder.
           keep: newest checkpoints kept.
           keep_every: those at multiples of this are kept for good; 0: none.
+          max_failed: saves in a row that may fail before `save` raises an error.
           read_only: never write, nor move damaged checkpoints aside.
         """
         self.folder = Path(workdir).absolute() / FOLDER
         self._read_only = read_only
-        policies: list[Any] = [checkpoint_managers.preservation_policy.LatestN(keep)]
-        if keep_every:
-            policies.append(checkpoint_managers.preservation_policy.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.preservation_policy.AnyPreservationPolicy(
-                    policies
-                ),
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                save_root_metadata=not read_only,
-            ),
-            handler_registry=_registry(),
-        )
+        self._max_failed = max_failed
+        self._failed_in_row = 0
+        self._under_way: int | None = None
+        self._agreement = SaveAgreement()
+        logging.get_absl_logger().addFilter(_no_traceback)
+        self._keep, self._keep_every = keep, keep_every
+        self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.wait()
         self._manager.close()
 
     def steps(self) -> list[int]:
@@ -98,16 +111,29 @@ class Checkpoints:
           state: to save.
           data: state of the data iterator after `step` batches, fit for JSON.
           experiment: the settings, fit for JSON.
+
+        Raises:
+          SaveError: if the last `max_failed` saves have failed.
         """
         assert not self._read_only
+        problem = self.wait()
+        if problem is not None and self._failed_in_row >= self._max_failed:
+            times = (
+                "a save" if self._failed_in_row == 1 else f"{self._failed_in_row} saves in a row"
+            )
+            raise SaveError(
+                f"Stopped after {times} that failed (training.max_failed_saves): {problem}."
+            )
         if step in self._manager.all_steps():
             return
+        self._under_way = step
+        self._agreement.begin()
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state),
                 data=ocp.args.JsonSave({"iterator": data}),
-                experiment=ocp.args.JsonSave(experiment),
+                experiment=ocp.args.JsonSave(schema.stamped(experiment)),
             ),
             force=True,
         )
@@ -116,21 +142,56 @@ class Checkpoints:
         """Looks again which checkpoints there are."""
         self._manager.reload()
 
-    def wait(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+    def wait(self) -> str | None:
+        """Waits until what was saved is on disk, on all processes.
+
+        Returns:
+          None, or why it could not be written and which checkpoint is the last good one.
+          That is warned of, too, and what there is of the failed one is removed.
+        """
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return None
+        error: Exception | None = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as caught:
+            error = caught
+        why = self._agreement.end(error)
+        if error is not None:
+            error.__traceback__ = None
+            gc.collect()  # what it leaves half done would complain when the program ends
+        if why is None:
+            self._failed_in_row = 0
+            return None
+        self._failed_in_row += 1
+        if jax.process_index() == 0:
+            for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._open_again()
+        saved = self.steps()
+        last = f"the last good one is of step {saved[0]}" if saved else "there is none before it"
+        problem = f"the checkpoint of step {step} could not be written ({why}); {last}"
+        if jax.process_index() == 0:
+            logging.warning("%s", problem)
+        return problem
 
     def newest_experiment(self) -> tuple[int, dict[str, Any]] | None:
         """Returns step and settings of the newest checkpoint whose settings can be read.
 
         Returns:
           None if there is no checkpoint, or none of them can be read.
+
+        Raises:
+          InputError: if its settings are of a schema that this version can't read.
         """
         for step in self.steps():
             try:
-                return step, self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
+                saved = self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
             except Exception as error:
                 logging.warning("checkpoint %d: settings not readable (%s)", step, _brief(error))
+                continue
+            return step, schema.upgraded(saved, self.folder / str(step))
         return None
 
     def restore(self, abstract: TrainState) -> Restored | None:
@@ -163,7 +224,8 @@ class Checkpoints:
             if not self._read_only:
                 for damaged, _ in problems:
                     self._move_aside(damaged)
-            return restored
+            experiment = schema.upgraded(restored.experiment, self.folder / str(step))
+            return dataclasses.replace(restored, experiment=experiment)
         if problems:
             step, problem = problems[0]
             raise InputError(
@@ -196,6 +258,34 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
+    def _open(self) -> ocp.CheckpointManager:
+        policies: list[Any] = [checkpoint_managers.preservation_policy.LatestN(self._keep)]
+        if self._keep_every:
+            policies.append(checkpoint_managers.preservation_policy.EveryNSteps(self._keep_every))
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.preservation_policy.AnyPreservationPolicy(
+                    policies
+                ),
+                create=not self._read_only,
+                cleanup_tmp_directories=not self._read_only,
+                save_root_metadata=not self._read_only,
+                async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._agreement),
+            ),
+            handler_registry=_registry(),
+        )
+
+    def _open_again(self) -> None:
+        """Starts afresh after a failed save, of which Orbax reports some errors twice."""
+        for _ in range(3):
+            try:
+                self._manager.close()
+                break
+            except Exception as error:
+                logging.info("%s", _brief(error))
+        self._manager = self._open()
+
     def _move_aside(self, step: int) -> None:
         shelf = self.folder.parent / "damaged"
         shelf.mkdir(exist_ok=True)
@@ -226,7 +316,6 @@ def _numbered(folder: Path, step: int) -> Iterator[Path]:
         yield folder / f"{step}-{n}"
 
 
-def _brief(error: Exception) -> str:
-    """Returns the first line of an error's message, shortened."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+def _no_traceback(record: standard_logging.LogRecord) -> bool:
+    """Keeps Orbax from printing tracebacks of what is reported in a sentence."""
+    return not (record.exc_info and "orbax" in record.pathname)

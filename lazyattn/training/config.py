@@ -71,6 +71,8 @@ class TrainingConfig:
       inspect_every: steps between measurements of attention (zeros, mass, sink, offsets)
         on a few validation rows; 0: none.
       checkpoint_every: steps between checkpoints; the last step always has one.
+      max_failed_saves: checkpoints in a row that can't be written (a full disk) before the
+        run stops; 1: it stops at the first, noticed when the next is due.
       keep: newest checkpoints kept.
       keep_every: checkpoints at multiples of this are kept for good; 0: none.
     """
@@ -85,6 +87,7 @@ class TrainingConfig:
     eval_batches: int = 0
     inspect_every: int = 0
     checkpoint_every: int = 100
+    max_failed_saves: int = 3
     keep: int = 3
     keep_every: int = 0
 
@@ -96,6 +99,7 @@ class TrainingConfig:
             "log_every",
             "checkpoint_every",
             "keep",
+            "max_failed_saves",
             "max_nonfinite_steps",
         ):
             require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")

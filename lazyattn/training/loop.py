@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -13,10 +13,11 @@ from jaxtyping import Int
 from lazyattn import sharding
 from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
-from lazyattn.training.checkpoint import Checkpoints
+from lazyattn.training.checkpoint import Checkpoints, SaveError
 from lazyattn.training.config import TrainingConfig
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
+from lazyattn.training.read_ahead import Positioned, ReadAhead
 from lazyattn.training.state import Params, TrainState
 from lazyattn.training.step import Metrics, StepFn
 
@@ -85,24 +86,29 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     Raises:
       NonFiniteError: after `max_nonfinite_steps` skipped steps in a row. Checkpoints
         stay as they are: none is written while steps are being skipped.
-      InputError: if data can't be read any more. The last step is saved first, unless
-        there are other processes, which would have to take part.
+      InputError: if data can't be read any more, on all processes if it is so on one.
+        The last step is saved first.
+      SaveError: if the last step, or `max_failed_saves` checkpoints in a row, can't be
+        saved.
     """
     config = run.config
     agreed_to_stop = StopAgreement()
     start = int(state.step)
     pending: tuple[int, Metrics] | None = None
     record: dict[str, Any] = {}
+    batches: DataIterator | ReadAhead = run.batches
+    if jax.process_count() > 1 and start < config.steps:
+        batches = ReadAhead(cast(Positioned, run.batches), config.steps - start)
     for number in range(start + 1, config.steps + 1):
         try:
-            rows = next(run.batches)
-        except InputError as error:
-            if number - 1 == start or jax.process_count() > 1:
+            rows = next(batches)
+        except InputError as error:  # with several processes, see below
+            if number - 1 == start:
                 raise
             if pending is not None:
                 record = _fetch(run, *pending)
                 run.log.write(record)
-            raise _saved_before(run, state, record, error) from error
+            raise _saved(run, state, record, batches, str(error)) from error
         batch = sharding.shard_batch(rows, run.mesh)
         state, metrics = run.step_fn(state, batch)
         # Only now wait for the step before, so that the device always has work.
@@ -113,8 +119,11 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here
 
-        stopping = agreed_to_stop(run.stop.received is not None, number)
-        if stopping and run.stop.received is None:
+        broken = batches.error if isinstance(batches, ReadAhead) else None
+        asked = run.stop.received is not None or broken is not None
+        why = "" if broken is None else str(broken)
+        stopping = agreed_to_stop(asked, number, why) and number < config.steps
+        if stopping and run.stop.received is None and not agreed_to_stop.why:
             run.stop.received = signal.SIGTERM  # another process has it
         last = number == config.steps or stopping
         validating = not stopping and (
@@ -127,34 +136,48 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         record = _fetch(run, *pending)
         pending = None
         begin = time.perf_counter()
+        unreadable: InputError | None = None
         if validating:
-            record |= run.validate(state.params)
-        if inspecting:
+            try:
+                record |= run.validate(state.params)
+            except InputError as error:
+                unreadable = error
+        if inspecting and unreadable is None:
             record |= run.inspect(state.params)
         run.log.pause(time.perf_counter() - begin)
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)
+        if unreadable is not None:
+            raise _saved(run, state, record, batches, str(unreadable)) from unreadable
+        if stopping and agreed_to_stop.why:
+            raise _saved(run, state, record, batches, agreed_to_stop.why) from broken
         if saving and (last or not record["nonfinite_in_row"]):
             begin = time.perf_counter()
             # The data iterator stands behind this very step: the next batch comes later.
-            run.checkpoints.save(number, state, run.batches.get_state(), run.experiment)
+            run.checkpoints.save(number, state, batches.get_state(), run.experiment)
             run.log.pause(time.perf_counter() - begin)
         if last:
             break
-    run.checkpoints.wait()
+    if problem := run.checkpoints.wait():
+        raise SaveError(f"Stopped at step {int(state.step)}, but {problem}.")
     return state, record
 
 
-def _saved_before(
-    run: Run, state: TrainState, record: dict[str, Any], error: InputError
+def _saved(
+    run: Run,
+    state: TrainState,
+    record: dict[str, Any],
+    batches: DataIterator | ReadAhead,
+    why: str,
 ) -> InputError:
-    """Saves the last step taken before the data failed; returns the error that says so."""
+    """Saves the last step taken before data failed; returns the error that says so."""
     number = record["step"]
     if record["nonfinite_in_row"]:
-        return error
-    run.checkpoints.save(number, state, run.batches.get_state(), run.experiment)
-    run.checkpoints.wait()
-    return InputError(f"{error} Training stopped after step {number}, which is saved.")
+        return InputError(why)
+    run.checkpoints.save(number, state, batches.get_state(), run.experiment)
+    if problem := run.checkpoints.wait():
+        return InputError(f"{why} Training stopped after step {number}, but {problem}.")
+    return InputError(f"{why} Training stopped after step {number}, which is saved.")
 
 
 def _fetch(run: Run, number: int, metrics: Metrics) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from lazyattn.training.append import AppendedFile
+
 # Peak FLOP/s of dense bfloat16 matrix products of one device, by
 # `jax.Device.device_kind`, as the makers' data sheets state them.
 PEAK_FLOPS = {
@@ -74,11 +76,12 @@ class JsonLines:
           step: lines of later steps, and a last line cut short, are dropped.
         """
         _cut_back(path, step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = AppendedFile(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a line."""
-        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
+        """Appends a line; where the disk is full it waits for the next."""
+        line = json.dumps({name: _plain(value) for name, value in record.items()}) + "\n"
+        self._file.write(line.encode())
         self._file.flush()
 
     def close(self) -> None:
@@ -204,6 +207,12 @@ class TensorBoard:
           step: what an earlier run wrote past this step is purged.
         """
         self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30)
+        # Its thread would die of a full disk, and then whoever writes would wait for ever.
+        events: Any = self._writer.file_writer.event_writer._ev_writer
+        records = events._py_recordio_writer
+        with events._lock:  # the thread has begun already
+            records._writer.close()
+            records._writer = AppendedFile(Path(records.path))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds a value to each of these curves."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -29,6 +30,7 @@ from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
 from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.read_ahead import read_together
 from lazyattn.training.state import Params
 from lazyattn.training.step import make_train_step
 from lazyattn.training.summary import print_summary
@@ -54,6 +56,7 @@ def train(
       InputError: if something the user gave is wrong; as much as possible is found
         before data is prepared or anything compiled.
       NonFiniteError: if too many steps in a row weren't finite.
+      SaveError: if too many checkpoints in a row, or the last, couldn't be written.
     """
     training = experiment.training
     mesh = sharding.make_mesh(experiment.mesh)
@@ -67,7 +70,12 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(
-            Checkpoints(workdir, keep=training.keep, keep_every=training.keep_every)
+            Checkpoints(
+                workdir,
+                keep=training.keep,
+                keep_every=training.keep_every,
+                max_failed=training.max_failed_saves,
+            )
         )
         changes = _check_resumption(checkpoints, experiment)
         factory = folders.make_state_factory(experiment, mesh)
@@ -98,9 +106,12 @@ def train(
         )
 
         probe: AttentionProbe | None = None
+        validations = itertools.count(1)
 
         def validate(params: Params) -> dict[str, float]:
-            found = evaluator(params, validation_rows(experiment, prepared, mesh))
+            rows = validation_rows(experiment, prepared, mesh)
+            what = f"validation {next(validations)}, batch"
+            found = evaluator(params, read_together(rows, what))
             return {
                 "validation_loss": found.loss,
                 "validation_bits_per_byte": found.bits_per_byte,

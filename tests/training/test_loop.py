@@ -33,7 +33,12 @@ def _train(workdir, toy_step, poison=(), stop_after=None, **settings):
             stop.received = signal.SIGTERM
         return step_fn(state, batch)
 
-    with Checkpoints(workdir, keep=config.keep, keep_every=config.keep_every) as checkpoints:
+    with Checkpoints(
+        workdir,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        max_failed=config.max_failed_saves,
+    ) as checkpoints:
         restored = checkpoints.restore(factory.abstract)
         if restored is not None:
             batches.set_state(restored.data)

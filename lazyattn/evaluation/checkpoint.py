@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import jax
+
 from lazyattn.data.pipeline import prepare, unigram_entropy
-from lazyattn.errors import InputError
+from lazyattn.errors import InputError, require
 from lazyattn.evaluation import extrapolation
 from lazyattn.evaluation.documents import (
     VALIDATION,
@@ -24,6 +26,7 @@ from lazyattn.evaluation.scoring import Scorer
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context
 from lazyattn.sharding import check_batch
+from lazyattn.training.read_ahead import read_together
 from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "evaluation"
@@ -55,6 +58,12 @@ def evaluate(
     }
     passages = [] if options.lambada is None else read_lambada(options.lambada)[: options.limit]
     if options.tasks:
+        require(
+            jax.process_count() == 1,
+            "--tasks",
+            ",".join(options.tasks),
+            "left out where several processes evaluate: the harness runs in one",
+        )
         _check_tasks(options)
     check_tokenizer(path)
     trained = load_trained(path, experiment)
@@ -68,7 +77,7 @@ def evaluate(
             name="--contexts" if options.contexts else "the context",
             beyond_table=options.beyond_table,
         )
-    print(f"checkpoint       {trained.checkpoint}")
+    _say(f"checkpoint       {trained.checkpoint}")
     if options.tasks:
         _print_tasks(trained, options, contexts[0], folder)
     # A list of contexts alone is a question about the run's own text.
@@ -79,6 +88,12 @@ def evaluate(
         _print_texts(trained, options, corpora, passages, contexts, folder)
     elif not options.tasks:
         _print_validation(trained, cache_dir)
+
+
+def _say(text: str) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
@@ -95,13 +110,14 @@ def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] |
     evaluator = Evaluator(
         experiment.model, trained.mesh, trained.param_shardings, trained.tokenizer.bytes_per_token
     )
-    found = evaluator(trained.params, validation_rows(experiment, prepared, trained.mesh))
-    print(
+    rows = read_together(validation_rows(experiment, prepared, trained.mesh), "evaluation, batch")
+    found = evaluator(trained.params, rows)
+    _say(
         f"validation loss  {found.loss:.4f} nats a token over {found.tokens:,} tokens"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"
     )
-    print(f"perplexity       {found.perplexity:.3f}")
-    print(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
+    _say(f"perplexity       {found.perplexity:.3f}")
+    _say(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
 
 
 def _corpus(
@@ -139,7 +155,9 @@ def _print_texts(
     texts, lambada = extrapolation.extrapolate(scorer, corpora, tokens, contexts, options.stride)
     length = trained.experiment.data.sequence_length
     table = extrapolation.as_table(texts, lambada, length)
-    print(f"\n{table}\n\n{scorer.compilations} shapes were compiled.")
+    _say(f"\n{table}\n\n{scorer.compilations} shapes were compiled.")
+    if jax.process_index() > 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contexts.md").write_text(table + "\n")
     data = extrapolation.as_data(texts, lambada, length)
@@ -147,7 +165,7 @@ def _print_texts(
     (folder / "contexts.json").write_text(json.dumps(data, indent=2) + "\n")
     drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
     more = "" if drawn else " There is no picture: matplotlib is not installed."
-    print(f"Written to {folder}.{more}")
+    _say(f"Written to {folder}.{more}")
 
 
 def _check_tasks(options: EvaluationOptions) -> None:

@@ -1,0 +1,63 @@
+"""Saves a state on one mesh of 8 devices, restores it on others, compares bit by bit.
+
+python -m tests.training.reshard_program FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from lazyattn import sharding
+from lazyattn.experiment import from_config_dict
+from lazyattn.training.checkpoint import Checkpoints
+from lazyattn.training.workdir import make_state_factory
+from tests.training import tiny
+
+MESHES = {
+    "one": (dict(data=1), 1),
+    "data": (dict(data=8), 8),
+    "fsdp": (dict(data=1, fsdp=8), 8),
+    "mixed": (dict(data=2, fsdp=2, tensor=2), 8),
+    "rows": (dict(data=1, sequence=4), 4),
+}
+
+
+def factory(name):
+    sizes, count = MESHES[name]
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:count])
+    return make_state_factory(from_config_dict(tiny.get_config()), mesh)
+
+
+def main(folder):
+    factories = {name: factory(name) for name in MESHES}
+    for saved_on in ("fsdp", "one", "mixed"):
+        state = factories[saved_on].create()
+        # Moments and counters that aren't zero, and unlike each other.
+        leaves, tree = jax.tree.flatten(state)
+        random = np.random.default_rng(0)
+        filled = [
+            (100 * random.normal(size=x.shape)).astype(x.dtype) if x.ndim else x.dtype.type(7)
+            for x in leaves
+        ]
+        state = jax.tree.unflatten(
+            tree, [jax.device_put(new, x.sharding) for new, x in zip(filled, leaves, strict=True)]
+        )
+        with Checkpoints(folder / saved_on) as checkpoints:
+            checkpoints.save(7, state, None, {})
+            assert checkpoints.wait() is None
+            for restored_on, other in factories.items():
+                found = checkpoints.restore(other.abstract).state
+                assert jax.tree.map(lambda x: x.sharding, found) == other.shardings
+                jax.tree.map(np.testing.assert_array_equal, found, state)
+                split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(found))
+                print(saved_on, restored_on, len(leaves), split, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -166,21 +166,23 @@ class QueryTile:
         bias, buffers = self.in_order if sets.in_order else self.free
         parts = strips(self.plan, self.plan.strips.weights if sets.in_order else HALF)
 
-        def masked(keys: slice) -> Array:
+        highest = jnp.full((SUBLANES, self.plan.queries), LOWEST)[:, cut]
+        for keys in parts:
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
-            return scores if seen is None else jnp.where(seen, scores, LOWEST)
-
-        highest = functools.reduce(jnp.maximum, [fold(masked(x), jnp.maximum) for x in parts])
+            if seen is not None:
+                scores = jnp.where(seen, scores, LOWEST)
+            highest = jnp.maximum(highest, fold(scores, jnp.maximum))
+            buffers.store(sets.scores, "scores", keys, scores, cut)
+            bias.fence(keys, scores[:SUBLANES, :LANES])
         maximum = jnp.max(highest, axis=0, keepdims=True)
         maximum = jnp.maximum(refs.log_total[:, cut], maximum)
         shrink = jnp.exp2(refs.log_total[:, cut] - maximum)
         total = refs.total[:, cut] * shrink
         for keys in parts:
-            weights = jnp.exp2(masked(keys) - maximum)
+            weights = jnp.exp2(buffers.load(sets.scores, "scores", keys, cut) - maximum)
             total += fold(weights, jnp.add)
             buffers.store(sets.results, "weights", keys, weights.astype(buffers.dtype), cut)
-            bias.fence(keys, weights[:SUBLANES, :LANES])
         refs.log_total[:, cut], refs.total[:, cut] = maximum, total
-        refs.sum[:, cut] *= shrink
         value = refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
-        refs.sum[:, cut] += dot(value, buffers.whole(sets.results, "weights", cut), LAST_FIRST)
+        added = dot(value, buffers.whole(sets.results, "weights", cut), LAST_FIRST)
+        refs.sum[:, cut] = refs.sum[:, cut] * shrink + added

@@ -173,6 +173,8 @@ def train(
             )
             return stop.exit_status
         record = record or validate(state.params)
+        if jax.process_index() > 0:
+            return 0
         print_summary(
             log.line,
             path,

@@ -25,7 +25,8 @@ class Shell:
 
     folder: Path
 
-    def start(self, name, count, *overrides, devices=2):
+    def start(self, name, count, *overrides, devices=2, fault=None, own=lambda number: ()):
+        """Starts processes; `fault` is for `faulty_program`, `own` gives each its own flags."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -36,18 +37,21 @@ class Shell:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         command = [
-            *(sys.executable, "train.py"),
+            sys.executable,
+            *(("-m", "tests.training.faulty_program") if fault else ("train.py",)),
             f"--config={ROOT / 'tests/training/tiny.py'}:{self.folder / 'text'}",
             f"--workdir={self.folder / name}",
             f"--config.training.steps={STEPS}",
             "--config.data.batch_size=8",
             *overrides,
         ]
+        if fault:
+            environment["FAULT"] = fault
         if count > 1:
             command += [f"--coordinator=localhost:{port}", f"--process_count={count}"]
         return [
             subprocess.Popen(
-                command + ([f"--process_id={number}"] if count > 1 else []),
+                [*command, *own(number), *([f"--process_id={number}"] if count > 1 else [])],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,

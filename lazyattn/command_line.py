@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from lazyattn.errors import InputError, bad_value
-from lazyattn.experiment import check_override
+from lazyattn.experiment import ExperimentConfig, check_override, from_config_dict
 
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 _CONFIG = re.compile(r"--?config(=(?P<value>.*))?", re.DOTALL)
@@ -40,6 +40,38 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
     if len(rest) > 1:
         raise InputError(f"The argument {rest[1]!r} is not a flag; flags look like --workdir=DIR.")
     return rest
+
+
+def workdir(values: flags.FlagValues = flags.FLAGS) -> str:
+    """Returns the folder of the run.
+
+    Raises:
+      InputError: if it is not given.
+    """
+    if not values.workdir:
+        raise InputError("--workdir is not given, but it must be the folder of the run.")
+    return values.workdir
+
+
+def experiment(values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig | None:
+    """Returns the settings of the config file and its overrides; None: no config file is given.
+
+    Raises:
+      InputError: for a setting that is wrong.
+    """
+    return None if values.config is None else from_config_dict(values.config)
+
+
+def required_experiment(values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig:
+    """Returns `experiment`.
+
+    Raises:
+      InputError: as there, and if no config file is given.
+    """
+    found = experiment(values)
+    if found is None:
+        raise InputError(f"--config is not given, but --mode={values.mode} needs a config file.")
+    return found
 
 
 def _check(arguments: list[str]) -> None:

@@ -149,6 +149,15 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, config, "")
 
 
+def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """Returns a checked model from `dataclasses.asdict` of one.
+
+    Raises:
+      InputError: as `from_config_dict`.
+    """
+    return _build(ModelConfig, values, "model.")
+
+
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))

@@ -79,7 +79,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         **where,
     )
     flags.DEFINE_string("lambada", None, "eval: .jsonl file of passages.", **where)
-    flags.DEFINE_string("output", None, "eval, inspect: folder for results.", **where)
+    flags.DEFINE_string("output", None, "eval, inspect, export: folder for results.", **where)
     flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
     flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)
     flags.DEFINE_bool(

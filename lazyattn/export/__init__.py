@@ -1,0 +1,1 @@
+"""Trained models for others: parameters alone, as an Orbax checkpoint or as safetensors."""

@@ -1,0 +1,97 @@
+"""The model card of an export, `README.md`."""
+
+from collections.abc import Sequence
+
+from lazyattn.export.parameters import stored_dtypes
+from lazyattn.export.settings import Facts, differences
+from lazyattn.model.accounting import parameter_counts
+from lazyattn.model.config import VARIANTS
+
+FILE = "README.md"
+
+
+def model_card(
+    name: str, facts: Facts, *, dtype: str, layout: str, formats: Sequence[str], tokenizer: bool
+) -> str:
+    """Returns the card, Markdown with the header that model hubs read.
+
+    Args:
+      name: of the model.
+      facts: what is known of it.
+      dtype: of its matrices.
+      layout: of the Orbax checkpoint.
+      formats: that it is written in.
+      tokenizer: whether one is with it.
+    """
+    model, attention = facts.model, facts.model.attention
+    counts = parameter_counts(stored_dtypes(model, dtype))
+    rows = [
+        ("parameters", f"{counts['total']:,}"),
+        ("attention", f"`{attention.variant}`: {VARIANTS[attention.variant]}"),
+        ("layers, width, MLP width", f"{model.num_layers}, {model.width}, {model.hidden_width}"),
+        (
+            "heads",
+            f"{attention.num_heads} of size {model.head_dim}, {attention.kv_heads} of keys",
+        ),
+        ("vocabulary", f"{model.vocab_size:,}" + (", tied" if model.tie_embeddings else "")),
+        ("activations", model.compute_dtype),
+        (
+            "matrices stored in",
+            dtype + ("" if dtype == "float32" else "; norms, biases and offsets in float32"),
+        ),
+        ("rows in training", f"{facts.sequence_length:,} tokens"),
+    ]
+    if attention.has_bias:
+        tail = "with a learned tail" if attention.bias_tail else "0 past them"
+        rows.append(("distance bias", f"{attention.bias_width:,} distances, {tail}"))
+    if facts.step is not None:
+        rows.append(("steps of training", f"{facts.step:,}"))
+    if facts.tokens is not None:
+        rows.append(("tokens in training", f"{facts.tokens:,}"))
+    if facts.data is not None:
+        rows.append(("text", facts.data))
+    if facts.validation_loss is not None:
+        rows.append(("validation loss", f"{facts.validation_loss:.4f} nats a token"))
+    parts = [
+        "---\nlibrary_name: lazyattn\npipeline_tag: text-generation\ntags:\n- lazy-attention\n"
+        "- jax\n---",
+        f"# {name}",
+        "A language model with Lazy Attention ([arXiv 2601.00919](https://arxiv.org/abs/2601.00919))"
+        " or one of its ablations, exported by lazyattn.",
+        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
+        "## Use",
+        _use(tokenizer),
+    ]
+    if "orbax" in formats:
+        parts.append(
+            f"`params/` is an Orbax checkpoint of the parameters alone, written {layout};"
+            " `config.json` says under `lazyattn` what the model is."
+        )
+    if "safetensors" in formats:
+        parts += ["## In PyTorch", _torch(facts)]
+    parts += [
+        "## Limits",
+        "A language model repeats what its text had in it, true or not. This export has been"
+        " measured by nothing beyond what the table says.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(tokenizer: bool) -> str:
+    ids = "[[model.tokenizer.bos_id, *model.tokenizer.encode(TEXT)]]" if tokenizer else "IDS"
+    return (
+        "```python\nimport numpy as np\n\nfrom lazyattn.export.load import load_model\n\n"
+        f"model = load_model(FOLDER)\ntokens = np.array({ids})\n"
+        "logits = model.logits(tokens)  # float32, [batch, length, vocab]\n```"
+    )
+
+
+def _torch(facts: Facts) -> str:
+    same = (
+        "`model.safetensors` (or several, with an index) has the names and shapes of the paper's"
+        " authors' layers in flash-linear-attention. "
+    )
+    found = differences(facts)
+    if not found:
+        return same + "There it is the same function, for rows that are one document each."
+    return same + "There it is not the same function:\n\n" + "\n".join(f"- {one}" for one in found)

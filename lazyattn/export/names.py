@@ -1,0 +1,233 @@
+"""Parameters by the names of the authors' PyTorch layers, and back.
+
+    model.embeddings.weight                    [vocab, width]
+    model.layers.N.attn_norm.weight            [width]
+    model.layers.N.attn.q_proj.weight          [heads * head_dim, width], k_proj and v_proj
+                                               with kv_heads
+    model.layers.N.attn.o_proj.weight          [width, heads * head_dim]
+    model.layers.N.attn.q_norm.weight          [head_dim], and k_norm, with `qk_norm`
+    model.layers.N.attn.learnable_bias_diagonals   [heads, bias_width]
+    model.layers.N.attn.tau                    [heads]
+    model.layers.N.attn.learnable_bias_slope   [heads], with `bias_tail`; ours, theirs has none
+    model.layers.N.mlp_norm.weight             [width]
+    model.layers.N.mlp.gate_proj.weight        [mlp_width, width], and up_proj
+    model.layers.N.mlp.down_proj.weight        [width, mlp_width]
+    model.norm.weight                          [width]
+    lm_head.weight                             [vocab, width]
+
+A PyTorch Linear keeps its matrix as [out, in] and heads are one after the other in its
+rows; ours is [in, out]. Our embedding is multiplied by width^1/2 on the way in and theirs
+is not, so that theirs is ours times that.
+
+Source of the names: the authors' attention layer in the flash-linear-attention library.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from lazyattn.errors import InputError
+from lazyattn.model.config import ModelConfig
+from lazyattn.model.parameters import Params, parameter_shapes
+
+INPUT, OUTPUT = "model.embeddings.weight", "lm_head.weight"
+BIAS, SLOPE, TAU = "attn.learnable_bias_diagonals", "attn.learnable_bias_slope", "attn.tau"
+
+# Of a matrix: how many of our first axes go in. None: a vector or table, kept as it is.
+_LAYER: dict[tuple[str, ...], tuple[str, int | None]] = {
+    ("attention_norm", "scale"): ("attn_norm.weight", None),
+    ("attention", "query"): ("attn.q_proj.weight", 1),
+    ("attention", "key"): ("attn.k_proj.weight", 1),
+    ("attention", "value"): ("attn.v_proj.weight", 1),
+    ("attention", "output"): ("attn.o_proj.weight", 2),
+    ("attention", "query_norm", "scale"): ("attn.q_norm.weight", None),
+    ("attention", "key_norm", "scale"): ("attn.k_norm.weight", None),
+    ("attention", "distance_bias"): (BIAS, None),
+    ("attention", "distance_slope"): (SLOPE, None),
+    ("attention", "offset"): (TAU, None),
+    ("mlp_norm", "scale"): ("mlp_norm.weight", None),
+    ("mlp", "gate"): ("mlp.gate_proj.weight", 1),
+    ("mlp", "up"): ("mlp.up_proj.weight", 1),
+    ("mlp", "down"): ("mlp.down_proj.weight", 1),
+}
+_WHOLE = {
+    ("embedding",): INPUT,
+    ("final_norm", "scale"): "model.norm.weight",
+    ("unembedding",): OUTPUT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One tensor: its name there, and where it is here.
+
+    Attributes:
+      name: in PyTorch.
+      path: of the array here, within a block where `layer` is given.
+      shape: of the array here, of one layer.
+      layer: number of the block; None: in none.
+      axes_in: as in `_LAYER`.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    layer: int | None = None
+    axes_in: int | None = None
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        if self.axes_in is None:
+            return self.shape
+        return math.prod(self.shape[self.axes_in :]), math.prod(self.shape[: self.axes_in])
+
+    def to_torch(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        if self.axes_in is None:
+            return array
+        return array.reshape(self.torch_shape[::-1]).T
+
+    def from_torch(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        return array if self.axes_in is None else array.T.reshape(self.shape)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the PyTorch shape of every tensor of a model, by name, layer after layer."""
+    shapes = {tensor.name: tensor.torch_shape for tensor in _tensors(config)}
+    return shapes | {OUTPUT: shapes[INPUT]}
+
+
+def stored_dtype(name: str, dtype: str) -> str:
+    """Returns a tensor's dtype in an export with matrices in `dtype`, as `parameters.cast`."""
+    kept = {theirs for theirs, axes_in in _LAYER.values() if axes_in is None} | {"norm.weight"}
+    return "float32" if any(name.endswith("." + one) for one in kept) else dtype
+
+
+def to_torch(
+    params: Mapping[str, Any], config: ModelConfig
+) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+    """Yields every tensor by name, float32 and contiguous, in the order of `tensor_shapes`.
+
+    One tensor is in memory at a time; one that devices share is gathered.
+
+    Args:
+      params: the model's parameters, float32, on any devices.
+      config: the model.
+    """
+    scale = np.float32(config.width**0.5)
+    for tensor in _tensors(config):
+        array = tensor.to_torch(_gathered(_find(params, tensor)))
+        # What is not contiguous, safetensors would write in the order it has in memory.
+        yield tensor.name, np.ascontiguousarray(array * scale if tensor.name == INPUT else array)
+    if config.tie_embeddings:
+        yield OUTPUT, _gathered(params["embedding"])
+
+
+def from_torch(
+    read: Callable[[str], Float[np.ndarray, "..."]], config: ModelConfig, where: str
+) -> Params:
+    """Returns the parameters, float32 in the host's memory.
+
+    Args:
+      read: name -> tensor, of the shape in `tensor_shapes`.
+      config: the model.
+      where: the tensors are from, for messages.
+
+    Raises:
+      InputError: if the embeddings of a tied model are two.
+    """
+    layers: dict[tuple[str, ...], list[np.ndarray]] = {}
+    params: Params = {}
+    for tensor in _tensors(config):
+        name = OUTPUT if tensor.name == INPUT and config.tie_embeddings else tensor.name
+        array = np.asarray(read(name), np.float32)
+        if name == INPUT:
+            array = _unscaled(array, np.float32(config.width**0.5))
+        array = np.ascontiguousarray(tensor.from_torch(array))
+        if tensor.layer is None:
+            _put(params, tensor.path, array)
+        else:
+            layers.setdefault(tensor.path, []).append(array)
+    for path, arrays in layers.items():
+        if config.scan_layers:
+            _put(params, ("blocks", *path), np.stack(arrays))
+        else:
+            for layer, array in enumerate(arrays):
+                _put(params, (f"blocks_{layer}", *path), array)
+    if config.tie_embeddings:
+        expected = params["embedding"] * np.float32(config.width**0.5)
+        # Both may have been rounded to bfloat16, which has 8 bits.
+        if not np.allclose(np.asarray(read(INPUT), np.float32), expected, rtol=2**-7, atol=0):
+            raise InputError(
+                f"{where} has a {INPUT} that is not {OUTPUT} times the square root of"
+                f" {config.width}, the width, so that the model is not tied, as its settings say."
+            )
+    return params
+
+
+def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+    """Yields a model's tensors, but for the second copy of a tied embedding."""
+    shapes = parameter_shapes(config)
+    stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
+
+    def whole(path: tuple[str, ...]) -> _Tensor:
+        return _Tensor(_WHOLE[path], path, _leaf(shapes, path).shape)
+
+    yield whole(("embedding",))
+    for layer in range(config.num_layers):
+        for path, (name, axes_in) in _LAYER.items():
+            leaf = _leaf(stacked, path)
+            if leaf is not None:
+                shape = leaf.shape[1:] if config.scan_layers else leaf.shape
+                yield _Tensor(f"model.layers.{layer}.{name}", path, shape, layer, axes_in)
+    yield whole(("final_norm", "scale"))
+    if not config.tie_embeddings:
+        yield whole(("unembedding",))
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """Returns the array at a path, or None where the model has none."""
+    node: Any = tree
+    for name in path:
+        if name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def _find(params: Mapping[str, Any], tensor: _Tensor) -> Any:
+    if tensor.layer is None:
+        return _leaf(params, tensor.path)
+    if "blocks" in params:
+        return _leaf(params["blocks"], tensor.path)[tensor.layer]
+    return _leaf(params[f"blocks_{tensor.layer}"], tensor.path)
+
+
+def _put(params: Params, path: tuple[str, ...], array: Float[np.ndarray, "..."]) -> None:
+    node = params
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+    node[path[-1]] = array
+
+
+def _gathered(array: Any) -> Float[np.ndarray, "..."]:
+    return np.asarray(jax.device_get(array), np.float32)
+
+
+def _unscaled(
+    array: Float[np.ndarray, "vocab width"], scale: np.float32
+) -> Float[np.ndarray, "vocab width"]:
+    """Returns what gives `array` when it is multiplied by `scale`, to the bit if anything does.
+
+    A quotient is rounded; of it and its two neighbours, the first that does is taken.
+    """
+    found = array / scale
+    for towards in (-np.inf, np.inf):
+        near = np.nextafter(array / scale, np.float32(towards), dtype=np.float32)
+        better = (found * scale != array) & (near * scale == array)
+        found = np.where(better, near, found)
+    return found

@@ -1,0 +1,88 @@
+"""The flags of `--mode=export`."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from lazyattn.errors import InputError, require
+
+FORMATS = ("orbax", "safetensors")
+DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("unsharded", "sharded")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to write.
+
+    Attributes:
+      formats: of `FORMATS`, at least one.
+      dtype: of the matrices, one of `DTYPES`.
+      layout: of the Orbax checkpoint, one of `LAYOUTS`.
+      bias_length: distances to write the bias table out to, in place of its tail;
+        None: as it is.
+      import_from: folder of safetensors to read the model from; None: the run's
+        newest checkpoint.
+      output: folder to make; None: `export` in the run's.
+    """
+
+    formats: tuple[str, ...] = ("orbax",)
+    dtype: str = "float32"
+    layout: str = "unsharded"
+    bias_length: int | None = None
+    import_from: str | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        require(
+            bool(self.formats) and set(self.formats) <= set(FORMATS),
+            "--formats",
+            ",".join(self.formats),
+            "orbax, safetensors, or both with a comma between them",
+        )
+        require(self.dtype in DTYPES, "--dtype", self.dtype, "float32 or bfloat16")
+        require(self.layout in LAYOUTS, "--layout", self.layout, "unsharded or sharded")
+        require(
+            self.bias_length is None or self.bias_length >= 1,
+            "--bias_length",
+            self.bias_length,
+            "at least 1",
+        )
+        if self.import_from is not None and self.output is None:
+            raise InputError(
+                "--output is not given, but --import_from needs it: the folder to write the model"
+                " to."
+            )
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags that no other mode has; --output is shared."""
+    where: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_list("formats", ["orbax"], "export: orbax, safetensors or both.", **where)
+    flags.DEFINE_string("dtype", "float32", "export: float32 or bfloat16, for matrices.", **where)
+    flags.DEFINE_string(
+        "layout", "unsharded", "export: of the Orbax checkpoint, unsharded or sharded.", **where
+    )
+    flags.DEFINE_integer(
+        "bias_length", None, "export: distances of a bias table without a tail.", **where
+    )
+    flags.DEFINE_string(
+        "import_from", None, "export: safetensors to read instead of a run's checkpoint.", **where
+    )
+
+
+def options(values: flags.FlagValues = flags.FLAGS) -> ExportOptions:
+    """Returns what to write.
+
+    Raises:
+      InputError: for a value out of range, or flags that do not go together.
+    """
+    return ExportOptions(
+        formats=tuple(dict.fromkeys(name.strip() for name in values.formats)),
+        dtype=values.dtype,
+        layout=values.layout,
+        bias_length=values.bias_length,
+        import_from=values.import_from,
+        output=values.output,
+    )

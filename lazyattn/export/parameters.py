@@ -1,0 +1,147 @@
+"""Parameters to and from an Orbax checkpoint, their dtype, and a bias table without a tail."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lazyattn import sharding
+from lazyattn.errors import InputError, require
+from lazyattn.model.config import ModelConfig
+from lazyattn.model.parameters import Params, parameter_shapes, partition_specs
+
+# Float32 in every export: they are small, and bfloat16 would move a bias of -500 by up
+# to 2, and round what p + tau / n hangs on.
+KEPT = ("distance_bias", "distance_slope", "offset", "scale")
+
+
+def cast(params: Mapping[str, Any], dtype: str) -> Params:
+    """Returns the parameters with their matrices in `dtype`, "float32" or "bfloat16"."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        return leaf if path[-1].key in KEPT else leaf.astype(jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(one, dict(params))
+
+
+def stored_dtypes(config: ModelConfig, dtype: str) -> Params:
+    """Returns the parameters' tree with the shapes and dtypes of an export."""
+    return jax.eval_shape(
+        lambda: cast(jax.tree.map(jnp.zeros_like, parameter_shapes(config)), dtype)
+    )
+
+
+def save(folder: Path, params: Mapping[str, Any], layout: str) -> None:
+    """Writes an Orbax checkpoint.
+
+    Args:
+      folder: that does not exist.
+      params: on any devices of this process.
+      layout: "sharded" writes every array in the pieces that devices hold, all at once;
+        "unsharded" brings them together on the host first. Either can be read on any
+        number of devices.
+    """
+    if layout == "unsharded":
+        params = jax.tree.map(lambda leaf: np.asarray(jax.device_get(leaf)), dict(params))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), params)
+
+
+def restore(folder: Path, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    """Returns the parameters in float32, each device of `mesh` reading its own share.
+
+    Args:
+      folder: an Orbax checkpoint of parameters.
+      config: the model.
+      mesh: devices; None: the first one.
+
+    Raises:
+      InputError: if it can't be read, or is not of that model, or the mesh does not
+        divide an array.
+    """
+    wanted = _placed(parameter_shapes(config), config, mesh)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                folder.absolute(),
+                args=ocp.args.PyTreeRestore(
+                    wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+                ),
+            )
+    except (ValueError, OSError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(
+            f"The parameters in {str(folder)!r} can't be read ({type(error).__name__}: {first})."
+        ) from None
+
+
+def place(params: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    """Returns parameters from the host's memory on devices, as `restore` would.
+
+    Raises:
+      InputError: if the mesh does not divide an array.
+    """
+    wanted = _placed(parameter_shapes(config), config, mesh)
+    return jax.tree.map(lambda leaf, where: jax.device_put(leaf, where.sharding), params, wanted)
+
+
+def _placed(shapes: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: one, shapes)
+    else:
+        named = lambda spec: jax.sharding.NamedSharding(mesh, spec)  # noqa: E731
+        shardings = jax.tree.map(named, partition_specs(config))
+        sharding.check_divisible(shapes, shardings)
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def without_tail(
+    params: Mapping[str, Any], config: ModelConfig, length: int
+) -> tuple[Params, ModelConfig]:
+    """Returns the model with its bias tables written out to `length` distances.
+
+    In contexts of up to `length` tokens it is the same function; past them a bias
+    without a tail is 0.
+
+    Args:
+      params: the model's parameters.
+      config: the model, which has a tail.
+      length: distances, at least the table's.
+
+    Raises:
+      InputError: if it has no tail, or the table is longer.
+    """
+    attention = config.attention
+    if not (attention.has_bias and attention.bias_tail):
+        raise InputError(
+            f"--bias_length is {length}, but the model's bias has no tail to write out; leave it"
+            " out."
+        )
+    width = attention.bias_width
+    require(length >= width, "--bias_length", length, f"at least {width}, the table's own length")
+
+    def extended(block: Mapping[str, Any]) -> Params:
+        layer = dict(block["attention"])
+        table, slope = layer["distance_bias"], layer.pop("distance_slope")
+        beyond = jnp.arange(1, length - width + 1, dtype=table.dtype)
+        tail = table[..., -1:] - slope[..., None] * beyond
+        return {
+            **block,
+            "attention": {**layer, "distance_bias": jnp.concatenate([table, tail], axis=-1)},
+        }
+
+    changed = {
+        name: extended(leaf) if name.startswith("blocks") else leaf for name, leaf in params.items()
+    }
+    attention = dataclasses.replace(attention, bias_width=length, bias_tail=False)
+    return changed, dataclasses.replace(config, attention=attention)

@@ -1,0 +1,167 @@
+"""Folders of safetensors: one `model.safetensors`, or several and an index.
+
+    model.safetensors
+    model-00001-of-00003.safetensors, ..., model.safetensors.index.json
+
+The second where one file would be too large to hold in memory or to send; both as the
+Hugging Face libraries write and read them.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from lazyattn.errors import InputError
+
+MAX_BYTES = 4_000_000_000
+ONE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def require_library() -> None:
+    """Checks that the package safetensors is there.
+
+    Raises:
+      InputError: if it is not.
+    """
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "safetensors files need the package safetensors, which is not installed: pip install"
+            " safetensors."
+        ) from None
+
+
+def write(
+    folder: Path,
+    tensors: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
+    sizes: Mapping[str, int],
+    max_bytes: int = MAX_BYTES,
+) -> list[str]:
+    """Writes tensors, holding those of one file in memory at a time.
+
+    Args:
+      folder: that exists.
+      tensors: names and contiguous arrays.
+      sizes: their bytes, by name in the same order.
+      max_bytes: of a file; a tensor that is larger gets a file to itself.
+
+    Returns:
+      The names of the files.
+    """
+    import safetensors.numpy
+
+    numbers = _numbers(sizes, max_bytes)
+    total = max(numbers.values())
+    files = [ONE] if total == 1 else [_file(n, total) for n in range(1, total + 1)]
+    held: dict[str, Any] = {}
+    left = {n: list(numbers.values()).count(n) for n in range(1, total + 1)}
+    for name, array in tensors:
+        held[name] = array
+        number = numbers[name]
+        if len(held) == left[number]:
+            # PyTorch's readers look for this.
+            safetensors.numpy.save_file(held, folder / files[number - 1], {"format": "pt"})
+            held = {}
+    if total > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: files[number - 1] for name, number in numbers.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.append(INDEX)
+    return files
+
+
+def _file(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _numbers(sizes: Mapping[str, int], max_bytes: int) -> dict[str, int]:
+    """Returns for each tensor the number of its file, from 1."""
+    numbers, number, used = {}, 1, 0
+    for name, size in sizes.items():
+        if used and used + size > max_bytes:
+            number, used = number + 1, 0
+        numbers[name] = number
+        used += size
+    return numbers
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path,
+) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Float[np.ndarray, "..."]]]]:
+    """Opens a folder of safetensors or one such file.
+
+    Yields:
+      Shapes by name, and name -> tensor, which reads it.
+
+    Raises:
+      InputError: if there is none, or one can't be read.
+    """
+    require_library()
+    import safetensors
+
+    holds: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with contextlib.ExitStack() as stack:
+        for file in _files(path):
+            try:
+                held = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+                listed = held.keys()
+                found = {name: tuple(held.get_slice(name).get_shape()) for name in listed}
+            except (safetensors.SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{str(file)!r} can't be read as a safetensors file ({error})."
+                ) from None
+            holds |= dict.fromkeys(found, held)
+            shapes |= found
+        yield shapes, lambda name: holds[name].get_tensor(name)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file() and path.suffix == ".safetensors":
+        return [path]
+    if (path / ONE).is_file():
+        return [path / ONE]
+    try:
+        names = json.loads((path / INDEX).read_text())["weight_map"].values()
+    except FileNotFoundError:
+        raise InputError(
+            f"{str(path)!r} has no safetensors, but it must be a folder with {ONE} or {INDEX}, or"
+            " one such file."
+        ) from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{str(path / INDEX)!r} can't be read as the index of safetensors files ({error!r})."
+        ) from None
+    return [path / name for name in dict.fromkeys(names)]
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Checks that tensors are those of a model, before any is read.
+
+    Raises:
+      InputError: naming the first that is missing, has another shape, or is too much.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise InputError(
+                f"{where} has no tensor {name}, but the model needs one of shape {shape}."
+            )
+        if found[name] != shape:
+            raise InputError(
+                f"{where} has {name} of shape {found[name]}, but it must be of shape {shape}."
+            )
+    for name in found:
+        if name not in expected:
+            raise InputError(f"{where} has a tensor {name}, which the model has no place for.")

@@ -5,7 +5,7 @@
 compiles both for each generation, reads the final instruction schedules, and prints
 
 - a table of loops: bundles a visited tile of 128 x 128 entries, share of bundles in which a
-  matrix unit issues, vector registers spilled;
+  matrix unit issues, loads and stores of spilled vector registers;
 - an estimate of whole calls: every part's bundles times how often these inputs run it, or
   the time memory needs for the bytes that move, whichever is longer. Splash attention is
   taken at the block sizes, of those tried, at which its own estimate is lowest.
@@ -33,7 +33,8 @@ from absl import app, flags
 from jaxtyping import Array, Float, Int
 
 from benchmarks import cases
-from benchmarks.tpu_compiler import TOPOLOGIES, Compiler, Part, Schedule
+from benchmarks.tpu_compiler import TOPOLOGIES, Compiler, Part
+from benchmarks.tpu_estimate import Kernel, chunk_visits, memory_bundles, splash, waiting_bundles
 from lazyattn import lazy_attention
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.tpu import config
@@ -41,13 +42,6 @@ from pallas_kernels.visit import visit_ranges
 
 _TILE = 128
 WIDTH = 1024
-
-# Bytes that one core's memory moves in a bundle's time, from the chip's bandwidth and the
-# clock at which its matrix units reach their peak (jax's own table has both).
-_BYTES_A_BUNDLE = {"v4": 585, "v5e": 547, "v5p": 703, "v6e": 937, "7x": 1500}
-
-# Blocks of splash attention: queries, keys in memory, keys computed at once.
-SPLASH_BLOCKS = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,204 +139,13 @@ def _first_live(
     return jax.lax.map(one, jnp.arange(length // _TILE))
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One of our kernels, taken apart.
-
-    Attributes:
-      loops: over pairs of tiles: both sweeps, or live and dead tiles.
-      single: what runs instead for the last of an odd number of tiles.
-      tile: bundles that every query tile costs besides.
-      dead: those only a query tile with dead tiles runs.
-      alive: those only one without any runs.
-      marks: bundles for each eight tiles of the first loop besides, to tell dead tiles.
-      step: bundles of a step besides its query tiles.
-      head: bundles of a head besides its steps.
-    """
-
-    loops: tuple[Part, Part]
-    single: tuple[int, int]
-    tile: int
-    dead: int
-    alive: int
-    marks: int
-    step: int
-    head: int
-
-    @classmethod
-    def of(cls, schedule: Schedule, bias_turns: int, *, backward: bool) -> "Kernel":
-        """Takes a schedule apart; `bias_turns`: of each loop that goes over a head's bias."""
-        first, second = schedule.inner_loops()
-        inner = max(schedule.depth[first.start], schedule.depth[second.start])
-
-        def holds(part: Part, other: Part) -> bool:
-            return part.start <= other.start and other.stop <= part.stop and part != other
-
-        around = [loop for _, loop in schedule.loops if holds(loop, first) and holds(loop, second)]
-        tile = min(around, key=lambda loop: loop.bundles)
-        step = max(around, key=lambda loop: loop.bundles)
-        depths = schedule.depth[tile.start : tile.stop]
-        fixed = sum(depth < inner for depth in depths)
-
-        def single(loop: Part) -> int:
-            after = [
-                part
-                for part in schedule.regions
-                if part.start >= loop.stop and part.products == loop.products // 2
-            ]
-            if not after:
-                return loop.bundles // 2
-            nearest = min(part.start for part in after)
-            return min(part.bundles for part in after if part.start == nearest)
-
-        singles = single(first), single(second)
-        dead = alive = 0
-        skipped = [
-            part
-            for part in schedule.regions
-            if holds(part, second) and part.start > first.stop and part.stop < tile.stop
-        ]
-        if skipped and backward:
-            branch = max(skipped, key=lambda part: part.bundles)
-            dead = branch.bundles - second.bundles - singles[1]
-            others = [
-                part.bundles
-                for part in schedule.regions
-                if first.stop <= part.start
-                and part.stop <= branch.start
-                and 0 < part.products < first.products // 2
-            ]
-            alive = max(others, default=0)
-        outside = [
-            depth
-            for at, depth in enumerate(schedule.depth[step.start : step.stop], step.start)
-            if not tile.start <= at < tile.stop
-        ]
-        least = min(outside, default=0)
-        step_bundles = sum(depth == least for depth in outside) if tile != step else 0
-        turns = sum(depth > least for depth in outside)
-        return cls(
-            (first, second),
-            singles,
-            fixed - sum(singles) - dead - alive,
-            dead,
-            alive,
-            sum(
-                loop.bundles
-                for depth, loop in schedule.loops
-                if depth == inner and not loop.products and holds(tile, loop)
-            ),
-            step_bundles,
-            turns * bias_turns,
-        )
-
-    def cycles(self, first: Iterable[int], second: Iterable[int], tiles_a_step: int) -> float:
-        """Returns the bundles of one head whose query tiles go through so many tiles."""
-        total = float(self.head)
-        for turns in zip(first, second, strict=True):
-            total += self.tile + self.step / tiles_a_step
-            total += self.marks * (turns[0] // 8 + 1)
-            total += self.dead if turns[1] else self.alive
-            for count, loop, single in zip(turns, self.loops, self.single, strict=True):
-                total += count // 2 * loop.bundles + count % 2 * single
-        return total
-
-
-@dataclasses.dataclass(frozen=True)
-class Splash:
-    """Estimates for one head of splash attention at one choice of blocks."""
-
-    blocks: tuple[int, int, int]
-    forward: float
-    backward: float
-    loops: tuple[Part, Part]
-    tiles: int
-
-
-def splash(compiler: Compiler, generation: str, shape: cases.Shape) -> Splash:
-    """Returns splash attention at its best blocks."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
-
-    best = None
-    x = jax.ShapeDtypeStruct((2, shape.length, shape.head_dim), jnp.bfloat16)
-    for queries, keys, compute in SPLASH_BLOCKS:
-        sizes = kernels.BlockSizes(
-            block_q=queries,
-            block_kv=keys,
-            block_kv_compute=compute,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_kv_dkv_compute=compute,
-            use_fused_bwd_kernel=True,
-        )
-        mask = masks.MultiHeadMask([masks.CausalMask((shape.length,) * 2)] * 2)
-        attend = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)
-
-        def loss(q, k, v, attend=attend):
-            return jnp.sum(attend(q, k, v).astype(jnp.float32))
-
-        try:
-            compiler.compile(jax.grad(loss, argnums=(0, 1, 2)), (x, x, x), generation)
-        except Exception as error:
-            print(f"splash attention {queries, keys, compute}: {str(error).splitlines()[0][:100]}")
-            continue
-        cycles, loops = [], []
-        visited = sum(-(-((i + 1) * queries) // keys) for i in range(shape.length // queries))
-        steps = (shape.length // queries) * (shape.length // keys)
-        for name, row in (("splash_mha_fwd", queries), ("splash_mha_dkv", keys)):
-            schedule = compiler.schedule(name)
-            step = max((loop for _, loop in schedule.loops), key=lambda loop: loop.bundles)
-            most = max(part.products for part in schedule.regions)
-            main = min(
-                (part for part in schedule.regions if part.products == most),
-                key=lambda part: part.bundles,
-            )
-            # What only the first and last steps of a row run: zeroing, writing out.
-            once = _disjoint(
-                part
-                for part in schedule.regions
-                if part.products == 0 and part.bundles > 100 and step.start < part.start
-            )
-            rest = step.bundles - main.bundles - once
-            cycles.append(visited * main.bundles + steps * rest + shape.length // row * once)
-            loops.append(main)
-        found = Splash(
-            (queries, keys, compute), *cycles, tuple(loops), visited * queries * keys // _TILE**2
-        )
-        if best is None or found.forward + found.backward < best.forward + best.backward:
-            best = found
-    assert best is not None
-    return best
-
-
-def _disjoint(parts: Iterable[Part]) -> int:
-    """Returns the bundles that some part has."""
-    return len({at for part in parts for at in range(part.start, part.stop)})
-
-
-def memory_bundles(generation: str, shape: cases.Shape, *, backward: bool) -> float:
-    """Returns the bundles one head's bytes take to move, at the memory's full bandwidth.
-
-    Keys and values are read once: they stay in VMEM while a head's queries go by.
-    """
-    array = shape.length * shape.head_dim * 2
-    bias = 8 * shape.length * 4
-    arrays = (3 + 3 + 2 * 2 + 1) if backward else (3 + 3)
-    return (arrays * array + (2 if backward else 1) * bias) / _BYTES_A_BUNDLE[generation]
-
-
 def report(compiler: Compiler, generation: str, shape: cases.Shape) -> None:
     """Prints both tables for one generation and shape."""
     block = config.block(generation, 2, shape.head_dim, shape.length)
     tiles = block.queries * block.keys / _TILE**2
-    tiles_a_step = config.tiles_a_step(
-        generation, block, shape.length, config.padded_head_dim(shape.head_dim), 2
-    )
+    head_dim = config.padded_head_dim(shape.head_dim)
+    tiles_a_step = config.tiles_a_step(generation, block, shape.length, head_dim, 2)
+    _, _, chunks = config.layout(generation, block, shape.length, head_dim, 2)
     # Two heads would be one for each core of a chip with two, and no loop over heads.
     args = arguments(dataclasses.replace(shape, batch=1, heads=4, kv_heads=4))
     compiler.compile(lambda args: (run(args), gradient(args)), (args,), generation)
@@ -377,13 +180,16 @@ def report(compiler: Compiler, generation: str, shape: cases.Shape) -> None:
             first, second = (
                 (found.live, dead) if name == "lazy_backward" else (found.visited, found.live)
             )
+            backward = name == "lazy_backward"
+            cut = chunks if backward else 1
+            visits = chunk_visits(block, shape.length // cut, found.visited)
+            rows = zip(first.tolist(), second.tolist(), visits.tolist(), strict=True)
             bundles = np.mean(
-                [
-                    kernel.cycles(*rows, tiles_a_step)
-                    for rows in zip(first.tolist(), second.tolist(), strict=True)
-                ]
+                [kernel.cycles(a, b, tiles_a_step, cut, visit) for a, b, visit in rows]
             )
-            moved = memory_bundles(generation, shape, backward=name == "lazy_backward")
+            if cut > 1:
+                bundles += visits.sum(axis=1).mean() * waiting_bundles(generation, block, head_dim)
+            moved = memory_bundles(generation, shape, backward=backward)
             cycles[name] = max(float(bundles), moved)
         query_tiles = found.visited.shape[1]
         below = len(found.visited) * query_tiles * (query_tiles - 1) / 2
@@ -403,7 +209,10 @@ def report(compiler: Compiler, generation: str, shape: cases.Shape) -> None:
 
 def _line(name: str, loop: Part, tiles: float) -> None:
     share = loop.issuing / loop.bundles
-    print(f"| {name} | {loop.bundles / tiles:.1f} | {share:.2f} | {loop.spills} |")
+    print(
+        f"| {name} | {loop.bundles / tiles:.1f} | {share:.2f}"
+        f" | {loop.spills} in {loop.bundles} bundles |"
+    )
 
 
 def compile_table(compiler: Compiler, generations: Iterable[str]) -> bool:

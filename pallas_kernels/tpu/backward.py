@@ -204,5 +204,5 @@ def backward(
         found["d_key"],
         found["d_value"],
         found["d_bias"].sum(axis=1) if plan.has_bias else nothing,
-        found["pull"][:, 0] if plan.has_offset else nothing,
+        found["pull"].sum(axis=1) if plan.has_offset else nothing,
     )

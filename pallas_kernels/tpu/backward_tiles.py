@@ -79,11 +79,16 @@ class QueryTile:
         if plan.has_offset:
             tau = refs.tau[self.head]
             pull = jnp.sum(d_out * refs.mean[...].astype(jnp.float32), axis=0, keepdims=True)
-            refs.pull[...] = pull
+            self.hand_over(pull)
             delta = delta - tau * pull
             refs.threshold[...] = thresholds(plan, tau, refs.scale[...], self.query_tile)
         refs.delta[...] = delta
         refs.sum[...] = jnp.zeros_like(refs.sum)
+
+    def hand_over(self, pull: Array) -> None:
+        """Stores the query's part in the gradient of the offset, in one of its chunks."""
+        own = (self.diagonal >= self.base) & (self.diagonal < self.base + self.chunk_tiles)
+        self.refs.pull[...] = pull if self.plan.backward_chunks == 1 else jnp.where(own, pull, 0)
 
     def raw_products(self, tile: Any, skipped: int, *, live: bool) -> tuple[Any, Any]:
         """Returns K Q and, for a live tile, V dO."""
@@ -235,16 +240,21 @@ class QueryTile:
     def run(self) -> None:
         """Does one query tile."""
         plan, refs = self.plan, self.refs
-        self.facts()
         if plan.backward_chunks == 1:
+            self.facts()
             self.tiles()
             refs.d_query[...] = (refs.sum[...] * plan.scale).astype(refs.d_query.dtype)
             return
         end = self.base + self.chunk_tiles
+        visited = jnp.logical_and(self.first < end, self.diagonal >= self.base)
+        if plan.has_offset:
+            nothing = jnp.zeros((1, plan.queries), jnp.float32)
+            pl.when(jnp.logical_not(visited))(lambda: self.hand_over(nothing))
 
-        @pl.when((self.first < end) & (self.diagonal >= self.base))
+        @pl.when(visited)
         def _():
             at = at_tile(self.query_tile, plan.queries)
+            self.facts()
             stored = refs.d_query.at[self.batch, self.head, :, at]
             pltpu.sync_copy(stored, refs.before)
             self.tiles()

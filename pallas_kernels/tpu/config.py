@@ -12,8 +12,9 @@ VMEM = {"v4": 16 * _MIB, "v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB,
 # Of it, what the compiler may use, and what a launch is planned to need at most.
 _LIMIT = 0.94
 _PLANNED = 0.80
-# Up to this length keys are rather cut into more chunks than a bias not turned.
-_TURNED_LENGTH = 8192
+# Up to this length keys are rather cut into more chunks, twice as many at most, than a bias
+# not turned.
+_TURNED_LENGTH = 16384
 # Bytes of queries of one step, as many tiles as that makes: a step has a price of its own.
 _STEP_BYTES = {"v4": _MIB // 8, "v5e": _MIB, "v5p": _MIB, "v6e": _MIB, "7x": _MIB}
 # Bytes of scalar memory that tile ranges may take.
@@ -75,8 +76,14 @@ class Strips:
     dead: int
 
 
-# Chosen by bundles and spills of the final schedules, on v5p and v6e.
-STRIPS = Strips(sums=32, weights=32, residuals=16, live=16, dead=16)
+def strips(turned: bool) -> Strips:
+    """Returns the strips of a launch, chosen by bundles and spills of the final schedules.
+
+    Where the bias is not turned, every strip of the backward pass pays for turning its
+    gradient, so that there must be few.
+    """
+    backward = 16 if turned else 64
+    return Strips(sums=32, weights=32, residuals=16, live=backward, dead=backward)
 
 
 def padded_head_dim(head_dim: int) -> int:

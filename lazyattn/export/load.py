@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
@@ -124,10 +125,13 @@ def read_safetensors(
     """
     with tensor_files.opened(Path(path).expanduser()) as (shapes, read):
         facts = as_facts(settings, shapes)
-        get = read
-        if is_tied(settings) and names.OUTPUT not in shapes and names.INPUT in shapes:
+        one_table = is_tied(settings) and names.OUTPUT not in shapes and names.INPUT in shapes
+        if one_table:
             shapes = shapes | {names.OUTPUT: shapes[names.INPUT]}
-            get = lambda name: read(names.INPUT if name == names.OUTPUT else name)  # noqa: E731
+
+        def get(name: str) -> Float[np.ndarray, "..."]:
+            return read(names.INPUT if one_table and name == names.OUTPUT else name)
+
         tensor_files.check_shapes(shapes, names.tensor_shapes(facts.model), repr(str(path)))
         return facts, names.from_torch(get, facts.model, repr(str(path)))
 

@@ -23,6 +23,7 @@ Source of the names: the authors' attention layer in the flash-linear-attention 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -169,24 +170,27 @@ def from_torch(
     return params
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
-    """Yields a model's tensors, but for the second copy of a tied embedding."""
+@functools.cache
+def _tensors(config: ModelConfig) -> tuple[_Tensor, ...]:
+    """Returns a model's tensors, but for the second copy of a tied embedding."""
     shapes = parameter_shapes(config)
     stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
 
     def whole(path: tuple[str, ...]) -> _Tensor:
         return _Tensor(_WHOLE[path], path, _leaf(shapes, path).shape)
 
-    yield whole(("embedding",))
+    found = [whole(("embedding",))]
     for layer in range(config.num_layers):
         for path, (name, axes_in) in _LAYER.items():
             leaf = _leaf(stacked, path)
             if leaf is not None:
                 shape = leaf.shape[1:] if config.scan_layers else leaf.shape
-                yield _Tensor(f"model.layers.{layer}.{name}", path, shape, layer, axes_in)
-    yield whole(("final_norm", "scale"))
+                theirs = f"model.layers.{layer}.{name}"
+                found.append(_Tensor(theirs, path, shape, layer, axes_in))
+    found.append(whole(("final_norm", "scale")))
     if not config.tie_embeddings:
-        yield whole(("unembedding",))
+        found.append(whole(("unembedding",)))
+    return tuple(found)
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -16,7 +16,7 @@ from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params, parameter_shapes, partition_specs
 
 # Float32 in every export: they are small, and bfloat16 would move a bias of -500 by up
-# to 2, and round what p + tau / n hangs on.
+# to 1, and round what p + tau / n hangs on.
 KEPT = ("distance_bias", "distance_slope", "offset", "scale")
 
 
@@ -95,8 +95,9 @@ def _placed(shapes: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None)
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, shapes)
     else:
-        named = lambda spec: jax.sharding.NamedSharding(mesh, spec)  # noqa: E731
-        shardings = jax.tree.map(named, partition_specs(config))
+        shardings = jax.tree.map(
+            lambda spec: jax.sharding.NamedSharding(mesh, spec), partition_specs(config)
+        )
         sharding.check_divisible(shapes, shardings)
     return jax.tree.map(
         lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.export.load import load_model
+from lazyattn.export.load import load_model, load_safetensors
 from lazyattn.export.options import ExportOptions
 from lazyattn.export.run import export
 from lazyattn.sharding import MeshConfig, make_mesh
@@ -163,7 +163,9 @@ def _python(arguments, **environment):
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", **environment},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -203,6 +205,7 @@ np.save(sys.argv[1], logits)
     trained = load_trained(run)
     model = load_model(tmp_path / "mine")
     _assert_equal(model.params, trained.params)
+    _assert_equal(load_safetensors(tmp_path / "mine").params, trained.params)  # gathered
     tokens = [[model.tokenizer.bos_id, *model.tokenizer.encode("The ")]]
     expected = model.logits(np.array(tokens))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)

@@ -76,6 +76,16 @@ def test_there_and_back_is_the_same_function_to_the_bit(tmp_path, config, max_by
     assert _bits(rest[0]) == _bits(rest[1])
 
 
+@pytest.mark.parametrize("width", [768, 1536, 5120, 3])
+def test_any_scale_can_be_undone(width):
+    """Not to the same number always, but to one whose product is the same."""
+    scale = np.float32(width**0.5)
+    draws = np.random.default_rng(width).normal(size=100_000).astype(np.float32)
+    edges = np.nextafter(np.float32(2), np.float32([0, 4])) * 2.0 ** np.arange(-20, 20)[:, None]
+    product = np.concatenate([draws, edges.ravel(), [0]]).astype(np.float32) * scale
+    np.testing.assert_array_equal(names._unscaled(product, scale) * scale, product)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_there_and_back(tmp_path, dtype):
     config = make_config(width=24)  # whose square root no float has

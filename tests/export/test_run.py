@@ -18,7 +18,6 @@ from lazyattn.errors import InputError
 from lazyattn.export.load import load_model, load_safetensors
 from lazyattn.export.options import ExportOptions
 from lazyattn.export.run import export
-from lazyattn.sharding import MeshConfig, make_mesh
 from lazyattn.training.workdir import load_trained
 from tests.evaluation.runs import make_run
 
@@ -209,11 +208,3 @@ np.save(sys.argv[1], logits)
     tokens = [[model.tokenizer.bos_id, *model.tokenizer.encode("The ")]]
     expected = model.logits(np.array(tokens))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_read_onto_a_mesh(exported, trained):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = load_model(exported, mesh)
-    _assert_equal(model.params, trained.params)
-    assert model.params["embedding"].sharding.mesh.axis_names == mesh.axis_names
-    assert model.logits(np.array([[1, 2, 3]])).shape == (1, 3, 280)

@@ -44,15 +44,12 @@ class Implementation:
       run: does the call; returns out, or (out, weights) if the call wants weights.
       platforms: JAX platforms whose default it may be ("cpu", "gpu", "tpu"); None:
         every one.
-      untested: why a call that it can do is left to the next one unless it is asked for by
-        name, in the same form; None: it isn't.
     """
 
     name: str
     unsupported: Callable[[Call], str | None]
     run: Callable[[Call], Any]
     platforms: tuple[str, ...] | None = None
-    untested: Callable[[Call], str | None] = lambda call: None
 
 
 def lazy_attention(
@@ -182,7 +179,7 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     for candidate in IMPLEMENTATIONS.values():
         if candidate.platforms is not None and platform not in candidate.platforms:
             continue
-        reason = candidate.unsupported(call) or candidate.untested(call)
+        reason = candidate.unsupported(call)
         if reason is None:
             return candidate
         _log_once(f"lazy_attention does not use {candidate.name!r}, since {reason}.")
@@ -276,12 +273,6 @@ def _mosaic_gpu_unsupported(call: Call) -> str | None:
     )
 
 
-def _mosaic_gpu_untested(call: Call) -> str | None:
-    if jax.typeof(call.query).manual_axis_type.varying:
-        return "it is not tested on a GPU inside a shard_map that checks what varies"
-    return None
-
-
 def _triton_unsupported(call: Call) -> str | None:
     return _fused_unsupported(call) or triton_support.unsupported(
         call.query.shape[-1], call.value.shape[-1], call.query.dtype
@@ -337,13 +328,7 @@ def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
-        Implementation(
-            "mosaic_gpu",
-            _mosaic_gpu_unsupported,
-            _run_mosaic_gpu,
-            ("gpu",),
-            _mosaic_gpu_untested,
-        ),
+        Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
         Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
         Implementation("triton", _triton_unsupported, _run_triton, ("gpu",)),
         Implementation("xla_chunked", _chunked_unsupported, _run_chunked),

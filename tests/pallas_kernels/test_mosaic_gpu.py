@@ -188,4 +188,4 @@ def test_default_on_a_hopper_gpu_where_it_is_tested(monkeypatch):
         lazy_attention(
             **args | {name: np.float32(args[name]) for name in ("query", "key", "value")}
         )
-    assert chosen == ["mosaic_gpu", "triton", "triton"]
+    assert chosen == ["mosaic_gpu", "mosaic_gpu", "triton"]

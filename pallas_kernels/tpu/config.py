@@ -76,14 +76,19 @@ class Strips:
     dead: int
 
 
-def strips(turned: bool) -> Strips:
+def strips(turned: bool, queries: int) -> Strips:
     """Returns the strips of a launch, chosen by bundles and spills of the final schedules.
 
-    Where the bias is not turned, every strip of the backward pass pays for turning its
-    gradient, so that there must be few.
+    Args:
+      turned: whether VMEM holds a turned bias. Where it does not, every strip of the
+        backward pass pays for turning its gradient, so that there must be few.
+      queries: of a tile; strips have as many numbers whatever that is.
     """
-    backward = 16 if turned else 64
-    return Strips(sums=32, weights=32, residuals=16, live=backward, dead=backward)
+    most = LANES // 2
+    more = max(1, 512 // queries)
+    large, small = min(32 * more, most), min(16 * more, most)
+    backward = small if turned else most
+    return Strips(sums=large, weights=large, residuals=small, live=backward, dead=backward)
 
 
 def padded_head_dim(head_dim: int) -> int:

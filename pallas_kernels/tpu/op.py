@@ -92,7 +92,7 @@ def make_plan(
         head_dim=head_dim,
         itemsize=itemsize,
         block=block,
-        strips=config.strips(turned),
+        strips=config.strips(turned, block.queries),
         turned=turned,
         tiles_a_step=config.tiles_a_step(tpu, block, padded, dim, itemsize),
         forward_chunks=forward_chunks,

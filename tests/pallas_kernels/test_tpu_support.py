@@ -1,6 +1,7 @@
 """Which calls the TPU kernels take, what they say otherwise, and that they lower and compile."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -138,3 +139,12 @@ def test_compiles_for_every_tpu(generation):
         "--lengths=4096,32768",
         "--head_dims=64,128",
     )
+
+
+@pytest.mark.slow
+def test_inner_loops_hardly_spill():
+    """At most one bundle in fifty stores or loads a spilled vector, at the table's tiles."""
+    report = _run("benchmarks.tpu_static", "--cases=", "--generations=v5p,v6e")
+    spills = re.findall(r"lazy_.* (\d+) in (\d+) bundles", report)
+    assert len(spills) == 12
+    assert all(50 * int(count) <= int(bundles) for count, bundles in spills), report

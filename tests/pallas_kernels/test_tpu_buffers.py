@@ -1,0 +1,58 @@
+"""How a tile's keys are dealt out over strips, halves and rows."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.tpu import config
+from pallas_kernels.tpu.buffers import ALONE, HALF, Layout, half_of, strips
+from pallas_kernels.tpu.op import make_plan
+from pallas_kernels.tpu.support import pretend_generation
+from pallas_kernels.types import AttentionSettings
+
+
+def _plan(dtype):
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 128), dtype)
+    with pretend_generation("v5p"):
+        return make_plan(
+            x, x, None, None, AttentionSettings(scale=1.0, skip_mass=0.0), packed=False
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [16, HALF])
+def test_strips_are_all_keys_of_both_halves_in_turn(dtype, size):
+    plan = _plan(dtype)
+    parts = strips(plan, size)
+    keys = sorted(key for part in parts for key in range(part.start, part.stop))
+    assert keys == list(range(plan.keys))
+    assert [half_of(part) for part in parts] == [0, 1] * (len(parts) // 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [16, 32, HALF])
+def test_fields_fill_a_half_without_overlap(dtype, size):
+    plan = _plan(dtype)
+    layout = Layout(plan, ("scores", "d_weights"), ("weights", "d_scores"))
+    for half in range(2):
+        rows = []
+        for field in ("scores", "d_weights", "weights", "d_scores"):
+            for part in strips(plan, size):
+                if half_of(part) == half:
+                    found = layout.rows(field, part)
+                    rows += range(found.start, found.stop)
+        (array,) = {array.shape for array in layout.scratch().values()}
+        assert sorted(rows) == list(range(array[0]))
+
+
+def test_a_turn_alone_leaves_the_sets_as_it_found_them():
+    assert (ALONE.pending, ALONE.scores) == (ALONE.results, ALONE.ahead)
+    assert not ALONE.in_order
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("queries", [128, 256, 512])
+def test_strips_fit_into_halves_and_packed_vectors(turned, queries):
+    sizes = config.strips(turned, queries)
+    for size in (sizes.sums, sizes.weights, sizes.residuals, sizes.live, sizes.dead):
+        assert HALF % size == 0 and size % 16 == 0

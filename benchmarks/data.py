@@ -26,16 +26,26 @@ from lazyattn.data.manifest import Manifest, Split, TokenizerRecord
 from lazyattn.data.pipeline import ShardedData, packing_report, prepare, train_iterator
 from lazyattn.data.tokenizer import Tokenizer
 
-_PATH = flags.DEFINE_string("path", None, "Folder of tokenised shards; default: made-up ones.")
-_TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "Of made-up shards.")
-_LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Tokens a row.")
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65_536, "Tokens a batch.")
-_PACKINGS = flags.DEFINE_list("packings", ["split", "first_fit"], "As data.packing.")
-_WORKERS = flags.DEFINE_list("workers", ["0", "2"], "As data.num_workers.")
-_LONG = flags.DEFINE_string("long_documents", "split", "As data.long_documents.")
-_READ = flags.DEFINE_integer("read", 20_000_000, "Tokens to read in each measurement.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements; the median counts.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/data", "Without suffix.")
+# A process that only imports this keeps its own flags.
+FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
+_PATH = flags.DEFINE_string(
+    "path", None, "Folder of tokenised shards; default: made-up ones.", flag_values=FLAGS
+)
+_TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "Of made-up shards.", flag_values=FLAGS)
+_LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Tokens a row.", flag_values=FLAGS)
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65_536, "Tokens a batch.", flag_values=FLAGS)
+_PACKINGS = flags.DEFINE_list(
+    "packings", ["split", "first_fit"], "As data.packing.", flag_values=FLAGS
+)
+_WORKERS = flags.DEFINE_list("workers", ["0", "2"], "As data.num_workers.", flag_values=FLAGS)
+_LONG = flags.DEFINE_string("long_documents", "split", "As data.long_documents.", flag_values=FLAGS)
+_READ = flags.DEFINE_integer(
+    "read", 20_000_000, "Tokens to read in each measurement.", flag_values=FLAGS
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements; the median counts.", flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string(
+    "output", "benchmarks/results/data", "Without suffix.", flag_values=FLAGS
+)
 
 _VOCABULARY = 32_000
 _SHARDS = 8

@@ -9,10 +9,10 @@ from lazyattn.data.pipeline import prepare, train_iterator
 
 @flagsaver.flagsaver
 def test_made_up_shards_are_read_and_timed(tmp_path):
-    if not data.flags.FLAGS.is_parsed():
-        data.flags.FLAGS.mark_as_parsed()
+    if not data.FLAGS.is_parsed():
+        data.FLAGS.mark_as_parsed()
     documents = data.make_up(tmp_path, 300_000)
-    data.flags.FLAGS.read, data.flags.FLAGS.rounds = 20_000, 2
+    data.FLAGS.read, data.FLAGS.rounds = 20_000, 2
     config = DataConfig(path=str(tmp_path), sequence_length=512, batch_size=4, packing="first_fit")
     opened = prepare(config)
     assert opened.counts["train"].documents == documents - 100

@@ -15,33 +15,61 @@ from lazyattn.data.prepare.run import Preparation, Prepared, prepare_shards
 from lazyattn.data.prepare.selection import Selection
 from lazyattn.errors import InputError
 
+# A process that only imports this keeps its own flags.
+FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _INPUT = flags.DEFINE_list(
     "input",
     [],
     "Files, folders or patterns of them, with commas between: .parquet, .jsonl, .jsonl.zst,"
     " .jsonl.gz, or the folder of a built TensorFlow dataset.",
+    flag_values=FLAGS,
 )
-_OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards.", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "A tokenizer.json, a SentencePiece model, or 'train': learn one here."
+    "tokenizer",
+    "",
+    "A tokenizer.json, a SentencePiece model, or 'train': learn one here.",
+    flag_values=FLAGS,
 )
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "Entries of a tokenizer trained here.")
-_SAMPLE_MB = flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.")
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 32000, "Entries of a tokenizer trained here.", flag_values=FLAGS
+)
+_SAMPLE_MB = flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.", flag_values=FLAGS)
 _MIN_INT_SCORE = flags.DEFINE_integer(
-    "min_int_score", None, "Lowest score of a document that is kept; default: all are."
+    "min_int_score",
+    None,
+    "Lowest score of a document that is kept; default: all are.",
+    flag_values=FLAGS,
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.005, "Share of the documents held out, by the hash of their id."
+    "validation_fraction",
+    0.005,
+    "Share of the documents held out, by the hash of their id.",
+    flag_values=FLAGS,
 )
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Column or key of the text.")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "text", "Column or key of the text.", flag_values=FLAGS
+)
 _ID_FIELD = flags.DEFINE_string(
-    "id_field", "id", "Column or key of the id; empty: the hash of the text is the id."
+    "id_field",
+    "id",
+    "Column or key of the id; empty: the hash of the text is the id.",
+    flag_values=FLAGS,
 )
-_SCORE_FIELD = flags.DEFINE_string("score_field", "int_score", "Column or key of the score.")
-_SHARD_MB = flags.DEFINE_integer("shard_mb", 512, "MB of text a shard has at most.")
-_NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0: one for each core.")
+_SCORE_FIELD = flags.DEFINE_string(
+    "score_field", "int_score", "Column or key of the score.", flag_values=FLAGS
+)
+_SHARD_MB = flags.DEFINE_integer(
+    "shard_mb", 512, "MB of text a shard has at most.", flag_values=FLAGS
+)
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 0, "Processes; 0: one for each core.", flag_values=FLAGS
+)
 _ON_FAULT = flags.DEFINE_string(
-    "on_fault", "skip", "Damaged files and documents: 'skip' and count them, or 'fail'."
+    "on_fault",
+    "skip",
+    "Damaged files and documents: 'skip' and count them, or 'fail'.",
+    flag_values=FLAGS,
 )
 
 

@@ -17,13 +17,19 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def parsed_flags():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+    for known in (flags.FLAGS, command.FLAGS):
+        if not known.is_parsed():
+            known.mark_as_parsed()
 
 
 def _run(**settings):
-    with flagsaver.flagsaver(**settings):
+    saved = flagsaver.save_flag_values(command.FLAGS)
+    try:
+        for name, value in settings.items():
+            setattr(command.FLAGS, name, value)
         return command.main(["prepare"])
+    finally:
+        flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
 def test_what_is_printed(tmp_path, capsys):

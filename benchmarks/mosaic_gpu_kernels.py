@@ -47,7 +47,7 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     found: list[Any] = []
     small = head_dim == 64
     if kernel in ("inference", "forward"):
-        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (3, 128, 2)):
+        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (2, 64, 4), (3, 128, 2)):
             if small or (groups == 2 and (keys == 64 or kernel == "inference")):
                 block = ForwardBlock(
                     warpgroups=groups,
@@ -59,7 +59,7 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     elif kernel == "backward_bias":
         found += [Block(stages=4 if small else 2), Block(warpgroups=3)]
     else:
-        for groups, stages, registers in ((2, 4, True), (2, 2, False), (3, 2, False)):
+        for groups, stages, registers in ((2, 3, True), (2, 2, False), (3, 2, False)):
             if small or not registers:
                 found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
     yield from (block for block in found if block != chosen)
@@ -113,13 +113,14 @@ def measure(shape: cases.Shape) -> None:
             first = kernels.visited()
             out, mean, rounding, log_total, live = kernels.forward(first, training=True)
             live = first if live is None else live
-            rows, _ = kernels.row_facts(log_total, out, mean, rounding, d_out)
-            return rows, first, live, d_out
+            residuals = op.Residuals(out, rounding, mean, log_total)
+            _, rows, *_ = kernels.backward_query(residuals, first, live, d_out)
+            return residuals, rows, first, live, d_out
 
         saved = before(arrays, d_out)
         unit = jnp.arange(saved[1].shape[-1])
         every = shape.batch * shape.heads * (unit + 1).sum()
-        visited, live = ((unit + 1 - x).sum() for x in saved[1:3])
+        visited, live = ((unit + 1 - x).sum() for x in saved[2:4])
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
@@ -135,9 +136,11 @@ def measure(shape: cases.Shape) -> None:
 
         def run(arrays, saved):
             kernels = _kernels(plan, arrays)
+            residuals, rows, first, live, d_out = saved
             if job.kernel in ("inference", "forward"):
-                return kernels.forward(saved[1], training=job.kernel == "forward")[0]
-            return getattr(kernels, job.kernel)(*saved)
+                return kernels.forward(first, training=job.kernel == "forward")[0]
+            known = residuals if job.kernel == "backward_query" else rows
+            return getattr(kernels, job.kernel)(known, first, live, d_out)
 
         try:
             program = jax.jit(run).lower(arrays, saved).compile()

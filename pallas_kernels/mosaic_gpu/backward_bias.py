@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, lanes, queue, rings
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
+from pallas_kernels.mosaic_gpu import config, launch, memory, rings
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
 
 # Pieces wanted, so that uneven ones share out well over the largest GPUs, and query units
 # that a piece should at least have.
@@ -71,38 +71,28 @@ def backward_bias(
     """
     kernel = _Kernel(plan, query, key, table.shape, rows.shape, ranges.shape)
     shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, 2 * UNIT)
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
-        scratch_types=kernel.scratch(),
-        grid=(queue.blocks(kernel.pieces, kernel.interpret),),
-        grid_names=("block",),
-        num_threads=kernel.block.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        kernel_name="lazy_backward_bias",
-        interpret=plan.interpret,
-    )(query, d_out, key, value, table, rows, ranges)
+    (sums,) = kernel.launch(
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        query, d_out, key, value, table, rows, ranges,
+    )  # fmt: skip
+    return sums
 
 
-class _Kernel:
-    """The kernel's static facts, and its body."""
+class _Kernel(launch.Kernel):
+    """The kernel."""
 
-    __name__ = "lazy_backward_bias"
+    name = "lazy_backward_bias"
 
     def __init__(self, plan: Plan, query, key, table_shape, rows_shape, ranges_shape):
-        self.plan, self.block = plan, plan.blocks.backward_bias
+        block = plan.blocks.backward_bias
         self.batch, _, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
         self.kinds = rows_shape[3]
         self.table_shape = table_shape[1:]
         self.chunks, self.distances = ranges_shape[2:4]
-        self.groups = self.distances // self.block.warpgroups
-        self.pieces = self.batch * self.chunks * self.heads * self.groups
-        self.interpret = plan.interpret is not None
+        self.groups = self.distances // block.warpgroups
+        super().__init__(plan, block, self.batch * self.chunks * self.heads * self.groups)
         tiles = config.bias_tiles(self.block, self.head_dim)
         self.tables = config.tables(tiles, table_shape[1])
 
@@ -119,9 +109,8 @@ class _Kernel:
             "value_smem": keys,
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
-            "sums_smem": plgpu.SMEM((block.warpgroups, lanes.DIAGONALS_WORDS), jnp.float32),
+            "sums_smem": plgpu.SMEM((block.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
         }
-        scratch |= queue.scratch()
         scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=3)
         scratch |= rings.barriers("key", self.key_stages, block.warpgroups, copies=2)
         scratch |= rings.barriers("table", self.tables, block.warpgroups)
@@ -132,48 +121,21 @@ class _Kernel:
         """Slots for tiles of keys, and of values."""
         return self.block.stages + self.block.warpgroups - 1
 
-    def __call__(self, *refs, **scratch) -> None:
-        """The body."""
-        names = ["query", "d_out", "key", "value", "table", "rows", "ranges", "sums"]
-        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
+    def refs(self) -> list[str]:
+        """Returns the names of operands and results."""
+        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "sums"]
 
+    def slots(self) -> dict[str, int]:
+        """Returns how many slots each ring has: of queries and d_out, of keys and values."""
+        return {"query": self.block.stages, "key": self.key_stages, "table": self.tables}
 
-class _Blocks:
-    """What a block of the grid does, piece after piece, while the body is traced."""
+    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each ring so many pieces took."""
+        return {"query": done[0], "key": done[1], "table": pieces}
 
-    def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref, self.block = kernel, ref, kernel.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.queue = queue.Queue(kernel.pieces, ref, lax.axis_index("block"), kernel.interpret)
-        # Queries and d_out; keys and values.
-        sizes = {"query": self.block.stages, "key": kernel.key_stages, "table": kernel.tables}
-        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
-
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
-
-    def fetch(self) -> None:
-        """Fetches all that the pieces read."""
-
-        def piece(number, n, done):
-            return _Piece(self, number, n, done).fetch()
-
-        zero = jnp.int32(0)
-        pieces, (queries, keys) = self.queue.each(True, piece, (zero, zero))
-        for name, tiles in (("query", queries), ("key", keys), ("table", pieces)):
-            self.rings[name].close(tiles)
-
-    def compute(self) -> None:
-        """Does what is to be done for one warpgroup's distance in each piece."""
-        for ring in self.rings.values():
-            ring.open()
-
-        def piece(number, n, done):
-            return _Piece(self, number, n, done).compute()
-
-        zero = jnp.int32(0)
-        self.queue.each(False, piece, (zero, zero))
+    def piece(self, *args: Any) -> "_Piece":
+        """Returns a piece."""
+        return _Piece(*args)
 
 
 class _Piece:
@@ -186,9 +148,9 @@ class _Piece:
       done: tiles of queries, and of keys, that those took.
     """
 
-    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
-        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
-        kernel = self.kernel
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        kernel: Any = blocks.kernel
+        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = blocks.warpgroup
@@ -272,13 +234,10 @@ class _Piece:
         behind = self.block.warpgroups - 1
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
-        start, _ = plan.bias_of_tile(distance * UNIT, UNIT, (jnp.float32(0.0), jnp.float32(0.0)))
-        bias = lanes.gather(
-            ref["table_smem"].at[self.tables.wait(self.n)], start, UNIT, transposed=False,
-            interpret=self.interpret,
-        )  # fmt: skip
-        # The table was read by ordinary loads.
-        plgpu.commit_smem()
+        none = (jnp.float32(0.0), jnp.float32(0.0))
+        start, _ = plan.bias_of_tile(distance * UNIT, UNIT, none, falling=True)
+        table = ref["table_smem"].at[self.tables.wait(self.n)]
+        bias = memory.gather(table, start, UNIT, interpret=self.interpret)
         self.tables.release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
@@ -291,8 +250,6 @@ class _Piece:
                 n = first + n
                 slot, key_slot = self.queries.wait(n), self.keys.wait(n + lag)
                 total = total + add(bias, n, slot, key_slot)
-                # Row facts were read by ordinary loads.
-                plgpu.commit_smem()
                 self.queries.release(n)
                 self.keys.release(n + lag)
                 return total
@@ -311,7 +268,7 @@ class _Piece:
         total, end = steps(self.live, end + self.start, my_stop, total)
         rings.skip(end, self.steps, *both)
         rings.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
-        ref["sums"][self.batch, self.chunk, self.head, distance] = lanes.sum_diagonals(
+        ref["sums"][self.batch, self.chunk, self.head, distance] = memory.sum_diagonals(
             total, ref["sums_smem"].at[self.warpgroup], interpret=self.interpret
         )
         return self.next_done()
@@ -324,7 +281,7 @@ class _Piece:
     def softmax(self, x: Array, bias: Array, n: Any, slot: Any) -> Array:
         """Returns softmax weights from the products of step n."""
         plan = self.plan
-        x = x * (plan.scale * LOG2_E) + bias
+        x = x * plan.exponent_scale + bias
         if plan.packed:
             key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
@@ -345,15 +302,17 @@ class _Piece:
     def live(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
         """Returns dS of a tile that may be live."""
         ref = self.ref
+        less = -self.row(slot, Rows.DELTA)
 
         def products(s_acc, d_acc):
+            d_begun = rings.begin_with(d_acc, less, self.interpret)
             plgpu.wgmma(s_acc, ref["query_smem"].at[slot], ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, ref["d_out_smem"].at[slot], ref["value_smem"].at[key_slot].T)
             p = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), bias, n, slot)
-            return p, d_acc[...]
+            return p, rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
         if self.plan.has_offset:
-            d_weights = jnp.where(p > self.row(slot, Rows.THRESHOLD), d_weights, 0.0)
-        return p * (d_weights - self.row(slot, Rows.DELTA))
+            d_weights = jnp.where(p > self.row(slot, Rows.THRESHOLD), d_weights, less)
+        return p * d_weights

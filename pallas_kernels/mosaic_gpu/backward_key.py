@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, lanes, queue, rings, schedule
-from pallas_kernels.mosaic_gpu.lanes import COLUMN, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOG2_E, LOWEST, UNIT, Plan, Rows
+from pallas_kernels.mosaic_gpu import config, lanes, launch, memory, rings, schedule
+from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
 
 
 def backward_key(
@@ -58,39 +58,29 @@ def backward_key(
     """
     kernel = _Kernel(plan, query, key, table.shape, rows.shape)
     same = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    return plgpu.kernel(
-        kernel,
-        out_type=(same, same),
-        scratch_types=kernel.scratch(),
-        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
-        grid_names=("block",),
-        num_threads=kernel.block.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        kernel_name="lazy_backward_key",
-        interpret=plan.interpret,
-    )(query, d_out, key, value, table, tail, offset, rows, last, live)
+    d_key, d_value = kernel.launch(
+        [same, same], query, d_out, key, value, table, tail, offset, rows, last, live
+    )
+    return d_key, d_value
 
 
-class _Kernel:
-    """The kernel's static facts, and its body."""
+class _Kernel(launch.Kernel):
+    """The kernel."""
 
-    __name__ = "lazy_backward_key"
+    name = "lazy_backward_key"
 
     def __init__(self, plan: Plan, query, key, table_shape, rows_shape):
-        self.plan, self.block = plan, plan.blocks.backward_key
+        block = plan.blocks.backward_key
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.kv_heads = key.shape[2]
         self.group = self.heads // self.kv_heads
         self.dtype = query.dtype
         self.units, self.kinds = rows_shape[2:4]
         self.table_shape = table_shape[1:]
-        self.interpret = plan.interpret is not None
         self.order = schedule.Order.of_keys(
-            self.batch, self.kv_heads, self.length, self.block.rows, self.head_dim * self.group
+            self.batch, self.kv_heads, self.length, block.rows, self.head_dim * self.group
         )
+        super().__init__(plan, block, self.order.pieces)
         tiles = config.key_tiles(self.block, self.head_dim)
         self.tables = config.tables(tiles, table_shape[1])
 
@@ -107,7 +97,6 @@ class _Kernel:
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
-        scratch |= queue.scratch()
         scratch |= rings.barriers("key", 1, block.warpgroups, copies=2 * block.warpgroups)
         scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=2)
         scratch |= rings.barriers("d_out", block.stages, block.warpgroups)
@@ -119,60 +108,26 @@ class _Kernel:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
-    def __call__(self, *refs, **scratch) -> None:
-        """The body."""
-        names = [
+    def refs(self) -> list[str]:
+        """Returns the names of operands and results."""
+        return [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
             "d_key", "d_value",
         ]  # fmt: skip
-        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
 
-
-class _Blocks:
-    """What a block of the grid does, piece after piece, while the body is traced."""
-
-    def __init__(self, kernel: _Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref, self.block = kernel, ref, kernel.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.queue = queue.Queue(
-            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
-        )
+    def slots(self) -> dict[str, int]:
+        """Returns how many slots each ring has."""
         stages = self.block.stages
-        sizes = {"query": stages, "d_out": stages, "key": 1, "table": kernel.tables}
-        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+        return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each ring so many pieces took."""
+        tables = pieces * self.group
+        return {"query": done[0], "d_out": done[1], "key": pieces, "table": tables}
 
-    def fetch(self) -> None:
-        """Fetches all that the pieces read."""
-
-        def piece(number, n, done):
-            return _Piece(self, number, n).fetch(done)
-
-        zero = jnp.int32(0)
-        pieces, (queries, d_outs) = self.queue.each(True, piece, (zero, zero))
-        tables = pieces * self.kernel.group
-        for name, tiles in (
-            ("query", queries),
-            ("d_out", d_outs),
-            ("key", pieces),
-            ("table", tables),
-        ):
-            self.rings[name].close(tiles)
-
-    def compute(self) -> None:
-        """Does what is to be done for one warpgroup's keys in each piece."""
-        for ring in self.rings.values():
-            ring.open()
-
-        def piece(number, n, done):
-            return _Piece(self, number, n).compute(done)
-
-        zero = jnp.int32(0)
-        self.queue.each(False, piece, (zero, zero))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def piece(self, *args: Any) -> "_Piece":
+        """Returns a piece."""
+        return _Piece(*args)
 
 
 class _Piece:
@@ -182,11 +137,12 @@ class _Piece:
       blocks: what works on it.
       number: which piece it is.
       n: how many pieces came before it here.
+      done: tiles of queries, and of d_out, that those took.
     """
 
-    def __init__(self, blocks: _Blocks, number: Any, n: Any):
-        self.kernel, self.ref, self.n = blocks.kernel, blocks.ref, n
-        kernel = self.kernel
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        kernel: Any = blocks.kernel
+        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         self.warpgroup = blocks.warpgroup
         self.batch, self.key_head, tile = kernel.order.item(number)
@@ -215,15 +171,8 @@ class _Piece:
         steps = self.steps("last", head)
         return steps, self.steps("live", head) if self.plan.has_offset else steps
 
-    def fetch(self, done: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Fetches all that the block reads.
-
-        Args:
-          done: tiles of queries, and of d_out, of the pieces before.
-
-        Returns:
-          the same with those of this one.
-        """
+    def fetch(self) -> tuple[Any, Any]:
+        """Fetches all that the block reads; returns `done` of the next piece."""
         ref, b = self.ref, self.batch
 
         @rings.fetching(self.plan)
@@ -274,10 +223,10 @@ class _Piece:
 
             return steps_done + steps, live_done + live
 
-        return lax.fori_loop(0, self.kernel.group, one_head, done)
+        return lax.fori_loop(0, self.kernel.group, one_head, self.done)
 
-    def compute(self, done: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Does all that is to be done for one warpgroup's keys; takes and returns as `fetch`."""
+    def compute(self) -> tuple[Any, Any]:
+        """Does all that is to be done for one warpgroup's keys; returns as `fetch` does."""
         ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
         unit = self.unit0 + self.warpgroup
         exists = unit < kernel.units
@@ -316,14 +265,12 @@ class _Piece:
             if plan.has_offset:
                 loop(self.dead_step, live, end)
             rings.skip(lax.max(end, live), steps, both[0])
-            # The table was read by ordinary loads.
-            plgpu.commit_smem()
             self.tables.release(member)
             return steps_done + steps, live_done + live
 
         def run(d_key_acc, d_value_acc):
             step = functools.partial(one_head, d_key_acc, d_value_acc)
-            after = lax.fori_loop(0, kernel.group, step, done)
+            after = lax.fori_loop(0, kernel.group, step, self.done)
             return d_key_acc[...], d_value_acc[...], after
 
         acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
@@ -356,11 +303,11 @@ class _Piece:
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
     def softmax(self, x: Array, n: Any, slot: Any) -> Array:
-        """Returns softmax weights from a tile's products."""
+        """Returns softmax weights of tile n from its products."""
         query0 = (self.unit0 + n) * UNIT
-        start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail)
-        bias = lanes.gather(self.table, start, UNIT, transposed=True, interpret=self.interpret)
-        x = x * (self.plan.scale * LOG2_E) + bias
+        start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail, falling=False)
+        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
+        x = x * self.plan.exponent_scale + bias
         if self.plan.packed:
             x = lax.cond(
                 self.other_document(slot),
@@ -384,6 +331,10 @@ class _Piece:
             document = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
             seen = seen & (keys >= self.spread(document))
         return seen
+
+    def less(self, slot: Any) -> Array:
+        """Returns -delta of each query, repeated along the keys."""
+        return self.spread(-self.row(slot, Rows.DELTA))
 
     def live_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
         """Adds a tile that may be live."""
@@ -414,20 +365,22 @@ class _Piece:
         def d_product(acc):
             plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
 
-        def finish(acc, p, weights):
+        def finish(acc, begun, p, weights):
             rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
-            d_weights = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            d_weights = rings.finish(acc, begun, 1)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
                 alive = p > self.spread(self.row(slot, Rows.THRESHOLD))
-                d_weights = jnp.where(alive, d_weights, 0.0)
-            return p * (d_weights - self.spread(self.row(slot, Rows.DELTA)))
+                d_weights = jnp.where(alive, d_weights, self.less(slot))
+            return p * d_weights
 
         def run(s_acc, d_acc):
+            d_begun = rings.begin_with(d_acc, self.less(slot), self.interpret)
             s_product(s_acc)
             d_product(d_acc)
-            return finish(d_acc, *weigh(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)))
+            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            return finish(d_acc, d_begun, *weigh(x))
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         d_scores = pl.run_scoped(run, tile, tile)
@@ -435,9 +388,8 @@ class _Piece:
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)
         self.d_outs.release(live_done + n)
+        # Left in flight, it made ptxas put dS where the values are, and lose them.
         plgpu.wgmma_wait(0)
-        # The numbers of the queries were read by ordinary loads.
-        plgpu.commit_smem()
         self.queries.release(steps_done + n)
 
     def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
@@ -452,9 +404,8 @@ class _Piece:
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        d_scores = self.softmax(x, n, slot) * self.spread(-self.row(slot, Rows.DELTA))
+        d_scores = self.softmax(x, n, slot) * self.less(slot)
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(0)
-        plgpu.commit_smem()
         self.queries.release(steps_done + n)

@@ -65,8 +65,8 @@ class Blocks:
 
     inference: ForwardBlock = ForwardBlock()
     forward: ForwardBlock = ForwardBlock()
-    backward_query: Block = Block()
-    backward_key: Block = Block()
+    backward_query: Block = Block(stages=3)
+    backward_key: Block = Block(stages=3)
     backward_bias: Block = Block(stages=4)
 
 
@@ -77,7 +77,7 @@ _BLOCKS = {
         inference=ForwardBlock(keys=128, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),
         backward_query=Block(stages=3, in_registers=False),
-        backward_key=Block(in_registers=False),
+        backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(),
     ),
 }
@@ -122,10 +122,12 @@ def forward_tiles(block: ForwardBlock, head_dim: int, outputs: int) -> int:
     return (own * block.rows + 2 * block.stages * block.keys) * 2 * head_dim
 
 
-def query_tiles(block: Block, head_dim: int) -> int:
-    """Returns the bytes of SMEM that the tiles of dQ's kernel take."""
-    own = 2 + block.in_registers
-    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+def query_tiles(block: Block, head_dim: int, has_offset: bool = True) -> tuple[int, int]:
+    """Returns the bytes of SMEM that the tiles of dQ's kernel take, and how many arrays of the
+    forward pass are fetched ahead."""
+    facts = 2 + has_offset if head_dim <= 64 else 1
+    own = 2 + block.in_registers + facts
+    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim, facts
 
 
 def key_tiles(block: Block, head_dim: int) -> int:
@@ -138,7 +140,7 @@ def key_tiles(block: Block, head_dim: int) -> int:
 def bias_tiles(block: Block, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
     keys = block.stages + block.warpgroups - 1
-    sums = block.warpgroups * 64 * 65 * 4
+    sums = block.warpgroups * 32 * 65 * 4
     return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
 
 
@@ -153,7 +155,7 @@ def widest_table(head_dim: int) -> int:
         forward_tiles(found.inference, head_dim, 1),
         # Out, mean and rounding.
         forward_tiles(found.forward, head_dim, 3),
-        query_tiles(found.backward_query, head_dim),
+        query_tiles(found.backward_query, head_dim)[0],
         key_tiles(found.backward_key, head_dim),
         bias_tiles(found.backward_bias, head_dim),
     )

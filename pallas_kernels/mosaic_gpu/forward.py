@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, queue, rings, schedule
+from pallas_kernels.mosaic_gpu import config, launch, memory, rings, schedule
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
 from pallas_kernels.mosaic_gpu.forward_queries import Queries
-from pallas_kernels.mosaic_gpu.lanes import ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.rings import as_index
 
@@ -37,7 +37,6 @@ def forward(
     offset_scale: Float[Array, "batch padded"],
     count_inverse: Float[Array, "batch padded"],
     document: Int[Array, "batch padded"],
-    document_last: Int[Array, "batch units"],
     first: Int[Array, "batch heads units"],
     small: Int[Array, "batch heads"],
 ) -> tuple[Array | None, ...]:
@@ -55,7 +54,6 @@ def forward(
       offset_scale: factor of tau for each query; rows are padded to units of 64.
       count_inverse: one over the number of keys each query sees.
       document: first key each query sees; not read unless `plan.packed`.
-      document_last: its maximum in each unit of queries; likewise.
       first: first unit of keys that each unit of queries visits.
       small: whether no exponential of a score of this head can overflow.
 
@@ -77,25 +75,9 @@ def forward(
     if training:
         out_type += [same, jax.ShapeDtypeStruct((batch, heads, UNIT * units), jnp.float32)]
     kernel = _Forward(plan, block, training, query, key, table.shape)
-    run = plgpu.kernel(
-        kernel,
-        out_type=tuple(out_type),
-        scratch_types=kernel.scratch(),
-        grid=(queue.blocks(kernel.order.pieces, kernel.interpret),),
-        grid_names=("block",),
-        num_threads=block.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        kernel_name="lazy_forward",
-        interpret=plan.interpret,
-    )
-    results = list(
-        run(
-            query, key, value, table, tail, offset, offset_scale, count_inverse, document,
-            document_last, first, small,
-        )
+    results = kernel.launch(
+        out_type, query, key, value, table, tail, offset, offset_scale, count_inverse, document,
+        first, small,
     )  # fmt: skip
     out = results.pop(0)
     mean, live = (results.pop(0), results.pop(0)) if want_mean else (None, None)
@@ -103,22 +85,23 @@ def forward(
     return out, mean, rounding, log_total, live
 
 
-class _Forward:
-    """The kernel's static facts, and its body."""
+class _Forward(launch.Kernel):
+    """The kernel."""
 
-    __name__ = "lazy_forward"
+    name = "lazy_forward"
+    block: ForwardBlock
 
     def __init__(self, plan: Plan, block: ForwardBlock, training: bool, query, key, table_shape):
-        self.plan, self.block, self.training = plan, block, training
+        self.training = training
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
         self.table_shape = table_shape[1:]
-        self.interpret = plan.interpret is not None
         self.want_mean = training and plan.has_offset
         self.order = schedule.Order.of_queries(
             self.batch, self.heads, self.length, block.rows, self.head_dim, self.group
         )
+        super().__init__(plan, block, self.order.pieces)
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
         outputs = 1 + training + self.want_mean
@@ -140,7 +123,6 @@ class _Forward:
             "words_smem": plgpu.SMEM((2, 4 * block.warpgroups), jnp.int32),
             "bound_barrier": plgpu.Barrier(num_arrivals=block.warpgroups),
         }
-        scratch |= queue.scratch()
         scratch |= rings.barriers("query", 1, block.warpgroups, copies=block.warpgroups)
         scratch |= rings.barriers("table", self.tables, block.warpgroups)
         for name in ("key", "value"):
@@ -157,58 +139,27 @@ class _Forward:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
-    def __call__(self, *refs, **scratch) -> None:
-        """The body: one block of queries of one head."""
+    def refs(self) -> list[str]:
+        """Returns the names of operands and results."""
         names = [
             "query", "key", "value", "table", "tail", "offset", "offset_scale", "count_inverse",
-            "document", "document_last", "first", "small", "out",
+            "document", "first", "small", "out",
         ]  # fmt: skip
-        if self.want_mean:
-            names += ["mean", "live"]
-        if self.training:
-            names += ["rounding", "log_total"]
-        _Blocks(self, dict(zip(names, refs, strict=True)) | scratch).run()
+        names += ["mean", "live"] if self.want_mean else []
+        return names + (["rounding", "log_total"] if self.training else [])
 
-
-class _Blocks:
-    """What a block of the grid does, piece after piece, while the body is traced."""
-
-    def __init__(self, kernel: _Forward, ref: dict[str, Any]):
-        self.kernel, self.ref, self.block = kernel, ref, kernel.block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.queue = queue.Queue(
-            kernel.order.pieces, ref, lax.axis_index("block"), kernel.interpret
-        )
+    def slots(self) -> dict[str, int]:
+        """Returns how many slots each ring has."""
         stages = self.block.stages
-        sizes = {"key": stages, "value": stages, "query": 1, "table": kernel.tables}
-        self.rings = rings.make(ref, sizes, self.block.warpgroups, kernel.plan)
+        return {"key": stages, "value": stages, "query": 1, "table": self.tables}
 
-    def run(self) -> None:
-        """Divides the warpgroups."""
-        rings.divide(self.warpgroup, self.block, self.fetch, self.compute)
+    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each ring so many pieces took."""
+        return {"key": done[0], "value": done[1], "query": pieces, "table": pieces}
 
-    def fetch(self) -> None:
-        """Fetches all that the pieces read."""
-
-        def piece(number, n, done):
-            return Piece(self, number, n, done).fetch()
-
-        zero = jnp.int32(0)
-        pieces, (keys, values) = self.queue.each(True, piece, (zero, zero))
-        for name, tiles in (("key", keys), ("value", values), ("query", pieces), ("table", pieces)):
-            self.rings[name].close(tiles)
-
-    def compute(self) -> None:
-        """Does what is to be done for one warpgroup's queries in each piece."""
-        for ring in self.rings.values():
-            ring.open()
-
-        def piece(number, n, done):
-            return Queries(Piece(self, number, n, done)).compute()
-
-        zero = jnp.int32(0)
-        self.queue.each(False, piece, (zero, zero))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def piece(self, *args: Any) -> "Piece":
+        """Returns a piece."""
+        return Piece(*args)
 
 
 class Piece:
@@ -221,9 +172,9 @@ class Piece:
       done: tiles of keys, and of values, that those took.
     """
 
-    def __init__(self, blocks: _Blocks, number: Any, n: Any, done: tuple[Any, Any]):
-        self.kernel, self.ref, self.n, self.done = blocks.kernel, blocks.ref, n, done
-        kernel = self.kernel
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+        kernel: Any = blocks.kernel
+        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = blocks.warpgroup
@@ -272,9 +223,13 @@ class Piece:
             return True
         return self.ref["small"][self.batch, self.head] == 0
 
+    def compute(self) -> tuple[Any, Any]:
+        """Does one warpgroup's part; returns `done` of the next piece."""
+        return Queries(self).compute()
+
     def fetch(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `done` of the next piece."""
-        ref, block = self.ref, self.block
+        ref, block, kernel = self.ref, self.block, self.kernel
         b, h = self.batch, self.head
 
         def copy(ring, name, number, step):
@@ -301,6 +256,11 @@ class Piece:
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
 
+        wanted = ["offset_scale"] if self.plan.has_offset else []
+        wanted += ["count_inverse"] if kernel.want_mean else []
+        wanted += ["document"] if self.plan.packed else []
+        for name in wanted:
+            memory.prefetch(ref[name].at[b], self.query0, block.rows, interpret=self.interpret)
         twice = self.sweeps_twice
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.steps()

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings
-from pallas_kernels.mosaic_gpu.lanes import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOG2_E, LOWEST, UNIT, threshold
+from pallas_kernels.mosaic_gpu import lanes, memory, rings
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
 
 
@@ -67,12 +67,17 @@ class Queries:
         self.end = lax.select(self.exists, block.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
-            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
+            offset_scale = self.load_rows("offset_scale")
+            self.threshold = threshold(self.offset, offset_scale)
+        if kernel.want_mean:
+            self.count_inverse = self.load_rows("count_inverse")
+            # What the mean's factor of tau is: 1 where the divisor is what is visible.
+            self.mean_factor = self.offset * (offset_scale / self.count_inverse)
         if plan.packed:
             self.document = self.load_rows("document")
-            unit = lax.div(self.query0, jnp.int32(UNIT))
-            unit = lax.min(unit, jnp.int32(ref["document_last"].shape[-1] - 1))
-            self.document_last = ref["document_last"][b, unit]
+            # Documents begin later and later: the last query's masks the most.
+            last = lax.min(self.query0 + ROWS, jnp.int32(ref["document"].shape[1])) - 1
+            self.document_last = ref["document"][b, last]
         block.queries.wait(block.n)
         self.query = rings.operand(
             ref["query_smem"].at[self.warpgroup], self.block.in_registers, self.interpret
@@ -87,12 +92,6 @@ class Queries:
         else:
             keys, values = self.two_sweeps()
         return block.used(keys, values)
-
-    def end_of_table(self) -> None:
-        """Gives the table's place back."""
-        # It was read by ordinary loads.
-        plgpu.commit_smem()
-        self.all.tables.release(self.all.n)
 
     def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
@@ -116,6 +115,12 @@ class Queries:
         slot = block.keys.wait(number)
         units = range(self.block.keys // UNIT)
 
+        key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
+        starts, rests = zip(
+            *(plan.bias_of_tile(self.query0 - x, UNIT, self.tail, falling=True) for x in key0),
+            strict=True,
+        )
+
         def run(*accs):
             result, in_flight = carry, 0
             for unit in reversed(units):
@@ -125,13 +130,9 @@ class Queries:
                 x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
                 if unit == 0:
                     block.keys.release(number)
-                key0 = (block.last - step) * self.block.keys + unit * UNIT
-                start, rest = plan.bias_of_tile(self.query0 - key0, UNIT, self.tail)
-                bias = lanes.gather(
-                    self.table, start, UNIT, transposed=False, interpret=self.interpret
-                )
-                x = x * (plan.scale * LOG2_E) + bias
-                result, issued = use(x, rest, key0, unit, result)
+                bias = memory.gather(self.table, starts[unit], UNIT, interpret=self.interpret)
+                x = x * plan.exponent_scale + bias
+                result, issued = use(x, rests[unit], key0[unit], unit, result)
                 in_flight += issued
             return result
 
@@ -163,7 +164,7 @@ class Queries:
         rings.skip(0, self.begin, (block.keys, 0))
         log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
         rings.skip(self.end, self.total_steps, (block.keys, 0))
-        lanes.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
+        memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
         live_steps = block.live_steps()
@@ -181,7 +182,7 @@ class Queries:
             shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
             out, value_sum = pl.run_scoped(run, shape), None
         rings.skip(end, live_steps, *both)
-        self.end_of_table()
+        block.tables.release(block.n)
         self.store(out, value_sum, log_total)
         if self.kernel.want_mean:
 
@@ -302,6 +303,7 @@ class Queries:
         def step(n, _):
             n = self.begin + n
             self.scores(self.total_steps + n, n, use, n)
+            # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
             block.values.release(n)
             return ()
@@ -352,7 +354,7 @@ class Queries:
         shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
         out, total = pl.run_scoped(run, shape)
         rings.skip(self.end, self.total_steps, *both)
-        self.end_of_table()
+        block.tables.release(block.n)
         total = lanes.finish_sums(total, interpret=self.interpret)
         out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
         self.store(out, None, jnp.log2(total))
@@ -367,14 +369,13 @@ class Queries:
         def _():
             results = {"out": out}
             if value_sum is not None:
-                factor = lax.broadcast_in_dim(self.load_rows("count_inverse"), value_sum.shape, [0])
+                factor = lax.broadcast_in_dim(self.count_inverse, value_sum.shape, [0])
                 results["mean"] = value_sum * factor
             lost = {name: x - self.round(x).astype(jnp.float32) for name, x in results.items()}
             if self.kernel.training:
                 results["rounding"] = lost["out"]
                 if value_sum is not None:
-                    factor = self.offset * self.count_ratio()
-                    factor = lax.broadcast_in_dim(factor, value_sum.shape, [0])
+                    factor = lax.broadcast_in_dim(self.mean_factor, value_sum.shape, [0])
                     results["rounding"] = lost["out"] - lost["mean"] * factor
             # What the piece before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -403,10 +404,6 @@ class Queries:
     def round(self, x: Array) -> Array:
         """Returns x in the dtype of the outputs."""
         return x.astype(self.kernel.dtype)
-
-    def count_ratio(self) -> Float[Array, "64"]:
-        """Returns what the mean's factor of tau is: 1 where the divisor is what is visible."""
-        return self.load_rows("offset_scale") / self.load_rows("count_inverse")
 
 
 def _unit(key0: Any) -> Int[Array, ""]:

@@ -1,4 +1,4 @@
-"""The MLIR that `lanes.py` is written in: where numbers lie in a warpgroup's registers."""
+"""The MLIR of `lanes.py` and `memory.py`: where numbers lie in a warpgroup's registers."""
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np

@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.batching import over_batch
 from pallas_kernels.mosaic_gpu import backward_bias as bias_kernel
-from pallas_kernels.mosaic_gpu import config
+from pallas_kernels.mosaic_gpu import config, row_facts
 from pallas_kernels.mosaic_gpu.backward_key import backward_key
 from pallas_kernels.mosaic_gpu.backward_query import backward_query
 from pallas_kernels.mosaic_gpu.forward import forward
-from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, threshold
+from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.row_facts import Residuals
 from pallas_kernels.types import AttentionSettings, Visibility
 from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import TileSizes, visit_ranges
@@ -108,14 +109,14 @@ def _attention_fwd(
     out, mean, rounding, log_total, live = call.forward(first, training=True)
     live = first if live is None else live
     saved = (query, key, value, distance_bias, distance_slope, offset, visibility)
-    return out, (saved, (first, live, log_total, out, mean, rounding))
+    return out, (saved, first, live, Residuals(out, rounding, mean, log_total))
 
 
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    saved, (first, live, log_total, out, mean, rounding) = residuals
+    saved, first, live, found = residuals
     call = Kernels(*(*saved, plan))
-    rows, d_offset = call.row_facts(log_total, out, mean, rounding, d_out)
-    d_query, far = call.backward_query(rows, first, live, d_out)
+    d_query, rows, of_mean, far = call.backward_query(found, first, live, d_out)
+    d_offset = None if of_mean is None else of_mean.sum(axis=(0, 2, 3))
     d_key, d_value = call.backward_key(rows, first, live, d_out)
     d_bias = d_slope = None
     distance_bias, distance_slope = call.distance_bias, call.distance_slope
@@ -147,9 +148,9 @@ class Kernels:
         self.query, self.key, self.value = query, key, value
         self.distance_bias, self.distance_slope, self.offset = distance_bias, distance_slope, offset
         self.plan = plan
-        batch, self.length, self.heads, _ = query.shape
+        _, self.length, self.heads, _ = query.shape
         self.units = -(-self.length // UNIT)
-        self.table, self.tail = plan.table(distance_bias, distance_slope, self.heads)
+        self.falling, self.rising, self.tail = plan.table(distance_bias, distance_slope, self.heads)
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
         missing = self.units * UNIT - self.length
         # A row of padding sees what the last row sees.
@@ -159,7 +160,6 @@ class Kernels:
         )
         position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
         self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
-        self.document_last = self.document.reshape(batch, self.units, UNIT).max(axis=-1)
         self.first_visible = visibility.first
 
     def visited(self) -> Int[Array, "batch heads units"]:
@@ -204,9 +204,9 @@ class Kernels:
             return tuple(x for x in forward(plan, training, *arrays) if x is not None)
 
         operands = (
-            (self.query, False), (self.key, False), (self.value, False), (self.table, True),
+            (self.query, False), (self.key, False), (self.value, False), (self.falling, True),
             (self.tail, True), (self.tau, True), (self.offset_scale, False),
-            (self.count_inverse, False), (self.document, False), (self.document_last, False),
+            (self.count_inverse, False), (self.document if plan.packed else first, False),
             (first, False), (self.small().astype(jnp.int32), False),
         )  # fmt: skip
         results = list(_batched(run, *operands))
@@ -216,60 +216,34 @@ class Kernels:
         rounding, log_total = (results.pop(0), results.pop(0)) if training else (None, None)
         return out, mean, rounding, log_total, results.pop(0) if want_mean else None
 
-    def row_facts(
-        self, log_total: Array, out: Array, mean: Array | None, rounding: Array, d_out: Array
-    ) -> tuple[Float[Array, "batch heads units kinds 64"], Float[Array, " heads"] | None]:
-        """Returns what the backward pass knows of each query, and the gradient of tau.
-
-        Args:
-          log_total: from the forward pass.
-          out: output.
-          mean: of values of live entries over all visible ones; None without an offset.
-          rounding: what rounding took from out - offset mean.
-          d_out: gradient of the output.
-        """
+    def backward_query(
+        self, residuals: Residuals, first: Array, live: Array, d_out: Array
+    ) -> tuple[Array, Array, Array | None, Array | None]:
+        """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
         plan = self.plan
-
-        def dot(x: Array) -> Float[Array, "batch length heads"]:
-            return jnp.sum(d_out.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
-
-        def by_head(x: Float[Array, "batch length heads"]) -> Float[Array, "batch heads padded"]:
-            missing = self.units * UNIT - self.length
-            return jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, missing)))
-
-        # The sum over live keys of P v, unrounded, is what delta wants.
-        dots = [dot(out) + dot(rounding)] + ([] if mean is None else [dot(mean)])
-        # Summed where they lie: fused with what follows, XLA would read them transposed.
-        dots = [by_head(x) for x in jax.lax.optimization_barrier(dots)]
-        delta = dots[0]
-        limit, d_offset = jnp.zeros_like(delta), None
-        if mean is not None:
-            scale = self.offset_scale[:, None]
-            of_mean = dots[1] * (scale / self.count_inverse[:, None])
-            tau = self.tau[:, None]
-            delta = delta - tau * of_mean
-            limit = threshold(tau, scale)
-            d_offset = of_mean.sum(axis=(0, 2))
-        kinds = [log_total, delta, jnp.broadcast_to(limit, delta.shape)]
-        if plan.packed:
-            document = self.document[:, None].astype(jnp.float32)
-            kinds.append(jnp.broadcast_to(document, delta.shape))
-        rows = jnp.stack([x.reshape(*x.shape[:2], self.units, UNIT) for x in kinds], axis=3)
-        return rows, d_offset
-
-    def backward_query(self, rows: Array, first: Array, live: Array, d_out: Array) -> Any:
-        """Launches the kernel for dQ; returns also sums for the bias's tail, or None."""
-        plan = self.plan
+        names = row_facts.names(plan)
 
         def run(groups: int, *arrays: Array) -> Any:
             del groups
-            return tuple(x for x in backward_query(plan, *arrays) if x is not None)
+            by_name = dict(zip((*names, "log_total"), arrays[12:], strict=True))
+            found = Residuals(
+                by_name["out"], by_name["rounding"], by_name.get("mean"), by_name["log_total"]
+            )
+            query, d_out, key, value, table, tail, *others = arrays[:12]
+            results = backward_query(plan, query, d_out, key, value, table, tail, found, *others)
+            return tuple(x for x in results if x is not None)
 
-        results = _batched(
-            run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (self.tail, True), (rows, False), (first, False), (live, False),
+        operands = (
+            (self.query, False), (d_out, False), (self.key, False), (self.value, False),
+            (self.falling, True), (self.tail, True), (self.tau, True), (self.offset_scale, False),
+            (self.count_inverse, False), (self.document if plan.packed else first, False),
+            (first, False), (live, False),
+            *((x, False) for x in residuals.tiles.values()), (residuals.log_total, False),
         )  # fmt: skip
-        return results[0], results[1] if len(results) == 2 else None
+        results = list(_batched(run, *operands))
+        d_query, rows = results.pop(0), results.pop(0)
+        of_mean = results.pop(0) if plan.has_offset else None
+        return d_query, rows, of_mean, results.pop(0) if results else None
 
     def backward_key(self, rows: Array, first: Array, live: Array, d_out: Array) -> Any:
         """Launches the kernel for dK and dV."""
@@ -281,7 +255,7 @@ class Kernels:
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (self.tail, True), (self.tau, True), (rows, False),
+            (self.rising, True), (self.tail, True), (self.tau, True), (rows, False),
             (_last_query(first), False), (_last_query(live), False),
         )  # fmt: skip
 
@@ -305,7 +279,7 @@ class Kernels:
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table, True), (rows, False), (first, False), (live, False),
+            (self.falling, True), (rows, False), (first, False), (live, False),
         ).sum(axis=0)  # fmt: skip
 
 

@@ -102,7 +102,9 @@ class Plan:
         distance_bias: Float[Array, "heads width"] | None,
         distance_slope: Float[Array, " heads"] | None,
         heads: int,
-    ) -> tuple[Float[Array, "heads rows 128"], Float[Array, "heads 2"]]:
+    ) -> tuple[
+        Float[Array, "heads rows 128"], Float[Array, "heads rows 128"], Float[Array, "heads 2"]
+    ]:
         """Returns the bias in the kernels' form, in units of log2 and less b(0).
 
         A row of scores may be shifted by a constant; less b(0), scores stay small.
@@ -111,7 +113,8 @@ class Plan:
           For each head, twice, the second time without the first entry: `LOWEST` for
           distances below 0, so that it masks; the table; the tail for as far as a tile
           that begins within the table can reach; then the tail again, relative to where it
-          begins, for tiles wholly past the table.
+          begins, for tiles wholly past the table. First in the order of distances falling,
+          for tiles whose rows are queries, then rising, for tiles whose rows are keys.
           And for each head the tail: its value at distance `reach` - 1, and its slope.
         """
         if distance_bias is None:
@@ -128,26 +131,44 @@ class Plan:
                 slope = LOG2_E * distance_slope
                 end = values[:, self.reach - 1]
         ramp = -slope[:, None] * jnp.arange(_TRAIL, dtype=jnp.float32)
-        table = jnp.concatenate(
+        rising = jnp.concatenate(
             [jnp.full((heads, _LEAD), LOWEST, jnp.float32), values, ramp], axis=1
         )
-        shifted = jnp.pad(table[:, 1:], ((0, 0), (0, 1)))
-        table = jnp.stack([table, shifted], axis=1)
-        return table.reshape(heads, -1, _LANES), jnp.stack([end, slope], axis=1)
+        # What was at n is now at the length less n.
+        falling = jnp.roll(rising[:, ::-1], 1, axis=1)
+
+        def twice(x: Float[Array, "heads entries"]) -> Float[Array, "heads rows 128"]:
+            shifted = jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+            return jnp.stack([x, shifted], axis=1).reshape(heads, -1, _LANES)
+
+        return twice(falling), twice(rising), jnp.stack([end, slope], axis=1)
+
+    @property
+    def exponent_scale(self) -> float:
+        """Turns products of queries and keys into exponents of two."""
+        return self.scale * LOG2_E
 
     def bias_of_tile(
-        self, apart: Int[Array, ""], keys: int, tail: tuple[Float[Array, ""], Float[Array, ""]]
+        self,
+        apart: Int[Array, ""],
+        keys: int,
+        tail: tuple[Float[Array, ""], Float[Array, ""]],
+        *,
+        falling: bool,
     ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """Returns where a tile's bias begins in the table, and what is to be added to it.
+        """Returns where a tile's bias begins in the table, and what its exponents lack.
 
         Args:
           apart: first query less first key, a multiple of 64.
           keys: of the tile.
           tail: value and slope, as in `table`.
+          falling: whether it is the table of distances falling.
         """
         past = apart - keys - (self.reach - 1)
         far = past >= 0
         start = lax.select(far, jnp.int32(self._near + keys), apart + _LEAD)
+        if falling:
+            start = self._near + _TRAIL - start
         value, slope = tail
         rest = lax.select(far, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
         return start, rest

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu import memory
 
 # SMs of an H100 or H200 SXM. On a smaller one some blocks start late and find nothing left.
 _SMS = 132
@@ -78,25 +78,20 @@ class Queue:
         def slot(n):
             return lax.rem(n, jnp.int32(_SLOTS))
 
-        def take(n):
-            lanes.take_number(counter, words, slot(n))
-
-        def read(n):
+        def next_piece(n):
             if fetches:
+                # Not before all copies for the piece before are under way: who takes early
+                # holds a piece back that another block could begin.
+                memory.take_number(counter, words, slot(n))
                 plgpu.barrier_arrive(full.at[slot(n)])
             plgpu.barrier_wait(full.at[slot(n)])
             return words[slot(n)]
 
         def step(state):
             piece, n, carry = state
-            if fetches:
-                # Here, since it takes a while.
-                take(n + 1)
             carry = body(piece, n, carry)
-            return read(n + 1), n + 1, carry
+            return next_piece(n + 1), n + 1, carry
 
         first = jnp.int32(0)
-        if fetches:
-            take(first)
-        state = (read(first), first, carry)
+        state = (next_piece(first), first, carry)
         return lax.while_loop(lambda state: state[0] < self.pieces, step, state)[1:]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu import lanes, memory
 from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import Plan
 
@@ -81,7 +81,7 @@ class Ring:
         """Declares all slots empty; every user calls it once."""
         if not self.interpret:
             for slot in range(self.stages):
-                lanes.named_barrier("arrive", self.number + slot, self.threads)
+                memory.named_barrier("arrive", self.number + slot, self.threads)
 
     def acquire(self, tile: Int[Array, ""]) -> Int[Array, ""]:
         """Waits until the slot of a tile may be written; the fetching warp's part."""
@@ -93,7 +93,7 @@ class Ring:
                 plgpu.barrier_wait(self.empty.at[slot])
 
         else:
-            lanes.named_barrier("sync", self.number + slot, self.threads)
+            memory.named_barrier("sync", self.number + slot, self.threads)
         return slot
 
     def wait(self, tile: Int[Array, ""]) -> Int[Array, ""]:
@@ -103,12 +103,25 @@ class Ring:
         return slot
 
     def release(self, tile: Int[Array, ""]) -> None:
-        """Gives a tile's slot back, once nothing that reads it is in flight."""
+        """Gives a tile's slot back, once nothing that reads it is in flight.
+
+        On a GPU ordinary loads are done when the threads arrive, and the copy that writes
+        there next needs no fence; the race detector of interpret mode wants one.
+        """
         slot = self.slot(tile)
         if self.interpret:
+            plgpu.commit_smem()
             plgpu.barrier_arrive(self.empty.at[slot])
         else:
-            lanes.named_barrier("arrive", self.number + slot, self.threads)
+            memory.named_barrier("arrive", self.number + slot, self.threads)
+
+    def release_before(self, tile: Int[Array, ""], first: Any) -> None:
+        """Gives back the tile before this one, unless this is the first.
+
+        What reads a tile last is left in flight while the next one's products begin; those who
+        have waited for these need not wait for it again.
+        """
+        pl.when(tile > first)(lambda: self.release(tile - 1))
 
     def close(self, tiles: Int[Array, ""]) -> None:
         """Waits until all is released, of all pieces; the fetching warp's part."""
@@ -199,6 +212,29 @@ def operand(tile: Any, in_registers: bool, interpret: bool) -> Any:
     if in_registers and not interpret:
         return plgpu.load(tile, layout=lanes.TILE, optimized=False)
     return tile
+
+
+def begin_with(acc: Any, x: Any, interpret: bool) -> Any:
+    """Puts x where products will be added to it; returns what `finish` wants to know.
+
+    Interpret mode can't do that, so there it is added at the end.
+    """
+    if interpret:
+        return x
+    acc[...] = x
+    return None
+
+
+def finish(acc: Any, begun: Any, in_flight: int = 0) -> Any:
+    """Returns an accumulator's value.
+
+    Args:
+      acc: the accumulator.
+      begun: what `begin_with` returned.
+      in_flight: how many products issued later needn't be waited for.
+    """
+    x = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+    return x if begun is None else x + begun
 
 
 def multiply(acc: Any, x: Any, tile: Any, spare: Any = None) -> None:

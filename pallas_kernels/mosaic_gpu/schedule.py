@@ -3,7 +3,8 @@
 Longest first keeps all SMs busy to the end:
 late queries see more keys. But heads taken together read more keys and values than the L2
 cache holds, so the heads are cut into sections that fit, and each section starts its late
-queries first. Only the last section's end is a real end.
+queries first. Only the last section's end is a real end; sections are of one size, so that
+the longest pieces of the last one begin long before.
 """
 
 import dataclasses
@@ -40,15 +41,15 @@ class Order:
     ) -> "Order":
         """Returns the order for blocks of queries, 16-bit keys and values."""
         one = 4 * length * head_dim
-        section = max(1, _SECTION_BYTES // one) * group
-        return cls(batch, heads, -(-length // queries), min(section, batch * heads), True)
+        section = _section(batch * heads // group, one) * group
+        return cls(batch, heads, -(-length // queries), section, True)
 
     @classmethod
     def of_keys(cls, batch: int, kv_heads: int, length: int, keys: int, head_dim: int) -> "Order":
         """Returns the order for blocks of keys: early keys are seen by more queries."""
         one = 4 * length * head_dim
-        section = max(1, _SECTION_BYTES // one)
-        return cls(batch, kv_heads, -(-length // keys), min(section, batch * kv_heads), False)
+        section = _section(batch * kv_heads, one)
+        return cls(batch, kv_heads, -(-length // keys), section, False)
 
     @property
     def pieces(self) -> int:
@@ -72,3 +73,9 @@ class Order:
             tile = self.tiles - 1 - tile
         batch = lax.div(pair, jnp.int32(self.heads))
         return batch, pair - batch * self.heads, tile
+
+
+def _section(pairs: int, one: int) -> int:
+    """Returns how many of so many (batch, head), each of `one` bytes, a section has."""
+    sections = -(-pairs // max(1, _SECTION_BYTES // one))
+    return -(-pairs // sections)

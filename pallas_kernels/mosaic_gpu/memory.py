@@ -1,0 +1,257 @@
+"""Operations between a warpgroup's registers and memory that Pallas has no words for.
+
+Where numbers lie in registers: see `lanes.py`. Each function has a plain twin for interpret
+mode, where it means anything there.
+"""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.mosaic_gpu import mlir
+from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
+
+# Words from one row of a tile to the next, where rows lie in SMEM to be added up askew.
+_PITCH = 65
+DIAGONALS_WORDS = ROWS // 2 * _PITCH
+
+
+def gather(
+    table, start: Int[Array, ""], columns: int, *, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns the tile with tile[r, c] = table[start + c - r].
+
+    Two neighbours of a row come from one 8-byte load, which must be aligned; hence the two
+    copies of the table. Entries g, c and g+8, c+8 are equal and belong to one lane, so
+    columns/8 + 1 loads a lane make the tile.
+
+    Args:
+      table: SMEM [2 n, 128] float32: n rows of the table, then the table without its first
+        entry. Entries from start - 64 to start + columns are read.
+      start: even.
+      columns: N, a multiple of 8.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        flat = table[...].reshape(2, -1)[0]
+        r = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 0)
+        c = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1)
+        return flat[start + c - r]
+    entries = table.shape[0] * table.shape[1] // 2
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
+    )
+    def load(_, ref, start):
+        f32 = ir.F32Type.get()
+        warp, g, t = mlir.position()
+        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        at = arith.subi(arith.muli(t, mlir.constant(2)), row)
+        # An entry at an odd place begins an aligned pair in the second copy.
+        odd = arith.andi(g, mlir.constant(1))
+        at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
+        at = arith.addi(at, mlir.scalar(start))
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)
+        two = ir.VectorType.get((2,), f32)
+        loaded: dict[int, ir.Value] = {}
+
+        def build(half, block):
+            distance = 8 * block - 8 * half
+            if distance not in loaded:
+                pointer = mgpu.utils.getelementptr(base, [distance], f32)
+                loaded[distance] = llvm.load(two, pointer, alignment=8)
+            return loaded[distance]
+
+        return mlir.tile(build, columns)
+
+    return load(table, start)
+
+
+def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[Array, "128"]:
+    """Returns the sums over the diagonals of x, the top right corner's first, and one 0.
+
+    Args:
+      x: a tile.
+      spare: SMEM of this warpgroup's own, [DIAGONALS_WORDS] float32.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        return jnp.pad(bias_lib.sum_diagonals(x), (0, 1))
+    layout = plgpu.Layout.WG_STRIDED((LANES,), 1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout),
+    )
+    def add_up(_, x, spare):
+        f32 = ir.F32Type.get()
+        base = mgpu.utils.memref_ptr(spare)
+        warp, g, t = mlir.position()
+
+        def pointer(at):
+            return mgpu.utils.getelementptr(base, [at], f32)
+
+        registers = mlir.registers(x)
+        # One half of each warp's rows at a time: thread n adds up the diagonal on which
+        # row - column is n - 63.
+        place = arith.addi(arith.muli(warp, mlir.constant(8)), g)
+        first = arith.muli(place, mlir.constant(_PITCH))
+        first = arith.addi(first, arith.muli(t, mlir.constant(2)))
+        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        sums = []
+        for half in range(2):
+            # All have read what was there before.
+            mgpu.utils.warpgroup_barrier()
+            for block in range(ROWS // 8):
+                for i in range(2):
+                    at = arith.addi(first, mlir.constant(8 * block + i))
+                    llvm.store(mlir.element(registers[half, block], i), pointer(at))
+            mgpu.utils.warpgroup_barrier()
+            for n in range(ROWS // 2):
+                row = n // 8 * 16 + n % 8 + 8 * half
+                column = arith.subi(mlir.constant(row + ROWS - 1), thread)
+                inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
+                column = arith.select(inside, column, mlir.constant(0))
+                value = llvm.load(f32, pointer(arith.addi(column, mlir.constant(n * _PITCH))))
+                sums.append(arith.select(inside, value, zero))
+        total = mlir.tree(mlir.add, sums)
+        return mgpu.FragmentedArray(
+            _registers=np.array([mlir.single(total)], dtype=object),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return add_up(x, spare)
+
+
+def store_minimum(
+    x: Int[Array, "64"], words, warpgroup: Int[Array, ""], *, interpret: bool
+) -> None:
+    """Stores the least of a warpgroup's per-lane x into its four words of SMEM.
+
+    Args:
+      x: int32, per lane.
+      words: SMEM int32, four a warpgroup, whose minimum is the result.
+      warpgroup: index of this warpgroup.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        words[pl.ds(4 * warpgroup, 4)] = jnp.full((4,), x.min())
+        return
+
+    @plgpu.inline_mgpu(arg_types=(ROW, plgpu.RefType(), SCALAR))
+    def store(_, x, words, warpgroup):
+        i32 = mlir.i32()
+        low, high = (mlir.element(register, 0) for register in x.registers.flat)
+        least = llvm.inline_asm(
+            i32,
+            [arith.minsi(low, high)],
+            "redux.sync.min.s32 $0, $1, 0xffffffff;",
+            "=r,r",
+            has_side_effects=True,
+        )
+        warp, g, t = mlir.position()
+        at = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), mlir.constant(0))
+        with mgpu.utils.when(first):
+            llvm.store(least, pointer)
+
+    store(x, words, warpgroup)
+
+
+def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
+    """Brings some of x into the first cache, a line a thread; past its end nothing.
+
+    Args:
+      x: 4-byte numbers in global memory, one axis.
+      start: of what is wanted.
+      size: how many.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        return
+    length = x.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
+    def fetch(_, x, start):
+        f32 = ir.F32Type.get()
+        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        at = arith.addi(mlir.scalar(start), arith.muli(thread, mlir.constant(32)))
+        wanted = arith.andi(
+            arith.cmpi(arith.CmpIPredicate.slt, thread, mlir.constant(-(-size // 32))),
+            arith.cmpi(arith.CmpIPredicate.slt, at, mlir.constant(length)),
+        )
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [at], f32)
+        with mgpu.utils.when(wanted):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [pointer],
+                "prefetch.global.L1 [$0];",
+                "l",
+                has_side_effects=True,
+            )
+
+    fetch(x, start)
+
+
+def take_number(counter, words, slot: Int[Array, ""]) -> None:
+    """Takes the next number from a counter in global memory into a word of SMEM.
+
+    One thread of the warpgroup's second warp does it; the others don't wait.
+
+    Args:
+      counter: a semaphore, 0 before the first call.
+      words: SMEM int32.
+      slot: which of them.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
+    def take(_, counter, words, slot):
+        i32 = mlir.i32()
+        warp, g, t = mlir.position()
+        lane = arith.ori(g, t)
+        chosen = arith.cmpi(
+            arith.CmpIPredicate.eq,
+            arith.ori(lane, arith.xori(warp, mlir.constant(1))),
+            mlir.constant(0),
+        )
+        source = mgpu.utils.memref_ptr(counter)
+        target = mgpu.utils.memref_ptr(words)
+        target = mgpu.utils.getelementptr(target, [mlir.scalar(slot)], i32)
+        with mgpu.utils.when(chosen):
+            number = llvm.inline_asm(
+                i32,
+                [source],
+                "atom.add.relaxed.gpu.u32 $0, [$1], 1;",
+                "=r,l",
+                has_side_effects=True,
+            )
+            llvm.store(number, target)
+
+    take(counter, words, jnp.asarray(slot, jnp.int32))
+
+
+def named_barrier(operation: str, number, threads: int) -> None:
+    """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the block."""
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR,))
+    def bar_op(_, number):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [mlir.scalar(number)],
+            f"bar.{operation} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    bar_op(jnp.asarray(number, jnp.int32))

@@ -84,8 +84,10 @@ class Checkpoints:
         self._max_failed = max_failed
         self._failed_in_row = 0
         self._under_way: int | None = None
+        self._failed: set[int] = set()
         self._agreement = SaveAgreement()
         logging.get_absl_logger().addFilter(_no_traceback)
+        standard_logging.getLogger("asyncio").addFilter(_retrieved)
         self._keep, self._keep_every = keep, keep_every
         self._manager = self._open()
 
@@ -95,6 +97,19 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.wait()
         self._manager.close()
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what there is of saves that failed.
+
+        More than once, since threads of such a save may still be making files. Now and then
+        Orbax even gives a folder its final name of which a part could not be written.
+        """
+        if jax.process_index() == 0:
+            for step in self._failed:
+                unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
+                for leftover in (*unfinished, self.folder / str(step)):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Returns the steps there are checkpoints of, newest first."""
@@ -127,6 +142,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._under_way = step
+        self._failed.discard(step)
         self._agreement.begin()
         self._manager.save(
             step,
@@ -152,6 +168,7 @@ class Checkpoints:
         step, self._under_way = self._under_way, None
         if step is None:
             return None
+        self._remove_leftovers()
         error: Exception | None = None
         try:
             self._manager.wait_until_finished()
@@ -165,9 +182,8 @@ class Checkpoints:
             self._failed_in_row = 0
             return None
         self._failed_in_row += 1
-        if jax.process_index() == 0:
-            for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        self._failed.add(step)
+        self._remove_leftovers()
         self._open_again()
         saved = self.steps()
         last = f"the last good one is of step {saved[0]}" if saved else "there is none before it"
@@ -284,6 +300,8 @@ class Checkpoints:
                 break
             except Exception as error:
                 logging.info("%s", _brief(error))
+        # Before it opens, for then Orbax removes such folders, in the background.
+        self._remove_leftovers()
         self._manager = self._open()
 
     def _move_aside(self, step: int) -> None:
@@ -319,3 +337,12 @@ def _numbered(folder: Path, step: int) -> Iterator[Path]:
 def _no_traceback(record: standard_logging.LogRecord) -> bool:
     """Keeps Orbax from printing tracebacks of what is reported in a sentence."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _retrieved(record: standard_logging.LogRecord) -> bool:
+    """Keeps asyncio from printing the other errors of a save that is reported as failed.
+
+    Each array of a save is written by a task of its own, and Orbax asks only the first that
+    fails why. Nothing else in this program uses asyncio.
+    """
+    return "exception was never retrieved" not in record.getMessage()

@@ -20,6 +20,7 @@ from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import config, op
 from pallas_kernels.mosaic_gpu.config import Block, ForwardBlock
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.planning import by_triton
 from pallas_kernels.types import Visibility
 
 KERNELS = ("inference", "forward", "backward_query", "backward_key", "backward_bias")
@@ -75,10 +76,6 @@ class Job:
     run: Callable[[], Any] | None = None
 
 
-def _kernels(plan: Plan, arrays: Any) -> op.Kernels:
-    return op.Kernels(*arrays, plan)
-
-
 def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
     query, key, value, d_out = cases.tensors(shape, "bfloat16", seed=0)
     parameters = cases.parameters(case, shape, _WIDTH.value, None)
@@ -95,6 +92,7 @@ def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
         width=min(_WIDTH.value, shape.length),
         has_slope=slope is not None,
         has_offset=offset is not None,
+        by_triton=by_triton.available(),
         blocks=config.blocks(shape.head_dim),
     )
     return plan, (query, key, value, bias, slope, offset, visibility), d_out
@@ -109,18 +107,19 @@ def measure(shape: cases.Shape) -> None:
 
         @jax.jit
         def before(arrays, d_out, plan=plan):
-            kernels = _kernels(plan, arrays)
-            first = kernels.visited()
-            out, mean, rounding, log_total, live = kernels.forward(first, training=True)
-            live = first if live is None else live
+            kernels = op.Kernels(*arrays, plan)
+            visits = kernels.visits()
+            out, mean, rounding, log_total, live = kernels.forward(visits, training=True)
+            live = visits.first if live is None else live
             residuals = op.Residuals(out, rounding, mean, log_total)
-            _, rows, *_ = kernels.backward_query(residuals, first, live, d_out)
-            return residuals, rows, first, live, d_out
+            _, rows, *_ = kernels.backward_query(residuals, visits.first, live, d_out)
+            ranges = kernels.key_ranges(visits.first, live)
+            return residuals, rows, visits, live, d_out, kernels.table, ranges
 
         saved = before(arrays, d_out)
         unit = jnp.arange(saved[1].shape[-1])
         every = shape.batch * shape.heads * (unit + 1).sum()
-        visited, live = ((unit + 1 - x).sum() for x in saved[2:4])
+        visited, live = ((unit + 1 - x).sum() for x in (saved[2].first, saved[3]))
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
@@ -135,12 +134,13 @@ def measure(shape: cases.Shape) -> None:
         job, plan, arrays, saved = item
 
         def run(arrays, saved):
-            kernels = _kernels(plan, arrays)
-            residuals, rows, first, live, d_out = saved
+            residuals, rows, visits, live, d_out, table, ranges = saved
+            kernels = op.Kernels(*arrays, plan, table)
             if job.kernel in ("inference", "forward"):
-                return kernels.forward(first, training=job.kernel == "forward")[0]
-            known = residuals if job.kernel == "backward_query" else rows
-            return getattr(kernels, job.kernel)(known, first, live, d_out)
+                return kernels.forward(visits, training=job.kernel == "forward")[0]
+            if job.kernel == "backward_query":
+                return kernels.backward_query(residuals, visits.first, live, d_out)
+            return getattr(kernels, job.kernel)(rows, ranges, d_out)
 
         try:
             program = jax.jit(run).lower(arrays, saved).compile()

@@ -6,20 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels import bias as bias_lib
 from pallas_kernels.batching import over_batch
 from pallas_kernels.mosaic_gpu import backward_bias as bias_kernel
 from pallas_kernels.mosaic_gpu import config, row_facts
 from pallas_kernels.mosaic_gpu.backward_key import backward_key
 from pallas_kernels.mosaic_gpu.backward_query import backward_query
 from pallas_kernels.mosaic_gpu.forward import forward
-from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
+from pallas_kernels.mosaic_gpu.planning.by_xla import KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.row_facts import Residuals
 from pallas_kernels.types import AttentionSettings, Visibility
 from pallas_kernels.varying import vary_alike
-from pallas_kernels.visit import TileSizes, visit_ranges
 
 # For measurements: False computes every visited tile in full. Read when a call is traced.
 skip_dead_tiles = True
@@ -68,6 +68,7 @@ def attention(
         has_offset=offset is not None,
         blocks=config.blocks(padded_dim),
         interpret=interpret,
+        by_triton=interpret is None and by_triton.available(),
     )
     # TMA clips what lies past the end, but wants whole groups of 8 rows; interpret mode
     # wants whole tiles. A padding key is seen by padding queries alone.
@@ -97,43 +98,32 @@ def _pad_rows(x: Float[Array, "batch length *axes"], missing: int, **how: Any) -
 def _attention(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> Float[Array, "batch length heads head_dim"]:
-    call = Kernels(query, key, value, distance_bias, distance_slope, offset, visibility, plan)
-    return call.forward(call.visited(), training=False)[0]
+    inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
+    call = Kernels(*inputs, plan)
+    return call.forward(call.visits(), training=False)[0]
 
 
 def _attention_fwd(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> tuple[Array, Any]:
-    call = Kernels(query, key, value, distance_bias, distance_slope, offset, visibility, plan)
-    first = call.visited()
-    out, mean, rounding, log_total, live = call.forward(first, training=True)
-    live = first if live is None else live
-    saved = (query, key, value, distance_bias, distance_slope, offset, visibility)
-    return out, (saved, first, live, Residuals(out, rounding, mean, log_total))
+    inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
+    call = Kernels(*inputs, plan)
+    visits = call.visits()
+    out, mean, rounding, log_total, live = call.forward(visits, training=True)
+    live = visits.first if live is None else live
+    found = Residuals(out, rounding, mean, log_total)
+    return out, (inputs, call.table, visits.first, live, found)
 
 
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    saved, first, live, found = residuals
-    call = Kernels(*(*saved, plan))
+    inputs, table, first, live, found = residuals
+    call = Kernels(*inputs, plan, table)
     d_query, rows, of_mean, far = call.backward_query(found, first, live, d_out)
-    d_offset = None if of_mean is None else of_mean.sum(axis=(0, 2, 3))
-    d_key, d_value = call.backward_key(rows, first, live, d_out)
-    d_bias = d_slope = None
-    distance_bias, distance_slope = call.distance_bias, call.distance_slope
-    if distance_bias is not None:
-        near = call.backward_bias(rows, first, live, d_out)
-
-        def expand(distance_bias, distance_slope):
-            return bias_lib.expand(distance_bias, distance_slope, near.shape[1])
-
-        width = distance_bias.shape[1]
-        _, vjp = jax.vjp(expand, distance_bias, distance_slope)
-        d_bias, d_slope = vjp(near[:, : expand(distance_bias, distance_slope).shape[1]])
-        if far is not None:
-            far = far.sum(axis=(0, 2, 4))
-            d_bias = d_bias.at[:, width - 1].add(far[:, 0])
-            d_slope = d_slope - far[:, 1]
-    return d_query, d_key, d_value, d_bias, d_slope, d_offset, None
+    ranges = call.key_ranges(first, live)
+    d_key, d_value = call.backward_key(rows, ranges, d_out)
+    sums = None if plan.width == 0 else call.backward_bias(rows, ranges, d_out)
+    of_parameters = call.gradients(of_mean, sums, far)
+    return d_query, d_key, d_value, *of_parameters, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -143,14 +133,24 @@ class Kernels:
     """A call's arrays, and the launches that read them."""
 
     def __init__(
-        self, query, key, value, distance_bias, distance_slope, offset, visibility, plan: Plan
+        self,
+        query,
+        key,
+        value,
+        distance_bias,
+        distance_slope,
+        offset,
+        visibility,
+        plan: Plan,
+        table: Table | None = None,
     ):
         self.query, self.key, self.value = query, key, value
         self.distance_bias, self.distance_slope, self.offset = distance_bias, distance_slope, offset
         self.plan = plan
+        self.planning: Any = by_triton if plan.by_triton else by_xla
         _, self.length, self.heads, _ = query.shape
         self.units = -(-self.length // UNIT)
-        self.falling, self.rising, self.tail = plan.table(distance_bias, distance_slope, self.heads)
+        self.table = table or self._table()
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
         missing = self.units * UNIT - self.length
         # A row of padding sees what the last row sees.
@@ -161,42 +161,88 @@ class Kernels:
         position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
         self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
         self.first_visible = visibility.first
+        self.distances = bias_kernel.distances(plan, self.units) if plan.width else 0
 
-    def visited(self) -> Int[Array, "batch heads units"]:
-        """Returns the first unit of keys that each unit of queries visits."""
-        ranges = visit_ranges(
-            self.query,
-            self.key,
-            self._bias(),
-            self.offset,
-            self.first_visible,
-            scale=self.plan.scale,
-            skip_mass=self.plan.skip_mass,
-            tiles=TileSizes(UNIT, UNIT),
+    def _table(self) -> Table:
+        """Returns the bias in the kernels' form."""
+        parameters = [x for x in (self.distance_bias, self.distance_slope) if x is not None]
+
+        def run(groups: int, *parameters: Array) -> Any:
+            del groups
+            given = (*parameters, None, None)[:2]
+            found = self.planning.table(self.plan, *given, self.heads, self.length)
+            return tuple(x for x in found if x is not None)
+
+        found = _batched(run, *((x, True) for x in parameters)) if parameters else run(0)
+        return Table(*(*found, None)[:4])
+
+    def visits(self) -> Visits:
+        """Returns which tiles are visited, and whether scores are small."""
+        parameters = {
+            "distance_bias": self.distance_bias,
+            "distance_slope": self.distance_slope,
+            "offset": self.offset,
+            "maxima": self.table.maxima,
+        }
+        given = {name: x for name, x in parameters.items() if x is not None}
+
+        def run(groups: int, *arrays: Array) -> Any:
+            del groups
+            found = dict.fromkeys(parameters) | dict(zip(given, arrays[3:], strict=True))
+            return self.planning.visits(self.plan, *arrays[:3], **found)
+
+        shared = ((x, True) for x in given.values())
+        return _batched(
+            run, (self.query, False), (self.key, False), (self.first_visible, False), *shared
         )
-        return ranges.first
 
-    def _bias(self) -> Float[Array, "heads length"] | None:
-        if self.distance_bias is None:
-            return None
-        return bias_lib.expand(self.distance_bias, self.distance_slope, self.length)
+    def key_ranges(self, first: Array, live: Array) -> KeyRanges:
+        """Returns the ranges of the backward pass."""
+        block = self.plan.blocks.backward_bias
+        # Distances that only fill up the warpgroups have nothing to do.
+        filled = self.distances + -self.distances % block.warpgroups
 
-    def small(self) -> Bool[Array, "batch heads"]:
-        """Returns whether no score of a head, less b(0), is large either way."""
+        def run(groups: int, first: Array, live: Array) -> Any:
+            del groups
+            parts = bias_kernel.chunks(self.plan, first.shape[0], self.heads, self.units)
+            found = self.planning.key_ranges(first, live, self.distances, filled, parts)
+            return tuple(x for x in found if x is not None)
 
-        def largest_norm(x: Float[Array, "batch length n dim"]) -> Float[Array, "batch n"]:
-            return jnp.sqrt(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), axis=1))
+        found = _batched(run, (first, False), (live, False))
+        return KeyRanges(*found, *((None,) if self.distances == 0 else ()))
 
-        query, key = largest_norm(self.query), largest_norm(self.key)
-        bound = query * jnp.repeat(key, self.heads // key.shape[1], axis=1) * abs(self.plan.scale)
-        bias = self._bias()
-        if bias is not None:
-            bound = bound + jnp.max(bias - bias[:, :1], axis=1)
-        return bound * LOG2_E <= EXPONENT_LIMIT
+    def gradients(
+        self, of_mean: Array | None, sums: Array | None, far: Array | None
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Returns the gradients of bias, slope and offset; None for those not given."""
+        names = ("of_mean", "sums", "far")
+        given = {n: x for n, x in zip(names, (of_mean, sums, far), strict=True) if x is not None}
+        if not given:
+            return None, None, None
 
-    def forward(self, first: Array, *, training: bool) -> tuple[Any, ...]:
+        def run(groups: int, *arrays: Array) -> Any:
+            found = self.planning.gradients(
+                groups,
+                None if self.distance_bias is None else self.distance_bias.shape[1],
+                self.distance_slope is not None,
+                **(
+                    dict.fromkeys(("of_mean", "sums", "far"))
+                    | dict(zip(given, arrays, strict=True))
+                ),
+                length=self.length,
+                distances=self.distances,
+            )
+            return tuple(x for x in found if x is not None)
+
+        found = list(_batched(run, *((x, False) for x in given.values())))
+        return tuple(
+            None if parameter is None else found.pop(0).sum(axis=0)
+            for parameter in (self.distance_bias, self.distance_slope, self.offset)
+        )
+
+    def forward(self, visits: Visits, *, training: bool) -> tuple[Any, ...]:
         """Launches the forward pass; returns what `forward.forward` returns."""
-        plan = self.plan
+        plan, first = self.plan, visits.first
 
         def run(groups: int, *arrays: Array) -> Any:
             del groups
@@ -204,10 +250,10 @@ class Kernels:
             return tuple(x for x in forward(plan, training, *arrays) if x is not None)
 
         operands = (
-            (self.query, False), (self.key, False), (self.value, False), (self.falling, True),
-            (self.tail, True), (self.tau, True), (self.offset_scale, False),
+            (self.query, False), (self.key, False), (self.value, False), (self.table.falling, True),
+            (self.table.tail, True), (self.tau, True), (self.offset_scale, False),
             (self.count_inverse, False), (self.document if plan.packed else first, False),
-            (first, False), (self.small().astype(jnp.int32), False),
+            (first, False), (visits.small, False),
         )  # fmt: skip
         results = list(_batched(run, *operands))
         out = results.pop(0)
@@ -235,9 +281,9 @@ class Kernels:
 
         operands = (
             (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.falling, True), (self.tail, True), (self.tau, True), (self.offset_scale, False),
-            (self.count_inverse, False), (self.document if plan.packed else first, False),
-            (first, False), (live, False),
+            (self.table.falling, True), (self.table.tail, True), (self.tau, True),
+            (self.offset_scale, False), (self.count_inverse, False),
+            (self.document if plan.packed else first, False), (first, False), (live, False),
             *((x, False) for x in residuals.tiles.values()), (residuals.log_total, False),
         )  # fmt: skip
         results = list(_batched(run, *operands))
@@ -245,7 +291,7 @@ class Kernels:
         of_mean = results.pop(0) if plan.has_offset else None
         return d_query, rows, of_mean, results.pop(0) if results else None
 
-    def backward_key(self, rows: Array, first: Array, live: Array, d_out: Array) -> Any:
+    def backward_key(self, rows: Array, ranges: KeyRanges, d_out: Array) -> Any:
         """Launches the kernel for dK and dV."""
         plan = self.plan
 
@@ -255,32 +301,24 @@ class Kernels:
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.rising, True), (self.tail, True), (self.tau, True), (rows, False),
-            (_last_query(first), False), (_last_query(live), False),
+            (self.table.rising, True), (self.table.tail, True), (self.tau, True), (rows, False),
+            (ranges.last, False), (ranges.last_live, False),
         )  # fmt: skip
 
     def backward_bias(
-        self, rows: Array, first: Array, live: Array, d_out: Array
-    ) -> Float[Array, "heads near"]:
-        """Returns the gradient of b(x), over tiles with a distance inside the table."""
+        self, rows: Array, ranges: KeyRanges, d_out: Array
+    ) -> Float[Array, "batch parts heads filled 128"]:
+        """Launches the kernel for the gradient of the bias, over tiles inside the table."""
         plan = self.plan
-        block = plan.blocks.backward_bias
-        distances = bias_kernel.distances(plan, self.units)
 
         def run(groups: int, *arrays: Array) -> Any:
-            *others, first, live = arrays
-            parts = bias_kernel.chunks(plan, first.shape[0], self.heads, self.units)
-            # Distances that only fill up the warpgroups have nothing to do.
-            filled = distances + -distances % block.warpgroups
-            ranges = _distance_ranges(first, live, distances, filled, parts)
-            sums = bias_kernel.backward_bias(plan, *(*others, ranges))
-            sums = sums.reshape(groups, -1, *sums.shape[2:]).sum(axis=1)
-            return bias_lib.join_diagonals(sums[:, :, :distances, :-1])
+            del groups
+            return bias_kernel.backward_bias(plan, *arrays)
 
         return _batched(
             run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.falling, True), (rows, False), (first, False), (live, False),
-        ).sum(axis=0)  # fmt: skip
+            (self.table.falling, True), (rows, False), (ranges.distances, False),
+        )  # fmt: skip
 
 
 def _batched(run: Any, *operands: tuple[Array, bool]) -> Any:
@@ -292,35 +330,3 @@ def _batched(run: Any, *operands: tuple[Array, bool]) -> Any:
         return jax.tree.unflatten(tree, vary_alike(*results, like=arrays))
 
     return over_batch(vary, parameters)(*arrays)
-
-
-def _last_query(first: Int[Array, "batch heads units"]) -> Int[Array, "batch heads units"]:
-    """Returns the last unit of queries whose range of keys, from `first` on, has each unit."""
-    units = jnp.arange(first.shape[-1], dtype=jnp.int32)
-    seen = (first[..., None] <= units) & (units <= units[:, None])
-    return jnp.max(jnp.where(seen, units[:, None], 0), axis=-2)
-
-
-def _distance_ranges(
-    first: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
-    distances: int,
-    filled: int,
-    parts: int,
-) -> Int[Array, "batch heads parts filled 3"]:
-    """Returns what `backward_bias` wants to know of each distance and run of queries."""
-    units = first.shape[-1]
-    unit = jnp.arange(units, dtype=jnp.int32)
-    distance = jnp.arange(filled, dtype=jnp.int32)[:, None]
-    key = unit - distance
-    size = -(-units // parts)
-    part = jnp.arange(parts, dtype=jnp.int32)[:, None, None]
-    exists = (key >= 0) & (unit // size == part) & (distance < distances)
-
-    def inside(first: Array) -> Bool[Array, "batch heads parts filled units"]:
-        return exists & (first[:, :, None, None] <= key)
-
-    visited, alive = inside(first), inside(live)
-    start = jnp.where(visited, unit, units).min(axis=-1)
-    stop = jnp.where(visited, unit + 1, 0).max(axis=-1)
-    return jnp.stack([start, jnp.where(alive, unit, units).min(axis=-1), stop], axis=-1)

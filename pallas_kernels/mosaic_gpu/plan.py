@@ -66,6 +66,7 @@ class Plan:
       has_offset: Elastic-Softmax rather than softmax.
       blocks: of every kernel.
       interpret: parameters of interpret mode, or None.
+      by_triton: plan the call by Triton kernels.
       fetch_by_warpgroup: all of a warpgroup fetches rather than one warp of it. Interpret
         mode knows no warps, and nor does Pallas inside a `shard_map` that checks what
         varies.
@@ -80,6 +81,7 @@ class Plan:
     has_offset: bool
     blocks: Blocks
     interpret: object = None
+    by_triton: bool = False
     fetch_by_warpgroup: bool = False
 
     @property
@@ -88,14 +90,19 @@ class Plan:
         return max(self.width, 1)
 
     @property
-    def _near(self) -> int:
-        """Entries of the table proper."""
+    def near(self) -> int:
+        """Entries of the table before the ramp that follows it."""
         return -(-self.reach // _LANES) * _LANES + _LEAD + _TRAIL
+
+    @property
+    def lead(self) -> int:
+        """Entries before b(0)."""
+        return _LEAD
 
     @property
     def table_rows(self) -> int:
         """Rows of `table`'s second axis: two copies of table and ramp."""
-        return 2 * (self._near + _TRAIL) // _LANES
+        return 2 * (self.near + _TRAIL) // _LANES
 
     def table(
         self,
@@ -118,10 +125,10 @@ class Plan:
           And for each head the tail: its value at distance `reach` - 1, and its slope.
         """
         if distance_bias is None:
-            values = jnp.zeros((heads, self._near - _LEAD), jnp.float32)
+            values = jnp.zeros((heads, self.near - _LEAD), jnp.float32)
             slope = end = jnp.zeros(heads, jnp.float32)
         else:
-            values = bias_lib.expand(distance_bias, distance_slope, self._near - _LEAD)
+            values = bias_lib.expand(distance_bias, distance_slope, self.near - _LEAD)
             first = values[:, :1]
             values = LOG2_E * (values - first)
             if distance_slope is None:
@@ -166,9 +173,9 @@ class Plan:
         """
         past = apart - keys - (self.reach - 1)
         far = past >= 0
-        start = lax.select(far, jnp.int32(self._near + keys), apart + _LEAD)
+        start = lax.select(far, jnp.int32(self.near + keys), apart + _LEAD)
         if falling:
-            start = self._near + _TRAIL - start
+            start = self.near + _TRAIL - start
         value, slope = tail
         rest = lax.select(far, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
         return start, rest

@@ -8,7 +8,6 @@ from jaxtyping import Array
 
 from pallas_kernels.gpu import compute_capability
 from pallas_kernels.triton.config import Block
-from pallas_kernels.triton.plan import Static
 from pallas_kernels.varying import vary_alike
 
 # Tests on a CPU put Triton's interpreter here: it is called as `launch` is.
@@ -21,7 +20,7 @@ def launch(
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     block: Block,
-    static: Static,
+    static: Any,
 ) -> list[Array]:
     """Runs `kernel` once and returns its outputs.
 
@@ -45,7 +44,7 @@ def _triton_call(
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     block: Block,
-    static: Static,
+    static: Any,
 ) -> list[Array]:
     import jax_triton
     import triton

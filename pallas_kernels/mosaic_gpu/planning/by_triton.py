@@ -1,0 +1,179 @@
+"""The planning of a call in a few small Triton kernels: five launches in a training step.
+
+Functions, arguments and results are those of `by_xla`, where the arguments are described.
+"""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
+from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
+
+# Units x units of a program's bounds.
+_TILE = 4096
+# Distances of a program that adds up the table's gradient.
+_DISTANCES = 256
+# Where it isn't 4.
+_WARPS = {"lazy_gradients": 16}
+
+
+def available() -> bool:
+    """Returns whether Triton is there."""
+    return all(importlib.util.find_spec(package) for package in ("triton", "jax_triton"))
+
+
+def table(
+    plan: Plan,
+    distance_bias: Float[Array, "heads width"] | None,
+    distance_slope: Float[Array, " heads"] | None,
+    heads: int,
+    length: int,
+) -> Table:
+    """Returns the bias in the kernels' form, and what `visits` wants of it."""
+    if distance_bias is None:
+        return Table(*plan.table(None, None, heads), None)
+    units, rows = -(-length // UNIT), plan.table_rows
+    static = dict(
+        length=length,
+        heads=heads,
+        units=units,
+        width=distance_bias.shape[1],
+        reach=plan.reach,
+        near=plan.near,
+        entries=rows * 64,
+        lead=plan.lead,
+        has_slope=distance_slope is not None,
+    )
+    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, units)]
+    slope = jnp.zeros(heads, jnp.float32) if distance_slope is None else distance_slope
+    return Table(*_launch("lazy_table", (heads, 2), static, shapes, distance_bias, slope))
+
+
+def visits(
+    plan: Plan,
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    first_visible: Int[Array, "batch length"],
+    distance_bias: Float[Array, "heads width"] | None,
+    distance_slope: Float[Array, " heads"] | None,
+    offset: Float[Array, " heads"] | None,
+    maxima: Float[Array, "heads units"] | None,
+) -> Visits:
+    """Returns which tiles are visited, and whether scores are small."""
+    del distance_slope
+    batch, length, heads, head_dim = query.shape
+    units = -(-length // UNIT)
+    static = dict(length=length, heads=heads, units=units, scale=plan.scale)
+    (norms,) = _launch(
+        "lazy_norms",
+        (units * heads, batch),
+        static | dict(group=heads // key.shape[2], head_dim=head_dim),
+        [(batch, 3, heads, units)],
+        query,
+        key,
+    )
+    block = max(1, min(_power_of_two(units), _TILE // _power_of_two(units)))
+    static |= dict(
+        block=block,
+        width=0 if distance_bias is None else distance_bias.shape[1],
+        has_offset=offset is not None,
+        packed=plan.packed,
+        skip_mass=plan.skip_mass,
+        exponent_limit=EXPONENT_LIMIT,
+    )
+    unused = norms
+    first, small = _launch(
+        "lazy_visits",
+        (-(-units // block), heads, batch),
+        static,
+        [((batch, heads, units), jnp.int32), ((batch, heads), jnp.int32)],
+        norms,
+        first_visible if plan.packed else unused,
+        unused if distance_bias is None else distance_bias,
+        unused if maxima is None else maxima,
+        unused if offset is None else offset,
+    )
+    return Visits(first, small)
+
+
+def key_ranges(
+    first: Int[Array, "batch heads units"],
+    live: Int[Array, "batch heads units"],
+    distances: int,
+    filled: int,
+    parts: int,
+) -> KeyRanges:
+    """Returns the ranges of the backward pass."""
+    batch, heads, units = first.shape
+    block = max(1, min(_power_of_two(units), _TILE // _power_of_two(units)))
+    shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
+    # Something must be there.
+    shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
+    static = dict(heads=heads, units=units, block=block)
+    static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)
+    grid = (max(-(-units // block), parts), heads, batch)
+    last, last_live, found = _launch("lazy_key_ranges", grid, static, shapes, first, live)
+    return KeyRanges(last, last_live, found if distances else None)
+
+
+def gradients(
+    groups: int,
+    width: int | None,
+    has_slope: bool,
+    of_mean: Float[Array, "batch heads units 64"] | None,
+    sums: Float[Array, "batch parts heads filled 128"] | None,
+    far: Float[Array, "batch heads units 2 64"] | None,
+    *,
+    length: int,
+    distances: int,
+) -> Gradients:
+    """Returns the gradients of the parameters, from what the kernels leave."""
+    given = next(x for x in (of_mean, sums) if x is not None)
+    heads = given.shape[1 if of_mean is not None else 2]
+    width = width or 0
+    static = dict(
+        length=length,
+        heads=heads,
+        units=-(-length // UNIT),
+        block=_DISTANCES,
+        width=width,
+        has_slope=has_slope,
+        has_offset=of_mean is not None,
+        rows=given.shape[0] // groups,
+        has_far=far is not None,
+        distances=distances,
+    )
+    if sums is not None:
+        static |= dict(filled=sums.shape[3], parts=sums.shape[1])
+    grid = (heads, groups, 1 + -(-width // _DISTANCES))
+    operands = [given if x is None else x for x in (of_mean, sums, far)]
+    shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
+    d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)
+    return Gradients(
+        d_bias if width else None,
+        d_slope if has_slope else None,
+        None if of_mean is None else d_offset,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _launch(
+    name: str, grid: tuple[int, ...], static: dict[str, Any], shapes: list[Any], *arrays: Array
+) -> list[Array]:
+    """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
+    from pallas_kernels.mosaic_gpu.planning import kernels
+    from pallas_kernels.triton.call import launch
+    from pallas_kernels.triton.config import Block
+
+    with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
+    outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
+    block = Block(queries=UNIT, keys=UNIT, warps=_WARPS.get(name, 4), stages=1)
+    kernel = getattr(kernels, name)
+    return launch(kernel, arrays, outputs, grid, block, kernels.Static(**static))

@@ -1,0 +1,212 @@
+"""The planning of a call in plain JAX; see `by_triton` for the same in few launches."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan
+from pallas_kernels.visit import TileSizes, visit_ranges
+
+
+class Table(NamedTuple):
+    """The distance bias in the kernels' form; see `Plan.table`.
+
+    Attributes:
+      falling, rising: tables of every head.
+      tail: value and slope of what follows.
+      maxima: largest b(x) of each distance of tiles, for `visits`; None where that asks the
+        bias itself.
+    """
+
+    falling: Float[Array, "heads rows 128"]
+    rising: Float[Array, "heads rows 128"]
+    tail: Float[Array, "heads 2"]
+    maxima: Float[Array, "heads units"] | None
+
+
+class Visits(NamedTuple):
+    """What is known before the forward pass.
+
+    Attributes:
+      first: first unit of keys that each unit of queries visits.
+      small: whether no score of a head, less b(0), is large either way: 1 or 0.
+    """
+
+    first: Int[Array, "batch heads units"]
+    small: Int[Array, "batch heads"]
+
+
+class KeyRanges(NamedTuple):
+    """What the backward pass knows of its tiles, seen from the keys and the distances.
+
+    Attributes:
+      last, last_live: last unit of queries that visits each unit of keys, and last for which
+        it may be live.
+      distances: see `distance_ranges`; None without a bias.
+    """
+
+    last: Int[Array, "batch heads units"]
+    last_live: Int[Array, "batch heads units"]
+    distances: Int[Array, "batch heads parts filled 3"] | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of the parameters, of each group of the batch; None for those not given."""
+
+    distance_bias: Float[Array, "groups heads width"] | None
+    distance_slope: Float[Array, "groups heads"] | None
+    offset: Float[Array, "groups heads"] | None
+
+
+def table(
+    plan: Plan,
+    distance_bias: Float[Array, "heads width"] | None,
+    distance_slope: Float[Array, " heads"] | None,
+    heads: int,
+    length: int,
+) -> Table:
+    """Returns the bias in the kernels' form."""
+    del length
+    return Table(*plan.table(distance_bias, distance_slope, heads), None)
+
+
+def visits(
+    plan: Plan,
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    first_visible: Int[Array, "batch length"],
+    distance_bias: Float[Array, "heads width"] | None,
+    distance_slope: Float[Array, " heads"] | None,
+    offset: Float[Array, " heads"] | None,
+    maxima: None,
+) -> Visits:
+    """Returns which tiles are visited, and whether scores are small."""
+    del maxima
+    length, heads = query.shape[1:3]
+    bias = None
+    if distance_bias is not None:
+        bias = bias_lib.expand(distance_bias, distance_slope, length)
+    ranges = visit_ranges(
+        query,
+        key,
+        bias,
+        offset,
+        first_visible,
+        scale=plan.scale,
+        skip_mass=plan.skip_mass,
+        tiles=TileSizes(UNIT, UNIT),
+    )
+
+    def largest_norm(x: Float[Array, "batch length n dim"]) -> Float[Array, "batch n"]:
+        return jnp.sqrt(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), axis=1))
+
+    bound = largest_norm(query) * jnp.repeat(largest_norm(key), heads // key.shape[2], axis=1)
+    bound = bound * abs(plan.scale)
+    if bias is not None:
+        bound = bound + jnp.max(bias - bias[:, :1], axis=1)
+    return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32))
+
+
+def key_ranges(
+    first: Int[Array, "batch heads units"],
+    live: Int[Array, "batch heads units"],
+    distances: int,
+    filled: int,
+    parts: int,
+) -> KeyRanges:
+    """Returns the ranges of the backward pass.
+
+    Args:
+      first: first unit of keys that each unit of queries visits.
+      live: first one of them that may be live.
+      distances: of tiles, in units, from the diagonal on, that have an entry inside the bias
+        table; 0: there is no bias.
+      filled: the same with those that only fill up the warpgroups and have nothing to do.
+      parts: runs that the units of queries are cut into for the bias table's gradient.
+    """
+    by_distance = distance_ranges(first, live, distances, filled, parts) if distances else None
+    return KeyRanges(_last_query(first), _last_query(live), by_distance)
+
+
+def _last_query(first: Int[Array, "batch heads units"]) -> Int[Array, "batch heads units"]:
+    """Returns the last unit of queries whose range of keys, from `first` on, has each unit."""
+    units = jnp.arange(first.shape[-1], dtype=jnp.int32)
+    seen = (first[..., None] <= units) & (units <= units[:, None])
+    return jnp.max(jnp.where(seen, units[:, None], 0), axis=-2)
+
+
+def distance_ranges(
+    first: Int[Array, "batch heads units"],
+    live: Int[Array, "batch heads units"],
+    distances: int,
+    filled: int,
+    parts: int,
+) -> Int[Array, "batch heads parts filled 3"]:
+    """Returns what `backward_bias` wants to know of each distance and run of queries."""
+    units = first.shape[-1]
+    unit = jnp.arange(units, dtype=jnp.int32)
+    distance = jnp.arange(filled, dtype=jnp.int32)[:, None]
+    key = unit - distance
+    size = -(-units // parts)
+    part = jnp.arange(parts, dtype=jnp.int32)[:, None, None]
+    exists = (key >= 0) & (unit // size == part) & (distance < distances)
+
+    def inside(first: Array) -> Bool[Array, "batch heads parts filled units"]:
+        return exists & (first[:, :, None, None] <= key)
+
+    visited, alive = inside(first), inside(live)
+    start = jnp.where(visited, unit, units).min(axis=-1)
+    stop = jnp.where(visited, unit + 1, 0).max(axis=-1)
+    return jnp.stack([start, jnp.where(alive, unit, units).min(axis=-1), stop], axis=-1)
+
+
+def gradients(
+    groups: int,
+    width: int | None,
+    has_slope: bool,
+    of_mean: Float[Array, "batch heads units 64"] | None,
+    sums: Float[Array, "batch parts heads filled 128"] | None,
+    far: Float[Array, "batch heads units 2 64"] | None,
+    *,
+    length: int,
+    distances: int,
+) -> Gradients:
+    """Returns the gradients of the parameters, from what the kernels leave.
+
+    Args:
+      groups: that the batch is made of, each with gradients of its own.
+      width: of the table as given; None: no bias.
+      has_slope: whether it goes on past its end.
+      of_mean: what each query adds to the gradient of tau; None without an offset.
+      sums: of dS over the diagonals of tiles; None without a bias.
+      far: for each query the sum of dS past the table, and of dS times the distance past its
+        end; None without a slope or where no tile is there.
+      length: of the sequence.
+      distances: how many of `filled` are distances inside the table.
+    """
+
+    def by_group(x: Float[Array, "batch *axes"]) -> Float[Array, "groups rows *axes"]:
+        return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+
+    d_bias = d_slope = d_offset = None
+    if of_mean is not None:
+        d_offset = by_group(of_mean).sum(axis=(1, 3, 4))
+    if sums is not None:
+        assert width is not None
+        near = bias_lib.join_diagonals(by_group(sums).sum(axis=(1, 2))[:, :, :distances, :-1])
+        heads, reached = near.shape[1], min(near.shape[2], length)
+        parameters = [jnp.zeros((heads, width)), jnp.zeros(heads) if has_slope else None]
+
+        def expand(distance_bias, distance_slope):
+            return bias_lib.expand(distance_bias, distance_slope, reached)
+
+        _, vjp = jax.vjp(expand, *parameters)
+        d_bias, d_slope = jax.vmap(vjp)(near[:, :, :reached])
+        if far is not None:
+            past = by_group(far).sum(axis=(1, 3, 5))
+            d_bias = d_bias.at[:, :, width - 1].add(past[:, :, 0])
+            d_slope = d_slope - past[:, :, 1]
+    return Gradients(d_bias, d_slope, d_offset)

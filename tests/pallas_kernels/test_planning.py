@@ -1,0 +1,124 @@
+"""The planning of the Hopper kernels' calls: small Triton kernels, in Triton's interpreter, do
+what plain JAX does."""
+
+from tests.pallas_kernels import triton_interpreter as interpreter  # isort: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu import config
+from pallas_kernels.mosaic_gpu.plan import Plan
+from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
+from tests import oracle
+
+# Lengths that are and aren't a multiple of a unit, tables shorter and longer than them; with
+# and without slope, table, offset, documents, skipped tiles.
+CASES = [
+    oracle.Case("slope", (2, 1100, 2, 1, 64), 100, "alibi", True),
+    oracle.Case("no_slope", (1, 320, 2, 2, 64), 130),
+    oracle.Case("wide", (1, 200, 2, 2, 128), 1030, "alibi", True),
+    oracle.Case("packed", (2, 300, 2, 1, 64), 64, "alibi", True, documents=(70, 130, 100)),
+    oracle.Case("softmax", (1, 128, 1, 1, 64), 0, tau=None),
+]
+
+
+def _plan(case, args, skip_mass):
+    length, heads = args["query"].shape[1:3]
+    bias = args.get("distance_bias")
+    width = 0 if bias is None else bias.shape[1]
+    plan = Plan(
+        scale=-0.3,
+        skip_mass=skip_mass,
+        skip_dead=True,
+        packed=bool(case.documents),
+        width=min(width, length),
+        has_slope=args.get("distance_slope") is not None,
+        has_offset=args.get("offset") is not None,
+        blocks=config.blocks(64),
+    )
+    return plan, length, heads
+
+
+def _both(function, *args, **settings):
+    with interpreter.interpreted(interpreter.blocks(64, 64)):
+        ours = jax.jit(lambda: getattr(by_triton, function)(*args, **settings))()
+    return ours, getattr(by_xla, function)(*args, **settings)
+
+
+def _same(ours, expected, tolerance=0.0):
+    assert (ours is None) == (expected is None)
+    if ours is not None:
+        np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("skip_mass", [0.0, 1e-4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tables_and_visits(case, skip_mass):
+    args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
+    plan, length, heads = _plan(case, args, skip_mass)
+    parameters = [args.get(name) for name in ("distance_bias", "distance_slope", "offset")]
+    ours, expected = _both("table", plan, *parameters[:2], heads, length)
+    for name in ("falling", "rising", "tail"):
+        _same(getattr(ours, name), getattr(expected, name), 2e-6)
+    first_visible = jnp.zeros(args["query"].shape[:2], jnp.int32)
+    if case.documents:
+        ids = np.asarray(args["segment_ids"])
+        starts = [[np.flatnonzero(row == x)[0] for x in row] for row in ids]
+        first_visible = jnp.asarray(starts, jnp.int32)
+    call = (plan, args["query"], args["key"], first_visible, *parameters)
+    with interpreter.interpreted(interpreter.blocks(64, 64)):
+        found = jax.jit(lambda: by_triton.visits(*call, ours.maxima))()
+    wanted = by_xla.visits(*call, None)
+    _same(found.first, wanted.first)
+    _same(found.small, wanted.small)
+    large = (plan, 40 * args["query"], 40 * args["key"], first_visible, *parameters)
+    with interpreter.interpreted(interpreter.blocks(64, 64)):
+        found = jax.jit(lambda: by_triton.visits(*large, ours.maxima))()
+    _same(found.small, by_xla.visits(*large, None).small)
+    assert not np.asarray(found.small).any()
+
+
+@pytest.mark.parametrize(
+    "units, distances, filled, parts", [(5, 3, 4, 2), (70, 18, 18, 4), (3, 0, 0, 1)]
+)
+def test_ranges_of_the_backward_pass(units, distances, filled, parts):
+    rng = np.random.default_rng(units)
+    first = np.minimum(rng.integers(0, units, (2, 2, units)), np.arange(units))
+    live = np.minimum(first + rng.integers(0, 3, first.shape), np.arange(units))
+    arrays = (jnp.asarray(x, jnp.int32) for x in (first, live))
+    ours, expected = _both("key_ranges", *arrays, distances, filled, parts)
+    for name in ("last", "last_live", "distances"):
+        _same(getattr(ours, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "length, width, has_slope", [(300, 100, True), (300, 100, False), (190, 1100, True)]
+)
+def test_gradients(length, width, has_slope, groups):
+    rng = np.random.default_rng(groups)
+    units, heads, parts = -(-length // 64), 2, 2
+    distances = min((min(width, length) + 62) // 64 + 1, units)
+    shapes = {
+        "of_mean": (2, heads, units, 64),
+        "sums": (2, parts, heads, distances + 1, 128),
+        "far": (2, heads, units, 2, 64),
+    }
+    arrays = {name: jnp.asarray(rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
+    if not has_slope or width > length:
+        arrays["far"] = None
+    settings = dict(**arrays, length=length, distances=distances)
+    ours, expected = _both("gradients", groups, width, has_slope, **settings)
+    for name in ("distance_bias", "distance_slope", "offset"):
+        _same(getattr(ours, name), getattr(expected, name), 1e-3)
+
+
+def test_gradients_of_softmax_without_a_bias_are_not_asked_for():
+    of_mean = jnp.ones((1, 1, 2, 64))
+    ours, expected = _both(
+        "gradients", 1, None, False, of_mean, None, None, length=128, distances=0
+    )
+    assert ours.distance_bias is ours.distance_slope is None
+    _same(ours.offset, expected.offset, 1e-6)

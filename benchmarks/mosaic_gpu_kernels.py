@@ -48,19 +48,20 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     found: list[Any] = []
     small = head_dim == 64
     if kernel in ("inference", "forward"):
-        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (2, 64, 4), (3, 128, 2)):
+        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (3, 64, 3), (3, 64, 4), (3, 128, 2)):
             if small or (groups == 2 and (keys == 64 or kernel == "inference")):
                 block = ForwardBlock(
                     warpgroups=groups,
                     stages=stages,
                     keys=keys,
-                    in_registers=small and groups == 2,
+                    in_registers=small and (groups == 2 or keys == 64),
                 )
                 found.append(block)
+        found += [dataclasses.replace(block, polynomial=(0, 1)) for block in found[2:3]]
     elif kernel == "backward_bias":
-        found += [Block(stages=4 if small else 2), Block(warpgroups=3)]
+        found += [Block(stages=4 if small else 2), Block(warpgroups=3, stages=3)]
     else:
-        for groups, stages, registers in ((2, 3, True), (2, 2, False), (3, 2, False)):
+        for groups, stages, registers in ((2, 4, True), (2, 2, False), (3, 3, False)):
             if small or not registers:
                 found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
     yield from (block for block in found if block != chosen)
@@ -74,6 +75,14 @@ class Job:
     kernel: str
     block: Any
     run: Callable[[], Any] | None = None
+
+
+def _kernels(plan: Plan, arrays: Any, table: Any) -> op.Kernels:
+    query, key, value, bias, slope, offset, visibility = arrays
+    return op.Kernels(
+        plan, query, key, value, visibility.first, visibility.offset_scale, bias, slope, offset,
+        table.falling, table.rising, table.tail,
+    )  # fmt: skip
 
 
 def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
@@ -107,14 +116,18 @@ def measure(shape: cases.Shape) -> None:
 
         @jax.jit
         def before(arrays, d_out, plan=plan):
-            kernels = op.Kernels(*arrays, plan)
-            visits = kernels.visits()
-            out, mean, rounding, log_total, live = kernels.forward(visits, training=True)
-            live = visits.first if live is None else live
-            residuals = op.Residuals(out, rounding, mean, log_total)
-            _, rows, *_ = kernels.backward_query(residuals, visits.first, live, d_out)
-            ranges = kernels.key_ranges(visits.first, live)
-            return residuals, rows, visits, live, d_out, kernels.table, ranges
+            table = op.planning(plan).table(
+                plan, *arrays[3:5], arrays[0].shape[2], arrays[0].shape[1]
+            )
+            kernels = _kernels(plan, arrays, table)
+            visits = kernels.visits(table.maxima)
+            found = kernels.forward(visits, training=True)
+            live = visits.first if found["live"] is None else found["live"]
+            ranges = kernels.key_ranges(visits.first, live, visits.work)
+            names = ("out", "rounding", "mean", "log_total")
+            residuals = op.Residuals(*(found[name] for name in names))
+            _, rows, *_ = kernels.backward_query(residuals, visits.first, live, ranges, d_out)
+            return residuals, rows, visits, live, d_out, table
 
         saved = before(arrays, d_out)
         unit = jnp.arange(saved[1].shape[-1])
@@ -134,12 +147,13 @@ def measure(shape: cases.Shape) -> None:
         job, plan, arrays, saved = item
 
         def run(arrays, saved):
-            residuals, rows, visits, live, d_out, table, ranges = saved
-            kernels = op.Kernels(*arrays, plan, table)
+            residuals, rows, visits, live, d_out, table = saved
+            kernels = _kernels(plan, arrays, table)
             if job.kernel in ("inference", "forward"):
-                return kernels.forward(visits, training=job.kernel == "forward")[0]
+                return kernels.forward(visits, training=job.kernel == "forward")["out"]
+            ranges = kernels.key_ranges(visits.first, live, visits.work)
             if job.kernel == "backward_query":
-                return kernels.backward_query(residuals, visits.first, live, d_out)
+                return kernels.backward_query(residuals, visits.first, live, ranges, d_out)
             return getattr(kernels, job.kernel)(rows, ranges, d_out)
 
         try:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, launch, memory, rings
+from pallas_kernels.mosaic_gpu import config, launch, memory, rings, schedule
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
 
@@ -49,6 +49,7 @@ def backward_bias(
     table: Float[Array, "heads rows 128"],
     rows: Float[Array, "batch heads units kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
+    numbers: Int[Array, " pieces"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
 
@@ -64,6 +65,7 @@ def backward_bias(
         chunk that visits the tile there, the first for which it may be live, and the one
         after the last that visits it; live ones are taken to be those from there on. Where
         nothing is visited the last is not above the first.
+      numbers: of the pieces, see `order`.
 
     Returns:
       for each distance the sums of dS over the diagonals of its tiles, the top right corner's
@@ -73,9 +75,17 @@ def backward_bias(
     shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, 2 * UNIT)
     (sums,) = kernel.launch(
         [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        query, d_out, key, value, table, rows, ranges,
+        query, d_out, key, value, table, rows, ranges, numbers,
     )  # fmt: skip
     return sums
+
+
+def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> schedule.Order:
+    """Returns the order of the kernel's pieces, for ranges of that shape."""
+    batch, _, heads, _ = query.shape
+    chunks, distances = ranges[2:4]
+    tiles = chunks * distances // plan.blocks.backward_bias.warpgroups
+    return schedule.Order.by_head(batch, heads, heads // key.shape[2], tiles)
 
 
 class _Kernel(launch.Kernel):
@@ -91,8 +101,8 @@ class _Kernel(launch.Kernel):
         self.kinds = rows_shape[3]
         self.table_shape = table_shape[1:]
         self.chunks, self.distances = ranges_shape[2:4]
-        self.groups = self.distances // block.warpgroups
-        super().__init__(plan, block, self.batch * self.chunks * self.heads * self.groups)
+        self.order = order(plan, query, key, ranges_shape)
+        super().__init__(plan, block, self.order.pieces)
         tiles = config.bias_tiles(self.block, self.head_dim)
         self.tables = config.tables(tiles, table_shape[1])
 
@@ -123,7 +133,7 @@ class _Kernel(launch.Kernel):
 
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
-        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "sums"]
+        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "numbers", "sums"]
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each ring has: of queries and d_out, of keys and values."""
@@ -154,13 +164,10 @@ class _Piece:
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = blocks.warpgroup
-        # All distances of a part side by side, so that they share its tiles in L2.
-        part = lax.div(number, jnp.int32(kernel.groups))
-        group = number - part * kernel.groups
-        row = lax.div(part, jnp.int32(kernel.heads))
-        self.head = part - row * kernel.heads
-        self.batch = lax.div(row, jnp.int32(kernel.chunks))
-        self.chunk = row - self.batch * kernel.chunks
+        # All distances of a chunk side by side, so that they share its tiles in L2.
+        self.batch, self.head, part = kernel.order.item(number)
+        self.chunk = lax.div(part, jnp.int32(kernel.distances // block.warpgroups))
+        group = part - self.chunk * (kernel.distances // block.warpgroups)
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
         self.distance0 = group * block.warpgroups
         starts, _, stops = zip(
@@ -268,8 +275,11 @@ class _Piece:
         total, end = steps(self.live, end + self.start, my_stop, total)
         rings.skip(end, self.steps, *both)
         rings.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
-        ref["sums"][self.batch, self.chunk, self.head, distance] = memory.sum_diagonals(
-            total, ref["sums_smem"].at[self.warpgroup], interpret=self.interpret
+        spare = ref["sums_smem"].at[self.warpgroup]
+        ref["sums"][self.batch, self.chunk, self.head, distance] = lax.cond(
+            my_start < my_stop,
+            lambda: memory.sum_diagonals(total, spare, interpret=self.interpret),
+            lambda: memory.no_diagonals(interpret=self.interpret),
         )
         return self.next_done()
 

@@ -37,6 +37,7 @@ def backward_key(
     rows: Float[Array, "batch heads units kinds 64"],
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
+    numbers: Int[Array, " pieces"],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Launches the kernel.
 
@@ -52,6 +53,7 @@ def backward_key(
       rows: what `Rows` says of each query.
       last: last unit of queries that visits each unit of keys.
       live: last one for which it may be live.
+      numbers: of the pieces, see `order`.
 
     Returns:
       d_key and d_value.
@@ -59,9 +61,17 @@ def backward_key(
     kernel = _Kernel(plan, query, key, table.shape, rows.shape)
     same = jax.ShapeDtypeStruct(key.shape, key.dtype)
     d_key, d_value = kernel.launch(
-        [same, same], query, d_out, key, value, table, tail, offset, rows, last, live
+        [same, same], query, d_out, key, value, table, tail, offset, rows, last, live, numbers
     )
     return d_key, d_value
+
+
+def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
+    """Returns the order of the kernel's pieces."""
+    batch, length, kv_heads, head_dim = key.shape
+    rows = plan.blocks.backward_key.rows
+    group = query.shape[2] // kv_heads
+    return schedule.Order.of_keys(batch, kv_heads, group, length, rows, head_dim)
 
 
 class _Kernel(launch.Kernel):
@@ -77,9 +87,7 @@ class _Kernel(launch.Kernel):
         self.dtype = query.dtype
         self.units, self.kinds = rows_shape[2:4]
         self.table_shape = table_shape[1:]
-        self.order = schedule.Order.of_keys(
-            self.batch, self.kv_heads, self.length, block.rows, self.head_dim * self.group
-        )
+        self.order = order(plan, query, key)
         super().__init__(plan, block, self.order.pieces)
         tiles = config.key_tiles(self.block, self.head_dim)
         self.tables = config.tables(tiles, table_shape[1])
@@ -112,7 +120,7 @@ class _Kernel(launch.Kernel):
         """Returns the names of operands and results."""
         return [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
-            "d_key", "d_value",
+            "numbers", "d_key", "d_value",
         ]  # fmt: skip
 
     def slots(self) -> dict[str, int]:

@@ -43,6 +43,7 @@ def backward_query(
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
+    numbers: Int[Array, " pieces"],
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Launches the kernel.
 
@@ -61,6 +62,7 @@ def backward_query(
       document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
+      numbers: of the pieces, see `order`.
 
     Returns:
       d_query; what `Rows` says of each query [batch, heads, units, kinds, 64]; with an offset
@@ -75,11 +77,18 @@ def backward_query(
         out_type.append(jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32))
     results = kernel.launch(
         out_type, query, d_out, key, value, table, tail, residuals.log_total, offset, offset_scale,
-        count_inverse, document, first, live, *residuals.tiles.values(),
+        count_inverse, document, first, live, numbers, *residuals.tiles.values(),
     )  # fmt: skip
     d_query, rows = results.pop(0), results.pop(0)
     of_mean = results.pop(0) if plan.has_offset else None
     return d_query, rows, of_mean, results.pop(0) if kernel.want_tail else None
+
+
+def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
+    """Returns the order of the kernel's pieces."""
+    batch, length, heads, head_dim = query.shape
+    rows = plan.blocks.backward_query.rows
+    return schedule.Order.of_queries(batch, heads, heads // key.shape[2], length, rows, head_dim)
 
 
 class _Kernel(launch.Kernel):
@@ -95,9 +104,7 @@ class _Kernel(launch.Kernel):
         self.units = units
         self.table_shape = table_shape[1:]
         self.want_tail = plan.has_slope and self.length > plan.width
-        self.order = schedule.Order.of_queries(
-            self.batch, self.heads, self.length, block.rows, self.head_dim, self.group
-        )
+        self.order = order(plan, query, key)
         super().__init__(plan, block, self.order.pieces)
         tiles, self.fact_stages = config.query_tiles(self.block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
@@ -130,7 +137,7 @@ class _Kernel(launch.Kernel):
         """Returns the names of operands and results."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "log_total", "offset",
-            "offset_scale", "count_inverse", "document", "first", "live",
+            "offset_scale", "count_inverse", "document", "first", "live", "numbers",
             *row_facts.names(self.plan), "d_query", "rows",
         ]  # fmt: skip
         names += ["of_mean"] if self.plan.has_offset else []

@@ -72,7 +72,10 @@ class Blocks:
 
 # By head size.
 _BLOCKS = {
-    64: Blocks(),
+    64: Blocks(
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
+        forward=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
+    ),
     128: Blocks(
         inference=ForwardBlock(keys=128, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),

@@ -39,6 +39,7 @@ def forward(
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     small: Int[Array, "batch heads"],
+    numbers: Int[Array, " pieces"],
 ) -> tuple[Array | None, ...]:
     """Launches the forward pass.
 
@@ -56,6 +57,7 @@ def forward(
       document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       small: whether no exponential of a score of this head can overflow.
+      numbers: of the pieces, see `order`.
 
     Returns:
       out; and in training with an offset the mean of the values of live entries over all
@@ -77,12 +79,20 @@ def forward(
     kernel = _Forward(plan, block, training, query, key, table.shape)
     results = kernel.launch(
         out_type, query, key, value, table, tail, offset, offset_scale, count_inverse, document,
-        first, small,
+        first, small, numbers,
     )  # fmt: skip
     out = results.pop(0)
     mean, live = (results.pop(0), results.pop(0)) if want_mean else (None, None)
     rounding, log_total = (results.pop(0), results.pop(0)) if training else (None, None)
     return out, mean, rounding, log_total, live
+
+
+def order(plan: Plan, training: bool, query: Array, key: Array) -> schedule.Order:
+    """Returns the order of the kernel's pieces."""
+    batch, length, heads, head_dim = query.shape
+    block = plan.blocks.forward if training else plan.blocks.inference
+    group = heads // key.shape[2]
+    return schedule.Order.of_queries(batch, heads, group, length, block.rows, head_dim)
 
 
 class _Forward(launch.Kernel):
@@ -98,9 +108,7 @@ class _Forward(launch.Kernel):
         self.dtype = query.dtype
         self.table_shape = table_shape[1:]
         self.want_mean = training and plan.has_offset
-        self.order = schedule.Order.of_queries(
-            self.batch, self.heads, self.length, block.rows, self.head_dim, self.group
-        )
+        self.order = order(plan, training, query, key)
         super().__init__(plan, block, self.order.pieces)
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
@@ -143,7 +151,7 @@ class _Forward(launch.Kernel):
         """Returns the names of operands and results."""
         names = [
             "query", "key", "value", "table", "tail", "offset", "offset_scale", "count_inverse",
-            "document", "first", "small", "out",
+            "document", "first", "small", "numbers", "out",
         ]  # fmt: skip
         names += ["mean", "live"] if self.want_mean else []
         return names + (["rounding", "log_total"] if self.training else [])
@@ -264,6 +272,7 @@ class Piece:
         twice = self.sweeps_twice
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.steps()
+        diagonal = self.last - lax.div(self.query0, jnp.int32(block.keys)) + 1
 
         def one_sweep():
             @rings.fetching(self.plan)
@@ -279,16 +288,19 @@ class Piece:
             @rings.fetching(self.plan)
             def _():
                 pl.loop(0, steps)(lambda n: copy_key(n, n))
-                # The tile on the diagonal is always live: no need to know how many more.
-                copy_key(steps, jnp.int32(0))
-                copy_value(jnp.int32(0), jnp.int32(0))
+
+                # Tiles on the diagonal are always live: no need to know how many more.
+                @pl.loop(0, diagonal)
+                def _(n):
+                    copy_key(steps + n, n)
+                    copy_value(n, n)
 
             plgpu.barrier_wait(ref["bound_barrier"])
             live = self.live_steps()
 
             @rings.fetching(self.plan)
             def _():
-                @pl.loop(1, live)
+                @pl.loop(diagonal, live)
                 def _(n):
                     copy_key(steps + n, n)
                     copy_value(n, n)

@@ -30,7 +30,7 @@ class Kernel:
         self.__name__ = self.name
 
     def refs(self) -> list[str]:
-        """Returns the names of operands and results."""
+        """Returns the names of operands and results; `numbers`, of the pieces, among them."""
         raise NotImplementedError
 
     def scratch(self) -> dict[str, Any]:

@@ -133,6 +133,12 @@ def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[
     return add_up(x, spare)
 
 
+def no_diagonals(*, interpret: bool) -> Float[Array, "128"]:
+    """Returns what `sum_diagonals` would of a tile of zeros."""
+    zero = jnp.zeros((LANES,), jnp.float32)
+    return zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED((LANES,), 1))
+
+
 def store_minimum(
     x: Int[Array, "64"], words, warpgroup: Int[Array, ""], *, interpret: bool
 ) -> None:
@@ -204,19 +210,21 @@ def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
     fetch(x, start)
 
 
-def take_number(counter, words, slot: Int[Array, ""]) -> None:
-    """Takes the next number from a counter in global memory into a word of SMEM.
+def take_number(counter, numbers, words, slot: Int[Array, ""]) -> None:
+    """Takes the next of some numbers into a word of SMEM; after the last one, how many they are.
 
     One thread of the warpgroup's second warp does it; the others don't wait.
 
     Args:
       counter: a semaphore, 0 before the first call.
+      numbers: int32 in global memory, each less than their count.
       words: SMEM int32.
       slot: which of them.
     """
+    count = numbers.shape[0]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
-    def take(_, counter, words, slot):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), SCALAR))
+    def take(_, counter, numbers, words, slot):
         i32 = mlir.i32()
         warp, g, t = mlir.position()
         lane = arith.ori(g, t)
@@ -229,16 +237,22 @@ def take_number(counter, words, slot: Int[Array, ""]) -> None:
         target = mgpu.utils.memref_ptr(words)
         target = mgpu.utils.getelementptr(target, [mlir.scalar(slot)], i32)
         with mgpu.utils.when(chosen):
-            number = llvm.inline_asm(
+            turn = llvm.inline_asm(
                 i32,
                 [source],
                 "atom.add.relaxed.gpu.u32 $0, [$1], 1;",
                 "=r,l",
                 has_side_effects=True,
             )
+            last = mlir.constant(count - 1)
+            place = mgpu.utils.getelementptr(
+                mgpu.utils.memref_ptr(numbers), [arith.minui(turn, last)], i32
+            )
+            left = arith.cmpi(arith.CmpIPredicate.ule, turn, last)
+            number = arith.select(left, llvm.load(i32, place), mlir.constant(count))
             llvm.store(number, target)
 
-    take(counter, words, jnp.asarray(slot, jnp.int32))
+    take(counter, numbers, words, jnp.asarray(slot, jnp.int32))
 
 
 def named_barrier(operation: str, number, threads: int) -> None:

@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import over_batch
 from pallas_kernels.mosaic_gpu import backward_bias as bias_kernel
-from pallas_kernels.mosaic_gpu import config, row_facts
+from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.backward_key import backward_key
+from pallas_kernels.mosaic_gpu.backward_key import order as key_order
 from pallas_kernels.mosaic_gpu.backward_query import backward_query
+from pallas_kernels.mosaic_gpu.backward_query import order as query_order
 from pallas_kernels.mosaic_gpu.forward import forward
+from pallas_kernels.mosaic_gpu.forward import order as forward_order
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
-from pallas_kernels.mosaic_gpu.planning.by_xla import KeyRanges, Table, Visits
+from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.row_facts import Residuals
 from pallas_kernels.types import AttentionSettings, Visibility
 from pallas_kernels.varying import vary_alike
@@ -99,34 +102,129 @@ def _attention(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> Float[Array, "batch length heads head_dim"]:
     inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
-    call = Kernels(*inputs, plan)
-    return call.forward(call.visits(), training=False)[0]
+    return _forward(plan, *inputs, training=False)[1]["out"]
 
 
 def _attention_fwd(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> tuple[Array, Any]:
     inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
-    call = Kernels(*inputs, plan)
-    visits = call.visits()
-    out, mean, rounding, log_total, live = call.forward(visits, training=True)
-    live = visits.first if live is None else live
-    found = Residuals(out, rounding, mean, log_total)
-    return out, (inputs, call.table, visits.first, live, found)
+    table, found = _forward(plan, *inputs, training=True)
+    return found["out"], (inputs, table, found)
 
 
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    inputs, table, first, live, found = residuals
-    call = Kernels(*inputs, plan, table)
-    d_query, rows, of_mean, far = call.backward_query(found, first, live, d_out)
-    ranges = call.key_ranges(first, live)
-    d_key, d_value = call.backward_key(rows, ranges, d_out)
-    sums = None if plan.width == 0 else call.backward_bias(rows, ranges, d_out)
-    of_parameters = call.gradients(of_mean, sums, far)
-    return d_query, d_key, d_value, *of_parameters, None
+    inputs, table, found = residuals
+    query, key, value, distance_bias, distance_slope, offset, visibility = inputs
+    by_row = {"query": query, "key": key, "value": value, "d_out": d_out}
+    by_row |= {"first_visible": visibility.first, "offset_scale": visibility.offset_scale}
+    shared = {"distance_bias": distance_bias, "distance_slope": distance_slope, "offset": offset}
+    run = functools.partial(_backward_of_rows, plan)
+    gradients = _over_batch(run, by_row | found, shared | table._asdict())
+    of_parameters = (gradients[name] for name in shared)
+    of_parameters = (None if x is None else x.sum(axis=0) for x in of_parameters)
+    return *(gradients[name] for name in ("query", "key", "value")), *of_parameters, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def planning(plan: Plan) -> Any:
+    """Returns the module that plans the call."""
+    return by_triton if plan.by_triton else by_xla
+
+
+def _forward(
+    plan: Plan,
+    query,
+    key,
+    value,
+    distance_bias,
+    distance_slope,
+    offset,
+    visibility,
+    *,
+    training: bool,
+) -> tuple[Table, dict[str, Any]]:
+    """Returns the bias in the kernels' form, and all that the forward pass finds."""
+    shared = {"distance_bias": distance_bias, "distance_slope": distance_slope}
+
+    def make_table(groups: int, distance_bias: Any, distance_slope: Any) -> dict[str, Any]:
+        del groups
+        length, heads = query.shape[-3:-1]
+        found = planning(plan).table(plan, distance_bias, distance_slope, heads, length)
+        return found._asdict()
+
+    if distance_bias is None:
+        table = Table(**make_table(1, **shared))
+    else:
+        table = Table(**_over_batch(make_table, {}, shared))
+    by_row = {"query": query, "key": key, "value": value}
+    by_row |= {"first_visible": visibility.first, "offset_scale": visibility.offset_scale}
+    run = functools.partial(_forward_of_rows, plan, training)
+    found = _over_batch(run, by_row, shared | {"offset": offset} | table._asdict())
+    return table, found
+
+
+def _over_batch(
+    run: Any, by_row: dict[str, Array | None], shared: dict[str, Array | None]
+) -> dict[str, Any]:
+    """Runs kernels on arrays led by the batch axis and on shared ones; see `over_batch`.
+
+    Args:
+      run: called as run(groups, **by_row, **shared); returns a dictionary. Both may hold None.
+      by_row: arrays that the batch axis leads.
+      shared: arrays without a batch axis.
+    """
+    everything = by_row | shared
+    given = {name: x for name, x in everything.items() if x is not None}
+    missing: set[str] = set()
+
+    def call(groups: int, *arrays: Array) -> dict[str, Array]:
+        named = dict.fromkeys(everything) | dict(zip(given, arrays, strict=True))
+        results = run(groups, **named)
+        missing.update(name for name, x in results.items() if x is None)
+        present = {name: x for name, x in results.items() if x is not None}
+        return dict(zip(present, vary_alike(*present.values(), like=arrays), strict=True))
+
+    # None can't be returned through a batching rule.
+    found = over_batch(call, [name in shared for name in given])(*given.values())
+    return dict.fromkeys(missing) | found
+
+
+def _forward_of_rows(
+    plan: Plan, training: bool, groups: int, maxima: Array | None, **arrays: Any
+) -> dict[str, Array | None]:
+    del groups
+    call = Kernels(plan, **arrays)
+    visits = call.visits(maxima)
+    return call.forward(visits, training=training) | {"first": visits.first, "work": visits.work}
+
+
+def _backward_of_rows(
+    plan: Plan,
+    groups: int,
+    d_out: Array,
+    first: Array,
+    work: Array,
+    live: Array | None,
+    out: Array,
+    mean: Array | None,
+    rounding: Array,
+    log_total: Array,
+    maxima: Array | None,
+    **arrays: Any,
+) -> dict[str, Array | None]:
+    del maxima
+    call = Kernels(plan, **arrays)
+    live = first if live is None else live
+    ranges = call.key_ranges(first, live, work)
+    residuals = Residuals(out, rounding, mean, log_total)
+    d_query, rows, of_mean, far = call.backward_query(residuals, first, live, ranges, d_out)
+    d_key, d_value = call.backward_key(rows, ranges, d_out)
+    sums = None if plan.width == 0 else call.backward_bias(rows, ranges, d_out)
+    of_parameters = call.gradients(groups, of_mean, sums, far)
+    return {"query": d_query, "key": d_key, "value": d_value} | of_parameters._asdict()
 
 
 class Kernels:
@@ -134,199 +232,110 @@ class Kernels:
 
     def __init__(
         self,
-        query,
-        key,
-        value,
-        distance_bias,
-        distance_slope,
-        offset,
-        visibility,
         plan: Plan,
-        table: Table | None = None,
+        query: Float[Array, "batch length heads head_dim"],
+        key: Float[Array, "batch length kv_heads head_dim"],
+        value: Float[Array, "batch length kv_heads head_dim"],
+        first_visible: Int[Array, "batch length"],
+        offset_scale: Float[Array, "batch length"],
+        distance_bias: Float[Array, "heads width"] | None,
+        distance_slope: Float[Array, " heads"] | None,
+        offset: Float[Array, " heads"] | None,
+        falling: Float[Array, "heads rows 128"],
+        rising: Float[Array, "heads rows 128"],
+        tail: Float[Array, "heads 2"],
     ):
+        self.plan, self.planning = plan, planning(plan)
         self.query, self.key, self.value = query, key, value
         self.distance_bias, self.distance_slope, self.offset = distance_bias, distance_slope, offset
-        self.plan = plan
-        self.planning: Any = by_triton if plan.by_triton else by_xla
+        self.falling, self.rising, self.tail = falling, rising, tail
+        self.first_visible = first_visible
         _, self.length, self.heads, _ = query.shape
+        self.group = self.heads // key.shape[2]
         self.units = -(-self.length // UNIT)
-        self.table = table or self._table()
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
         missing = self.units * UNIT - self.length
         # A row of padding sees what the last row sees.
         self.document, self.offset_scale = (
             _pad_rows(x, missing, mode="edge") if missing else x
-            for x in (visibility.first, visibility.offset_scale)
+            for x in (first_visible, offset_scale)
         )
         position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
         self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
-        self.first_visible = visibility.first
         self.distances = bias_kernel.distances(plan, self.units) if plan.width else 0
 
-    def _table(self) -> Table:
-        """Returns the bias in the kernels' form."""
-        parameters = [x for x in (self.distance_bias, self.distance_slope) if x is not None]
-
-        def run(groups: int, *parameters: Array) -> Any:
-            del groups
-            given = (*parameters, None, None)[:2]
-            found = self.planning.table(self.plan, *given, self.heads, self.length)
-            return tuple(x for x in found if x is not None)
-
-        found = _batched(run, *((x, True) for x in parameters)) if parameters else run(0)
-        return Table(*(*found, None)[:4])
-
-    def visits(self) -> Visits:
+    def visits(self, maxima: Array | None) -> Visits:
         """Returns which tiles are visited, and whether scores are small."""
-        parameters = {
-            "distance_bias": self.distance_bias,
-            "distance_slope": self.distance_slope,
-            "offset": self.offset,
-            "maxima": self.table.maxima,
-        }
-        given = {name: x for name, x in parameters.items() if x is not None}
+        return self.planning.visits(
+            self.plan, self.query, self.key, self.first_visible,
+            self.distance_bias, self.distance_slope, self.offset, maxima,
+        )  # fmt: skip
 
-        def run(groups: int, *arrays: Array) -> Any:
-            del groups
-            found = dict.fromkeys(parameters) | dict(zip(given, arrays[3:], strict=True))
-            return self.planning.visits(self.plan, *arrays[:3], **found)
-
-        shared = ((x, True) for x in given.values())
-        return _batched(
-            run, (self.query, False), (self.key, False), (self.first_visible, False), *shared
-        )
-
-    def key_ranges(self, first: Array, live: Array) -> KeyRanges:
-        """Returns the ranges of the backward pass."""
+    def key_ranges(self, first: Array, live: Array, work: Array) -> KeyRanges:
+        """Returns the ranges of the backward pass, and the order of its kernels' pieces."""
         block = self.plan.blocks.backward_bias
         # Distances that only fill up the warpgroups have nothing to do.
         filled = self.distances + -self.distances % block.warpgroups
-
-        def run(groups: int, first: Array, live: Array) -> Any:
-            del groups
-            parts = bias_kernel.chunks(self.plan, first.shape[0], self.heads, self.units)
-            found = self.planning.key_ranges(first, live, self.distances, filled, parts)
-            return tuple(x for x in found if x is not None)
-
-        found = _batched(run, (first, False), (live, False))
-        return KeyRanges(*found, *((None,) if self.distances == 0 else ()))
-
-    def gradients(
-        self, of_mean: Array | None, sums: Array | None, far: Array | None
-    ) -> tuple[Array | None, Array | None, Array | None]:
-        """Returns the gradients of bias, slope and offset; None for those not given."""
-        names = ("of_mean", "sums", "far")
-        given = {n: x for n, x in zip(names, (of_mean, sums, far), strict=True) if x is not None}
-        if not given:
-            return None, None, None
-
-        def run(groups: int, *arrays: Array) -> Any:
-            found = self.planning.gradients(
-                groups,
-                None if self.distance_bias is None else self.distance_bias.shape[1],
-                self.distance_slope is not None,
-                **(
-                    dict.fromkeys(("of_mean", "sums", "far"))
-                    | dict(zip(given, arrays, strict=True))
-                ),
-                length=self.length,
-                distances=self.distances,
-            )
-            return tuple(x for x in found if x is not None)
-
-        found = list(_batched(run, *((x, False) for x in given.values())))
-        return tuple(
-            None if parameter is None else found.pop(0).sum(axis=0)
-            for parameter in (self.distance_bias, self.distance_slope, self.offset)
+        batch = first.shape[0]
+        orders = [f(self.plan, self.query, self.key) for f in (query_order, key_order)]
+        parts = 0
+        if self.distances:
+            parts = bias_kernel.chunks(self.plan, batch, self.heads, self.units)
+            shape = (batch, self.heads, parts, filled, 3)
+            orders.append(bias_kernel.order(self.plan, self.query, self.key, shape))
+        return self.planning.key_ranges(
+            first, live, work, self.group, orders, self.distances, filled, parts
         )
 
-    def forward(self, visits: Visits, *, training: bool) -> tuple[Any, ...]:
-        """Launches the forward pass; returns what `forward.forward` returns."""
+    def forward(self, visits: Visits, *, training: bool) -> dict[str, Array | None]:
+        """Launches the forward pass; returns by name what `forward.forward` does."""
         plan, first = self.plan, visits.first
-
-        def run(groups: int, *arrays: Array) -> Any:
-            del groups
-            # None can't be returned through a batching rule.
-            return tuple(x for x in forward(plan, training, *arrays) if x is not None)
-
-        operands = (
-            (self.query, False), (self.key, False), (self.value, False), (self.table.falling, True),
-            (self.table.tail, True), (self.tau, True), (self.offset_scale, False),
-            (self.count_inverse, False), (self.document if plan.packed else first, False),
-            (first, False), (visits.small, False),
+        order = forward_order(plan, training, self.query, self.key)
+        (numbers,) = self.planning.numbers(visits.work, self.group, [order])
+        document = self.document if plan.packed else first
+        results = forward(
+            plan, training, self.query, self.key, self.value, self.falling, self.tail, self.tau,
+            self.offset_scale, self.count_inverse, document, first, visits.small, numbers,
         )  # fmt: skip
-        results = list(_batched(run, *operands))
-        out = results.pop(0)
-        want_mean = training and plan.has_offset
-        mean = results.pop(0) if want_mean else None
-        rounding, log_total = (results.pop(0), results.pop(0)) if training else (None, None)
-        return out, mean, rounding, log_total, results.pop(0) if want_mean else None
+        names = ("out", "mean", "rounding", "log_total", "live")
+        return dict(zip(names, results, strict=True))
 
     def backward_query(
-        self, residuals: Residuals, first: Array, live: Array, d_out: Array
+        self, residuals: Residuals, first: Array, live: Array, ranges: KeyRanges, d_out: Array
     ) -> tuple[Array, Array, Array | None, Array | None]:
         """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
         plan = self.plan
-        names = row_facts.names(plan)
-
-        def run(groups: int, *arrays: Array) -> Any:
-            del groups
-            by_name = dict(zip((*names, "log_total"), arrays[12:], strict=True))
-            found = Residuals(
-                by_name["out"], by_name["rounding"], by_name.get("mean"), by_name["log_total"]
-            )
-            query, d_out, key, value, table, tail, *others = arrays[:12]
-            results = backward_query(plan, query, d_out, key, value, table, tail, found, *others)
-            return tuple(x for x in results if x is not None)
-
-        operands = (
-            (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table.falling, True), (self.table.tail, True), (self.tau, True),
-            (self.offset_scale, False), (self.count_inverse, False),
-            (self.document if plan.packed else first, False), (first, False), (live, False),
-            *((x, False) for x in residuals.tiles.values()), (residuals.log_total, False),
+        document = self.document if plan.packed else first
+        return backward_query(
+            plan, self.query, d_out, self.key, self.value, self.falling, self.tail, residuals,
+            self.tau, self.offset_scale, self.count_inverse, document, first, live,
+            ranges.numbers[0],
         )  # fmt: skip
-        results = list(_batched(run, *operands))
-        d_query, rows = results.pop(0), results.pop(0)
-        of_mean = results.pop(0) if plan.has_offset else None
-        return d_query, rows, of_mean, results.pop(0) if results else None
 
     def backward_key(self, rows: Array, ranges: KeyRanges, d_out: Array) -> Any:
         """Launches the kernel for dK and dV."""
-        plan = self.plan
-
-        def run(groups: int, *arrays: Array) -> Any:
-            del groups
-            return backward_key(plan, *arrays)
-
-        return _batched(
-            run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table.rising, True), (self.table.tail, True), (self.tau, True), (rows, False),
-            (ranges.last, False), (ranges.last_live, False),
+        return backward_key(
+            self.plan, self.query, d_out, self.key, self.value, self.rising, self.tail, self.tau,
+            rows, ranges.last, ranges.last_live, ranges.numbers[1],
         )  # fmt: skip
 
     def backward_bias(
         self, rows: Array, ranges: KeyRanges, d_out: Array
     ) -> Float[Array, "batch parts heads filled 128"]:
         """Launches the kernel for the gradient of the bias, over tiles inside the table."""
-        plan = self.plan
-
-        def run(groups: int, *arrays: Array) -> Any:
-            del groups
-            return bias_kernel.backward_bias(plan, *arrays)
-
-        return _batched(
-            run, (self.query, False), (d_out, False), (self.key, False), (self.value, False),
-            (self.table.falling, True), (rows, False), (ranges.distances, False),
+        return bias_kernel.backward_bias(
+            self.plan, self.query, d_out, self.key, self.value, self.falling, rows,
+            cast(Array, ranges.distances), ranges.numbers[2],
         )  # fmt: skip
 
-
-def _batched(run: Any, *operands: tuple[Array, bool]) -> Any:
-    """Launches a kernel on arrays, each with whether the batch shares it; see `over_batch`."""
-    arrays, parameters = zip(*operands, strict=True)
-
-    def vary(groups: int, *arrays: Array) -> Any:
-        results, tree = jax.tree.flatten(run(groups, *arrays))
-        return jax.tree.unflatten(tree, vary_alike(*results, like=arrays))
-
-    return over_batch(vary, parameters)(*arrays)
+    def gradients(
+        self, groups: int, of_mean: Array | None, sums: Array | None, far: Array | None
+    ) -> Gradients:
+        """Returns the gradients of bias, slope and offset for each group of the batch."""
+        if of_mean is None and sums is None:
+            return Gradients(None, None, None)
+        width = None if self.distance_bias is None else self.distance_bias.shape[1]
+        return self.planning.gradients(
+            groups, width, self.distance_slope is not None, of_mean, sums, far,
+            length=self.length, distances=self.distances,
+        )  # fmt: skip

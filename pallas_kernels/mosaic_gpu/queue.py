@@ -2,7 +2,8 @@
 
 So the warp that fetches is already at the next piece while the warpgroups that compute end
 the one before, and what starts a block is paid for once. Pieces differ tenfold in length, as
-heads do in span; a counter in global memory deals them out, longest first, to whoever is free.
+heads do in span; a counter in global memory deals them out, to whoever is free, in the order of
+`schedule.py`.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Queue:
 
     Attributes:
       pieces: how many there are.
-      ref: the kernel's refs, with what `scratch` describes.
+      ref: the kernel's refs, with what `scratch` describes, and `numbers` of the pieces in order.
       block: index of this block; its grid has `blocks(pieces, interpret)`.
       interpret: whether this is interpret mode, which has no counter: pieces go round in turn.
     """
@@ -82,7 +83,7 @@ class Queue:
             if fetches:
                 # Not before all copies for the piece before are under way: who takes early
                 # holds a piece back that another block could begin.
-                memory.take_number(counter, words, slot(n))
+                memory.take_number(counter, self.ref["numbers"], words, slot(n))
                 plgpu.barrier_arrive(full.at[slot(n)])
             plgpu.barrier_wait(full.at[slot(n)])
             return words[slot(n)]

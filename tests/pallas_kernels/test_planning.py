@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.plan import Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
+from pallas_kernels.mosaic_gpu.schedule import Order
 from tests import oracle
 
 # Lengths that are and aren't a multiple of a unit, tables shorter and longer than them; with
@@ -73,6 +74,7 @@ def test_tables_and_visits(case, skip_mass):
     wanted = by_xla.visits(*call, None)
     _same(found.first, wanted.first)
     _same(found.small, wanted.small)
+    _same(found.work.sum(axis=-1), wanted.work[:, :, 0])
     large = (plan, 40 * args["query"], 40 * args["key"], first_visible, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(*large, ours.maxima))()
@@ -87,10 +89,32 @@ def test_ranges_of_the_backward_pass(units, distances, filled, parts):
     rng = np.random.default_rng(units)
     first = np.minimum(rng.integers(0, units, (2, 2, units)), np.arange(units))
     live = np.minimum(first + rng.integers(0, 3, first.shape), np.arange(units))
-    arrays = (jnp.asarray(x, jnp.int32) for x in (first, live))
-    ours, expected = _both("key_ranges", *arrays, distances, filled, parts)
+    work = rng.integers(0, 9, (2, 2, 3))
+    arrays = (jnp.asarray(x, jnp.int32) for x in (first, live, work))
+    orders = [
+        Order.of_queries(2, 2, 2, 64 * units, 192, 8192),
+        Order.of_keys(2, 1, 2, 64 * units, 128, 64),
+        Order.by_head(2, 2, 2, max(parts * filled, 1)),
+    ][: 3 if distances else 2]
+    ours, expected = _both("key_ranges", *arrays, 2, orders, distances, filled, parts)
     for name in ("last", "last_live", "distances"):
         _same(getattr(ours, name), getattr(expected, name))
+    for numbers, wanted in zip(ours.numbers, expected.numbers, strict=True):
+        _same(numbers, wanted)
+
+
+def test_order_of_pieces():
+    work = jnp.asarray([[[3], [9], [1], [1]], [[2], [2], [5], [8]]], jnp.int32)
+    # Sections of two key heads, four query heads; a piece of each head is 3 tiles.
+    order = Order(pairs=8, heads=4, members=2, tiles=3, section=4, descending=True)
+    ours, (expected,) = _both("numbers", work, 2, [order])
+    _same(ours[0], expected)
+    items = [tuple(int(x) for x in order.item(n)) for n in expected]
+    assert sorted(items) == [(b, h, t) for b in range(2) for h in range(4) for t in range(3)]
+    # Key heads by their work: 13 of the second row's second, 12, 4 and 2.
+    assert items[:4] == [(1, 2, 2), (1, 3, 2), (0, 0, 2), (0, 1, 2)]
+    assert [item[2] for item in items] == [2] * 4 + [1] * 4 + [0] * 4 + [2] * 4 + [1] * 4 + [0] * 4
+    assert items[12:14] == [(1, 0, 2), (1, 1, 2)]
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -1,9 +1,10 @@
-"""The planning of a call in a few small Triton kernels: five launches in a training step.
+"""The planning of a call in a few small Triton kernels: six launches in a training step.
 
 Functions, arguments and results are those of `by_xla`, where the arguments are described.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
+from pallas_kernels.mosaic_gpu.schedule import Order
 
 # Units x units of a program's bounds.
 _TILE = 4096
@@ -86,38 +88,70 @@ def visits(
         exponent_limit=EXPONENT_LIMIT,
     )
     unused = norms
-    first, small = _launch(
+    blocks = -(-units // block)
+    shapes = [((batch, heads, n), jnp.int32) for n in (units, 1, blocks)]
+    first, small, work = _launch(
         "lazy_visits",
-        (-(-units // block), heads, batch),
+        (blocks, heads, batch),
         static,
-        [((batch, heads, units), jnp.int32), ((batch, heads), jnp.int32)],
+        shapes,
         norms,
         first_visible if plan.packed else unused,
         unused if distance_bias is None else distance_bias,
         unused if maxima is None else maxima,
         unused if offset is None else offset,
     )
-    return Visits(first, small)
+    return Visits(first, small[:, :, 0], work)
+
+
+def numbers(
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
+) -> list[Int[Array, " pieces"]]:
+    """Returns the numbers of pieces as they are handed out, in one order."""
+    (order,) = orders
+    static = _ranked(work, group, orders)
+    shapes = [((order.pieces,), jnp.int32)]
+    return _launch("lazy_numbers", (static["kv_pairs"],), static, shapes, work)
+
+
+def _ranked(
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
+) -> dict[str, Any]:
+    """Returns what is static of work and orders."""
+    batch, heads, parts = work.shape
+    static = dict(kv_pairs=batch * heads // group, work_parts=group * parts)
+    for letter, order in zip("abc", orders, strict=False):
+        for name in ("tiles", "section", "members", "descending"):
+            static[f"{name}_{letter}"] = getattr(order, name)
+    return static
 
 
 def key_ranges(
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
+    work: Int[Array, "batch heads parts"],
+    group: int,
+    orders: Sequence[Order],
     distances: int,
     filled: int,
     parts: int,
 ) -> KeyRanges:
-    """Returns the ranges of the backward pass."""
+    """Returns the ranges of the backward pass, and the order of its pieces."""
     batch, heads, units = first.shape
     block = max(1, min(_power_of_two(units), _TILE // _power_of_two(units)))
     shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
-    static = dict(heads=heads, units=units, block=block)
+    pieces = [order.pieces for order in orders]
+    shapes += [((n,), jnp.int32) for n in (*pieces, 1)[:3]]
+    static = _ranked(work, group, orders)
+    static |= dict(heads=heads, group=group, units=units, block=block)
     static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)
     grid = (max(-(-units // block), parts), heads, batch)
-    last, last_live, found = _launch("lazy_key_ranges", grid, static, shapes, first, live)
-    return KeyRanges(last, last_live, found if distances else None)
+    last, last_live, found, *of_pieces = _launch(
+        "lazy_key_ranges", grid, static, shapes, first, live, work
+    )
+    return KeyRanges(last, last_live, found if distances else None, of_pieces[: len(orders)])
 
 
 def gradients(

@@ -1,5 +1,6 @@
 """The planning of a call in plain JAX; see `by_triton` for the same in few launches."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.schedule import Order
 from pallas_kernels.visit import TileSizes, visit_ranges
 
 
@@ -33,10 +35,12 @@ class Visits(NamedTuple):
     Attributes:
       first: first unit of keys that each unit of queries visits.
       small: whether no score of a head, less b(0), is large either way: 1 or 0.
+      work: tiles visited, in parts whose sum counts.
     """
 
     first: Int[Array, "batch heads units"]
     small: Int[Array, "batch heads"]
+    work: Int[Array, "batch heads parts"]
 
 
 class KeyRanges(NamedTuple):
@@ -46,11 +50,13 @@ class KeyRanges(NamedTuple):
       last, last_live: last unit of queries that visits each unit of keys, and last for which
         it may be live.
       distances: see `distance_ranges`; None without a bias.
+      numbers: of pieces, for each order that was asked for.
     """
 
     last: Int[Array, "batch heads units"]
     last_live: Int[Array, "batch heads units"]
     distances: Int[Array, "batch heads parts filled 3"] | None
+    numbers: list[Int[Array, " pieces"]]
 
 
 class Gradients(NamedTuple):
@@ -107,28 +113,53 @@ def visits(
     bound = bound * abs(plan.scale)
     if bias is not None:
         bound = bound + jnp.max(bias - bias[:, :1], axis=1)
-    return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32))
+    units = jnp.arange(ranges.first.shape[-1], dtype=jnp.int32)
+    work = jnp.sum(units - ranges.first + 1, axis=-1, keepdims=True)
+    return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32), work)
+
+
+def numbers(
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
+) -> list[Int[Array, " pieces"]]:
+    """Returns the numbers of pieces as they are handed out, in each of some orders.
+
+    Args:
+      work: of each head, see `Visits`.
+      group: query heads a key head: they rank together.
+      orders: see `Order`.
+    """
+    total = work.sum(axis=-1).reshape(-1, group).sum(axis=-1)
+    most_first = jnp.argsort(-total, stable=True)
+    rank = jnp.zeros_like(total).at[most_first].set(jnp.arange(total.size, dtype=total.dtype))
+    return [order.numbers(rank) for order in orders]
 
 
 def key_ranges(
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
+    work: Int[Array, "batch heads parts"],
+    group: int,
+    orders: Sequence[Order],
     distances: int,
     filled: int,
     parts: int,
 ) -> KeyRanges:
-    """Returns the ranges of the backward pass.
+    """Returns the ranges of the backward pass, and the order of its pieces.
 
     Args:
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
+      work: as for `numbers`, like the next two.
+      group: query heads a key head.
+      orders: wanted.
       distances: of tiles, in units, from the diagonal on, that have an entry inside the bias
         table; 0: there is no bias.
       filled: the same with those that only fill up the warpgroups and have nothing to do.
       parts: runs that the units of queries are cut into for the bias table's gradient.
     """
     by_distance = distance_ranges(first, live, distances, filled, parts) if distances else None
-    return KeyRanges(_last_query(first), _last_query(live), by_distance)
+    of_pieces = numbers(work, group, orders)
+    return KeyRanges(_last_query(first), _last_query(live), by_distance, of_pieces)
 
 
 def _last_query(first: Int[Array, "batch heads units"]) -> Int[Array, "batch heads units"]:

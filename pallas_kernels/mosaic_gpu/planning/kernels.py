@@ -27,6 +27,8 @@ class Static:
       distances, filled, parts: as in `by_xla.key_ranges`.
       rows: of the batch in a group.
       has_far: some tiles lie past the table.
+      kv_pairs, work_parts: (batch, key head) that are ranked, and numbers of work of each.
+      tiles_*, section_*, members_*, descending_*: of up to three `Order`s, a, b and c.
     """
 
     length: int = 0
@@ -52,6 +54,25 @@ class Static:
     parts: int = 0
     rows: int = 0
     has_far: bool = False
+    kv_pairs: int = 0
+    work_parts: int = 0
+    tiles_a: int = 0
+    section_a: int = 0
+    members_a: int = 0
+    descending_a: bool = False
+    tiles_b: int = 0
+    section_b: int = 0
+    members_b: int = 0
+    descending_b: bool = False
+    tiles_c: int = 0
+    section_c: int = 0
+    members_c: int = 0
+    descending_c: bool = False
+
+    @property
+    def work_parts_padded(self) -> int:
+        """Returns `work_parts`, rounded up to a power of two."""
+        return power_of_two(self.work_parts)
 
     @property
     def size_of_scale(self) -> float:
@@ -194,6 +215,7 @@ def lazy_visits(
     offset_ptr,
     first_ptr,
     small_ptr,
+    work_ptr,
     static: tl.constexpr,
 ):
     """First unit of keys that some units of queries visit; grid (blocks, heads, batch).
@@ -232,6 +254,8 @@ def lazy_visits(
         first = tl.maximum(first, skipped)
     row = batch * static.heads + head
     tl.store(first_ptr + row * static.units + units, first, mask=inside)
+    work = tl.sum(tl.where(inside, units - first + 1, 0), 0)
+    tl.store(work_ptr + row * tl.num_programs(0) + tl.program_id(0), work)
     if tl.program_id(0) == 0:
         exists = tiles < static.units
         largest = tl.max(tl.load(norms_ptr + tiles, mask=exists, other=0.0), 0)
@@ -245,6 +269,62 @@ def lazy_visits(
 
 
 @triton.jit
+def _rank(work_ptr, kv_pair, static: tl.constexpr):
+    """Returns how many (batch, key head) come before one: those with more work, first ones first.
+
+    work: [kv_pairs, work_parts].
+    """
+    parts = tl.arange(0, static.work_parts_padded)
+    of_parts = parts < static.work_parts
+    own = tl.sum(tl.load(work_ptr + kv_pair * static.work_parts + parts, mask=of_parts, other=0), 0)
+    before = tl.zeros((64,), tl.int32)
+    for start in range(0, static.kv_pairs, 64):
+        pairs = start + tl.arange(0, 64)
+        inside = pairs < static.kv_pairs
+        at = pairs[:, None] * static.work_parts + parts[None, :]
+        work = tl.load(work_ptr + at, mask=inside[:, None] & of_parts[None, :], other=0)
+        work = tl.sum(work, 1)
+        before += (inside & ((work > own) | ((work == own) & (pairs < kv_pair)))).to(tl.int32)
+    return tl.sum(before, 0)
+
+
+@triton.jit
+def _store_numbers(
+    numbers_ptr,
+    kv_pair,
+    rank,
+    pairs,
+    TILES: tl.constexpr,
+    SECTION: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    DESCENDING: tl.constexpr,
+):
+    """Stores where one key head's pieces come; see `Order.numbers`."""
+    for member in range(0, MEMBERS):
+        place = rank * MEMBERS + member
+        start = place // SECTION * SECTION
+        size = tl.minimum(pairs - start, SECTION)
+        for tile0 in range(0, TILES, 64):
+            tile = tile0 + tl.arange(0, 64)
+            turn = TILES - 1 - tile if DESCENDING else tile
+            at = start * TILES + turn * size + place - start
+            number = (kv_pair * MEMBERS + member) * TILES + tile
+            tl.store(numbers_ptr + at, number, mask=tile < TILES)
+
+
+@triton.jit
+def lazy_numbers(work_ptr, numbers_ptr, static: tl.constexpr):
+    """The order of the forward pass's pieces; grid (batch * key heads,)."""
+    kv_pair = tl.program_id(0)
+    pairs = static.kv_pairs * static.members_a
+    rank = _rank(work_ptr, kv_pair, static)
+    _store_numbers(
+        numbers_ptr, kv_pair, rank, pairs,
+        static.tiles_a, static.section_a, static.members_a, static.descending_a,
+    )  # fmt: skip
+
+
+@triton.jit
 def _last(first, queries, keys):
     """Returns the last of the queries, from the diagonal on, that sees each of the keys."""
     seen = (first[:, None] <= keys[None, :]) & (keys[None, :] <= queries[:, None])
@@ -255,13 +335,34 @@ def _last(first, queries, keys):
 def lazy_key_ranges(
     first_ptr,
     live_ptr,
+    work_ptr,
     last_ptr,
     last_live_ptr,
     distances_ptr,
+    of_queries_ptr,
+    of_keys_ptr,
+    of_bias_ptr,
     static: tl.constexpr,
 ):
     """See `by_xla.key_ranges`; grid (blocks of keys or parts, heads, batch)."""
     number = tl.program_id(0)
+    if (number == 0) & (tl.program_id(1) % static.group == 0):
+        kv_heads = static.heads // static.group
+        kv_pair = tl.program_id(2) * kv_heads + tl.program_id(1) // static.group
+        rank = _rank(work_ptr, kv_pair, static)
+        _store_numbers(
+            of_queries_ptr, kv_pair, rank, static.kv_pairs * static.members_a,
+            static.tiles_a, static.section_a, static.members_a, static.descending_a,
+        )  # fmt: skip
+        _store_numbers(
+            of_keys_ptr, kv_pair, rank, static.kv_pairs * static.members_b,
+            static.tiles_b, static.section_b, static.members_b, static.descending_b,
+        )  # fmt: skip
+        if static.parts > 0:
+            _store_numbers(
+                of_bias_ptr, kv_pair, rank, static.kv_pairs * static.members_c,
+                static.tiles_c, static.section_c, static.members_c, static.descending_c,
+            )  # fmt: skip
     row = tl.program_id(2) * static.heads + tl.program_id(1)
     first_ptr += row * static.units
     live_ptr += row * static.units

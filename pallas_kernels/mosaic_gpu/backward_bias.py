@@ -24,7 +24,7 @@ from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
 
 # Pieces wanted, so that uneven ones share out well over the largest GPUs, and query units
 # that a piece should at least have.
-_PIECES = 1024
+_PIECES = 2048
 _UNITS_A_PIECE = 16
 
 
@@ -49,7 +49,7 @@ def backward_bias(
     table: Float[Array, "heads rows 128"],
     rows: Float[Array, "batch heads units kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
-    numbers: Int[Array, " pieces"],
+    numbers: Int[Array, " pieces+1"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
 
@@ -65,7 +65,7 @@ def backward_bias(
         chunk that visits the tile there, the first for which it may be live, and the one
         after the last that visits it; live ones are taken to be those from there on. Where
         nothing is visited the last is not above the first.
-      numbers: of the pieces, see `order`.
+      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
       for each distance the sums of dS over the diagonals of its tiles, the top right corner's

@@ -37,7 +37,7 @@ def backward_key(
     rows: Float[Array, "batch heads units kinds 64"],
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
-    numbers: Int[Array, " pieces"],
+    numbers: Int[Array, " pieces+1"],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Launches the kernel.
 
@@ -53,7 +53,7 @@ def backward_key(
       rows: what `Rows` says of each query.
       last: last unit of queries that visits each unit of keys.
       live: last one for which it may be live.
-      numbers: of the pieces, see `order`.
+      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
       d_key and d_value.

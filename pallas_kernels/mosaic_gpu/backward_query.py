@@ -43,7 +43,7 @@ def backward_query(
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
-    numbers: Int[Array, " pieces"],
+    numbers: Int[Array, " pieces+1"],
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Launches the kernel.
 
@@ -62,7 +62,7 @@ def backward_query(
       document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
-      numbers: of the pieces, see `order`.
+      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
       d_query; what `Rows` says of each query [batch, heads, units, kinds, 64]; with an offset

@@ -75,6 +75,7 @@ _BLOCKS = {
     64: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
         forward=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
+        backward_bias=Block(warpgroups=3, stages=3),
     ),
     128: Blocks(
         inference=ForwardBlock(keys=128, in_registers=False),

@@ -39,7 +39,7 @@ def forward(
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     small: Int[Array, "batch heads"],
-    numbers: Int[Array, " pieces"],
+    numbers: Int[Array, " pieces+1"],
 ) -> tuple[Array | None, ...]:
     """Launches the forward pass.
 
@@ -57,7 +57,7 @@ def forward(
       document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       small: whether no exponential of a score of this head can overflow.
-      numbers: of the pieces, see `order`.
+      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
       out; and in training with an offset the mean of the values of live entries over all

@@ -210,21 +210,22 @@ def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
     fetch(x, start)
 
 
-def take_number(counter, numbers, words, slot: Int[Array, ""]) -> None:
+def take_number(numbers, words, slot: Int[Array, ""], takers: int) -> None:
     """Takes the next of some numbers into a word of SMEM; after the last one, how many they are.
 
     One thread of the warpgroup's second warp does it; the others don't wait.
 
     Args:
-      counter: a semaphore, 0 before the first call.
-      numbers: int32 in global memory, each less than their count.
+      numbers: int32 in global memory, each less than their count; and after them a counter of
+        those taken. It is 0 before the first call and again after the last.
       words: SMEM int32.
       slot: which of them.
+      takers: how many blocks take numbers, each until it is told how many they are.
     """
-    count = numbers.shape[0]
+    count = numbers.shape[0] - 1
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), SCALAR))
-    def take(_, counter, numbers, words, slot):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
+    def take(_, numbers, words, slot):
         i32 = mlir.i32()
         warp, g, t = mlir.position()
         lane = arith.ori(g, t)
@@ -233,26 +234,29 @@ def take_number(counter, numbers, words, slot: Int[Array, ""]) -> None:
             arith.ori(lane, arith.xori(warp, mlir.constant(1))),
             mlir.constant(0),
         )
-        source = mgpu.utils.memref_ptr(counter)
+        source = mgpu.utils.memref_ptr(numbers)
+        counter = mgpu.utils.getelementptr(source, [count], i32)
         target = mgpu.utils.memref_ptr(words)
         target = mgpu.utils.getelementptr(target, [mlir.scalar(slot)], i32)
         with mgpu.utils.when(chosen):
             turn = llvm.inline_asm(
                 i32,
-                [source],
+                [counter],
                 "atom.add.relaxed.gpu.u32 $0, [$1], 1;",
                 "=r,l",
                 has_side_effects=True,
             )
             last = mlir.constant(count - 1)
-            place = mgpu.utils.getelementptr(
-                mgpu.utils.memref_ptr(numbers), [arith.minui(turn, last)], i32
-            )
+            place = mgpu.utils.getelementptr(source, [arith.minui(turn, last)], i32)
             left = arith.cmpi(arith.CmpIPredicate.ule, turn, last)
             number = arith.select(left, llvm.load(i32, place), mlir.constant(count))
             llvm.store(number, target)
+            # Every block is told once that nothing is left; the last one puts the counter back.
+            end = mlir.constant(count + takers - 1)
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, turn, end)):
+                llvm.store(mlir.constant(0), counter)
 
-    take(counter, numbers, words, jnp.asarray(slot, jnp.int32))
+    take(numbers, words, jnp.asarray(slot, jnp.int32))
 
 
 def named_barrier(operation: str, number, threads: int) -> None:

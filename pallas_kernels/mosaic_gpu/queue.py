@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -73,7 +72,6 @@ class Queue:
             return mine, lax.fori_loop(
                 0, mine, lambda n, carry: body(self.block + n * count, n, carry), carry
             )
-        counter = pl.get_global(plgpu.SemaphoreType.REGULAR) if fetches else None
         words, full = self.ref["piece_smem"], self.ref["piece_full"]
 
         def slot(n):
@@ -83,7 +81,8 @@ class Queue:
             if fetches:
                 # Not before all copies for the piece before are under way: who takes early
                 # holds a piece back that another block could begin.
-                memory.take_number(counter, self.ref["numbers"], words, slot(n))
+                takers = blocks(self.pieces, self.interpret)
+                memory.take_number(self.ref["numbers"], words, slot(n), takers)
                 plgpu.barrier_arrive(full.at[slot(n)])
             plgpu.barrier_wait(full.at[slot(n)])
             return words[slot(n)]

@@ -72,8 +72,8 @@ class Order:
         batch = lax.div(pair, jnp.int32(self.heads))
         return batch, pair - batch * self.heads, number - pair * self.tiles
 
-    def numbers(self, rank: Int[Array, " kv_pairs"]) -> Int[Array, " pieces"]:
-        """Returns the numbers of the pieces as they are handed out.
+    def numbers(self, rank: Int[Array, " kv_pairs"]) -> Int[Array, " pieces+1"]:
+        """Returns the numbers of the pieces as they are handed out, and a 0 to count them by.
 
         Args:
           rank: of each (batch, key head), 0 for the one with most work.
@@ -87,7 +87,7 @@ class Order:
         start = section * self.section
         turn = start * self.tiles + turn * size + place - start
         number = jnp.arange(self.pieces, dtype=jnp.int32)
-        return jnp.zeros(self.pieces, jnp.int32).at[turn.reshape(-1)].set(number)
+        return jnp.zeros(self.pieces + 1, jnp.int32).at[turn.reshape(-1)].set(number)
 
 
 def _section(pairs: int, one: int) -> int:

@@ -106,11 +106,11 @@ def visits(
 
 def numbers(
     work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
-) -> list[Int[Array, " pieces"]]:
+) -> list[Int[Array, " pieces+1"]]:
     """Returns the numbers of pieces as they are handed out, in one order."""
     (order,) = orders
     static = _ranked(work, group, orders)
-    shapes = [((order.pieces,), jnp.int32)]
+    shapes = [((order.pieces + 1,), jnp.int32)]
     return _launch("lazy_numbers", (static["kv_pairs"],), static, shapes, work)
 
 
@@ -143,7 +143,7 @@ def key_ranges(
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
     pieces = [order.pieces for order in orders]
-    shapes += [((n,), jnp.int32) for n in (*pieces, 1)[:3]]
+    shapes += [((n + 1,), jnp.int32) for n in (*pieces, 0)[:3]]
     static = _ranked(work, group, orders)
     static |= dict(heads=heads, group=group, units=units, block=block)
     static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)

@@ -56,7 +56,7 @@ class KeyRanges(NamedTuple):
     last: Int[Array, "batch heads units"]
     last_live: Int[Array, "batch heads units"]
     distances: Int[Array, "batch heads parts filled 3"] | None
-    numbers: list[Int[Array, " pieces"]]
+    numbers: list[Int[Array, " pieces+1"]]
 
 
 class Gradients(NamedTuple):
@@ -120,7 +120,7 @@ def visits(
 
 def numbers(
     work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
-) -> list[Int[Array, " pieces"]]:
+) -> list[Int[Array, " pieces+1"]]:
     """Returns the numbers of pieces as they are handed out, in each of some orders.
 
     Args:

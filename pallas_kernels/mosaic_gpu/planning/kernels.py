@@ -299,7 +299,7 @@ def _store_numbers(
     MEMBERS: tl.constexpr,
     DESCENDING: tl.constexpr,
 ):
-    """Stores where one key head's pieces come; see `Order.numbers`."""
+    """Stores the numbers of one key head's pieces where they come; see `Order.numbers`."""
     for member in range(0, MEMBERS):
         place = rank * MEMBERS + member
         start = place // SECTION * SECTION
@@ -310,6 +310,8 @@ def _store_numbers(
             at = start * TILES + turn * size + place - start
             number = (kv_pair * MEMBERS + member) * TILES + tile
             tl.store(numbers_ptr + at, number, mask=tile < TILES)
+    if kv_pair == 0:
+        tl.store(numbers_ptr + pairs * TILES, 0)
 
 
 @triton.jit

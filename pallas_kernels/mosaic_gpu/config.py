@@ -78,8 +78,10 @@ _BLOCKS = {
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     128: Blocks(
-        inference=ForwardBlock(keys=128, in_registers=False),
-        forward=ForwardBlock(keys=64, stages=3, in_registers=False),
+        inference=ForwardBlock(
+            warpgroups=3, keys=64, stages=3, in_registers=False, polynomial=(0, 1)
+        ),
+        forward=ForwardBlock(keys=64, stages=3, in_registers=False, polynomial=(0, 1)),
         backward_query=Block(stages=3, in_registers=False),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(),

@@ -6,6 +6,7 @@ other's results:
 
     python -m benchmarks.triton_static --capability=90 --head_dim=64 --dtype=bfloat16
 
+With --implementation=mosaic_gpu, of the small kernels that plan a call of the Hopper kernels.
 Needs the triton package, whose ptxas it runs. Exits with status 1 if a kernel spills or
 asks for more shared memory than the GPU has.
 """
@@ -38,13 +39,14 @@ class Launch:
     kernel: Any
     types: tuple[str, ...]
     block: config.Block
-    static: plan.Static
+    static: Any
 
     @property
     def name(self) -> str:
-        """Returns the field of `config.Blocks` the block comes from."""
+        """Returns the kernel's name; "inference" for a forward pass without residuals."""
         name = self.kernel.__name__.removeprefix("lazy_")
-        return name if self.static.training else "inference"
+        inference = isinstance(self.static, plan.Static) and not self.static.training
+        return "inference" if inference else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +108,9 @@ def launches(
     packed: bool = False,
     group: int = 1,
     blocks: config.Blocks | None = None,
+    implementation: str = "triton",
 ) -> dict[str, Launch]:
-    """Returns the five launches that inference and training make.
+    """Returns the launches that inference and training make, by name.
 
     Args:
       capability: compute capability, e.g. 90.
@@ -120,6 +123,7 @@ def launches(
       packed: several documents a row.
       group: query heads a key head.
       blocks: to launch with; None: the table's.
+      implementation: "triton", or "mosaic_gpu", which plans its calls with Triton.
     """
     heads = 2 * group
 
@@ -140,7 +144,7 @@ def launches(
 
     def run(args: dict[str, Array]) -> Array:
         ids = jnp.zeros((1, length), jnp.int32) if packed else None
-        return lazy_attention(**args, segment_ids=ids, implementation="triton")
+        return lazy_attention(**args, segment_ids=ids, implementation=implementation)
 
     with _captured(capability, blocks) as found:
         jax.eval_shape(run, args)
@@ -219,6 +223,7 @@ def main(argv: list[str]) -> None:
         offset=options.offset,
         packed=options.packed,
         group=options.group,
+        implementation=options.implementation,
     )
     for name in options.only or every:
         found, block = report(every[name], options.capability), every[name].block
@@ -242,5 +247,6 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("offset", True, "Elastic-Softmax.")
     flags.DEFINE_boolean("packed", False, "Several documents a row.")
     flags.DEFINE_integer("group", 1, "Query heads a key head.")
+    flags.DEFINE_enum("implementation", "triton", ["triton", "mosaic_gpu"], "Whose kernels.")
     flags.DEFINE_list("only", [], "Kernels, e.g. forward,backward_key; none: all.")
     app.run(main)

@@ -110,6 +110,12 @@ def test_compiles_without_spilling(capability, kernel):
     _compile(f"--capability={capability}", f"--only={kernel}")
 
 
+@pytest.mark.parametrize("arguments", [(), ("--packed", "--group=4", "--nooffset", "--noslope")])
+def test_planning_of_the_hopper_kernels_compiles(arguments):
+    pytest.importorskip("jax_triton")
+    _compile("--implementation=mosaic_gpu", "--length=4000", *arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", ["packed", "nopacked"])
 @pytest.mark.parametrize("head_dim", [64, 128])

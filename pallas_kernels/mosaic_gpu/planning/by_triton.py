@@ -3,6 +3,7 @@
 Functions, arguments and results are those of `by_xla`, where the arguments are described.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,15 @@ from pallas_kernels.mosaic_gpu.schedule import Order
 _TILE = 4096
 # Distances of a program that adds up the table's gradient.
 _DISTANCES = 256
+# Where each kernel is. They are imported when one is launched, for Triton may be missing.
+_MODULES = {
+    "lazy_table": "table",
+    "lazy_norms": "visits",
+    "lazy_visits": "visits",
+    "lazy_numbers": "order",
+    "lazy_key_ranges": "key_ranges",
+    "lazy_gradients": "gradients",
+}
 # Where it isn't 4.
 _WARPS = {"lazy_gradients": 16}
 
@@ -202,12 +212,12 @@ def _launch(
     name: str, grid: tuple[int, ...], static: dict[str, Any], shapes: list[Any], *arrays: Array
 ) -> list[Array]:
     """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
-    from pallas_kernels.mosaic_gpu.planning import kernels
+    from pallas_kernels.mosaic_gpu.planning.static import Static
     from pallas_kernels.triton.call import launch
     from pallas_kernels.triton.config import Block
 
     with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
     outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
     block = Block(queries=UNIT, keys=UNIT, warps=_WARPS.get(name, 4), stages=1)
-    kernel = getattr(kernels, name)
-    return launch(kernel, arrays, outputs, grid, block, kernels.Static(**static))
+    module = importlib.import_module(f"pallas_kernels.mosaic_gpu.planning.{_MODULES[name]}")
+    return launch(getattr(module, name), arrays, outputs, grid, block, Static(**static))

@@ -1,0 +1,79 @@
+"""Triton kernel: what the backward pass wants to know of its tiles."""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.mosaic_gpu.planning.order import rank, store_numbers
+
+
+@triton.jit
+def _last(first, queries, keys):
+    """Returns the last of the queries, from the diagonal on, that sees each of the keys."""
+    seen = (first[:, None] <= keys[None, :]) & (keys[None, :] <= queries[:, None])
+    return tl.max(tl.where(seen, queries[:, None], 0), 0)
+
+
+@triton.jit
+def lazy_key_ranges(
+    first_ptr,
+    live_ptr,
+    work_ptr,
+    last_ptr,
+    last_live_ptr,
+    distances_ptr,
+    of_queries_ptr,
+    of_keys_ptr,
+    of_bias_ptr,
+    static: tl.constexpr,
+):
+    """See `by_xla.key_ranges`; grid (blocks of keys or parts, heads, batch)."""
+    number = tl.program_id(0)
+    if (number == 0) & (tl.program_id(1) % static.group == 0):
+        kv_heads = static.heads // static.group
+        kv_pair = tl.program_id(2) * kv_heads + tl.program_id(1) // static.group
+        place = rank(work_ptr, kv_pair, static)
+        store_numbers(
+            of_queries_ptr, kv_pair, place, static.kv_pairs * static.members_a,
+            static.tiles_a, static.section_a, static.members_a, static.descending_a,
+        )  # fmt: skip
+        store_numbers(
+            of_keys_ptr, kv_pair, place, static.kv_pairs * static.members_b,
+            static.tiles_b, static.section_b, static.members_b, static.descending_b,
+        )  # fmt: skip
+        if static.parts > 0:
+            store_numbers(
+                of_bias_ptr, kv_pair, place, static.kv_pairs * static.members_c,
+                static.tiles_c, static.section_c, static.members_c, static.descending_c,
+            )  # fmt: skip
+    row = tl.program_id(2) * static.heads + tl.program_id(1)
+    first_ptr += row * static.units
+    live_ptr += row * static.units
+    if number * static.block < static.units:
+        keys = number * static.block + tl.arange(0, static.block)
+        queries = tl.arange(0, static.units_padded)
+        exists = queries < static.units
+        first = tl.load(first_ptr + queries, mask=exists, other=static.units)
+        live = tl.load(live_ptr + queries, mask=exists, other=static.units)
+        at = row * static.units + keys
+        inside = keys < static.units
+        # Queries that aren't there see nothing: their first key is past the last.
+        tl.store(last_ptr + at, _last(first, queries, keys), mask=inside)
+        tl.store(last_live_ptr + at, _last(live, queries, keys), mask=inside)
+    if number < static.parts:
+        queries = number * static.part + tl.arange(0, static.part_padded)
+        exists = (queries < static.units) & (queries < (number + 1) * static.part)
+        first = tl.load(first_ptr + queries, mask=exists, other=static.units)
+        live = tl.load(live_ptr + queries, mask=exists, other=static.units)
+        distances = tl.arange(0, static.filled_padded)
+        keys = queries[:, None] - distances[None, :]
+        exists = exists[:, None] & (keys >= 0) & (distances < static.distances)[None, :]
+        visited = exists & (first[:, None] <= keys)
+        alive = exists & (live[:, None] <= keys)
+        start = tl.min(tl.where(visited, queries[:, None], static.units), 0)
+        start_live = tl.min(tl.where(alive, queries[:, None], static.units), 0)
+        stop = tl.max(tl.where(visited, queries[:, None] + 1, 0), 0)
+        at = distances_ptr + ((row * static.parts + number) * static.filled + distances) * 3
+        inside = distances < static.filled
+        tl.store(at, start, mask=inside)
+        tl.store(at + 1, start_live, mask=inside)
+        tl.store(at + 2, stop, mask=inside)

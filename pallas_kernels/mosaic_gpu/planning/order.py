@@ -1,0 +1,62 @@
+"""Triton kernel: the order in which pieces of work are handed out; see `schedule.py`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rank(work_ptr, kv_pair, static: tl.constexpr):
+    """Returns how many (batch, key head) come before one: those with more work, first ones first.
+
+    work: [kv_pairs, work_parts].
+    """
+    parts = tl.arange(0, static.work_parts_padded)
+    of_parts = parts < static.work_parts
+    own = tl.sum(tl.load(work_ptr + kv_pair * static.work_parts + parts, mask=of_parts, other=0), 0)
+    before = tl.zeros((64,), tl.int32)
+    for start in range(0, static.kv_pairs, 64):
+        pairs = start + tl.arange(0, 64)
+        inside = pairs < static.kv_pairs
+        at = pairs[:, None] * static.work_parts + parts[None, :]
+        work = tl.load(work_ptr + at, mask=inside[:, None] & of_parts[None, :], other=0)
+        work = tl.sum(work, 1)
+        before += (inside & ((work > own) | ((work == own) & (pairs < kv_pair)))).to(tl.int32)
+    return tl.sum(before, 0)
+
+
+@triton.jit
+def store_numbers(
+    numbers_ptr,
+    kv_pair,
+    rank,
+    pairs,
+    TILES: tl.constexpr,
+    SECTION: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    DESCENDING: tl.constexpr,
+):
+    """Stores the numbers of one key head's pieces where they come; see `Order.numbers`."""
+    for member in range(0, MEMBERS):
+        place = rank * MEMBERS + member
+        start = place // SECTION * SECTION
+        size = tl.minimum(pairs - start, SECTION)
+        for tile0 in range(0, TILES, 64):
+            tile = tile0 + tl.arange(0, 64)
+            turn = TILES - 1 - tile if DESCENDING else tile
+            at = start * TILES + turn * size + place - start
+            number = (kv_pair * MEMBERS + member) * TILES + tile
+            tl.store(numbers_ptr + at, number, mask=tile < TILES)
+    if kv_pair == 0:
+        tl.store(numbers_ptr + pairs * TILES, 0)
+
+
+@triton.jit
+def lazy_numbers(work_ptr, numbers_ptr, static: tl.constexpr):
+    """The order of the forward pass's pieces; grid (batch * key heads,)."""
+    kv_pair = tl.program_id(0)
+    pairs = static.kv_pairs * static.members_a
+    place = rank(work_ptr, kv_pair, static)
+    store_numbers(
+        numbers_ptr, kv_pair, place, pairs,
+        static.tiles_a, static.section_a, static.members_a, static.descending_a,
+    )  # fmt: skip

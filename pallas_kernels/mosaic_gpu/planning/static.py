@@ -1,0 +1,107 @@
+"""What the Triton kernels of `by_triton` are compiled for."""
+
+import dataclasses
+
+# Numbers that are added up side by side.
+ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What one kernel is compiled for; kernels take it as one constant.
+
+    Attributes:
+      length, heads, group, head_dim: of queries, and query heads a key head.
+      unit: queries, and keys, of a tile.
+      units: tiles of a row.
+      block: units that a program takes at once, a power of two.
+      width: length of the bias table as given; 0: no bias.
+      reach, near, entries, lead: of the table in the kernels' form: first distance that is
+        the tail's; entries before the ramp; all entries; entries before b(0).
+      has_slope, has_offset, packed: as in `Plan`.
+      scale, skip_mass, exponent_limit: factor of scores; mass that a row may lose; scores
+        within it are small.
+      distances, filled, parts: as in `by_xla.key_ranges`.
+      rows: of the batch in a group.
+      has_far: some tiles lie past the table.
+      kv_pairs, work_parts: (batch, key head) that are ranked, and numbers of work of each.
+      tiles_*, section_*, members_*, descending_*: of up to three `Order`s, a, b and c.
+    """
+
+    length: int = 0
+    heads: int = 0
+    group: int = 1
+    head_dim: int = 0
+    unit: int = 64
+    units: int = 0
+    block: int = 1
+    width: int = 0
+    reach: int = 0
+    near: int = 0
+    entries: int = 0
+    lead: int = 0
+    has_slope: bool = False
+    has_offset: bool = False
+    packed: bool = False
+    scale: float = 1.0
+    skip_mass: float = 0.0
+    exponent_limit: float = 0.0
+    distances: int = 0
+    filled: int = 0
+    parts: int = 0
+    rows: int = 0
+    has_far: bool = False
+    kv_pairs: int = 0
+    work_parts: int = 0
+    tiles_a: int = 0
+    section_a: int = 0
+    members_a: int = 0
+    descending_a: bool = False
+    tiles_b: int = 0
+    section_b: int = 0
+    members_b: int = 0
+    descending_b: bool = False
+    tiles_c: int = 0
+    section_c: int = 0
+    members_c: int = 0
+    descending_c: bool = False
+
+    @property
+    def work_parts_padded(self) -> int:
+        """Returns `work_parts`, rounded up to a power of two."""
+        return power_of_two(self.work_parts)
+
+    @property
+    def size_of_scale(self) -> float:
+        """Returns the scale, without its sign."""
+        return abs(self.scale)
+
+    @property
+    def units_padded(self) -> int:
+        """Returns the units, rounded up to a power of two."""
+        return power_of_two(self.units)
+
+    @property
+    def row_blocks(self) -> int:
+        """Returns how many blocks of `ROWS` queries cover a row."""
+        return -(-self.units * self.unit // ROWS)
+
+    @property
+    def filled_padded(self) -> int:
+        """Returns `filled`, rounded up to a power of two."""
+        return power_of_two(self.filled)
+
+    @property
+    def part(self) -> int:
+        """Returns the units of queries of one part."""
+        return -(-self.units // max(self.parts, 1))
+
+    @property
+    def part_padded(self) -> int:
+        """Returns the same, rounded up to a power of two."""
+        return power_of_two(self.part)
+
+
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that isn't below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,68 @@
+"""Triton kernel: the distance bias in the Hopper kernels' form; see `Plan.table`."""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _bias(bias_ptr, slope, x, static: tl.constexpr):
+    """Returns b(x) for x >= 0."""
+    near = tl.load(bias_ptr + x, mask=(x >= 0) & (x < static.width), other=0.0)
+    tail = tl.zeros_like(near)
+    if static.has_slope:
+        end = tl.load(bias_ptr + static.width - 1)
+        tail = end - slope * (x - (static.width - 1)).to(tl.float32)
+    return tl.where(x < static.width, near, tail)
+
+
+@triton.jit
+def _rising(bias_ptr, slope, n, static: tl.constexpr):
+    """Returns entry n of the table of distances rising."""
+    first = tl.load(bias_ptr)
+    values = (_bias(bias_ptr, slope, n - static.lead, static) - first) * _LOG2_E
+    ramp = (static.near - n).to(tl.float32) * slope * _LOG2_E
+    return tl.where(n < static.lead, _LOWEST, tl.where(n < static.near, values, ramp))
+
+
+@triton.jit
+def lazy_table(
+    bias_ptr, slope_ptr, falling_ptr, rising_ptr, tail_ptr, maxima_ptr, static: tl.constexpr
+):
+    """The bias in the kernels' form; grid (heads, 2 copies): each stores both its orders."""
+    head = tl.program_id(0)
+    copy = tl.program_id(1)
+    bias_ptr += head * static.width
+    slope = 0.0
+    if static.has_slope:
+        slope = tl.load(slope_ptr + head)
+    at = (head * 2 + copy) * static.entries
+    for n0 in range(0, static.entries, 1024):
+        place = n0 + tl.arange(0, 1024)
+        # The second copy lacks the first entry.
+        n = place + copy
+        exists = n < static.entries
+        inside = place < static.entries
+        rising = tl.where(exists, _rising(bias_ptr, slope, n, static), 0.0)
+        tl.store(rising_ptr + at + place, rising, mask=inside)
+        back = tl.where(n == 0, 0, static.entries - n)
+        falling = tl.where(exists, _rising(bias_ptr, slope, back, static), 0.0)
+        tl.store(falling_ptr + at + place, falling, mask=inside)
+    if copy == 0:
+        first = tl.load(bias_ptr)
+        end = first * -_LOG2_E
+        if static.has_slope:
+            end += tl.load(bias_ptr + static.reach - 1) * _LOG2_E
+        tl.store(tail_ptr + 2 * head, end)
+        tl.store(tail_ptr + 2 * head + 1, slope * _LOG2_E)
+    else:
+        # A tile's distances begin one unit before, and end one after.
+        for unit0 in range(0, static.units, 16):
+            units = unit0 + tl.arange(0, 16)
+            x = (units[:, None] - 1) * static.unit + tl.arange(0, 2 * static.unit)[None, :]
+            exists = (x >= 0) & (x < static.length)
+            found = tl.where(exists, _bias(bias_ptr, slope, x, static), float("-inf"))
+            place = maxima_ptr + head * static.units + units
+            tl.store(place, tl.max(found, 1), mask=units < static.units)

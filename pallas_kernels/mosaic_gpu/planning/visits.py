@@ -1,0 +1,98 @@
+"""Triton kernels: which tiles are visited; the rule is that of pallas_kernels/visit.py."""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Added to score bounds, as there.
+_SLACK = tl.constexpr(1e-3)
+
+
+@triton.jit
+def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
+    """Norms of one unit of one head, and the least score with itself; grid (units * heads, batch).
+
+    norms: [batch, 3, heads, units].
+    """
+    unit = tl.program_id(0) // static.heads
+    head = tl.program_id(0) % static.heads
+    batch = tl.program_id(1).to(tl.int64)
+    rows = unit * static.unit + tl.arange(0, static.unit)
+    columns = tl.arange(0, static.head_dim)
+    inside = (rows < static.length)[:, None]
+    kv_heads: tl.constexpr = static.heads // static.group
+    at_query = (batch * static.length + rows)[:, None] * static.heads + head
+    at_key = (batch * static.length + rows)[:, None] * kv_heads + head // static.group
+    query = tl.load(query_ptr + at_query * static.head_dim + columns, mask=inside, other=0.0)
+    key = tl.load(key_ptr + at_key * static.head_dim + columns, mask=inside, other=0.0)
+    query = query.to(tl.float32)
+    key = key.to(tl.float32)
+    query_norm = tl.sqrt(tl.max(tl.sum(query * query, 1), 0)) * static.size_of_scale
+    key_norm = tl.sqrt(tl.max(tl.sum(key * key, 1), 0))
+    own = tl.where(rows < static.length, tl.sum(query * key, 1) * static.scale, float("inf"))
+    place = norms_ptr + (batch * 3 * static.heads + head) * static.units + unit
+    tl.store(place, query_norm)
+    tl.store(place + static.heads * static.units, key_norm)
+    tl.store(place + 2 * static.heads * static.units, tl.min(own, 0))
+
+
+@triton.jit
+def lazy_visits(
+    norms_ptr,
+    visible_ptr,
+    bias_ptr,
+    maxima_ptr,
+    offset_ptr,
+    first_ptr,
+    small_ptr,
+    work_ptr,
+    static: tl.constexpr,
+):
+    """First unit of keys that some units of queries visit; grid (blocks, heads, batch).
+
+    The rule is that of pallas_kernels/visit.py.
+    """
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    units = tl.program_id(0) * static.block + tl.arange(0, static.block)
+    tiles = tl.arange(0, static.units_padded)
+    inside = units < static.units
+    norms_ptr += (batch * 3 * static.heads + head) * static.units
+    of_kind: tl.constexpr = static.heads * static.units
+    key_norm = tl.load(norms_ptr + of_kind + tiles, mask=tiles < static.units, other=0.0)
+    first = tl.zeros_like(units)
+    if static.packed:
+        rows = tl.minimum(units * static.unit, static.length - 1)
+        first = tl.load(visible_ptr + batch * static.length + rows) // static.unit
+    if static.skip_mass > 0:
+        bound = tl.load(norms_ptr + units, mask=inside, other=0.0)[:, None] * key_norm[None, :]
+        lowest = tl.load(norms_ptr + 2 * of_kind + units, mask=inside, other=0.0)
+        bound = bound - lowest[:, None] + _SLACK
+        apart = units[:, None] - tiles[None, :]
+        before = apart > 0
+        if static.width > 0:
+            seen = (apart >= 0) & inside[:, None]
+            at = maxima_ptr + head * static.units + apart
+            bound += tl.load(at, mask=seen, other=0.0) - tl.load(bias_ptr + head * static.width)
+        # The minimum only guards exp against overflow.
+        mass = static.unit * tl.exp(tl.minimum(bound, 20.0))
+        mass = tl.where(tiles[None, :] >= first[:, None], mass, 0.0)
+        negligible = (tl.cumsum(mass, 1) <= static.skip_mass) & before
+        skipped = tl.sum(negligible.to(tl.int32), 1)
+        if static.has_offset:
+            skipped = tl.where(tl.load(offset_ptr + head) > 0, 0, skipped)
+        first = tl.maximum(first, skipped)
+    row = batch * static.heads + head
+    tl.store(first_ptr + row * static.units + units, first, mask=inside)
+    work = tl.sum(tl.where(inside, units - first + 1, 0), 0)
+    tl.store(work_ptr + row * tl.num_programs(0) + tl.program_id(0), work)
+    if tl.program_id(0) == 0:
+        exists = tiles < static.units
+        largest = tl.max(tl.load(norms_ptr + tiles, mask=exists, other=0.0), 0)
+        largest *= tl.max(key_norm, 0)
+        if static.width > 0:
+            maxima = tl.load(
+                maxima_ptr + head * static.units + tiles, mask=exists, other=float("-inf")
+            )
+            largest += tl.max(maxima, 0) - tl.load(bias_ptr + head * static.width)
+        tl.store(small_ptr + row, (largest * _LOG2_E <= static.exponent_limit).to(tl.int32))

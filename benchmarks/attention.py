@@ -5,7 +5,9 @@
 Implementations of `lazy_attention` by their names; peers, which compute plain causal
 softmax: "cudnn" and "xla_softmax" (jax.nn.dot_product_attention), "tokamax" (its Triton
 kernel as it configures itself) and "tokamax_tuned" (the fastest of a few configurations).
-Writes a JSON file and a Markdown table; `--profile` adds each kernel's share.
+Writes a JSON file and a Markdown table; `--profile` adds each kernel's share. TFLOP/s are
+softmax attention's over our time; "of work done" counts what our kernels really compute, and
+its share of the rate of plain matrix products is of the same run.
 """
 
 import concurrent.futures
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from jaxtyping import Array
 
@@ -60,6 +63,7 @@ class Result:
       shape, case, implementation, which: what was timed; case "" for peers.
       milliseconds, least, greatest: median and extremes of a call.
       teraflops: what softmax attention computes, over that time: 1e12 a second.
+      work: what was really computed, in the same unit; of our GPU kernels.
       temporary: bytes of memory beyond inputs and outputs.
       temporary_arrays: the same in arrays of the query's size.
       visited, live: shares of the causal tiles, measured on these inputs.
@@ -75,6 +79,7 @@ class Result:
     least: float = 0.0
     greatest: float = 0.0
     teraflops: float = 0.0
+    work: float | None = None
     temporary: int = 0
     temporary_arrays: float = 0.0
     visited: float | None = None
@@ -202,7 +207,11 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         flops = shape.flops(result.which == "training")
         result.teraflops = flops / result.milliseconds / 1e9
         if result.case:
-            result.visited, result.live = map(float, counted[result.case])
+            found = counted[result.case]
+            result.visited, result.live = float(found.visited), float(found.live)
+            if result.implementation in ("mosaic_gpu", "triton"):
+                products = found.products(result.which, "offset" in parameters[result.case])
+                result.work = products * shape.product / result.milliseconds / 1e9
         if result.implementation == "triton":
             result.in_full = in_full.get(result.case)
         if _PROFILE.value and result.case:
@@ -213,12 +222,24 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
     return peers.keep_fastest([result for result, _ in jobs])
 
 
-def table(results: list[Result]) -> str:
-    """Returns the results as Markdown."""
+def _matmul_rate(size: int = 8192) -> float:
+    """Returns the TFLOP/s of a product of square bfloat16 matrices."""
+    a, b = jnp.ones((2, size, size), jnp.bfloat16)
+    product = jax.jit(jnp.dot).lower(a, b).compile()
+    return 2 * size**3 / timing.milliseconds(lambda: product(a, b), calls=20) / 1e9
+
+
+def table(results: list[Result], matmul: float | None = None) -> str:
+    """Returns the results as Markdown.
+
+    Args:
+      results: its lines.
+      matmul: the rate of plain matrix products, to compare the work done with.
+    """
     lines = [
-        "| shape | case | implementation | pass | ms | TFLOP/s | x cuDNN | x tokamax |"
-        " temporary, arrays of q | visited | live | in full |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | case | implementation | pass | ms | TFLOP/s | of work done | share of matmul |"
+        " x cuDNN | x tokamax | temporary, arrays of q | visited | live | in full |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_key = {(r.shape, r.implementation, r.which): r.milliseconds for r in results if not r.case}
 
@@ -231,7 +252,7 @@ def table(results: list[Result]) -> str:
 
     for r in results:
         if r.error:
-            cells = [r.shape, r.case, r.implementation, r.which, r.error] + [""] * 7
+            cells = [r.shape, r.case, r.implementation, r.which, r.error] + [""] * 9
         else:
             cells = [
                 r.shape,
@@ -240,6 +261,8 @@ def table(results: list[Result]) -> str:
                 r.which,
                 f"{r.milliseconds:.3f}",
                 f"{r.teraflops:.0f}",
+                f"{r.work:.0f}" if r.work else "",
+                f"{r.work / matmul:.2f}" if r.work and matmul else "",
                 ratio(r, "cudnn"),
                 ratio(r, "tokamax"),
                 f"{r.temporary_arrays:.2f}",
@@ -251,7 +274,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(results: list[Result]) -> None:
+def _write(results: list[Result], matmul: float | None) -> None:
     device = jax.devices()[0]
     about = {
         "device": device.device_kind,
@@ -260,13 +283,16 @@ def _write(results: list[Result]) -> None:
         "width": _WIDTH.value,
         "skip_mass": _SKIP_MASS.value,
         "skip_dead": _SKIP_DEAD.value,
+        "matmul_teraflops": matmul,
         "results": [dataclasses.asdict(result) for result in results],
     }
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-    head = f"{device.device_kind}, {_DTYPE.value}, W = {_WIDTH.value}, jax {jax.__version__}\n\n"
-    output.with_suffix(".md").write_text(head + table(results))
+    head = f"{device.device_kind}, {_DTYPE.value}, W = {_WIDTH.value}, jax {jax.__version__}"
+    if matmul:
+        head += f"; products of 8192 x 8192 bfloat16 matrices: {matmul:.0f} TFLOP/s"
+    output.with_suffix(".md").write_text(f"{head}\n\n{table(results, matmul)}")
 
 
 def main(argv: list[str]) -> None:
@@ -282,10 +308,11 @@ def main(argv: list[str]) -> None:
 
         op.skip_dead_tiles = False
     results: list[Result] = []
+    matmul = None if jax.default_backend() == "cpu" else _matmul_rate()
     for text in _SHAPES.value:
         results += _run_shape(cases.Shape.parse(text))
-        print(table(results), flush=True)
-        _write(results)
+        print(table(results, matmul), flush=True)
+        _write(results, matmul)
     for result in results:
         if result.kernels:
             print(result.shape, result.case, result.implementation, result.which)

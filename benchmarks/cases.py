@@ -34,8 +34,12 @@ class Shape:
 
     def flops(self, backward: bool) -> float:
         """Returns what causal softmax attention needs: half of 2, or of 2 + 5, products."""
-        product = self.batch * self.heads * self.length**2 * self.head_dim
-        return (7.0 if backward else 2.0) * product
+        return (7.0 if backward else 2.0) * self.product
+
+    @property
+    def product(self) -> float:
+        """FLOPs of one causal product of queries and keys."""
+        return float(self.batch * self.heads * self.length**2 * self.head_dim)
 
 
 def tensors(shape: Shape, dtype: Any, seed: int) -> tuple[Float[Array, "batch length _ dim"], ...]:

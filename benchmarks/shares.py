@@ -1,7 +1,7 @@
 """How much of the causal matrix counts: measured from a call's own inputs."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,55 @@ from pallas_kernels.visit import TileSizes, visit_ranges
 TILES = TileSizes(128, 64)
 
 
-@functools.partial(jax.jit, static_argnames=("skip_mass",))
+class Shares(NamedTuple):
+    """Shares of the causal tiles.
+
+    Attributes:
+      visited: not negligible.
+      live: with a weight above zero.
+      visited_near, live_near: of these, with a distance inside the bias table.
+    """
+
+    visited: Float[Array, ""]
+    live: Float[Array, ""]
+    visited_near: Float[Array, ""]
+    live_near: Float[Array, ""]
+
+    def products(self, which: str, offset: bool) -> float:
+        """Returns how many causal products of queries and keys our GPU kernels compute.
+
+        Softmax attention computes 2 forward, and 7 forward and backward.
+
+        Args:
+          which: "forward", or "training" for forward and backward.
+          offset: whether it is Elastic-Softmax.
+        """
+        visited, live, visited_near, live_near = map(float, self)
+        if not offset:
+            # S, P V; dQ: S, dP, dQ; dK and dV: S, dP, dV, dK; the table's gradient: S, dP.
+            return 2 * visited + (7 * visited + 2 * visited_near if which == "training" else 0)
+        if which == "forward":
+            return visited + 2 * live
+        # The second sweep also sums the values of live weights.
+        forward = visited + 3 * live
+        dead = visited - live
+        return forward + (3 + 4) * live + (2 + 2) * dead + visited_near + live_near
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("skip_mass",),
+    # Trying kernels for its products would take minutes on a GPU.
+    compiler_options={"xla_gpu_autotune_level": 0},
+)
 def by_definition(
     query: Float[Array, "batch length heads dim"],
     key: Float[Array, "batch length kv_heads dim"],
     parameters: dict[str, Array],
     *,
     skip_mass: float,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the visited and the live share of the causal tiles of 128 queries x 64 keys.
+) -> Shares:
+    """Returns what counts of the causal tiles of 128 queries x 64 keys.
 
     Live tiles are found from their weights, tile by tile, as the definition has them;
     kernels may take a few more to be live.
@@ -53,6 +93,10 @@ def by_definition(
     column = jnp.arange(-(-length // TILES.keys) * TILES.keys)
     keys = jnp.pad(key, ((0, 0), (0, column.size - length), (0, 0), (0, 0)))
 
+    first_key = column[:: TILES.keys]
+    nearest = jnp.arange(count)[:, None] * TILES.queries - (first_key + TILES.keys - 1)
+    near = nearest < (0 if table is None else table.shape[1])
+
     def live_tiles(index: Array) -> Any:
         b, head, tile = index // (heads * count), index // count % heads, index % count
         row = tile * TILES.queries + jnp.arange(TILES.queries)[:, None]
@@ -65,11 +109,15 @@ def by_definition(
         softmax = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
         threshold = 0.0 if offset is None else -offset[head] / (row + 1)
         live = (softmax > threshold) & visible
-        return live.reshape(TILES.queries, -1, TILES.keys).any((0, 2)).sum()
+        tiles = live.reshape(TILES.queries, -1, TILES.keys).any((0, 2))
+        return jnp.stack([tiles.sum(), (tiles & near[tile]).sum()])
 
-    live = jax.lax.map(live_tiles, jnp.arange(batch * heads * count), batch_size=8).sum()
+    live = jax.lax.map(live_tiles, jnp.arange(batch * heads * count), batch_size=8).sum(axis=0)
+    key_tile = jnp.arange(first_key.size)
+    visited = (ranges.first[..., None] <= key_tile) & (key_tile <= ranges.last[:, None])
     causal = batch * heads * (ranges.last + 1).sum()
-    return ranges.visited.sum() / causal, live / causal
+    counts = (ranges.visited.sum(), live[0], (visited & near).sum(), live[1])
+    return Shares(*(x / causal for x in counts))
 
 
 def by_triton(tensors: Any, parameters: dict[str, Array], skip_mass: float) -> Float[Array, ""]:

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import cases, shares
@@ -14,11 +15,16 @@ def test_live_tiles_are_those_with_a_weight():
     weights = np.pad(np.asarray(weights), ((0, 0), (0, 0), (0, 84), (0, 20)))
     live = (weights.reshape(2, 4, 3, 128, 5, 64) > 0).any((3, 5)).sum()
     causal = 2 * 4 * (2 + 4 + 5)
-    visited, share = shares.by_definition(query, key, parameters, skip_mass=0.0)
+    visited, share, visited_near, live_near = shares.by_definition(
+        query, key, parameters, skip_mass=0.0
+    )
     assert float(visited) == 1
     assert round(float(share) * causal) == live
+    # The table reaches 32: a tile is inside it if its last key is nearer than that to its first query.
+    assert round(float(visited_near) * causal) == 2 * 4 * (2 + 3 + 2)
+    assert live_near <= visited_near
     # What is skipped is dead.
-    visited, share = shares.by_definition(query, key, parameters, skip_mass=1e-6)
+    visited, share, *_ = shares.by_definition(query, key, parameters, skip_mass=1e-6)
     assert live <= round(float(visited) * causal)
     assert round(float(share) * causal) == live
 
@@ -27,3 +33,14 @@ def test_everything_is_live_without_an_offset():
     shape = cases.Shape.parse("1x2x200x16")
     query, key, _, _ = cases.tensors(shape, "float32", seed=0)
     assert float(shares.by_definition(query, key, {}, skip_mass=1e-6)[1]) == 1
+
+
+def test_products_where_all_is_live():
+    every = shares.Shares(*jnp.ones(2), *jnp.full(2, 0.5))
+    # Forward S, S, P V and the values' sum; dQ 3, dK and dV 4, the table's gradient S and dP.
+    assert every.products("forward", offset=True) == 3
+    assert every.products("training", offset=True) == 4 + 3 + 4 + 1
+    assert every.products("forward", offset=False) == 2
+    assert every.products("training", offset=False) == 2 + 3 + 4 + 1
+    dead = shares.Shares(*map(jnp.float32, (1, 0, 0.5, 0)))
+    assert dead.products("training", offset=True) == 1 + 2 + 2 + 0.5

@@ -20,7 +20,7 @@ def test_live_tiles_are_those_with_a_weight():
     )
     assert float(visited) == 1
     assert round(float(share) * causal) == live
-    # The table reaches 32: a tile is inside it if its last key is nearer than that to its first query.
+    # A tile is inside the table of 32 if its last key is nearer than that to its first query.
     assert round(float(visited_near) * causal) == 2 * 4 * (2 + 3 + 2)
     assert live_near <= visited_near
     # What is skipped is dead.

@@ -131,6 +131,8 @@ def _row(report: Report, tried: int) -> dict[str, Any]:
                 axis: sum(c.wire_bytes for c in report.traffic.collectives if c.axes == axis)
                 for axis in roof.network
             },
+            "between": sum(c.wire_bytes for c in report.traffic.collectives if c.between),
+            "unread": report.traffic.unread,
             "gathers": sum(c.wire_bytes for c in report.traffic.collectives if c.gathers),
             "compute": roof.compute,
             "memory": roof.memory,
@@ -166,6 +168,10 @@ def line(row: dict[str, Any]) -> str:
         sent = ", ".join(
             f"{axis} {size / 1e9:.1f}" for axis, size in row["sent"].items() if size > 5e7
         )
+        if row["between"] > 5e7:
+            sent += f"; {row['between'] / 1e9:.1f} of it between slices"
+        if row["unread"]:
+            sent += "; more that is not read"
         cells += [
             f"{row['flops'] / 1e12:.0f}",
             f"{row['hbm'] / 1e9:.0f}",

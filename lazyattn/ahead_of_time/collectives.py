@@ -2,18 +2,20 @@
 
 import collections
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
-from jax.sharding import Mesh
-
-from lazyattn.ahead_of_time.chips import Chip
+from lazyattn.ahead_of_time import groups
 from lazyattn.ahead_of_time.hlo import Computation, Instruction, Module
+from lazyattn.ahead_of_time.network import Network
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# These and the like talk to other devices, too, though nothing here says how much.
+_UNKNOWN = ("send", "ragged-all-to-all", "collective-broadcast")
+_CALLS = re.compile(
+    r"megascale|collective|permute|all_?-?(?:reduce|gather|to_?-?all)|reduce_?-?scatter", re.I
+)
+_OVERLAPPED = ("AsyncCollectiveStart", "AsyncCollectiveDone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Collective:
       seconds: what that takes at the links' rate.
       gathers: whether it is an all-gather that XLA wrote as an all-reduce, at twice
         the cost, since a shard is smaller than a tile of memory.
+      between: whether it runs between slices, over the data centre's network.
     """
 
     kind: str
@@ -39,107 +42,127 @@ class Collective:
     wire_bytes: float
     seconds: float
     gathers: bool = False
+    between: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """Where a mesh's devices stand.
+class Collected:
+    """What was found in a module.
 
     Attributes:
-      axis_sizes: mesh axis -> devices, in the mesh's order.
-      coordinates: [devices, torus axes + 1]: place in the torus and the slice (or the
-        host), in the mesh's order.
-      shape: chips along each axis of a slice.
-      chip: what they are.
+      collectives: equal ones together, the slowest first.
+      unread: what also talks to other devices, but in a form that isn't read, a line each.
     """
 
-    axis_sizes: Mapping[str, int]
-    coordinates: np.ndarray
-    shape: tuple[int, ...]
-    chip: Chip
-
-    @classmethod
-    def of(cls, mesh: Mesh, shape: tuple[int, ...], chip: Chip) -> "Network":
-        """Returns the network of a mesh of compile-only devices."""
-        rows = [
-            (*tuple(device.coords)[: len(shape)], getattr(device, "slice_index", None) or 0)
-            for device in mesh.devices.flat
-        ]
-        return cls(dict(mesh.shape), np.asarray(rows), shape, chip)
-
-    def axes(self, group: Sequence[int]) -> str:
-        """Returns the mesh axes along which a group's devices differ, joined by "+"."""
-        places = np.unravel_index(np.asarray(group), tuple(self.axis_sizes.values()))
-        varied = [
-            name
-            for name, place in zip(self.axis_sizes, places, strict=True)
-            if len(set(place.tolist())) > 1
-        ]
-        return "+".join(varied)
-
-    def bandwidth(self, group: Sequence[int]) -> float:
-        """Returns the rate at which each device of a group can send in a ring, bytes/s.
-
-        Two links of every torus axis that the group spans, one where the axis is not a
-        ring or the group is a part of it; the network's rate if it spans slices.
-        """
-        places = self.coordinates[np.asarray(group)]
-        *spread, slices = (len(set(column.tolist())) for column in places.T)
-        if slices > 1:
-            assert self.chip.network_bandwidth is not None
-            return self.chip.network_bandwidth / self.chip.devices
-        links = sum(
-            2 if self._is_ring(size) and chips == size else 1
-            for size, chips in zip(self.shape, spread, strict=True)
-            if chips > 1
-        )
-        if not links:  # the two halves of a chip
-            return self.chip.hbm_bandwidth / self.chip.devices
-        return links * self.chip.link_bandwidth / self.chip.devices
-
-    def _is_ring(self, size: int) -> bool:
-        whole = self.shape if self.chip.axes == 3 else (size,)
-        return all(each % self.chip.wrap == 0 for each in whole)
+    collectives: tuple[Collective, ...]
+    unread: tuple[str, ...]
 
 
-def collect(module: Module, network: Network) -> list[Collective]:
-    """Returns the collectives of a module, equal ones together, the slowest first."""
-    found: dict[tuple[str, str, int, bool], list[float]] = collections.defaultdict(
+def collect(module: Module, network: Network) -> Collected:
+    """Returns the collectives of a module.
+
+    Args:
+      module: compiled.
+      network: the devices it was compiled for.
+    """
+    found: dict[tuple[str, str, int, bool, bool], list[float]] = collections.defaultdict(
         lambda: [0, 0.0, 0.0]
     )
-    seen: set[tuple[str, ...]] = set()
+    unread: dict[str, int] = collections.defaultdict(int)
+
+    def add(part: Instruction, owner: Computation, times: int) -> None:
+        kind, group = _who(part, module, network)
+        if kind is None or not group:
+            unread[f"{part.opcode} such as {part.name}"] += times
+            return
+        if kind == "all-reduce" and owner.name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        if len(group) < 2:
+            return
+        sent = wire_bytes(kind, part, owner, len(group))
+        gathers = kind == "all-reduce" and _gathers(part, owner, module)
+        key = (kind, network.axes(group), len(group), gathers, network.between(group))
+        entry = found[key]
+        entry[0] += times
+        entry[1] += times * sent
+        entry[2] += times * sent / network.bandwidth(group)
+
+    reached: set[tuple[str, str]] = set()
+    started: set[tuple[str, ...]] = set()
+    went_on: dict[tuple[str, ...], tuple[Instruction, Computation, int]] = {}
     for instruction, computation, times in module.running():
-        parts = [(instruction, computation), *module.inside(instruction)]
-        for part, owner in parts:
-            kind = kind_of(part)
-            if kind is None:
+        for part, owner in ((instruction, computation), *module.inside(instruction)):
+            if not _talks(part):
                 continue
+            reached.add((owner.name, part.name))
+            if "async_collective_fusion_config" not in part.rest:
+                add(part, owner, times)
+                continue
+            # It is written down in each fusion that it overlaps with, and starts in one.
+            shapes = str([array.shape for array in part.arrays])
             channel = re.search(r"channel_id=(\d+)", part.rest)
-            # An asynchronous collective is written down in each fusion it overlaps with.
-            mark = (
-                (part.name.split(".clone")[0], owner.name)
-                if channel is None
-                else (channel[1], kind, str(part.arrays), part.op_name)
-            )
-            if mark in seen:
-                continue
-            seen.add(mark)
-            if kind == "all-reduce" and owner.name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            group = first_group(part.rest)
-            if len(group) < 2:
-                continue
-            sent = wire_bytes(kind, part, owner, len(group))
-            gathers = kind == "all-reduce" and _gathers(part, owner, module)
-            entry = found[kind, network.axes(group), len(group), gathers]
-            entry[0] += times
-            entry[1] += times * sent
-            entry[2] += times * sent / network.bandwidth(group)
+            mark = (computation.name, channel[1] if channel else "", part.opcode, shapes)
+            if any(_target(other) == "AsyncCollectiveStart" for other in _all(owner)):
+                started.add(mark)
+                add(part, owner, times)
+            else:
+                went_on.setdefault(mark, (part, owner, times))
+    for missed in went_on.keys() - started:
+        add(*went_on[missed])
+    for owner in module.computations.values():
+        for part in _all(owner):
+            if _talks(part) and (owner.name, part.name) not in reached:
+                unread[f"{part.opcode} in a computation that nothing seems to call"] += 1
     collectives = [
-        Collective(kind, axes, size, int(count), sent, seconds, gathers)
-        for (kind, axes, size, gathers), (count, sent, seconds) in found.items()
+        Collective(kind, axes, size, int(count), sent, seconds, gathers, between)
+        for (kind, axes, size, gathers, between), (count, sent, seconds) in found.items()
     ]
-    return sorted(collectives, key=lambda c: -c.seconds)
+    return Collected(
+        tuple(sorted(collectives, key=lambda c: -c.seconds)),
+        tuple(f"{times} times {what}" for what, times in unread.items()),
+    )
+
+
+def _all(computation: Computation) -> Iterable[Instruction]:
+    return computation.instructions.values()
+
+
+def _target(instruction: Instruction) -> str:
+    """Returns what a custom call calls, "" for anything else."""
+    match = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    return match[1] if match is not None and instruction.opcode == "custom-call" else ""
+
+
+def _talks(instruction: Instruction) -> bool:
+    """Returns whether an instruction sends anything to other devices.
+
+    What is received was sent by another device, which runs the same program.
+    """
+    if kind_of(instruction) is not None:
+        return True
+    if instruction.opcode.removesuffix("-start") in _UNKNOWN:
+        return True
+    target = _target(instruction)
+    if target in _OVERLAPPED:  # beside the collective itself
+        return False
+    return bool(_CALLS.search(target)) or (
+        target == "tpu_custom_call" and '"has_communication":true' in instruction.rest
+    )
+
+
+def _who(part: Instruction, module: Module, network: Network) -> tuple[str | None, list[int]]:
+    """Returns a collective's kind and its first group, by their place in the mesh."""
+    devices = network.program(module.partitions)
+    asked = groups.transfer(part.rest) if part.opcode == "send" else None
+    if asked is not None:
+        kind, numbers = asked
+        group = network.named(numbers)
+        return kind, group if len(group) == len(numbers) else []
+    kind_read = kind_of(part)
+    if part.opcode == "send" and "source_target_pairs" in part.rest:
+        kind_read = "collective-permute"
+    group = groups.first_group(part.rest, len(devices))
+    return kind_read, [devices[one] for one in group if one < len(devices)]
 
 
 def kind_of(instruction: Instruction) -> str | None:
@@ -153,7 +176,7 @@ def wire_bytes(kind: str, instruction: Instruction, computation: Computation, si
 
     Args:
       kind: as in `Collective`.
-      instruction: the collective.
+      instruction: the collective, or the `send` of one between slices.
       computation: which it is in.
       size: devices that take part.
     """
@@ -177,34 +200,3 @@ def _gathers(instruction: Instruction, computation: Computation, module: Module)
     return operand.opcode == "dynamic-update-slice" or any(
         part.opcode == "dynamic-update-slice" and part.bytes == operand.bytes for part in inside
     )
-
-
-def first_group(rest: str) -> list[int]:
-    """Returns the devices of a collective's first group, by their place in the mesh.
-
-    Reads the ways HLO writes groups: lists, an iota, axes of a mesh, and pairs of source
-    and target.
-    """
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return [int(pairs[1]), int(pairs[2])]
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return [int(one) for one in listed[1].split(",")]
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        sizes = [int(one) for one in iota[3].split(",")]
-        order = np.arange(math.prod(sizes)).reshape(sizes)
-        if iota[4]:
-            order = order.transpose([int(one) for one in iota[4].split(",")])
-        return order.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        order = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
-        index: list[Any] = [0] * len(axes)
-        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[2]):
-            place = list(axes).index(name)
-            if size:  # part of an axis: after `before` of it, `size` long
-                step = axes[name] // (int(before) * int(size))
-                index[place] = slice(0, step * int(size), step)
-            else:
-                index[place] = slice(None)
-        return np.asarray(order[tuple(index)]).ravel().tolist()
-    return []

@@ -129,10 +129,12 @@ class Module:
     Attributes:
       computations: by name.
       entry: the name of the first one to run.
+      partitions: devices that run it together; None: not stated.
     """
 
     computations: dict[str, Computation]
     entry: str
+    partitions: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Module":
@@ -150,7 +152,8 @@ class Module:
                 name = None
             elif instruction := _instruction(line):
                 instructions[instruction.name] = instruction
-        return cls(computations, entry)
+        partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+        return cls(computations, entry, int(partitions[1]) if partitions else None)
 
     def running(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """Yields what is scheduled: instruction, computation, times it runs.
@@ -169,7 +172,8 @@ class Module:
                 if body is not None:
                     rounds = self.trip_count(instruction, computation)
                     yield from self._running(body, times * rounds)
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode in ("call", "call-start", "async-start"):
+                # "call-start": what another core of the chip, such as a SparseCore, does.
                 called = instruction.attribute("calls") or instruction.attribute("to_apply")
                 if called is not None:
                     yield from self._running(called, times)

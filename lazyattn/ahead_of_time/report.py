@@ -18,6 +18,7 @@ class Traffic:
       hbm_bytes: to and from HBM.
       collectives: with the other devices.
       roofline: how long that takes.
+      unread: collectives whose bytes could not be read and are in nothing of this.
     """
 
     weight_flops: float
@@ -25,6 +26,7 @@ class Traffic:
     hbm_bytes: float
     collectives: tuple[Collective, ...]
     roofline: Roofline
+    unread: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Report:
     def fits(self) -> bool:
         """Whether a device's memory is enough."""
         return not self.compiler_gave_up and self.needed <= self.available
+
+
+_LOWER_BOUND = (
+    "             the network's part is a lower bound, and so are both step times: not all of the"
+    " collectives could be read",
+)
 
 
 def lines(report: Report) -> list[str]:
@@ -134,7 +142,9 @@ def _work_lines(report: Report, traffic: Traffic) -> list[str]:
             f"  {each.kind:18s} over {each.axes or 'one device':12s} {each.count:5d} times,"
             f" {each.wire_bytes / 1e9:9.3f} GB sent, {each.seconds * 1e3:8.2f} ms"
             + ("  (a gather, at twice its cost)" if each.gathers else "")
+            + ("  (between slices)" if each.between else "")
         )
+    told += [f"  NOT COUNTED, in a form that is not read: {what}" for what in traffic.unread]
     gathered = next((c for c in traffic.collectives if c.gathers), None)
     if gathered is not None and gathered.wire_bytes > 1e9:
         told.append(
@@ -151,6 +161,7 @@ def _time_lines(traffic: Traffic) -> list[str]:
     return [
         f"roofline     compute {1e3 * roof.compute:.1f} ms, HBM {1e3 * roof.memory:.1f} ms,"
         f" network {network or 'none'}; {roof.bound} is the longest",
+        *(_LOWER_BOUND if traffic.unread else ()),
         f"step time    {1e3 * roof.overlapped:.1f} to {1e3 * roof.serial:.1f} ms,"
         f" MFU {roof.mfu(roof.overlapped):.1%} to {roof.mfu(roof.serial):.1%}",
     ]

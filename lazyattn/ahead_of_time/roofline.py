@@ -10,6 +10,7 @@ ASSUMPTIONS = (
     "attention skips nothing: every visible tile counts, so skipping only makes it faster",
     "the attention kernels read each operand once; what is padded for layout is not counted",
     "collectives run as rings over the torus axes that their group spans, both ways",
+    "between slices they are rings, too, at each chip's share of the data centre's network",
     "MFU counts what softmax attention needs, once, without recomputation",
     "from full overlap of computing, memory and network (the longest of them) to none (their sum)",
 )

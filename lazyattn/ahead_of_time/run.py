@@ -5,6 +5,7 @@ import jax
 from lazyattn import sharding
 from lazyattn.ahead_of_time import collectives, compiler, estimate, memory, topology, work
 from lazyattn.ahead_of_time.hlo import Module
+from lazyattn.ahead_of_time.network import Network
 from lazyattn.ahead_of_time.report import Report, Traffic, lines
 from lazyattn.ahead_of_time.roofline import roofline
 from lazyattn.ahead_of_time.suggestions import suggest
@@ -110,10 +111,9 @@ def _traffic(
     """Returns the compiled module's work, collectives and times."""
     length = experiment.data.sequence_length
     done = work.count(module, length)
-    network = collectives.Network.of(mesh, where.shape, where.chip)
-    found = collectives.collect(module, network)
+    found = collectives.collect(module, Network.of(mesh, where.shape, where.chip))
     seconds: dict[str, float] = {}
-    for each in found:
+    for each in found.collectives:
         seconds[each.axes] = seconds.get(each.axes, 0.0) + each.seconds
     model_flops = flops_per_token(experiment.model, length).training * tokens / where.devices
     roof = roofline(
@@ -123,4 +123,11 @@ def _traffic(
         network=seconds,
         model_flops=model_flops,
     )
-    return Traffic(done.weight_flops, done.attention_flops, done.hbm_bytes, tuple(found), roof)
+    return Traffic(
+        done.weight_flops,
+        done.attention_flops,
+        done.hbm_bytes,
+        found.collectives,
+        roof,
+        found.unread,
+    )

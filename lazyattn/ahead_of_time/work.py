@@ -15,7 +15,7 @@ _FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
         *("conditional", "after-all", "partition-id", "replica-id", "opt-barrier"),
-        *("async-start", "async-update", "domain"),
+        *("async-start", "async-update", "call-start", "call-update", "domain"),
     }
 )
 
@@ -117,6 +117,8 @@ def hbm_bytes(instruction: Instruction, computation: Computation, module: Module
         return float(part.bytes * (1 if part.on_chip else 2))
     if opcode == "dynamic-update-slice":
         return 2.0 * operand(1).hbm_bytes
+    if opcode == "send":  # its result is its operand
+        return float(operand(0).hbm_bytes)
     if opcode == "copy-start":
         # (destination, source, context): read one, write the other.
         return float(sum(a.bytes for a in instruction.arrays[:2] if not a.on_chip))

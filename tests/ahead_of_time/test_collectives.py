@@ -1,62 +1,21 @@
-import numpy as np
 import pytest
 
-from lazyattn.ahead_of_time import collectives
+from lazyattn.ahead_of_time import collectives, work
 from lazyattn.ahead_of_time.chips import CHIPS
-from lazyattn.ahead_of_time.collectives import Network, first_group
 from lazyattn.ahead_of_time.hlo import Module
-from tests.ahead_of_time.hlo_text import TEXT
+from tests.ahead_of_time.hlo_text import SPARSE_CORE, TEXT, TWO_SLICES
+from tests.ahead_of_time.networks import network
 
 
-def _network(axis_sizes, shape, chip="v5p", slices=1):
-    places = np.stack(np.meshgrid(*map(np.arange, (slices, *shape)), indexing="ij"), -1)
-    rows = places.reshape(-1, len(shape) + 1)
-    return Network(axis_sizes, np.roll(rows, -1, axis=1), shape, CHIPS[chip])
-
-
-@pytest.mark.parametrize(
-    ("text", "group"),
-    [
-        ("replica_groups={{0,2},{1,3}}, x", [0, 2]),
-        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
-        ("replica_groups=mesh['axis_0'=4] {'axis_0'}, x", [0, 1, 2, 3]),
-        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'fsdp'}, x", [0, 2, 4, 6]),
-        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, x", list(range(8))),
-        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", [0, 4]),
-        ("replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}, x", [0, 1]),
-        ("channel_id=1, source_target_pairs={{0,1},{1,2}}, x", [0, 1]),
-        ("nothing of the kind", []),
-    ],
-)
-def test_groups_in_every_notation(text, group):
-    assert first_group(text) == group
-
-
-def test_axes_and_rates_of_a_group():
-    network = _network({"data": 4, "fsdp": 4, "tensor": 8}, (4, 4, 8))
-    assert network.axes([0, 1]) == "tensor" and network.axes([0, 8, 16, 24]) == "fsdp"
-    assert network.axes(range(128)) == "data+fsdp+tensor" and network.axes([3]) == ""
-    link = 100e9
-    assert network.bandwidth([0, 8, 16, 24]) == 2 * link  # a ring of four
-    assert network.bandwidth([0, 8]) == link  # half of that ring
-    assert network.bandwidth(range(128)) == 6 * link
-    small = _network({"data": 2, "fsdp": 8}, (2, 2, 4))  # too small for rings
-    assert small.bandwidth([0, 1, 2, 3]) == link and small.bandwidth(range(16)) == 3 * link
-
-
-def test_rates_of_a_line_and_of_a_network():
-    line = _network({"fsdp": 8}, (8, 1), "v5e")
-    assert line.bandwidth(range(8)) == 50e9  # only sixteen make a ring
-    assert _network({"fsdp": 16}, (16, 1), "v5e").bandwidth(range(16)) == 100e9
-    slices = _network({"data": 2, "fsdp": 16}, (4, 4), "v6e", slices=2)
-    assert slices.bandwidth([0, 16]) == CHIPS["v6e"].network_bandwidth
-    assert slices.bandwidth(range(16)) == 2 * 100e9
+def _two_slices(text=TWO_SLICES):
+    slices = network({"data": 2, "fsdp": 4}, (2, 2), "v5e", slices=2)
+    return collectives.collect(Module.parse(text), slices)
 
 
 def test_collectives_of_a_module():
-    found = collectives.collect(Module.parse(TEXT), _network({"data": 1, "fsdp": 4}, (2, 2, 1)))
-    gather, scatter = sorted(found, key=lambda c: c.kind)
+    found = collectives.collect(Module.parse(TEXT), network({"data": 1, "fsdp": 4}, (2, 2, 1)))
+    assert not found.unread
+    gather, scatter = sorted(found.collectives, key=lambda c: c.kind)
     assert (gather.kind, gather.axes, gather.size, gather.count) == ("all-gather", "fsdp", 4, 3)
     assert gather.wire_bytes == 3 * (2 * 64 * 2) * 3  # three rounds, three other shards
     assert gather.seconds == gather.wire_bytes / 200e9
@@ -68,8 +27,8 @@ def test_collectives_of_a_module():
 
 def test_a_gather_by_addition_is_told_apart():
     text = TEXT.replace("all-gather(%slice_fusion)", "all-reduce(%keep_fusion)")
-    found = collectives.collect(Module.parse(text), _network({"fsdp": 4}, (2, 2, 1)))
-    assert [c.gathers for c in found if c.kind == "all-reduce"] == [True]
+    found = collectives.collect(Module.parse(text), network({"fsdp": 4}, (2, 2, 1)))
+    assert [c.gathers for c in found.collectives if c.kind == "all-reduce"] == [True]
 
 
 def test_bytes_of_each_kind():
@@ -79,3 +38,75 @@ def test_bytes_of_each_kind():
     assert collectives.wire_bytes("all-reduce", gather, body, 4) == 2 * share * 3 / 4
     assert collectives.wire_bytes("all-to-all", gather, body, 4) == share * 3 / 4
     assert collectives.wire_bytes("collective-permute", gather, body, 4) == share
+
+
+def test_what_a_sparse_core_does():
+    module = Module.parse(SPARSE_CORE)
+    found = collectives.collect(module, network({"fsdp": 8}, (2, 2, 2), "tpu7x"))
+    assert not found.unread
+    assert {(c.kind, c.axes, c.size, c.count, c.wire_bytes) for c in found.collectives} == {
+        ("all-gather", "fsdp", 8, 1, 8 * 64 * 2 * 7),
+        ("reduce-scatter", "fsdp", 8, 1, 64 * 64 * 4 * 7 / 8),
+    }
+    # Read and written once each, though the text tells it twice.
+    gathered, scattered, added = 9 * 8 * 64 * 2, 9 * 8 * 64 * 4, 3 * 64 * 64 * 4
+    assert work.count(module, length=1).hbm_bytes == gathered + scattered + added
+
+
+def test_what_goes_between_slices():
+    found = _two_slices()
+    assert not found.unread
+    between = next(c for c in found.collectives if c.between)
+    assert (between.kind, between.axes, between.size, between.count) == ("all-reduce", "data", 2, 3)
+    assert between.wire_bytes == 3 * 2 * (16 * 64 * 2) / 2  # both ways of a ring of two
+    assert between.seconds == between.wire_bytes / CHIPS["v5e"].network_bandwidth
+    # What is numbered 0 to 3 are a slice's own devices; and two equal ones are two.
+    inside = {c.kind: c for c in found.collectives if not c.between}
+    assert inside["all-reduce"].axes == "fsdp" and inside["all-reduce"].count == 3 + 1
+    # A gather is told in three fusions, and made once.
+    assert inside["all-gather"].count == 1
+    assert inside["all-gather"].wire_bytes == 16 * 64 * 2 * 3
+
+
+def test_a_gather_of_which_only_the_end_is_seen():
+    found = _two_slices(TWO_SLICES.replace("AsyncCollectiveStart", "Another"))
+    assert [c.count for c in found.collectives if c.kind == "all-gather"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unread"),
+    [
+        ('transfer_type="ALL_REDUCE"', 'transfer_type="ANY"', "3 times send such as send.1"),
+        ('target="{1,2}x{0:3}"', 'target="all"', "3 times send such as send.1"),
+        ('target="{1,2}x{0:3}"', 'target="{1,7}x{0:3}"', "3 times send such as send.1"),
+        (
+            "all-reduce(%last), channel_id=4, replica_groups={{0,1,2,3}}",
+            "all-reduce(%last), replica_groups=some",
+            "1 times all-reduce such as all-reduce.2",
+        ),
+        (
+            "%zero = s32[]{:T(128)} constant(0)",
+            '%zero = s32[] custom-call(), custom_call_target="MegascaleAllToAll"',
+            "1 times custom-call such as zero",
+        ),
+        (
+            "%zero = s32[]{:T(128)} constant(0)",
+            '%zero = s32[] custom-call(), custom_call_target="tpu_custom_call", backend_config='
+            '{"custom_call_config":{"has_communication":true}}',
+            "1 times custom-call such as zero",
+        ),
+        (
+            "%zero = s32[]{:T(128)} constant(0)",
+            "%zero = s32[] ragged-all-to-all(%w.1), replica_groups={{0,1,2,3}}",
+            "1 times ragged-all-to-all such as zero",
+        ),
+        (
+            "fusion(%w.1), kind=kCustom, calls=%fused_start",
+            "spawn(%w.1), kind=kCustom, runs=%fused_start",
+            "1 times all-gather in a computation that nothing seems to call",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_said(before, after, unread):
+    assert before in TWO_SLICES
+    assert _two_slices(TWO_SLICES.replace(before, after)).unread == (unread,)

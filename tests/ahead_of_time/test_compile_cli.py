@@ -1,6 +1,7 @@
 """`train.py --mode=compile` as a user runs it; with libtpu where it is."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,13 @@ def _compile(*arguments, config="lazy_340m_10b", **environment):
     return found.returncode, found.stdout, found.stderr
 
 
+def _times(out, kind, axis):
+    """How often the report says that a kind of collective runs over an axis."""
+    return sum(
+        int(found) for found in re.findall(rf"^  {kind} +over {axis} +(\d+) times", out, re.M)
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -58,7 +66,10 @@ def test_a_small_step_for_every_generation(chips):
     status, out, err = _compile(f"--topology={chips}", *SMALL)
     assert status == 0, err
     assert "fits" in out and "attention tpu" in out
-    assert "all-gather" in out and "MFU" in out
+    assert "MFU" in out
+    assert _times(out, "all-gather", "fsdp") == 44  # seven a layer, forward and backward; two
+    assert _times(out, "reduce-scatter", "fsdp") >= 3  # some generations scatter several at once
+    assert "NOT COUNTED" not in out and "lower bound" not in out
 
 
 @needs_libtpu
@@ -71,7 +82,24 @@ def test_two_slices_and_what_a_tpu_kernel_cannot_do():
         config="ablations/renormalized",
     )
     assert status == 0, err
-    assert "attention xla_chunked" in out and "over data" in out
+    assert "attention xla_chunked" in out
+    assert "NOT COUNTED" not in out and "lower bound" not in out
+    assert _times(out, "all-reduce", "data") > 0
+    assert all("(between slices)" in line for line in out.splitlines() if "over data " in line)
+    assert not any("(between slices)" in line for line in out.splitlines() if "over fsdp " in line)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_parameters_over_two_slices():
+    status, out, err = _compile(
+        "--topology=2*v5e:2x2", *SMALL, "--config.mesh.data=1", "--config.mesh.fsdp=8"
+    )
+    assert status == 0, err
+    assert "NOT COUNTED" not in out
+    between = [line for line in out.splitlines() if "(between slices)" in line]
+    assert {line.split()[0] for line in between} == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert _times("\n".join(between), "all-gather", "fsdp") == 44
 
 
 @needs_libtpu

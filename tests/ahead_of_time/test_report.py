@@ -85,6 +85,24 @@ def test_the_report_says_all_it_must(small):
     assert not any(len(line) > 120 for line in report.lines(small))
 
 
+def test_what_could_not_be_read_makes_the_times_a_lower_bound(small):
+    assert "lower bound" not in "\n".join(report.lines(small))
+    traffic = dataclasses.replace(small.traffic, unread=("3 times send such as send.1",))
+    told = report.lines(dataclasses.replace(small, traffic=traffic))
+    said = next(i for i, line in enumerate(told) if "NOT COUNTED" in line)
+    assert told[said].endswith("in a form that is not read: 3 times send such as send.1")
+    roof = next(i for i, line in enumerate(told) if line.startswith("roofline"))
+    assert said < roof and "the network's part is a lower bound" in told[roof + 1]
+    assert not any(len(line) > 120 for line in told)
+
+
+def test_what_goes_between_slices_is_marked(small):
+    first = dataclasses.replace(small.traffic.collectives[0], between=True)
+    traffic = dataclasses.replace(small.traffic, collectives=(first,))
+    told = report.lines(dataclasses.replace(small, traffic=traffic))
+    assert [line for line in told if line.endswith("(between slices)")]
+
+
 def test_the_exit_status(monkeypatch, capsys):
     before = jax.config.jax_platforms
     try:

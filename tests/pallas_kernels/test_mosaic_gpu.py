@@ -14,14 +14,7 @@ import pytest
 from lazyattn import InputError, attention, lazy_attention
 from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import config
-from pallas_kernels.mosaic_gpu.planning import by_triton
 from tests import oracle
-
-
-@pytest.fixture(autouse=True)
-def _planned_by_xla(monkeypatch):
-    # jax_triton lowers its kernels only where JAX has a GPU.
-    monkeypatch.setattr(by_triton, "available", lambda: False)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.schedule import Order
+from pallas_kernels.triton import call
 
 # Units x units of a program's bounds.
 _TILE = 4096
@@ -34,8 +35,12 @@ _WARPS = {"lazy_gradients": 16}
 
 
 def available() -> bool:
-    """Returns whether Triton is there."""
-    return all(importlib.util.find_spec(package) for package in ("triton", "jax_triton"))
+    """Returns whether Triton kernels can be lowered."""
+    if not all(importlib.util.find_spec(package) for package in ("triton", "jax_triton")):
+        return False
+    # JAX has the class only where its plugin for GPUs is installed.
+    lowers = hasattr(importlib.import_module("jaxlib.gpu_triton"), "TritonKernel")
+    return lowers or call.interpreter is not None
 
 
 def table(
@@ -213,11 +218,10 @@ def _launch(
 ) -> list[Array]:
     """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
     from pallas_kernels.mosaic_gpu.planning.static import Static
-    from pallas_kernels.triton.call import launch
     from pallas_kernels.triton.config import Block
 
     with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
     outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
     block = Block(queries=UNIT, keys=UNIT, warps=_WARPS.get(name, 4), stages=1)
     module = importlib.import_module(f"pallas_kernels.mosaic_gpu.planning.{_MODULES[name]}")
-    return launch(getattr(module, name), arrays, outputs, grid, block, Static(**static))
+    return call.launch(getattr(module, name), arrays, outputs, grid, block, Static(**static))

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
+from pallas_kernels.mosaic_gpu.planning.static import Static, power_of_two
 from pallas_kernels.mosaic_gpu.schedule import Order
 from pallas_kernels.triton import call
+from pallas_kernels.triton.config import Block
 
 # Units x units of a program's bounds.
 _TILE = 4096
@@ -93,7 +95,7 @@ def visits(
         query,
         key,
     )
-    block = max(1, min(_power_of_two(units), _TILE // _power_of_two(units)))
+    block = max(1, min(power_of_two(units), _TILE // power_of_two(units)))
     static |= dict(
         block=block,
         width=0 if distance_bias is None else distance_bias.shape[1],
@@ -153,7 +155,7 @@ def key_ranges(
 ) -> KeyRanges:
     """Returns the ranges of the backward pass, and the order of its pieces."""
     batch, heads, units = first.shape
-    block = max(1, min(_power_of_two(units), _TILE // _power_of_two(units)))
+    block = max(1, min(power_of_two(units), _TILE // power_of_two(units)))
     shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
@@ -209,17 +211,10 @@ def gradients(
     )
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _launch(
     name: str, grid: tuple[int, ...], static: dict[str, Any], shapes: list[Any], *arrays: Array
 ) -> list[Array]:
     """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
-    from pallas_kernels.mosaic_gpu.planning.static import Static
-    from pallas_kernels.triton.config import Block
-
     with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
     outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
     block = Block(queries=UNIT, keys=UNIT, warps=_WARPS.get(name, 4), stages=1)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lazyattn.ahead_of_time import groups
 from lazyattn.ahead_of_time.hlo import Computation, Instruction, Module
@@ -91,6 +91,10 @@ def collect(module: Module, network: Network) -> Collected:
     started: set[tuple[str, ...]] = set()
     went_on: dict[tuple[str, ...], tuple[Instruction, Computation, int]] = {}
     for instruction, computation, times in module.running():
+        if instruction.opcode == "while" and module.rounds(instruction, computation) is None:
+            looped = sum(map(_talks, _inside_loop(instruction, module)))
+            if looped:
+                unread["rounds but the first of a loop of unknown length"] += looped
         for part, owner in ((instruction, computation), *module.inside(instruction)):
             if not _talks(part):
                 continue
@@ -125,6 +129,16 @@ def collect(module: Module, network: Network) -> Collected:
 
 def _all(computation: Computation) -> Iterable[Instruction]:
     return computation.instructions.values()
+
+
+def _inside_loop(loop: Instruction, module: Module) -> Iterator[Instruction]:
+    body = loop.attribute("body")
+    if body is None:
+        return
+    for instruction, _, _ in module.running(body):
+        yield instruction
+        for part, _ in module.inside(instruction):
+            yield part
 
 
 def _target(instruction: Instruction) -> str:

@@ -155,13 +155,16 @@ class Module:
         partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
         return cls(computations, entry, int(partitions[1]) if partitions else None)
 
-    def running(self) -> Iterator[tuple[Instruction, Computation, int]]:
+    def running(self, name: str | None = None) -> Iterator[tuple[Instruction, Computation, int]]:
         """Yields what is scheduled: instruction, computation, times it runs.
 
         The inside of fusions is not scheduled by itself and not yielded; a loop or a
         call is yielded, and then what it runs.
+
+        Args:
+          name: the computation to begin with; by default the entry.
         """
-        yield from self._running(self.entry, 1)
+        yield from self._running(name or self.entry, 1)
 
     def _running(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
         computation = self.computations[name]
@@ -194,7 +197,12 @@ class Module:
             yield from self.inside(part)
 
     def trip_count(self, loop: Instruction, owner: Computation) -> int:
-        """Returns how often a loop's body runs; 1 where that can't be read.
+        """Returns how often a loop's body runs; 1 where that can't be read."""
+        rounds = self.rounds(loop, owner)
+        return 1 if rounds is None else rounds
+
+    def rounds(self, loop: Instruction, owner: Computation) -> int | None:
+        """Returns how often a loop's body runs; None where that can't be read.
 
         Args:
           loop: a `while`.
@@ -206,7 +214,7 @@ class Module:
         condition = self.computations.get(loop.attribute("condition") or "")
         body = self.computations.get(loop.attribute("body") or "")
         if condition is None or body is None or body.root.opcode != "tuple":
-            return 1
+            return None
         compared = self._unfused(condition.root)
         direction = re.search(r"direction=(\w+)", compared.rest)
         limits = [
@@ -221,9 +229,9 @@ class Module:
             and (index := re.search(r"index=(\d+)", instruction.rest))
         ]
         if direction is None or direction[1] not in ("LT", "NE"):
-            return 1
+            return None
         if len(limits) != 1 or len(counters) != 1:
-            return 1
+            return None
         start = self._start(loop, owner, counters[0])
         step = self._step(body, counters[0])
         return max(-(-(limits[0] - start) // step), 1)

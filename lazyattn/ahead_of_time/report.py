@@ -19,6 +19,7 @@ class Traffic:
       collectives: with the other devices.
       roofline: how long that takes.
       unread: collectives whose bytes could not be read and are in nothing of this.
+      unread_loops: loops whose length depends on the data, of which one round counts.
     """
 
     weight_flops: float
@@ -27,6 +28,7 @@ class Traffic:
     collectives: tuple[Collective, ...]
     roofline: Roofline
     unread: tuple[str, ...] = ()
+    unread_loops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,7 @@ class Report:
 
 
 _LOWER_BOUND = (
-    "             the network's part is a lower bound, and so are both step times: not all of the"
-    " collectives could be read",
+    "             {} a lower bound, and so are both step times: not all of the step could be read"
 )
 
 
@@ -137,6 +138,11 @@ def _work_lines(report: Report, traffic: Traffic) -> list[str]:
         f" {traffic.attention_flops / 1e12:.2f} in attention)",
         f"hbm          {traffic.hbm_bytes / 1e9:.1f} GB read and written",
     ]
+    if traffic.unread_loops:
+        told.append(
+            f"  NOT COUNTED: all but one round of each of {traffic.unread_loops} loops whose length"
+            " depends on the data"
+        )
     for each in traffic.collectives:
         told.append(
             f"  {each.kind:18s} over {each.axes or 'one device':12s} {each.count:5d} times,"
@@ -161,7 +167,16 @@ def _time_lines(traffic: Traffic) -> list[str]:
     return [
         f"roofline     compute {1e3 * roof.compute:.1f} ms, HBM {1e3 * roof.memory:.1f} ms,"
         f" network {network or 'none'}; {roof.bound} is the longest",
-        *(_LOWER_BOUND if traffic.unread else ()),
+        *_lower_bounds(traffic),
         f"step time    {1e3 * roof.overlapped:.1f} to {1e3 * roof.serial:.1f} ms,"
         f" MFU {roof.mfu(roof.overlapped):.1%} to {roof.mfu(roof.serial):.1%}",
     ]
+
+
+def _lower_bounds(traffic: Traffic) -> list[str]:
+    told = []
+    if traffic.unread_loops:
+        told.append(_LOWER_BOUND.format("compute and HBM are"))
+    if traffic.unread:
+        told.append(_LOWER_BOUND.format("the network's part is"))
+    return told

@@ -7,7 +7,7 @@ from lazyattn.ahead_of_time.chips import Chip
 
 ASSUMPTIONS = (
     "products of any shape at the chip's peak rate, memory and links at theirs, no latency",
-    "attention skips nothing: every visible tile counts, so skipping only makes it faster",
+    "attention kernels skip nothing: every visible tile counts, so skipping only makes it faster",
     "the attention kernels read each operand once; what is padded for layout is not counted",
     "collectives run as rings over the torus axes that their group spans, both ways",
     "between slices they are rings, too, at each chip's share of the data centre's network",

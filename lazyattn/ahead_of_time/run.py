@@ -130,4 +130,5 @@ def _traffic(
         found.collectives,
         roof,
         found.unread,
+        done.unread_loops,
     )

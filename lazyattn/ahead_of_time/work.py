@@ -29,12 +29,14 @@ class Work:
       attention_flops: of the attention kernels, if they skip nothing.
       hbm_bytes: read and written by scheduled instructions.
       kernel_calls: how often each attention kernel runs.
+      unread_loops: loops of unknown length, which count as one round.
     """
 
     weight_flops: float
     attention_flops: float
     hbm_bytes: float
     kernel_calls: dict[str, int]
+    unread_loops: int = 0
 
     @property
     def flops(self) -> float:
@@ -51,6 +53,7 @@ def count(module: Module, length: int) -> Work:
     """
     weights = attention = hbm = 0.0
     calls: dict[str, int] = {}
+    unread = 0
     for instruction, computation, times in module.running():
         for part, owner in ((instruction, computation), *module.inside(instruction)):
             weights += times * product_flops(part, owner)
@@ -60,7 +63,9 @@ def count(module: Module, length: int) -> Work:
             pairs = _queries(instruction, computation).size * (length + 1) / 2
             attention += times * KERNELS[kernel] * 2.0 * pairs
         hbm += times * hbm_bytes(instruction, computation, module)
-    return Work(weights, attention, hbm, calls)
+        if instruction.opcode == "while" and module.rounds(instruction, computation) is None:
+            unread += 1
+    return Work(weights, attention, hbm, calls, unread)
 
 
 def kernel_of(instruction: Instruction) -> str | None:

@@ -101,6 +101,11 @@ def test_a_gather_of_which_only_the_end_is_seen():
             "1 times ragged-all-to-all such as zero",
         ),
         (
+            "direction=LT",
+            "direction=GE",
+            "2 times rounds but the first of a loop of unknown length",
+        ),
+        (
             "fusion(%w.1), kind=kCustom, calls=%fused_start",
             "spawn(%w.1), kind=kCustom, runs=%fused_start",
             "1 times all-gather in a computation that nothing seems to call",

@@ -83,7 +83,9 @@ def test_two_slices_and_what_a_tpu_kernel_cannot_do():
     )
     assert status == 0, err
     assert "attention xla_chunked" in out
-    assert "NOT COUNTED" not in out and "lower bound" not in out
+    # What this attention skips depends on the data, and so do the lengths of its loops.
+    assert "loops whose length depends on the data" in out and "compute and HBM are a lower" in out
+    assert "in a form that is not read" not in out and "network's part" not in out
     assert _times(out, "all-reduce", "data") > 0
     assert all("(between slices)" in line for line in out.splitlines() if "over data " in line)
     assert not any("(between slices)" in line for line in out.splitlines() if "over fsdp " in line)

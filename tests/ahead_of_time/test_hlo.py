@@ -36,6 +36,9 @@ def test_rounds_of_a_loop(before, after, rounds):
     module = Module.parse(TEXT.replace(before, after))
     loop, owner, _ = next(found for found in module.running() if found[0].opcode == "while")
     assert module.trip_count(loop, owner) == rounds
+    unknown = after == "direction=GE"
+    assert (module.rounds(loop, owner) is None) == unknown
+    assert work.count(module, length=16).unread_loops == unknown
 
 
 def test_arrays_and_where_they_lie():

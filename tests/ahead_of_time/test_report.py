@@ -96,6 +96,14 @@ def test_what_could_not_be_read_makes_the_times_a_lower_bound(small):
     assert not any(len(line) > 120 for line in told)
 
 
+def test_loops_of_unknown_length_make_the_work_a_lower_bound(small):
+    traffic = dataclasses.replace(small.traffic, unread_loops=2)
+    told = "\n".join(report.lines(dataclasses.replace(small, traffic=traffic)))
+    assert "NOT COUNTED: all but one round of each of 2 loops whose length depends on" in told
+    assert "compute and HBM are a lower bound, and so are both step times" in told
+    assert "network's part" not in told
+
+
 def test_what_goes_between_slices_is_marked(small):
     first = dataclasses.replace(small.traffic.collectives[0], between=True)
     traffic = dataclasses.replace(small.traffic, collectives=(first,))

@@ -7,6 +7,9 @@ from pallas_kernels.visit import TileSizes
 LANES = 128
 _MIB = 2**20
 
+# Generations whose matrix units are 128 x 128, and 256 x 256 afterwards.
+SMALL_UNITS = ("v4", "v5e", "v5p")
+
 # Bytes of VMEM a core has.
 VMEM = {"v4": 16 * _MIB, "v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB, "7x": 64 * _MIB}
 # Of it, what the compiler may use, and what a launch is planned to need at most.
@@ -251,5 +254,5 @@ def vmem_bytes(
     else:
         need += twice * 4 * of_query + 2 * head_dim * queries * 4
         need += twice * 4 * row + 8 * row + twice * (4 + 2 * itemsize) * tile
-        need += length // keys * queries * 4
+        need += 8 * (length // keys) * queries * 4
     return need

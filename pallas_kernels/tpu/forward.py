@@ -145,10 +145,11 @@ def forward(
         scratch |= {
             "sums_0": pltpu.VMEM((2 * SUBLANES, queries), float32),
             "sums_1": pltpu.VMEM((2 * SUBLANES, queries), float32),
-            "largest": pltpu.VMEM((SUBLANES, queries), float32),
+            "largest_0": pltpu.VMEM((SUBLANES, queries), float32),
+            "largest_1": pltpu.VMEM((SUBLANES, queries), float32),
             "threshold": one_row,
             "live_sum": pltpu.VMEM((dim, queries), float32),
-            "highest": pltpu.VMEM((-(-length // plan.keys // 8) * 8, queries), float32),
+            "highest": pltpu.VMEM((length // plan.keys * SUBLANES, queries), float32),
             "live_tile": pltpu.SMEM((1,), jnp.int32),
         }
     else:

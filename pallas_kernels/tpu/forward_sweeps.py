@@ -25,6 +25,9 @@ from pallas_kernels.tpu.tile import (
     thresholds,
 )
 
+# Tiles that are told dead or live at a time.
+_MARKS = 8
+
 
 class Sweeps(QueryTile):
     """One tile of queries, and the sweeps over its keys."""
@@ -149,16 +152,17 @@ class Sweeps(QueryTile):
             bar = jnp.where(threshold > 0, log_total + logarithm - DEAD_SLACK, -UNREACHABLE)
 
             def farthest(group: Any, found: Array) -> Array:
-                tile = group * SUBLANES + jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
-                inside = (tile >= self.first) & (tile < self.diagonal)
-                # Not a number is not below anything.
-                dead = refs.highest[at_tile(group, SUBLANES), :] <= bar
-                nearer = jnp.minimum(found, tile.astype(jnp.float32))
-                return jnp.where(inside & jnp.logical_not(dead), nearer, found)
+                for n in range(_MARKS):
+                    tile = jnp.minimum(self.first + group * _MARKS + n, self.diagonal - 1)
+                    # Not a number is not below anything.
+                    dead = refs.highest[at_tile(tile, SUBLANES), :] <= bar
+                    nearer = jnp.where(dead, UNREACHABLE, tile.astype(jnp.float32))
+                    found = jnp.minimum(found, nearer)
+                return found
 
             none = jnp.full((SUBLANES, plan.queries), self.diagonal, jnp.float32)
-            stop = (self.diagonal + SUBLANES - 1) // SUBLANES
-            found = jax.lax.fori_loop(self.first // SUBLANES, stop, farthest, none)
+            groups = (self.diagonal - self.first + _MARKS - 1) // _MARKS
+            found = jax.lax.fori_loop(0, groups, farthest, none)
             refs.live_tile[0] = jnp.min(found).astype(jnp.int32)
 
     def finish(self) -> None:

@@ -105,30 +105,34 @@ class QueryTile:
 
         Those of a strip that are equal modulo eight are of one class, of every other strip.
         Classes of one strip know nothing of those of the next one, so that both can be
-        under way.
+        under way. Each half of them has its largest scores of the tile, too.
         """
         plan, refs = self.plan, self.refs
         cut, size = slice(skipped or 0, None), plan.strips.sums
-        largest = refs.largest.at[:, cut]
-        largest[...] = jnp.full(largest.shape, LOWEST)
+        # In order: see `buffers`. With the larger matrix units the sums' order is enough.
+        row = unknown_zero(self.zero)
+        row_of_largest = row if plan.small_units else 0
+        for largest in (refs.largest_0, refs.largest_1):
+            largest[:, cut] = jnp.full((SUBLANES, plan.queries), LOWEST)[:, cut]
         for n, at in enumerate(range(0, plan.keys, size)):
             keys, sums = slice(at, at + size), (refs.sums_0, refs.sums_1)[n % 2]
+            largest = (refs.largest_0, refs.largest_1)[n % 2]
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
             if seen is not None:
                 scores = jnp.where(seen, scores, LOWEST)
             vectors = [scores[at : at + SUBLANES] for at in range(0, size, SUBLANES)]
             highest = functools.reduce(jnp.maximum, vectors)
-            largest[...] = jnp.maximum(largest[...], highest)
+            largest[pl.ds(row_of_largest, SUBLANES), cut] = jnp.maximum(largest[:, cut], highest)
             before = sums[:SUBLANES, cut]
             maximum = jnp.maximum(before, highest)
             total = sums[SUBLANES:, cut] * jnp.exp2(before - maximum)
             for a, b in zip(vectors[::2], vectors[1::2], strict=True):
                 total = total + (jnp.exp2(a - maximum) + jnp.exp2(b - maximum))
             sums[:SUBLANES, cut] = maximum
-            # In order: see `buffers`.
-            sums[pl.ds(unknown_zero(self.zero) + SUBLANES, SUBLANES), cut] = total
+            sums[pl.ds(row + SUBLANES, SUBLANES), cut] = total
         if skipped is None and plan.skip_dead:
-            refs.highest[pl.ds(tile, 1), :] = jnp.max(largest[...], axis=0, keepdims=True)
+            highest = jnp.maximum(refs.largest_0[...], refs.largest_1[...])
+            refs.highest[at_tile(tile, SUBLANES), :] = highest
 
     def weigh(self, tile: Any, raw: Strips, sets: Sets, skipped: int | None = None) -> None:
         """Second sweep: stores a tile's weights."""

@@ -48,6 +48,7 @@ def test_output_and_gradients(case):
         {},
         pytest.param({"tiles_a_step": 1}, marks=pytest.mark.slow),
         {"chunked": True, "queries": 256},
+        {"generation": "v6e", "queries": 256},
         pytest.param({"chunked": True, "turned": False}, marks=pytest.mark.slow),
         pytest.param({"turned": False, "queries": 256}, marks=pytest.mark.slow),
         pytest.param({"queries": 512}, marks=pytest.mark.slow),

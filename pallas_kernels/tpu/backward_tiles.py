@@ -191,9 +191,9 @@ class QueryTile:
         def turn(n: Any, sets: Sets) -> None:
             tile = stop - 1 - n
             pending = jnp.where(n == 0, before, tile + 1)
-            if plan.small_units:
-                # The products' order, found by trying: with dQ first there are fewer bundles,
-                # and with these parts no spills. The larger units do worse with it.
+            if plan.query_first:
+                # Found by trying: in this order there are fewer bundles, and with these parts
+                # no spills. v4 and v6e do better with the other one.
                 self.multiply_for_query(pending, sets.pending, parts=1 if live else 2)
                 if live:
                     self.multiply_weights(pending, sets.pending)

@@ -7,8 +7,8 @@ from pallas_kernels.visit import TileSizes
 LANES = 128
 _MIB = 2**20
 
-# Generations whose matrix units are 128 x 128, and 256 x 256 afterwards.
-SMALL_UNITS = ("v4", "v5e", "v5p")
+# Generations whose schedules are best, at the tiles below, in the order of `Plan.query_first`.
+QUERY_FIRST = ("v5e", "v5p")
 
 # Bytes of VMEM a core has.
 VMEM = {"v4": 16 * _MIB, "v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB, "7x": 64 * _MIB}

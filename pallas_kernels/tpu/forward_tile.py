@@ -109,9 +109,9 @@ class QueryTile:
         """
         plan, refs = self.plan, self.refs
         cut, size = slice(skipped or 0, None), plan.strips.sums
-        # In order: see `buffers`. With the larger matrix units the sums' order is enough.
+        # In order: see `buffers`. On v6e the sums' order is enough, and more costs spills.
         row = unknown_zero(self.zero)
-        row_of_largest = row if plan.small_units else 0
+        row_of_largest = row if plan.query_first else 0
         for largest in (refs.largest_0, refs.largest_1):
             largest[:, cut] = jnp.full((SUBLANES, plan.queries), LOWEST)[:, cut]
         for n, at in enumerate(range(0, plan.keys, size)):

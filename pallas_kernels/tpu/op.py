@@ -93,7 +93,7 @@ def make_plan(
         itemsize=itemsize,
         block=block,
         strips=config.strips(turned, block.queries),
-        small_units=tpu in config.SMALL_UNITS,
+        query_first=tpu in config.QUERY_FIRST,
         turned=turned,
         tiles_a_step=config.tiles_a_step(tpu, block, padded, dim, itemsize),
         forward_chunks=forward_chunks,

@@ -36,8 +36,8 @@ class Plan:
       itemsize: bytes of an input number.
       block: tiles.
       strips: of a tile, that are worked on at a time.
-      small_units: matrix units are 128 x 128 rather than 256 x 256; the order of a turn that
-        schedules best, and without spills, differs.
+      query_first: a turn of the backward pass multiplies for dQ first, and the first sweep
+        keeps its largest scores in order.
       turned: hold the turned bias in VMEM, see `tile.Bias`.
       tiles_a_step: tiles of queries of one step; 1 for a forward pass in chunks.
       forward_chunks, backward_chunks: see `config.key_chunks`.
@@ -56,7 +56,7 @@ class Plan:
     itemsize: int
     block: config.Block
     strips: config.Strips
-    small_units: bool
+    query_first: bool
     turned: bool
     tiles_a_step: int
     forward_chunks: int

@@ -54,7 +54,7 @@ def _children(pid):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
 def test_the_command_is_ended_and_goes_on(tmp_path):
     """As a user does it: Ctrl-C, then kill -9 of the parent alone, then no more."""
-    documents = make_documents(1000, words=1300)
+    documents = make_documents(3000, words=1300)
     pieces = -(-write_jsonl(tmp_path / "in" / "a.jsonl", documents).stat().st_size // 10**6)
     Tokenizer.train([documents[0]["text"]], 300).save(tmp_path / "tokenizer.json")
     command = [

@@ -57,7 +57,6 @@ def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
                     in_registers=small and (groups == 2 or keys == 64),
                 )
                 found.append(block)
-        found += [dataclasses.replace(block, polynomial=(0, 1)) for block in found[2:3]]
     elif kernel == "backward_bias":
         found += [Block(stages=4 if small else 2), Block(warpgroups=3, stages=3)]
     else:

@@ -44,11 +44,9 @@ class ForwardBlock(Block):
 
     Attributes:
       keys: of a tile, 64 or 128.
-      polynomial: (n, of): share of exponentials the first sweep does by polynomial.
     """
 
     keys: int = 128
-    polynomial: tuple[int, int] = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,15 +71,13 @@ class Blocks:
 # By head size.
 _BLOCKS = {
     64: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
-        forward=ForwardBlock(warpgroups=3, keys=64, stages=3, polynomial=(0, 1)),
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=3),
+        forward=ForwardBlock(warpgroups=3, keys=64, stages=3),
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     128: Blocks(
-        inference=ForwardBlock(
-            warpgroups=3, keys=64, stages=3, in_registers=False, polynomial=(0, 1)
-        ),
-        forward=ForwardBlock(keys=64, stages=3, in_registers=False, polynomial=(0, 1)),
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False),
+        forward=ForwardBlock(keys=64, stages=3, in_registers=False),
         backward_query=Block(stages=3, in_registers=False),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(),

@@ -12,7 +12,6 @@ it. In interpret mode it is an ordinary row vector.
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math
@@ -20,81 +19,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
-
-# 2^f on [-1/2, 1/2], relative error 2.7e-6 at most (least squares at Chebyshev nodes on the
-# relative error).
-_EXP2 = (0.999999191, 0.693121968, 0.240249811, 0.0559170392, 0.00956051021)
-_ROUND = 1.5 * 2.0**23
-
-
-def exp2(
-    x: Float[Array, "64 columns"], share: tuple[int, int], *, interpret: bool
-) -> Float[Array, "64 columns"]:
-    """Returns 2^x, for x <= 126, some of it by a polynomial.
-
-    The special function unit does 16 of them a clock on an SM, a quarter of what the
-    tensor cores leave time for at head size 64; the multipliers have time to spare.
-
-    Args:
-      x: exponents; below -126 the result may be 0 or 2^-126.
-      share: (n, of): in n of every `of` blocks of 8 columns a polynomial is used. Its
-        relative error is below 3e-6, with mean near 0.
-      interpret: for interpret mode.
-    """
-    n, of = share
-    columns = x.shape[1]
-    chosen = [(block * n) % of < n for block in range(columns // 8)]
-    if interpret:
-        block = lax.broadcasted_iota(jnp.int32, x.shape, 1) // 8
-        return jnp.where(block * n % of < n, _polynomial_exp2(x), jnp.exp2(x))
-    if n == 0:
-        return jnp.exp2(x)
-
-    @plgpu.inline_mgpu(
-        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, TILE)
-    )
-    def both(_, x):
-        registers = mlir.registers(x)
-
-        def build(half, block):
-            f = _polynomial_register if chosen[block] else _special_register
-            return mlir.pair(*(f(mlir.element(registers[half, block], i)) for i in range(2)))
-
-        return mlir.tile(build, columns)
-
-    return both(x)
-
-
-def _polynomial_exp2(x: Array) -> Array:
-    x = jnp.maximum(x, -126.0)
-    whole = jnp.round(x)
-    f = x - whole
-    p = jnp.full_like(f, _EXP2[-1])
-    for coefficient in _EXP2[-2::-1]:
-        p = coefficient + f * p
-    return p * jnp.exp2(whole)
-
-
-def _special_register(x: ir.Value) -> ir.Value:
-    return llvm.inline_asm(ir.F32Type.get(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-
-
-def _polynomial_register(x: ir.Value) -> ir.Value:
-    f32, i32 = ir.F32Type.get(), mlir.i32()
-
-    def constant(value: float) -> ir.Value:
-        return arith.constant(f32, ir.FloatAttr.get(f32, value))  # type: ignore[call-arg,arg-type]
-
-    # maxnum: a NaN would become 2^-126. The other columns of its row show it.
-    x = arith.maxnumf(x, constant(-126.0))
-    # Adding 1.5 2^23 leaves x rounded to an integer in the lowest bits.
-    rounded = arith.addf(x, constant(_ROUND))
-    f = arith.subf(x, arith.subf(rounded, constant(_ROUND)))
-    p = constant(_EXP2[-1])
-    for coefficient in _EXP2[-2::-1]:
-        p = math.fma(p, f, constant(coefficient))
-    exponent = arith.shli(arith.bitcast(i32, rounded), mlir.constant(23))
-    return arith.bitcast(f32, arith.addi(arith.bitcast(i32, p), exponent))
 
 
 def sum_and_bound(

@@ -170,3 +170,12 @@ def check_not_a_number_comes_through(
     assert np.all(np.isfinite(out[0, : 150 // tile * tile]))
     assert np.all(np.isnan(out[0, 150:154]))
     assert np.any(np.isnan(out_with("value")[0, 150:154]))
+
+
+def check_a_far_key_that_is_none_comes_through(dtype: str, implementation: str) -> None:
+    """A NaN in a key reaches the last query, though the tiles between are negligible."""
+    case = oracle.Case("far", (1, 1100, 2, 1, 64), 64, "steep", True)
+    args, _ = _arrays(case, dtype)
+    args["key"] = args["key"].at[0, 3, 0, 3].set(jnp.nan)
+    out = lazy_attention(**args, implementation=implementation)
+    assert np.all(np.isnan(np.asarray(out.astype(jnp.float32))[0, -1]).any(axis=-1))

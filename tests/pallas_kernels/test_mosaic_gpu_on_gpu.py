@@ -71,6 +71,7 @@ def test_shard_map():
 
 def test_not_a_number_comes_through():
     suite.check_not_a_number_comes_through("bfloat16", "mosaic_gpu", tile=128)
+    suite.check_a_far_key_that_is_none_comes_through("bfloat16", "mosaic_gpu")
 
 
 def test_is_the_default(monkeypatch):

@@ -82,6 +82,26 @@ def test_tables_and_visits(case, skip_mass):
     assert not np.asarray(found.small).any()
 
 
+def test_a_number_that_is_none_is_visited():
+    case = CASES[0]
+    args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
+    plan, length, heads = _plan(case, args, 1e-4)
+    parameters = [args[name] for name in ("distance_bias", "distance_slope", "offset")]
+    key = args["key"].at[0, 70, 0, 3].set(jnp.nan)
+    call = (plan, args["query"], key, jnp.zeros((2, length), jnp.int32), *parameters)
+    broken = parameters[0].at[1, 99].set(jnp.nan)
+    with interpreter.interpreted(interpreter.blocks(64, 64)):
+        table = jax.jit(lambda: by_triton.table(plan, *parameters[:2], heads, length))()
+        found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()
+        norms = jax.jit(lambda: by_triton.norms(plan, args["query"], key))()
+        table = jax.jit(lambda: by_triton.table(plan, broken, parameters[1], heads, length))()
+    # A GPU's maxima leave NaN out, unlike the interpreter's: so there must be none.
+    assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
+    assert not np.isnan(table.maxima).any() and np.isinf(table.maxima[1, 1])
+    _same(found.first, by_xla.visits(*call, None).first)
+    assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.small)[0].any()
+
+
 @pytest.mark.parametrize(
     "units, distances, filled, parts", [(5, 3, 4, 2), (70, 18, 18, 4), (3, 0, 0, 1)]
 )
@@ -140,7 +160,7 @@ def test_gradients(length, width, has_slope, groups):
         _same(getattr(ours, name), getattr(expected, name), 1e-3)
 
 
-def test_gradients_of_softmax_without_a_bias_are_not_asked_for():
+def test_gradient_of_the_offset_alone():
     of_mean = jnp.ones((1, 1, 2, 64))
     ours, expected = _both(
         "gradients", 1, None, False, of_mean, None, None, length=128, distances=0

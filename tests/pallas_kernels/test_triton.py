@@ -54,6 +54,7 @@ def test_as_every_implementation(test):
 def test_not_a_number_comes_through():
     with interpreter.interpreted(BLOCKS[1]):
         suite.check_not_a_number_comes_through("float32")
+        suite.check_a_far_key_that_is_none_comes_through("float32", "triton")
 
 
 def test_chunks_of_a_sequence():

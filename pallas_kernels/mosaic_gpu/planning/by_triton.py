@@ -84,19 +84,13 @@ def visits(
 ) -> Visits:
     """Returns which tiles are visited, and whether scores are small."""
     del distance_slope
-    batch, length, heads, head_dim = query.shape
+    batch, length, heads, _ = query.shape
     units = -(-length // UNIT)
-    static = dict(length=length, heads=heads, units=units, scale=plan.scale)
-    (norms,) = _launch(
-        "lazy_norms",
-        (units * heads, batch),
-        static | dict(group=heads // key.shape[2], head_dim=head_dim),
-        [(batch, 3, heads, units)],
-        query,
-        key,
-    )
-    block = max(1, min(power_of_two(units), _TILE // power_of_two(units)))
-    static |= dict(
+    block = _units_at_once(units)
+    static = dict(
+        length=length,
+        heads=heads,
+        units=units,
         block=block,
         width=0 if distance_bias is None else distance_bias.shape[1],
         has_offset=offset is not None,
@@ -104,7 +98,7 @@ def visits(
         skip_mass=plan.skip_mass,
         exponent_limit=EXPONENT_LIMIT,
     )
-    unused = norms
+    of_units = unused = norms(plan, query, key)
     blocks = -(-units // block)
     shapes = [((batch, heads, n), jnp.int32) for n in (units, 1, blocks)]
     first, small, work = _launch(
@@ -112,13 +106,28 @@ def visits(
         (blocks, heads, batch),
         static,
         shapes,
-        norms,
+        of_units,
         first_visible if plan.packed else unused,
         unused if distance_bias is None else distance_bias,
         unused if maxima is None else maxima,
         unused if offset is None else offset,
     )
     return Visits(first, small[:, :, 0], work)
+
+
+def norms(
+    plan: Plan,
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+) -> Float[Array, "batch 3 heads units"]:
+    """Returns of each unit the largest norms of queries, times the scale, and of keys, and the
+    least product of a query with its own key, times the scale; infinite where one is NaN."""
+    batch, length, heads, head_dim = query.shape
+    units = -(-length // UNIT)
+    static = dict(length=length, heads=heads, units=units, scale=plan.scale)
+    static |= dict(group=heads // key.shape[2], head_dim=head_dim)
+    shapes = [(batch, 3, heads, units)]
+    return _launch("lazy_norms", (units * heads, batch), static, shapes, query, key)[0]
 
 
 def numbers(
@@ -155,7 +164,7 @@ def key_ranges(
 ) -> KeyRanges:
     """Returns the ranges of the backward pass, and the order of its pieces."""
     batch, heads, units = first.shape
-    block = max(1, min(power_of_two(units), _TILE // power_of_two(units)))
+    block = _units_at_once(units)
     shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
@@ -209,6 +218,12 @@ def gradients(
         d_slope if has_slope else None,
         None if of_mean is None else d_offset,
     )
+
+
+def _units_at_once(units: int) -> int:
+    """Returns how many of a row's units a program takes, with all units on the other side."""
+    padded = power_of_two(units)
+    return max(1, min(padded, _TILE // padded))
 
 
 def _launch(

@@ -63,6 +63,9 @@ def lazy_table(
             units = unit0 + tl.arange(0, 16)
             x = (units[:, None] - 1) * static.unit + tl.arange(0, 2 * static.unit)[None, :]
             exists = (x >= 0) & (x < static.length)
-            found = tl.where(exists, _bias(bias_ptr, slope, x, static), float("-inf"))
+            found = _bias(bias_ptr, slope, x, static)
+            # Maxima on a GPU leave NaN out; a tile that has one is visited.
+            found = tl.where(found == found, found, float("inf"))
+            found = tl.where(exists, found, float("-inf"))
             place = maxima_ptr + head * static.units + units
             tl.store(place, tl.max(found, 1), mask=units < static.units)

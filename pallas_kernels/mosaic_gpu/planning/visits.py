@@ -9,6 +9,12 @@ _SLACK = tl.constexpr(1e-3)
 
 
 @triton.jit
+def _or_infinite(x):
+    """Returns x with infinity for NaN, which maxima on a GPU leave out: its tiles are visited."""
+    return tl.where(x == x, x, float("inf"))
+
+
+@triton.jit
 def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
     """Norms of one unit of one head, and the least score with itself; grid (units * heads, batch).
 
@@ -27,9 +33,10 @@ def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
     key = tl.load(key_ptr + at_key * static.head_dim + columns, mask=inside, other=0.0)
     query = query.to(tl.float32)
     key = key.to(tl.float32)
-    query_norm = tl.sqrt(tl.max(tl.sum(query * query, 1), 0)) * static.size_of_scale
-    key_norm = tl.sqrt(tl.max(tl.sum(key * key, 1), 0))
-    own = tl.where(rows < static.length, tl.sum(query * key, 1) * static.scale, float("inf"))
+    query_norm = tl.sqrt(tl.max(_or_infinite(tl.sum(query * query, 1)), 0)) * static.size_of_scale
+    key_norm = tl.sqrt(tl.max(_or_infinite(tl.sum(key * key, 1)), 0))
+    own = -_or_infinite(-tl.sum(query * key, 1) * static.scale)
+    own = tl.where(rows < static.length, own, float("inf"))
     place = norms_ptr + (batch * 3 * static.heads + head) * static.units + unit
     tl.store(place, query_norm)
     tl.store(place + static.heads * static.units, key_norm)

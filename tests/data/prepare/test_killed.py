@@ -51,13 +51,16 @@ def _children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def _heed_interrupts():
-    # A shell that starts tests in the background makes all of them ignore Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def heeds_interrupts():
+    """A shell that starts tests in the background makes all of them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
-def test_the_command_is_ended_and_goes_on(tmp_path):
+def test_the_command_is_ended_and_goes_on(tmp_path, heeds_interrupts):
     """As a user does it: Ctrl-C, then kill -9 of the parent alone, then no more."""
     documents = make_documents(1000, words=1300)
     pieces = -(-write_jsonl(tmp_path / "in" / "a.jsonl", documents).stat().st_size // 10**6)
@@ -77,9 +80,7 @@ def test_the_command_is_ended_and_goes_on(tmp_path):
     ends = {}
     for end in (signal.SIGINT, signal.SIGKILL):
         before = len(list(work.glob("unit-*.json")))
-        with subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=_heed_interrupts
-        ) as process:
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
             until = time.monotonic() + 300
             while len(list(work.glob("unit-*.json"))) <= before and time.monotonic() < until:
                 time.sleep(0.005)

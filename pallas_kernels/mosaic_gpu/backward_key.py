@@ -383,15 +383,18 @@ class _Piece:
                 d_weights = jnp.where(alive, d_weights, self.less(slot))
             return p * d_weights
 
-        def run(s_acc, d_acc):
-            d_begun = rings.begin_with(d_acc, self.less(slot), self.interpret)
-            s_product(s_acc)
-            d_product(d_acc)
-            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            return finish(d_acc, d_begun, *weigh(x))
+        def scores(acc):
+            s_product(acc)
+            return weigh(acc[...])
+
+        def rest(acc, p, weights):
+            begun = rings.begin_with(acc, self.less(slot), self.interpret)
+            d_product(acc)
+            return finish(acc, begun, p, weights)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
-        d_scores = pl.run_scoped(run, tile, tile)
+        p, weights = pl.run_scoped(scores, tile)
+        d_scores = pl.run_scoped(lambda acc: rest(acc, p, weights), tile)
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)

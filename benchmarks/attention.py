@@ -165,7 +165,6 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         try:
             lowered = jax.jit(_function(result, attention)).lower(sets[0], parameters[result.case])
             program = lowered.compile()
-            jax.block_until_ready(program(sets[0], parameters[result.case]))
         except Exception as error:  # A line that says so is worth more than no table.
             result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             print(result.implementation, result.case, result.which, result.error, flush=True)
@@ -178,6 +177,10 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
     with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
         programs = list(pool.map(compiled, jobs))
 
+    for (result, _), program in zip(jobs, programs, strict=True):
+        if program is not None:
+            # Not while others compile: a GPU may be recording what the first call launches.
+            jax.block_until_ready(program(sets[0], parameters[result.case]))
     runs: dict[str, Callable[[], Any]] = {}
     for n, ((result, _), program) in enumerate(zip(jobs, programs, strict=True)):
         if program is not None:

@@ -75,6 +75,12 @@ _BLOCKS = {
         forward=ForwardBlock(warpgroups=3, keys=64, stages=3),
         backward_bias=Block(warpgroups=3, stages=3),
     ),
+    96: Blocks(
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=3),
+        forward=ForwardBlock(keys=64, stages=3),
+        backward_key=Block(stages=3, in_registers=False),
+        backward_bias=Block(warpgroups=3),
+    ),
     128: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False),
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),
@@ -92,7 +98,7 @@ _SHARED_MEMORY = 227 * 1024 - 4096
 
 def padded_head_dim(head_dim: int) -> int:
     """Returns the head size that the kernels compute with, for one of at most 128."""
-    return 64 if head_dim <= 64 else 128
+    return next(d for d in _BLOCKS if d >= head_dim)
 
 
 def blocks(head_dim: int) -> Blocks:

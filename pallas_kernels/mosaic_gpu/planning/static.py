@@ -77,6 +77,11 @@ class Static:
         return abs(self.scale)
 
     @property
+    def head_dim_padded(self) -> int:
+        """Returns the head size, rounded up to a power of two."""
+        return power_of_two(self.head_dim)
+
+    @property
     def units_padded(self) -> int:
         """Returns the units, rounded up to a power of two."""
         return power_of_two(self.units)

@@ -24,8 +24,10 @@ def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
     head = tl.program_id(0) % static.heads
     batch = tl.program_id(1).to(tl.int64)
     rows = unit * static.unit + tl.arange(0, static.unit)
-    columns = tl.arange(0, static.head_dim)
+    columns = tl.arange(0, static.head_dim_padded)
     inside = (rows < static.length)[:, None]
+    if static.head_dim < static.head_dim_padded:
+        inside = inside & (columns < static.head_dim)[None, :]
     kv_heads: tl.constexpr = static.heads // static.group
     at_query = (batch * static.length + rows)[:, None] * static.heads + head
     at_key = (batch * static.length + rows)[:, None] * kv_heads + head // static.group

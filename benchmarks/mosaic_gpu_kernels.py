@@ -41,7 +41,7 @@ _SMS, _GIGAHERTZ = 132, 1.98
 
 def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
     """Returns blocks worth trying, the config's first."""
-    chosen = getattr(config.blocks(head_dim), kernel)
+    chosen = getattr(config.blocks(head_dim, _WIDTH.value), kernel)
     yield chosen
     if not _CANDIDATES.value:
         return
@@ -101,7 +101,7 @@ def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
         has_slope=slope is not None,
         has_offset=offset is not None,
         by_triton=by_triton.available(),
-        blocks=config.blocks(shape.head_dim),
+        blocks=config.blocks(shape.head_dim, min(_WIDTH.value, shape.length)),
     )
     return plan, (query, key, value, bias, slope, offset, visibility), d_out
 

@@ -86,9 +86,11 @@ _BLOCKS = {
         forward=ForwardBlock(keys=64, stages=3, in_registers=False),
         backward_query=Block(stages=3, in_registers=False),
         backward_key=Block(stages=3, in_registers=False),
-        backward_bias=Block(),
+        backward_bias=Block(warpgroups=3),
     ),
 }
+# For bias tables that leave no room for more.
+_SMALL_BIAS = Block()
 
 # Bytes of what is known of 64 queries.
 _ROW_FACTS = 4 * 64 * 4
@@ -101,9 +103,12 @@ def padded_head_dim(head_dim: int) -> int:
     return next(d for d in _BLOCKS if d >= head_dim)
 
 
-def blocks(head_dim: int) -> Blocks:
-    """Returns the blocks for a padded head size."""
-    return _BLOCKS[head_dim]
+def blocks(head_dim: int, width: int) -> Blocks:
+    """Returns the blocks for a padded head size and a length of the bias table."""
+    found = _BLOCKS[head_dim]
+    if width <= _widest_table(found, head_dim):
+        return found
+    return dataclasses.replace(found, backward_bias=_SMALL_BIAS)
 
 
 def tables(tiles: int, table_rows: int) -> int:
@@ -148,7 +153,7 @@ def key_tiles(block: Block, head_dim: int) -> int:
 def bias_tiles(block: Block, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
     keys = block.stages + block.warpgroups - 1
-    sums = block.warpgroups * 32 * 65 * 4
+    sums = block.warpgroups * 16 * 65 * 4
     return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
 
 
@@ -158,7 +163,11 @@ def widest_table(head_dim: int) -> int:
     Args:
       head_dim: padded head size.
     """
-    found = blocks(head_dim)
+    small = dataclasses.replace(_BLOCKS[head_dim], backward_bias=_SMALL_BIAS)
+    return max(_widest_table(found, head_dim) for found in (_BLOCKS[head_dim], small))
+
+
+def _widest_table(found: Blocks, head_dim: int) -> int:
     used = max(
         forward_tiles(found.inference, head_dim, 1),
         # Out, mean and rounding.

@@ -20,7 +20,9 @@ from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
 
 # Words from one row of a tile to the next, where rows lie in SMEM to be added up askew.
 _PITCH = 65
-DIAGONALS_WORDS = ROWS // 2 * _PITCH
+# Rows that are added up at a time, a quarter of a tile.
+_ROWS_AT_ONCE = ROWS // 4
+DIAGONALS_WORDS = _ROWS_AT_ONCE * _PITCH
 
 
 def gather(
@@ -100,24 +102,28 @@ def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[
             return mgpu.utils.getelementptr(base, [at], f32)
 
         registers = mlir.registers(x)
-        # One half of each warp's rows at a time: thread n adds up the diagonal on which
+        # One half of two warps' rows at a time: thread n adds up the diagonal on which
         # row - column is n - 63.
-        place = arith.addi(arith.muli(warp, mlir.constant(8)), g)
+        two = mlir.constant(2)
+        place = arith.addi(arith.muli(arith.remui(warp, two), mlir.constant(8)), g)
         first = arith.muli(place, mlir.constant(_PITCH))
         first = arith.addi(first, arith.muli(t, mlir.constant(2)))
         thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         sums = []
-        for half in range(2):
+        for half, pair in np.ndindex(2, 2):
             # All have read what was there before.
             mgpu.utils.warpgroup_barrier()
-            for block in range(ROWS // 8):
-                for i in range(2):
-                    at = arith.addi(first, mlir.constant(8 * block + i))
-                    llvm.store(mlir.element(registers[half, block], i), pointer(at))
+            of_pair = mlir.constant(pair)
+            own = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(warp, two), of_pair)
+            with mgpu.utils.when(own):
+                for block in range(ROWS // 8):
+                    for i in range(2):
+                        at = arith.addi(first, mlir.constant(8 * block + i))
+                        llvm.store(mlir.element(registers[half, block], i), pointer(at))
             mgpu.utils.warpgroup_barrier()
-            for n in range(ROWS // 2):
-                row = n // 8 * 16 + n % 8 + 8 * half
+            for n in range(_ROWS_AT_ONCE):
+                row = (2 * pair + n // 8) * 16 + n % 8 + 8 * half
                 column = arith.subi(mlir.constant(row + ROWS - 1), thread)
                 inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
                 column = arith.select(inside, column, mlir.constant(0))

@@ -69,7 +69,7 @@ def attention(
         width=width,
         has_slope=distance_slope is not None,
         has_offset=offset is not None,
-        blocks=config.blocks(padded_dim),
+        blocks=config.blocks(padded_dim, width),
         interpret=interpret,
         by_triton=interpret is None and by_triton.available(),
     )

@@ -58,13 +58,19 @@ def test_lowers_for_a_gpu(case, dtype):
     assert text.count("mosaic_gpu_v2") >= kernels
 
 
-@pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (128, 1)])
+@pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (96, 2), (128, 1)])
 def test_widest_table_leaves_room_for_the_tiles(head_dim, kv_heads):
     width = config.widest_table(head_dim)
     case = oracle.Case("", (1, width, 2, kv_heads, head_dim), width, documents=(700, 90))
     args, settings = _arrays(case)
     _lower(lambda args: lazy_attention(**args, implementation="mosaic_gpu"), args)
     _lower(jax.grad(lambda args: _loss(args, **settings)), args)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_tiles_fit_with_the_usual_table(head_dim):
+    assert config.blocks(head_dim, 1024).backward_bias.warpgroups == 3
+    assert config.padded_head_dim(head_dim) == config.padded_head_dim(head_dim - 1) == head_dim
 
 
 def test_lowers_under_vmap_scan_remat_and_shard_map():

@@ -23,6 +23,9 @@ LONG = [
     oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
     oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
     oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
+    # A table beside which a smaller block must do for the bias's gradient.
+    oracle.Case("long_table", (1, 1700, 2, 1, 128), 1600, "alibi", True),
+    oracle.Case("long_96", (1, 1500, 4, 2, 96), 512, "alibi", True, documents=(900, 77)),
     oracle.Case(
         "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
     ),
@@ -49,7 +52,7 @@ def test_float16(case):
     oracle.check_half_precision("mosaic_gpu", case, "float16")
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:6:2]], ids=str)
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:8:2]], ids=str)
 def test_same_bits_every_time(case):
     suite.check_same_bits_every_time(case, "bfloat16", "mosaic_gpu")
 

@@ -37,7 +37,7 @@ def _plan(case, args, skip_mass):
         width=min(width, length),
         has_slope=args.get("distance_slope") is not None,
         has_offset=args.get("offset") is not None,
-        blocks=config.blocks(64),
+        blocks=config.blocks(64, 0),
     )
     return plan, length, heads
 

@@ -14,7 +14,8 @@ from pallas_kernels.mosaic_gpu import lanes, memory
 from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import Plan
 
-# Lower ones belong to the compiler.
+# Lower ones belong to the compiler: 0, and one more than its index for every warpgroup. A fourth
+# one, which fetches, must therefore never wait for its own threads.
 FIRST_NAMED_BARRIER = 4
 _NAMED_BARRIERS = 16
 

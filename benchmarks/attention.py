@@ -151,6 +151,12 @@ def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
+def _tell(result: Result, error: Exception) -> None:
+    """Notes what went wrong: a line that says so is worth more than no table."""
+    result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    print(result.implementation, result.case, result.which, result.error, flush=True)
+
+
 def _run_shape(shape: cases.Shape) -> list[Result]:
     learned = pathlib.Path(_LEARNED.value)
     parameters = {
@@ -165,9 +171,8 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
         try:
             lowered = jax.jit(_function(result, attention)).lower(sets[0], parameters[result.case])
             program = lowered.compile()
-        except Exception as error:  # A line that says so is worth more than no table.
-            result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            print(result.implementation, result.case, result.which, result.error, flush=True)
+        except Exception as error:
+            _tell(result, error)
             return None
         memory = program.memory_analysis()
         result.temporary = int(memory.temp_size_in_bytes)
@@ -177,10 +182,15 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
     with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
         programs = list(pool.map(compiled, jobs))
 
-    for (result, _), program in zip(jobs, programs, strict=True):
-        if program is not None:
+    for n, ((result, _), program) in enumerate(zip(jobs, programs, strict=True)):
+        try:
             # Not while others compile: a GPU may be recording what the first call launches.
-            jax.block_until_ready(program(sets[0], parameters[result.case]))
+            if program is not None:
+                jax.block_until_ready(program(sets[0], parameters[result.case]))
+        except Exception as error:
+            _tell(result, error)
+            programs[n] = None
+
     runs: dict[str, Callable[[], Any]] = {}
     for n, ((result, _), program) in enumerate(zip(jobs, programs, strict=True)):
         if program is not None:

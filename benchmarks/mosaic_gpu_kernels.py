@@ -39,9 +39,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times each is timed; the median cou
 _SMS, _GIGAHERTZ = 132, 1.98
 
 
-def candidates(kernel: str, head_dim: int) -> Iterator[Any]:
-    """Returns blocks worth trying, the config's first."""
-    chosen = getattr(config.blocks(head_dim, _WIDTH.value), kernel)
+def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
+    """Returns blocks worth trying, the config's `chosen` first."""
     yield chosen
     if not _CANDIDATES.value:
         return
@@ -137,7 +136,7 @@ def measure(shape: cases.Shape) -> None:
         for kernel in _KERNELS.value:
             if kernel == "backward_bias" and plan.width == 0:
                 continue
-            for block in candidates(kernel, shape.head_dim):
+            for block in candidates(kernel, shape.head_dim, getattr(plan.blocks, kernel)):
                 blocks = dataclasses.replace(plan.blocks, **{kernel: block})
                 job = Job(case, kernel, block)
                 jobs.append((job, dataclasses.replace(plan, blocks=blocks), arrays, saved))

@@ -351,8 +351,9 @@ class _Piece:
         slot = self.queries.wait(steps_done + n)
         d_slot = self.d_outs.wait(live_done + n)
 
-        def weigh(x):
-            p = weights = self.softmax(x, n, slot)
+        def weigh(acc):
+            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
+            p = weights = self.softmax(acc[...], n, slot)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
                 # A weight of tau / n is no weight where nothing is seen.
@@ -367,13 +368,9 @@ class _Piece:
                 )
             return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
-        def s_product(acc):
-            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
-
-        def d_product(acc):
+        def add(p, weights, acc):
+            begun = rings.begin_with(acc, self.less(slot), self.interpret)
             plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
-
-        def finish(acc, begun, p, weights):
             rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
             d_weights = rings.finish(acc, begun, 1)
@@ -383,18 +380,10 @@ class _Piece:
                 d_weights = jnp.where(alive, d_weights, self.less(slot))
             return p * d_weights
 
-        def scores(acc):
-            s_product(acc)
-            return weigh(acc[...])
-
-        def rest(acc, p, weights):
-            begun = rings.begin_with(acc, self.less(slot), self.interpret)
-            d_product(acc)
-            return finish(acc, begun, p, weights)
-
+        # One accumulator after the other, since there is no room in registers for both.
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
-        p, weights = pl.run_scoped(scores, tile)
-        d_scores = pl.run_scoped(lambda acc: rest(acc, p, weights), tile)
+        p, weights = pl.run_scoped(weigh, tile)
+        d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)

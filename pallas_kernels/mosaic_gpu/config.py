@@ -92,6 +92,10 @@ _BLOCKS = {
 # For bias tables that leave no room for more.
 _SMALL_BIAS = Block()
 
+# Where dS's diagonals are added up: rows of a tile at a time, a quarter of them, and words from
+# one row to the next.
+DIAGONALS_ROWS, DIAGONALS_PITCH = 16, 65
+
 # Bytes of what is known of 64 queries.
 _ROW_FACTS = 4 * 64 * 4
 # Bytes of shared memory a block may have, less what barriers and alignment take.
@@ -104,7 +108,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def blocks(head_dim: int, width: int) -> Blocks:
-    """Returns the blocks for a padded head size and a length of the bias table."""
+    """Returns the blocks for a padded head size and a bias table.
+
+    Args:
+      head_dim: padded head size.
+      width: of the table; 0: no bias.
+    """
     found = _BLOCKS[head_dim]
     if width <= _widest_table(found, head_dim):
         return found
@@ -153,7 +162,7 @@ def key_tiles(block: Block, head_dim: int) -> int:
 def bias_tiles(block: Block, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
     keys = block.stages + block.warpgroups - 1
-    sums = block.warpgroups * 16 * 65 * 4
+    sums = block.warpgroups * DIAGONALS_ROWS * DIAGONALS_PITCH * 4
     return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
 
 

@@ -16,13 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
+from pallas_kernels.mosaic_gpu.config import DIAGONALS_PITCH, DIAGONALS_ROWS
 from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
 
-# Words from one row of a tile to the next, where rows lie in SMEM to be added up askew.
-_PITCH = 65
-# Rows that are added up at a time, a quarter of a tile.
-_ROWS_AT_ONCE = ROWS // 4
-DIAGONALS_WORDS = _ROWS_AT_ONCE * _PITCH
+# Of the SMEM where rows of a tile lie to be added up askew.
+DIAGONALS_WORDS = DIAGONALS_ROWS * DIAGONALS_PITCH
 
 
 def gather(
@@ -106,7 +104,7 @@ def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[
         # row - column is n - 63.
         two = mlir.constant(2)
         place = arith.addi(arith.muli(arith.remui(warp, two), mlir.constant(8)), g)
-        first = arith.muli(place, mlir.constant(_PITCH))
+        first = arith.muli(place, mlir.constant(DIAGONALS_PITCH))
         first = arith.addi(first, arith.muli(t, mlir.constant(2)))
         thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
@@ -122,12 +120,13 @@ def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[
                         at = arith.addi(first, mlir.constant(8 * block + i))
                         llvm.store(mlir.element(registers[half, block], i), pointer(at))
             mgpu.utils.warpgroup_barrier()
-            for n in range(_ROWS_AT_ONCE):
+            for n in range(DIAGONALS_ROWS):
                 row = (2 * pair + n // 8) * 16 + n % 8 + 8 * half
                 column = arith.subi(mlir.constant(row + ROWS - 1), thread)
                 inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
                 column = arith.select(inside, column, mlir.constant(0))
-                value = llvm.load(f32, pointer(arith.addi(column, mlir.constant(n * _PITCH))))
+                at = arith.addi(column, mlir.constant(n * DIAGONALS_PITCH))
+                value = llvm.load(f32, pointer(at))
                 sums.append(arith.select(inside, value, zero))
         total = mlir.tree(mlir.add, sums)
         return mgpu.FragmentedArray(

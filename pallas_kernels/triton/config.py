@@ -60,9 +60,14 @@ class Blocks:
         return max(max(block.queries, block.keys) for block in every)
 
 
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Returns the width of a tile that holds `head_dim`: a power of two."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
 
 
 def table_key(capability: int, itemsize: int, head_dim: int) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import bias as bias_lib
-from pallas_kernels.triton.config import Block, Blocks, padded_head_dim
+from pallas_kernels.triton.config import Block, Blocks, padded_head_dim, power_of_two
 
 _LOG2_E = math.log2(math.e)
 
@@ -115,7 +115,7 @@ class Static:
     @property
     def query_tiles_padded(self) -> int:
         """Returns the same, rounded up to a power of two."""
-        return _power_of_two(self.query_tiles)
+        return power_of_two(self.query_tiles)
 
     @property
     def query_tiles_a_chunk(self) -> int:
@@ -135,7 +135,7 @@ class Static:
     @property
     def forward_tiles_padded(self) -> int:
         """Returns the same, rounded up to a power of two."""
-        return _power_of_two(self.forward_tiles)
+        return power_of_two(self.forward_tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +207,3 @@ class Plan:
         values = bias_lib.expand(distance_bias, distance_slope, self.width + self.lead)
         table = _LOG2_E * jnp.pad(values, ((0, 0), (self.lead, 0)))
         return table, nothing if distance_slope is None else _LOG2_E * distance_slope
-
-
-def _power_of_two(n: int) -> int:
-    """Returns the least power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -124,12 +124,12 @@ def test_a_read_only_cache_is_still_read(tmp_path, monkeypatch):
         cache.entry(tmp_path, "other", Builder())
 
 
-def test_default_place(monkeypatch):
+def test_default_place(monkeypatch, tmp_path):
     for name in ("LAZYATTN_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/user")
-    assert cache.default_cache_dir() == Path("/home/user/.cache/lazyattn")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.default_cache_dir() == tmp_path / ".cache" / "lazyattn"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache.default_cache_dir() == Path("/xdg/lazyattn")
     monkeypatch.setenv("LAZYATTN_CACHE", "~/mine")
-    assert cache.default_cache_dir() == Path("/home/user/mine")
+    assert cache.default_cache_dir() == tmp_path / "mine"

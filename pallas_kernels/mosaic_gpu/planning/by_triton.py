@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
-from pallas_kernels.mosaic_gpu.planning.static import Static, power_of_two
+from pallas_kernels.mosaic_gpu.planning.static import Static
 from pallas_kernels.mosaic_gpu.schedule import Order
 from pallas_kernels.triton import call
-from pallas_kernels.triton.config import Block
+from pallas_kernels.triton.config import Block, power_of_two
 
 # Units x units of a program's bounds.
 _TILE = 4096

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.triton.config import padded_head_dim, power_of_two
+
 # Numbers that are added up side by side.
 ROWS = 4096
 
@@ -79,7 +81,7 @@ class Static:
     @property
     def head_dim_padded(self) -> int:
         """Returns the head size, rounded up to a power of two."""
-        return power_of_two(self.head_dim)
+        return padded_head_dim(self.head_dim)
 
     @property
     def units_padded(self) -> int:
@@ -105,8 +107,3 @@ class Static:
     def part_padded(self) -> int:
         """Returns the same, rounded up to a power of two."""
         return power_of_two(self.part)
-
-
-def power_of_two(n: int) -> int:
-    """Returns the least power of two that isn't below n."""
-    return 1 << (n - 1).bit_length()

@@ -120,6 +120,14 @@ def test_planning_of_the_hopper_kernels_compiles(arguments):
 @pytest.mark.parametrize("packed", ["packed", "nopacked"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_all_kernels_compile_without_spilling(capability, head_dim, packed):
+def test_all_kernels_compile_within_their_registers(capability, head_dim, packed):
     pytest.importorskip("triton")
-    _compile(f"--capability={capability}", f"--head_dim={head_dim}", f"--{packed}")
+    # Timed on an H100 rather than chosen by compiling: spilling a little was faster. How much
+    # depends on Triton (96 bytes with 3.6, 8 with 3.9).
+    spills = 96 if (capability, head_dim) == (90, 128) else 0
+    _compile(
+        f"--capability={capability}",
+        f"--head_dim={head_dim}",
+        f"--{packed}",
+        f"--spills={spills}",
+    )

@@ -248,26 +248,25 @@ class _Piece:
         self.tables.release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
+        both = ((self.queries, 0), (self.keys, lag))
 
         def steps(add, first, last, total):
             # Of query units, as the ranges are.
             first, last = (lax.clamp(self.start, x, self.stop) - self.start for x in (first, last))
 
-            def step(n, total):
-                n = first + n
-                slot, key_slot = self.queries.wait(n), self.keys.wait(n + lag)
-                total = total + add(bias, n, slot, key_slot)
-                self.queries.release(n)
-                self.keys.release(n + lag)
+            def step(n, slots, wait, total):
+                slot, key_slot = slots
+                total = total + add(bias, n, slot, key_slot, wait)
+                self.queries.release_slot(slot)
+                self.keys.release_slot(key_slot)
                 return total
 
-            count = lax.max(last - first, jnp.int32(0))
-            return lax.fori_loop(0, count, step, total), first + count
+            last = lax.max(first, last)
+            return rings.steps(first, last, self.block.ahead, step, total, *both), last
 
         # Tiles before this warpgroup's first, and after its last.
         rings.skip(0, lax.select(self.steps > 0, lag, jnp.int32(0)), (self.keys, 0))
         first = lax.clamp(jnp.int32(0), my_start - self.start, self.steps)
-        both = ((self.queries, 0), (self.keys, lag))
         rings.skip(0, first, *both)
         total, end = zero, first
         if plan.has_offset:
@@ -288,7 +287,7 @@ class _Piece:
         x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
-    def softmax(self, x: Array, bias: Array, n: Any, slot: Any) -> Array:
+    def softmax(self, x: Array, bias: Array, n: Any, slot: Any, log_total: Array) -> Array:
         """Returns softmax weights from the products of step n."""
         plan = self.plan
         x = x * plan.exponent_scale + bias
@@ -297,32 +296,39 @@ class _Piece:
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
             first = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
             x = jnp.where(columns + key0 >= first, x, LOWEST)
-        return jnp.exp2(x - self.row(slot, Rows.LOG_TOTAL))
+        return jnp.exp2(x - log_total)
 
-    def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
+    def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
         """Returns dS of a tile with no live entry."""
+        # Loads that are issued after products wait for the tensor cores.
+        less, log_total = -self.row(slot, Rows.DELTA), self.row(slot, Rows.LOG_TOTAL)
 
         def product(acc):
             plgpu.wgmma(acc, self.ref["query_smem"].at[slot], self.ref["key_smem"].at[key_slot].T)
+            wait()
             return acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        return self.softmax(x, bias, n, slot) * -self.row(slot, Rows.DELTA)
+        return self.softmax(x, bias, n, slot, log_total) * less
 
-    def live(self, bias: Array, n: Any, slot: Any, key_slot: Any) -> Array:
+    def live(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
         """Returns dS of a tile that may be live."""
         ref = self.ref
-        less = -self.row(slot, Rows.DELTA)
+        less, log_total = -self.row(slot, Rows.DELTA), self.row(slot, Rows.LOG_TOTAL)
+        limit = self.row(slot, Rows.THRESHOLD) if self.plan.has_offset else None
 
         def products(s_acc, d_acc):
             d_begun = rings.begin_with(d_acc, less, self.interpret)
             plgpu.wgmma(s_acc, ref["query_smem"].at[slot], ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, ref["d_out_smem"].at[slot], ref["value_smem"].at[key_slot].T)
-            p = self.softmax(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), bias, n, slot)
+            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            p = self.softmax(x, bias, n, slot, log_total)
+            # Late, since there may be but two slots.
+            wait()
             return p, rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
-        if self.plan.has_offset:
-            d_weights = jnp.where(p > self.row(slot, Rows.THRESHOLD), d_weights, less)
+        if limit is not None:
+            d_weights = jnp.where(p > limit, d_weights, less)
         return p * d_weights

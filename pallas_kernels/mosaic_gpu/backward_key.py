@@ -263,15 +263,14 @@ class _Piece:
             both = ((self.queries, steps_done), (self.d_outs, live_done))
             rings.skip(0, begin, *both)
 
-            def loop(step, start, stop):
-                @pl.loop(0, lax.max(stop - start, jnp.int32(0)))
-                def _(n):
-                    step(d_key_acc, d_value_acc, start + n, steps_done, live_done)
+            def loop(step, start, stop, late):
+                step = functools.partial(step, d_key_acc, d_value_acc)
+                rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
 
-            loop(self.live_step, begin, live_end)
+            loop(self.live_step, begin, live_end, both[1:])
             rings.skip(end, live, *both)
             if plan.has_offset:
-                loop(self.dead_step, live, end)
+                loop(self.dead_step, live, end, ())
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
             return steps_done + steps, live_done + live
@@ -310,19 +309,29 @@ class _Piece:
         """Returns one number a query."""
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
-    def softmax(self, x: Array, n: Any, slot: Any) -> Array:
-        """Returns softmax weights of tile n from its products."""
+    def loads(self, n: Any, slot: Any) -> tuple[Array, Array]:
+        """Returns a tile's bias, and what is to be subtracted from each query's scores.
+
+        Loaded before the tile's products are issued: behind them in the queue to memory it
+        would wait for the tensor cores.
+        """
         query0 = (self.unit0 + n) * UNIT
         start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail, falling=False)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
+        return bias, self.row(slot, Rows.LOG_TOTAL) - rest
+
+    def softmax(self, x: Array, n: Any, slot: Any, loaded: tuple[Array, Array]) -> Array:
+        """Returns softmax weights of tile n from its products."""
+        bias, less = loaded
         x = x * self.plan.exponent_scale + bias
         if self.plan.packed:
+            query0 = (self.unit0 + n) * UNIT
             x = lax.cond(
                 self.other_document(slot),
                 lambda: jnp.where(self.visible(query0, slot), x, LOWEST),
                 lambda: x,
             )
-        return jnp.exp2(x - self.spread(self.row(slot, Rows.LOG_TOTAL) - rest))
+        return jnp.exp2(x - self.spread(less))
 
     def other_document(self, slot: Any) -> Any:
         """Returns whether some query of a tile does not see the first key."""
@@ -344,16 +353,17 @@ class _Piece:
         """Returns -delta of each query, repeated along the keys."""
         return self.spread(-self.row(slot, Rows.DELTA))
 
-    def live_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+    def live_step(self, d_key_acc, d_value_acc, n, slots, wait, carry) -> tuple:
         """Adds a tile that may be live."""
         ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-        slot = self.queries.wait(steps_done + n)
-        d_slot = self.d_outs.wait(live_done + n)
+        slot, d_slot = slots
+        loaded = self.loads(n, slot)
 
         def weigh(acc):
             plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
-            p = weights = self.softmax(acc[...], n, slot)
+            wait()
+            p = weights = self.softmax(acc[...], n, slot, loaded)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
                 # A weight of tau / n is no weight where nothing is seen.
@@ -369,16 +379,14 @@ class _Piece:
             return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
         def add(p, weights, acc):
-            begun = rings.begin_with(acc, self.less(slot), self.interpret)
             plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
             rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
-            d_weights = rings.finish(acc, begun, 1)
+            d_weights = plgpu.wgmma_accumulator_load(acc, wait_n=1)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
-                alive = p > self.spread(self.row(slot, Rows.THRESHOLD))
-                d_weights = jnp.where(alive, d_weights, self.less(slot))
-            return p * d_weights
+                d_weights = lanes.where_positive(weights, d_weights, interpret=self.interpret)
+            return p * (d_weights + self.less(slot))
 
         # One accumulator after the other, since there is no room in registers for both.
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
@@ -387,25 +395,29 @@ class _Piece:
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(1)
-        self.d_outs.release(live_done + n)
+        self.d_outs.release_slot(d_slot)
         # Left in flight, it made ptxas put dS where the values are, and lose them.
         plgpu.wgmma_wait(0)
-        self.queries.release(steps_done + n)
+        self.queries.release_slot(slot)
+        return carry
 
-    def dead_step(self, d_key_acc, d_value_acc, n, steps_done, live_done) -> None:
+    def dead_step(self, d_key_acc, d_value_acc, n, slots, wait, carry) -> tuple:
         """Adds a tile with no live entry."""
-        del d_value_acc, live_done
+        del d_value_acc
         ref = self.ref
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-        slot = self.queries.wait(steps_done + n)
+        (slot,) = slots
+        loaded, less = self.loads(n, slot), self.less(slot)
 
         def product(s_acc):
             plgpu.wgmma(s_acc, self.key, ref["query_smem"].at[slot].T)
+            wait()
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        d_scores = self.softmax(x, n, slot) * self.less(slot)
+        d_scores = self.softmax(x, n, slot, loaded) * less
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
         plgpu.wgmma_wait(0)
-        self.queries.release(steps_done + n)
+        self.queries.release_slot(slot)
+        return carry

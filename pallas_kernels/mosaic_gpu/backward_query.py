@@ -277,27 +277,26 @@ class _Piece:
         both = ((self.keys, 0), (self.values, 0))
         rings.skip(0, begin, *both)
 
-        def run(step, start, stop, acc):
+        def run(step, start, stop, numbered, acc):
             self.first_step = start
             zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-            sums = lax.fori_loop(
-                0,
-                lax.max(stop - start, jnp.int32(0)),
-                lambda n, sums: step(acc, start + n, sums),
-                (zero, zero) if kernel.want_tail else (),
+            sums = (zero, zero) if kernel.want_tail else ()
+            sums = rings.steps(
+                start, stop, self.block.ahead, functools.partial(step, acc), sums, *numbered
             )
             total = acc[...]
-            self.keys.release_before(lax.max(stop, start), start)
+            # The last products have been waited for only now.
+            pl.when(stop > start)(lambda: self.keys.release(stop - 1))
             return total, sums
 
         shape = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
         d_query, sums = pl.run_scoped(
-            functools.partial(run, self.live_step, begin, live_end), shape
+            functools.partial(run, self.live_step, begin, live_end, both), shape
         )
         rings.skip(end, self.live_steps, *both)
         if plan.has_offset:
             # Where all is dead delta is a factor of the whole row.
-            run_dead = functools.partial(run, self.dead_step, self.live_steps, end)
+            run_dead = functools.partial(run, self.dead_step, self.live_steps, end, both[:1])
             weighted, dead_sums = pl.run_scoped(run_dead, shape)
             factor = -(2.0**-_DEAD_SHIFT) * self.row.delta
             factors = lax.broadcast_in_dim(factor, weighted.shape, [0])
@@ -324,19 +323,27 @@ class _Piece:
             self.queries.release(self.n)
         return self.next_done()
 
-    def softmax(self, x: Array, n: Any, shift: int = 0) -> tuple[Array, Any]:
-        """Returns softmax weights of tile n from its products, times 2^shift; and its first key."""
+    def bias(self, n: Any) -> tuple[Array, Any, Any]:
+        """Returns a tile's bias, what is to be added to it, and the tile's first key.
+
+        Loaded before the tile's products are issued: behind them in the queue to memory it
+        would wait for the tensor cores.
+        """
         key0 = (self.last - n) * UNIT
         start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.tail, falling=True)
-        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
-        x = x * self.plan.exponent_scale + bias
+        return memory.gather(self.table, start, UNIT, interpret=self.interpret), rest, key0
+
+    def softmax(self, x: Array, bias: tuple[Array, Any, Any], shift: int = 0) -> Array:
+        """Returns softmax weights of a tile from its products, times 2^shift."""
+        bias_tile, rest, key0 = bias
+        x = x * self.plan.exponent_scale + bias_tile
         if self.plan.packed:
             x = lax.cond(
                 key0 < self.row.document_last,
                 lambda: jnp.where(self.in_document(key0), x, LOWEST),
                 lambda: x,
             )
-        return jnp.exp2(x - self.spread(self.row.log_total - (rest + shift))), key0
+        return jnp.exp2(x - self.spread(self.row.log_total - (rest + shift)))
 
     def in_document(self, key0: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
@@ -347,45 +354,54 @@ class _Piece:
         """Returns a row vector repeated along its rows."""
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
-    def live_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
+    def live_step(self, acc: Any, n: Any, slots: tuple, wait: Any, sums: tuple) -> tuple:
         """Adds a tile that may be live."""
         less = self.spread(-self.row.delta)
-        key_slot, value_slot = self.keys.wait(n), self.values.wait(n)
+        bias = self.bias(n)
+        key_slot, value_slot = slots
 
         def products(s_acc, d_acc):
             d_begun = rings.begin_with(d_acc, less, self.interpret)
             plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, self.d_out, self.ref["value_smem"].at[value_slot].T)
             x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            self.keys.release_before(n, self.first_step)
-            p, key0 = self.softmax(x, n)
-            return p, key0, rings.finish(d_acc, d_begun)
+            self.release_before(n, key_slot)
+            wait()
+            return self.softmax(x, bias), rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
-        p, key0, d_weights = pl.run_scoped(products, tile, tile)
-        self.values.release(n)
+        p, d_weights = pl.run_scoped(products, tile, tile)
+        self.values.release_slot(value_slot)
         if self.plan.has_offset:
             d_weights = jnp.where(p > self.spread(self.row.threshold), d_weights, less)
-        return self.add(acc, n, p * d_weights, key0, sums)
+        return self.add(acc, key_slot, p * d_weights, bias[2], sums)
 
-    def dead_step(self, acc: Any, n: Any, sums: tuple) -> tuple:
+    def dead_step(self, acc: Any, n: Any, slots: tuple, wait: Any, sums: tuple) -> tuple:
         """Adds a tile with no live entry, as if all its dS / P were 2^_DEAD_SHIFT."""
-
-        slot = self.keys.wait(n)
+        bias = self.bias(n)
+        (slot,) = slots
 
         def product(s_acc):
             plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
+            wait()
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        self.keys.release_before(n, self.first_step)
-        p, key0 = self.softmax(x, n, _DEAD_SHIFT)
-        return self.add(acc, n, p, key0, sums)
+        self.release_before(n, slot)
+        return self.add(acc, slot, self.softmax(x, bias, _DEAD_SHIFT), bias[2], sums)
 
-    def add(self, acc: Any, n: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
+    def release_before(self, n: Any, slot: Any) -> None:
+        """Gives back the keys of the step before this one, unless this is the first.
+
+        What reads them last is left in flight while the next step's products begin; those who
+        have waited for these need not wait for it again.
+        """
+        before = self.keys.preceding(slot)
+        pl.when(n > self.first_step)(lambda: self.keys.release_slot(before))
+
+    def add(self, acc: Any, slot: Any, d_scores: Array, key0: Any, sums: tuple) -> tuple:
         """Issues dS K, and adds what dS means for the bias's tail."""
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
-        slot = self.keys.slot(n)
         x = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(acc, x, self.ref["key_smem"].at[slot], spare)
         if sums:

@@ -12,11 +12,13 @@ class Block:
       stages: tiles of each other operand that are fetched ahead.
       in_registers: the block's own operand is kept in registers rather than read from SMEM
         again and again.
+      ahead: a step's tiles are waited for during the step before.
     """
 
     warpgroups: int = 2
     stages: int = 2
     in_registers: bool = True
+    ahead: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,8 +73,9 @@ class Blocks:
 # By head size.
 _BLOCKS = {
     64: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=3),
-        forward=ForwardBlock(warpgroups=3, keys=64, stages=3),
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
+        forward=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
+        backward_key=Block(stages=3, ahead=True),
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     96: Blocks(
@@ -82,9 +85,9 @@ _BLOCKS = {
         backward_bias=Block(warpgroups=3),
     ),
     128: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False),
-        forward=ForwardBlock(keys=64, stages=3, in_registers=False),
-        backward_query=Block(stages=3, in_registers=False),
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, in_registers=False, ahead=True),
+        forward=ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True),
+        backward_query=Block(stages=3, in_registers=False, ahead=True),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),

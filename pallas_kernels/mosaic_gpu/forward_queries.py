@@ -93,15 +93,20 @@ class Queries:
             keys, values = self.two_sweeps()
         return block.used(keys, values)
 
-    def scores(self, number: Any, step: Any, use: Any, carry: Any) -> Any:
+    def steps(self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()) -> Any:
+        """Does what `rings.steps` does, for this warpgroup's tiles before `end`."""
+        return rings.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
+
+    def scores(self, step: Any, slot: Any, wait: Any, use: Any, carry: Any) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
 
         The products of all units are issued at once, so that the tensor cores have work while
         one unit's scores are used. Releases the keys.
 
         Args:
-          number: of the tile in the ring of keys.
-          step: where it lies, see `forward.Piece.last`.
+          step: where the tile lies, see `forward.Piece.last`.
+          slot: of the tile.
+          wait: called when all products are issued, see `rings.steps`.
           use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
             them, the first key and the index of the unit; returns the carry, and how many
             products it left in flight. Scores are masked where causality wants it: the table
@@ -112,27 +117,29 @@ class Queries:
           the last carry.
         """
         block, plan = self.all, self.plan
-        slot = block.keys.wait(number)
-        units = range(self.block.keys // UNIT)
+        units = list(reversed(range(self.block.keys // UNIT)))
 
         key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
         starts, rests = zip(
             *(plan.bias_of_tile(self.query0 - x, UNIT, self.tail, falling=True) for x in key0),
             strict=True,
         )
+        # Behind products in the queue to memory, loads would wait for the tensor cores.
+        biases = [memory.gather(self.table, x, UNIT, interpret=self.interpret) for x in starts]
 
         def run(*accs):
             result, in_flight = carry, 0
-            for unit in reversed(units):
+            for acc, unit in zip(accs, units, strict=True):
                 keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-                plgpu.wgmma(accs[unit], self.query, keys.T)
-            for unit in reversed(units):
-                x = plgpu.wgmma_accumulator_load(accs[unit], wait_n=unit + in_flight)
+                plgpu.wgmma(acc, self.query, keys.T)
+            wait()
+            for n, unit in enumerate(units):
+                left = len(units) - 1 - n
+                x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
                 if unit == 0:
-                    block.keys.release(number)
-                bias = memory.gather(self.table, starts[unit], UNIT, interpret=self.interpret)
-                x = x * plan.exponent_scale + bias
-                result, issued = use(x, rests[unit], key0[unit], unit, result)
+                    block.keys.release_slot(slot)
+                x = x * plan.exponent_scale + biases[n]
+                result, issued = use(x, rests[n], key0[n], unit, result)
                 in_flight += issued
             return result
 
@@ -175,10 +182,10 @@ class Queries:
         rings.skip(0, self.begin, *both)
         if self.kernel.want_mean:
             shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-            run = functools.partial(self.add_values, log_total, end)
+            run = functools.partial(self.add_values, log_total, end, both)
             out, value_sum = pl.run_scoped(run, shape, shape)
         else:
-            run = functools.partial(self.add_values, log_total, end, value_acc=None)
+            run = functools.partial(self.add_values, log_total, end, both, value_acc=None)
             shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
             out, value_sum = pl.run_scoped(run, shape), None
         rings.skip(end, live_steps, *both)
@@ -194,35 +201,50 @@ class Queries:
         return self.total_steps + live_steps, live_steps
 
     def sum_small(self) -> tuple[Array, Array]:
-        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
+        """First sweep without a maximum: log2 of the sums, first live unit per lane.
+
+        What lanes must tell each other of a tile waits until the next tile's products are
+        under way: in the queue to memory it would wait for other warps' products.
+        """
         marks = self.plan.has_offset and self.plan.skip_dead
         bar = self.threshold * (1 - DEAD_SLACK) if marks else None
+        units = self.block.keys // UNIT
 
-        def use(x, rest, key0, _, carry):
-            tile_total, bounds = carry
-            e = jnp.exp2(self.hide_documents(x, key0))
-            total, bound = lanes.sum_and_bound(e, interpret=self.interpret)
-            factor = jnp.exp2(self.per_row(rest))
-            total = total * factor
-            tile_total = total if tile_total is None else tile_total + total
-            return (tile_total, [*bounds, (_unit(key0), bound * factor)]), 0
-
-        def step(n, carry):
-            total, farthest = carry
-            n = self.begin + n
-            of_lanes, bounds = self.scores(n, n, use, (None, []))
-            total = total + lanes.finish_sums(of_lanes, interpret=self.interpret)
+        def note(n, lane_sums, others, bounds, total, farthest):
+            """Adds what step n found, its units' bounds the last first."""
+            total = total + lanes.add_neighbours(lane_sums, others)
             if marks:
                 # The sum only grows, so this never calls a live tile dead; and a NaN is not
                 # below anything.
                 limit = bar * total
-                for unit, bound in bounds:
+                for last_first, bound in enumerate(bounds):
+                    unit = (self.all.last - n + 1) * units - 1 - last_first
                     farthest = jnp.where(bound <= limit, farthest, unit)
             return total, farthest
 
-        total, farthest = lax.fori_loop(
-            0, self.end - self.begin, step, (self.per_row(0.0), self.no_unit())
-        )
+        def step(n, slots, wait, carry):
+            total, farthest, lane_sums, bounds = carry
+            others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
+
+            def use(x, rest, key0, _, carry):
+                total, farthest, new_sums, new_bounds = carry
+                if not new_bounds:
+                    total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
+                e = jnp.exp2(self.hide_documents(x, key0))
+                sums, bound = lanes.sum_and_bound(e, interpret=self.interpret)
+                factor = jnp.exp2(self.per_row(rest))
+                sums = sums * factor
+                new_sums = new_sums + sums if new_bounds else sums
+                return (total, farthest, new_sums, (*new_bounds, bound * factor)), 0
+
+            return self.scores(n, *slots, wait, use, (total, farthest, None, ()))
+
+        zero = self.per_row(0.0)
+        start = (zero, self.no_unit(), zero, (zero,) * units)
+        total, farthest, lane_sums, bounds = self.steps(self.end, step, start, (self.all.keys, 0))
+        others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
+        last = lax.max(self.end, self.begin) - 1
+        total, farthest = note(last, lane_sums, others, bounds, total, farthest)
         return jnp.log2(total), self.clip_units(farthest)
 
     def sum_any(self) -> tuple[Array, Array]:
@@ -241,11 +263,11 @@ class Queries:
                 farthest = jnp.where(dead, farthest, _unit(key0))
             return (new, total, farthest), 0
 
-        def step(n, carry):
-            return self.scores(self.begin + n, self.begin + n, use, carry)
+        def step(n, slots, wait, carry):
+            return self.scores(n, *slots, wait, use, carry)
 
         start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
-        maximum, total, farthest = lax.fori_loop(0, self.end - self.begin, step, start)
+        maximum, total, farthest = self.steps(self.end, step, start, (self.all.keys, 0))
         return maximum + jnp.log2(total), self.clip_units(farthest)
 
     def no_unit(self) -> Array:
@@ -262,7 +284,7 @@ class Queries:
         )
         return jnp.minimum(jnp.maximum(farthest, first), diagonal)
 
-    def add_values(self, log_total, end, out_acc, value_acc) -> Any:
+    def add_values(self, log_total, end, both, out_acc, value_acc) -> Any:
         """Second sweep: the output, and the sum of the values of live entries."""
         block, plan = self.all, self.plan
         dtype = self.kernel.dtype
@@ -270,7 +292,7 @@ class Queries:
         if self.interpret:
             spare = self.ref["spare_smem"].at[self.warpgroup]
 
-        def use(x, rest, key0, unit, n):
+        def use(x, rest, key0, unit, slot):
             p = jnp.exp2(x - self.spread(log_total - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
@@ -292,31 +314,27 @@ class Queries:
                     ones = lanes.is_positive(weights, interpret=self.interpret)
                 else:
                     ones = jnp.where(p > 0, 1.0, 0.0).astype(dtype)
-            values = self.values_of(n, unit)
+            values = self.values_of(slot, unit)
             rings.multiply(out_acc, weights, values, spare)
             if value_acc is not None:
                 rings.multiply(value_acc, ones, values, spare)
-            return n, 1 if value_acc is None else 2
+            return slot, 1 if value_acc is None else 2
 
-        def step(n, _):
-            n = self.begin + n
-            self.scores(self.total_steps + n, n, use, n)
+        def step(n, slots, wait, carry):
+            key_slot, value_slot = slots
+            self.scores(n, key_slot, wait, use, value_slot)
             # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
-            block.values.release(n)
-            return ()
+            block.values.release_slot(value_slot)
+            return carry
 
-        lax.fori_loop(0, end - self.begin, step, ())
+        self.steps(end, step, (), both[0], both[1:])
         if value_acc is None:
             return out_acc[...]
         return out_acc[...], value_acc[...]
 
-    def values_of(self, number: Any, unit: int) -> Any:
-        """Returns the values of one unit of a tile, `number` in their ring; waits for them."""
-        ring = self.all.values
-        # The last unit comes first.
-        last = unit == self.block.keys // UNIT - 1
-        slot = ring.wait(number) if last else ring.slot(number)
+    def values_of(self, slot: Any, unit: int) -> Any:
+        """Returns the values of one unit of the tile in a slot."""
         return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
 
     def softmax(self) -> tuple[Any, Any]:
@@ -329,22 +347,22 @@ class Queries:
 
         def run(acc):
             def use(x, rest, key0, unit, carry):
-                n, total = carry
+                slot, total = carry
                 x = self.hide_documents(x + rest, key0)
                 e = jnp.exp2(x)
                 weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
-                rings.multiply(acc, weights, self.values_of(n, unit), spare)
+                rings.multiply(acc, weights, self.values_of(slot, unit), spare)
                 total = total + lanes.lane_sums(e, False, interpret=self.interpret)
-                return (n, total), 1
+                return (slot, total), 1
 
-            def step(n, total):
-                n = self.begin + n
-                _, total = self.scores(n, n, use, (n, total))
+            def step(n, slots, wait, total):
+                key_slot, value_slot = slots
+                _, total = self.scores(n, key_slot, wait, use, (value_slot, total))
                 plgpu.wgmma_wait(0)
-                block.values.release(n)
+                block.values.release_slot(value_slot)
                 return total
 
-            total = lax.fori_loop(0, self.end - self.begin, step, self.per_row(0.0))
+            total = self.steps(self.end, step, self.per_row(0.0), both[0], both[1:])
             return acc[...], total
 
         both = ((block.keys, 0), (block.values, 0))

@@ -105,24 +105,37 @@ def lane_sums(
     return reduce(x)
 
 
+def of_neighbours(
+    x: Float[Array, "64"], *, interpret: bool
+) -> tuple[Float[Array, "64"], Float[Array, "64"], Float[Array, "64"]]:
+    """Returns what the three other lanes of each row have, for `add_neighbours`.
+
+    None of the exchanges waits for another, and what is done with them may come later.
+    """
+    if interpret:
+        return (jnp.zeros_like(x),) * 3
+    row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=(row, row, row))
+    def exchange(_, x):
+        values = [mlir.element(register, 0) for register in x.registers.flat]
+        return tuple(
+            mlir.row([mgpu.utils.shfl_bfly(value, distance) for value in values])
+            for distance in (1, 2, 3)
+        )
+
+    return exchange(x)
+
+
+def add_neighbours(x: Float[Array, "64"], others: tuple) -> Float[Array, "64"]:
+    """Returns row sums, with equal bits in all lanes of a row."""
+    one, two, three = others
+    return (x + one) + (two + three)
+
+
 def finish_sums(x: Float[Array, "64"], *, interpret: bool) -> Float[Array, "64"]:
     """Returns row sums from those per lane."""
-    if interpret:
-        return x
-
-    @plgpu.inline_mgpu(
-        arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW)
-    )
-    def reduce(_, x):
-        sums = []
-        for register in x.registers.flat:
-            total = mlir.element(register, 0)
-            for distance in (1, 2):
-                total = mlir.add(total, mgpu.utils.shfl_bfly(total, distance))
-            sums.append(total)
-        return mlir.row(sums)
-
-    return reduce(x)
+    return add_neighbours(x, of_neighbours(x, interpret=interpret))
 
 
 def row_index(*, interpret: bool) -> Float[Array, "64"]:
@@ -190,3 +203,43 @@ def is_positive(x: Float[Array, "64 columns"], *, interpret: bool) -> Float[Arra
         return mlir.tile(build, x.shape[1])
 
     return compare(x)
+
+
+def where_positive(
+    weights: Float[Array, "64 columns"], x: Float[Array, "64 columns"], *, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns the float32 x where 16-bit weights are above 0, else 0: one comparison for two."""
+    if interpret:
+        return jnp.where(weights > 0, x, 0.0)
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(weights.dtype).name]
+    instructions = f"""{{
+        .reg .pred low, high;
+        setp.gt.{kind} low|high, $2, $3;
+        selp.f32 $0, $4, 0f00000000, low;
+        selp.f32 $1, $5, 0f00000000, high;
+    }}"""
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, TILE), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
+    )
+    def select(_, weights, x):
+        of_weights, of_x = mlir.registers(weights), mlir.registers(x)
+        f32 = ir.F32Type.get()
+        both = ir.Type.parse("!llvm.struct<(f32, f32)>")
+        pair = ir.VectorType.get((2,), f32)
+
+        def build(half, block):
+            word = mgpu.utils.bitcast(of_weights[half, block], mlir.i32())
+            entries = [mlir.element(of_x[half, block], i) for i in range(2)]
+            chosen = llvm.inline_asm(
+                both, [word, mlir.constant(0), *entries], instructions, "=f,=f,r,r,f,f"
+            )
+            result = llvm.mlir_undef(pair)
+            for i in range(2):
+                entry = llvm.extractvalue(f32, chosen, [i])
+                result = llvm.insertelement(result, entry, mlir.constant(i))
+            return result
+
+        return mlir.tile(build, x.shape[1])
+
+    return select(weights, x)

@@ -103,26 +103,30 @@ class Ring:
         plgpu.barrier_wait(self.full.at[slot])
         return slot
 
+    def following(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+        """Returns the next tile's slot."""
+        after = slot + 1
+        return lax.select(after == self.stages, jnp.int32(0), after)
+
+    def preceding(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+        """Returns the slot of the tile before."""
+        return lax.select(slot == 0, jnp.int32(self.stages), slot) - 1
+
     def release(self, tile: Int[Array, ""]) -> None:
-        """Gives a tile's slot back, once nothing that reads it is in flight.
+        """Gives a tile's slot back, see `release_slot`."""
+        self.release_slot(self.slot(tile))
+
+    def release_slot(self, slot: Int[Array, ""]) -> None:
+        """Gives a slot back, once nothing that reads it is in flight.
 
         On a GPU ordinary loads are done when the threads arrive, and the copy that writes
         there next needs no fence; the race detector of interpret mode wants one.
         """
-        slot = self.slot(tile)
         if self.interpret:
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.empty.at[slot])
         else:
             memory.named_barrier("arrive", self.number + slot, self.threads)
-
-    def release_before(self, tile: Int[Array, ""], first: Any) -> None:
-        """Gives back the tile before this one, unless this is the first.
-
-        What reads a tile last is left in flight while the next one's products begin; those who
-        have waited for these need not wait for it again.
-        """
-        pl.when(tile > first)(lambda: self.release(tile - 1))
 
     def close(self, tiles: Int[Array, ""]) -> None:
         """Waits until all is released, of all pieces; the fetching warp's part."""
@@ -191,6 +195,61 @@ def skip(start: Any, stop: Any, *numbered: tuple[Ring, Any]) -> None:
         for ring, zero in numbered:
             ring.wait(zero + start + n)
             ring.release(zero + start + n)
+
+
+def steps(
+    start: Any,
+    stop: Any,
+    ahead: bool,
+    body: Any,
+    carry: Any,
+    *numbered: tuple[Ring, Any],
+    late: tuple[tuple[Ring, Any], ...] = (),
+) -> Any:
+    """Runs steps start, ..., stop-1 over tiles of some rings.
+
+    Args:
+      start: first step.
+      stop: after the last one.
+      ahead: wait for a step's tiles during the step before.
+      body: called as body(n, slots, wait, carry) with the step, the slots of its tiles, and a
+        function that it calls once while products are in flight, so that waiting takes no
+        time of its own: that waits for the late tiles, and with `ahead` for the next step's
+        others. Returns the next carry.
+      carry: for the first step.
+      *numbered: as `skip` wants them; the tiles are there when `body` is called.
+      late: more of them, whose tiles are there after `wait`.
+
+    Returns:
+      the last carry.
+    """
+    start = as_index(start)
+    stop = lax.max(as_index(stop), start)
+    all_rings = [ring for ring, _ in numbered + late]
+
+    def wait(slots, which):
+        for ring, slot in list(zip(all_rings, slots, strict=True))[which]:
+            plgpu.barrier_wait(ring.full.at[slot])
+
+    early_ones, late_ones = slice(len(numbered)), slice(len(numbered), None)
+    first = tuple(ring.slot(zero + start) for ring, zero in numbered + late)
+    if ahead:
+        pl.when(start < stop)(lambda: wait(first, early_ones))
+
+    def step(n, state):
+        slots, carry = state
+        following = tuple(ring.following(x) for ring, x in zip(all_rings, slots, strict=True))
+
+        def wait_within():
+            wait(slots, late_ones)
+            if ahead:
+                pl.when(n + 1 < stop)(lambda: wait(following, early_ones))
+
+        if not ahead:
+            wait(slots, early_ones)
+        return following, body(n, slots, wait_within, carry)
+
+    return lax.fori_loop(start, stop, step, (first, carry))[1]
 
 
 def fetching(plan: Plan) -> Any:

@@ -100,7 +100,7 @@ def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
         has_slope=slope is not None,
         has_offset=offset is not None,
         by_triton=by_triton.available(),
-        blocks=config.blocks(shape.head_dim, min(_WIDTH.value, shape.length)),
+        blocks=config.blocks(shape.head_dim, min(_WIDTH.value, shape.length), offset is not None),
     )
     return plan, (query, key, value, bias, slope, offset, visibility), d_out
 
@@ -134,8 +134,8 @@ def measure(shape: cases.Shape) -> None:
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
-            if kernel == "backward_bias" and plan.width == 0:
-                continue
+            if kernel == "backward_bias" and plan.blocks.backward_bias is None:
+                continue  # dK's kernel does its work.
             for block in candidates(kernel, shape.head_dim, getattr(plan.blocks, kernel)):
                 blocks = dataclasses.replace(plan.blocks, **{kernel: block})
                 job = Job(case, kernel, block)

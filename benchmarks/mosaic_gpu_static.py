@@ -5,7 +5,7 @@
 
 ptxas itself prints what each kernel needs: no line may tell of spills in a loop, nor of
 products that are serialised. With --sass the machine code follows, if nvdisasm is found in
-the folder --cuda_root/bin (Triton's package has one).
+the folder --cuda_root/bin (Triton's package has one); `benchmarks.machine_code` checks it.
 """
 
 import os
@@ -29,6 +29,7 @@ assert op  # What it imports sets MOSAIC_GPU_CUDA_ROOT, which --cuda_root replac
 
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "Sequence length.")
+_WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _GROUP = flags.DEFINE_integer("group", 1, "Query heads a key head.")
 _PACKED = flags.DEFINE_boolean("packed", False, "Several documents a row.")
 _OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax.")
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         name: shape(1, length, n, _HEAD_DIM.value, dtype=_DTYPE.value)
         for name, n in (("query", heads), ("key", 2), ("value", 2))
     }
-    args |= {"distance_bias": shape(heads, 1024), "distance_slope": shape(heads)}
+    args |= {"distance_bias": shape(heads, _WIDTH.value), "distance_slope": shape(heads)}
     if _OFFSET.value:
         args["offset"] = shape(heads)
 

@@ -30,12 +30,12 @@ _UNITS_A_PIECE = 16
 
 def distances(plan: Plan, units: int) -> int:
     """Returns how many distances, in units, have an entry inside the bias table."""
-    return min((plan.width + UNIT - 2) // UNIT + 1, units)
+    return min(config.distances(plan.width), units)
 
 
 def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     """Returns into how many runs of queries a row is cut."""
-    groups = -(-distances(plan, units) // plan.blocks.backward_bias.warpgroups)
+    groups = -(-distances(plan, units) // _block(plan).warpgroups)
     wanted = -(-_PIECES // (batch * heads * groups))
     return max(1, min(wanted, units // _UNITS_A_PIECE))
 
@@ -84,8 +84,14 @@ def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> sche
     """Returns the order of the kernel's pieces, for ranges of that shape."""
     batch, _, heads, _ = query.shape
     chunks, distances = ranges[2:4]
-    tiles = chunks * distances // plan.blocks.backward_bias.warpgroups
+    tiles = chunks * distances // _block(plan).warpgroups
     return schedule.Order.by_head(batch, heads, heads // key.shape[2], tiles)
+
+
+def _block(plan: Plan) -> config.Block:
+    block = plan.blocks.backward_bias
+    assert block is not None, "dK's kernel finds the gradient of the bias."
+    return block
 
 
 class _Kernel(launch.Kernel):
@@ -94,7 +100,7 @@ class _Kernel(launch.Kernel):
     name = "lazy_backward_bias"
 
     def __init__(self, plan: Plan, query, key, table_shape, rows_shape, ranges_shape):
-        block = plan.blocks.backward_bias
+        block = _block(plan)
         self.batch, _, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, lanes, launch, memory, rings, schedule
+from pallas_kernels.mosaic_gpu import config, diagonals, lanes, launch, memory, rings, schedule
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
 
@@ -38,7 +38,7 @@ def backward_key(
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
     numbers: Int[Array, " pieces+1"],
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Array | None]:
     """Launches the kernel.
 
     Args:
@@ -56,14 +56,24 @@ def backward_key(
       numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
-      d_key and d_value.
+      d_key and d_value; and where there is room for it and no other kernel for it, the sums of
+      dS over distances inside the bias table and as far as tiles go that have one, of each
+      unit of keys [batch, units, heads, distances, 64].
     """
     kernel = _Kernel(plan, query, key, table.shape, rows.shape)
     same = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    d_key, d_value = kernel.launch(
-        [same, same], query, d_out, key, value, table, tail, offset, rows, last, live, numbers
+    out_type = [same, same]
+    if kernel.want_bias:
+        rows_of_sums = kernel.batch * kernel.units * kernel.heads
+        shape = (rows_of_sums, UNIT * kernel.distances)
+        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    d_key, d_value, *sums = kernel.launch(
+        out_type, query, d_out, key, value, table, tail, offset, rows, last, live, numbers
     )
-    return d_key, d_value
+    if not sums:
+        return d_key, d_value, None
+    axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
+    return d_key, d_value, sums[0].reshape(axes)
 
 
 def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
@@ -89,7 +99,10 @@ class _Kernel(launch.Kernel):
         self.table_shape = table_shape[1:]
         self.order = order(plan, query, key)
         super().__init__(plan, block, self.order.pieces)
-        tiles = config.key_tiles(self.block, self.head_dim)
+        self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None
+        self.distances = min(config.distances(plan.width), self.units)
+        width = plan.width if self.want_bias else 0
+        tiles = config.key_tiles(self.block, self.head_dim, width)
         self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
@@ -112,16 +125,19 @@ class _Kernel(launch.Kernel):
         if block.in_registers:
             # Else the keys' and values' own places, which they need to the end.
             scratch |= {"d_key_smem": keys, "d_value_smem": keys}
+        if self.want_bias:
+            scratch |= diagonals.scratch(block.warpgroups, self.distances)
         if self.interpret:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
-        return [
+        names = [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
             "numbers", "d_key", "d_value",
         ]  # fmt: skip
+        return [*names, "sums"] if self.want_bias else names
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each ring has."""
@@ -242,13 +258,17 @@ class _Piece:
         self.key0 = unit * UNIT
         self.keys.wait(self.n)
         self.key, self.value = (
-            rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
+            rings.operand(ref[name], self.warpgroup, self.block.in_registers, self.interpret)
             for name in ("key_smem", "value_smem")
         )
         release_early = self.block.in_registers and not self.interpret
         if release_early:
             self.keys.release(self.n)
-        begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+        begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+        self.sums = None
+        if kernel.want_bias:
+            self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
+            pl.when(self.n == 0)(self.sums.begin)
 
         def one_head(d_key_acc, d_value_acc, member, done):
             steps_done, live_done = done
@@ -261,6 +281,8 @@ class _Piece:
                 self.offset = ref["offset"][head]
             self.table = ref["table_smem"].at[self.tables.wait(member)]
             both = ((self.queries, steps_done), (self.d_outs, live_done))
+            if self.sums is not None:
+                self.sums.begin_head()
             rings.skip(0, begin, *both)
 
             def loop(step, start, stop, late):
@@ -273,6 +295,15 @@ class _Piece:
                 loop(self.dead_step, live, end, ())
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
+            if self.sums is not None:
+                self.collect(end)
+
+                @pl.when(exists)
+                def _():
+                    row = (b * kernel.units + unit) * kernel.heads + head
+                    tiles = lax.min(lax.max(end - begin, 0), jnp.int32(kernel.distances))
+                    self.sums.write(ref["sums"], row, tiles)
+
             return steps_done + steps, live_done + live
 
         def run(d_key_acc, d_value_acc):
@@ -300,6 +331,24 @@ class _Piece:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.keys.release(self.n)
         return after
+
+    def leave(self, n: Any, d_scores: Array) -> None:
+        """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
+        if self.sums is not None:
+            distance = n - self.begin
+
+            @pl.when(distance < self.kernel.distances)
+            def _():
+                self.sums.leave(d_scores, distance)
+
+    def collect(self, n: Any) -> None:
+        """Adds what the tile before tile n left, while products are under way."""
+        if self.sums is not None:
+            distance = n - self.begin - 1
+
+            @pl.when((distance >= 0) & (distance < self.kernel.distances))
+            def _():
+                self.sums.collect(distance)
 
     def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along the keys."""
@@ -361,8 +410,9 @@ class _Piece:
         loaded = self.loads(n, slot)
 
         def weigh(acc):
-            plgpu.wgmma(acc, self.key, ref["query_smem"].at[slot].T)
+            plgpu.wgmma(acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
+            self.collect(n)
             p = weights = self.softmax(acc[...], n, slot, loaded)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
@@ -379,14 +429,18 @@ class _Piece:
             return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
         def add(p, weights, acc):
-            plgpu.wgmma(acc, self.value, ref["d_out_smem"].at[d_slot].T)
+            begun = None
+            if not plan.has_offset:
+                begun = rings.begin_with(acc, self.less(slot), self.interpret)
+            plgpu.wgmma(acc, self.value(), ref["d_out_smem"].at[d_slot].T)
             rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
-            d_weights = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            d_weights = rings.finish(acc, begun, 1)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
                 d_weights = lanes.where_positive(weights, d_weights, interpret=self.interpret)
-            return p * (d_weights + self.less(slot))
+                d_weights = d_weights + self.less(slot)
+            return p * d_weights
 
         # One accumulator after the other, since there is no room in registers for both.
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
@@ -394,6 +448,7 @@ class _Piece:
         d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores)
         plgpu.wgmma_wait(1)
         self.d_outs.release_slot(d_slot)
         # Left in flight, it made ptxas put dS where the values are, and lose them.
@@ -410,14 +465,16 @@ class _Piece:
         loaded, less = self.loads(n, slot), self.less(slot)
 
         def product(s_acc):
-            plgpu.wgmma(s_acc, self.key, ref["query_smem"].at[slot].T)
+            plgpu.wgmma(s_acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
+            self.collect(n)
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
         d_scores = self.softmax(x, n, slot, loaded) * less
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores)
         plgpu.wgmma_wait(0)
         self.queries.release_slot(slot)
         return carry

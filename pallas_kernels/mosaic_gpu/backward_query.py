@@ -267,7 +267,7 @@ class _Piece:
         self.queries.wait(self.n)
         self.row = row_facts.find(self, unit, exists)
         self.query, self.d_out = (
-            rings.operand(ref[name].at[self.warpgroup], self.block.in_registers, self.interpret)
+            rings.operand(ref[name], self.warpgroup, self.block.in_registers, self.interpret)
             for name in ("query_smem", "d_out_smem")
         )
         release_early = self.block.in_registers and not self.interpret
@@ -362,8 +362,8 @@ class _Piece:
 
         def products(s_acc, d_acc):
             d_begun = rings.begin_with(d_acc, less, self.interpret)
-            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[key_slot].T)
-            plgpu.wgmma(d_acc, self.d_out, self.ref["value_smem"].at[value_slot].T)
+            plgpu.wgmma(s_acc, self.query(), self.ref["key_smem"].at[key_slot].T)
+            plgpu.wgmma(d_acc, self.d_out(), self.ref["value_smem"].at[value_slot].T)
             x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             self.release_before(n, key_slot)
             wait()
@@ -382,7 +382,7 @@ class _Piece:
         (slot,) = slots
 
         def product(s_acc):
-            plgpu.wgmma(s_acc, self.query, self.ref["key_smem"].at[slot].T)
+            plgpu.wgmma(s_acc, self.query(), self.ref["key_smem"].at[slot].T)
             wait()
             return s_acc[...]
 

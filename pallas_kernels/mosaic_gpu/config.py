@@ -60,14 +60,14 @@ class Blocks:
       forward: forward pass with residuals.
       backward_query: dQ.
       backward_key: dK and dV.
-      backward_bias: gradient of the bias table.
+      backward_bias: gradient of the bias table; None: dK's kernel finds it on its way.
     """
 
     inference: ForwardBlock = ForwardBlock()
     forward: ForwardBlock = ForwardBlock()
     backward_query: Block = Block(stages=3)
     backward_key: Block = Block(stages=3)
-    backward_bias: Block = Block(stages=4)
+    backward_bias: Block | None = Block(stages=4)
 
 
 # By head size.
@@ -79,8 +79,8 @@ _BLOCKS = {
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     96: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=3),
-        forward=ForwardBlock(keys=64, stages=3),
+        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
+        forward=ForwardBlock(keys=64, stages=3, ahead=True),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
@@ -92,15 +92,25 @@ _BLOCKS = {
         backward_bias=Block(warpgroups=3),
     ),
 }
-# For bias tables that leave no room for more.
-_SMALL_BIAS = Block()
+# By head size, dK's kernel when it has room for the gradient of the bias table.
+_KEY_WITH_BIAS = {
+    64: Block(stages=3),
+    96: Block(stages=3, in_registers=False),
+    128: Block(in_registers=False),
+}
 
 # Where dS's diagonals are added up: rows of a tile at a time, a quarter of them, and words from
 # one row to the next.
 DIAGONALS_ROWS, DIAGONALS_PITCH = 16, 65
 
+# Where dK's kernel adds dS up over distances, see `diagonals.py`: words of a warp where rows lie
+# askew, and words more than its sums.
+SKEW_WORDS, NEAR_PADDING = 720, 64
+
 # Bytes of what is known of 64 queries.
 _ROW_FACTS = 4 * 64 * 4
+# Entries around a bias table.
+_AROUND_TABLE = 640
 # Bytes of shared memory a block may have, less what barriers and alignment take.
 _SHARED_MEMORY = 227 * 1024 - 4096
 
@@ -110,17 +120,30 @@ def padded_head_dim(head_dim: int) -> int:
     return next(d for d in _BLOCKS if d >= head_dim)
 
 
-def blocks(head_dim: int, width: int) -> Blocks:
+def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
     """Returns the blocks for a padded head size and a bias table.
 
     Args:
       head_dim: padded head size.
       width: of the table; 0: no bias.
+      has_offset: Elastic-Softmax rather than softmax.
     """
     found = _BLOCKS[head_dim]
-    if width <= _widest_table(found, head_dim):
-        return found
-    return dataclasses.replace(found, backward_bias=_SMALL_BIAS)
+    with_bias = _KEY_WITH_BIAS[head_dim]
+    tiles = key_tiles(with_bias, head_dim, width)
+    if width > 0 and tiles + _table_bytes(width) <= _SHARED_MEMORY:
+        found = dataclasses.replace(found, backward_key=with_bias, backward_bias=None)
+    if width > _widest_table(found, head_dim):
+        found = _small(found)
+    if not has_offset:
+        # Without what an offset needs in between, ptxas 13.0 puts dS where the block's own
+        # operand is and never brings that back: `benchmarks.mosaic_gpu_static` finds it out.
+        in_smem = {
+            name: dataclasses.replace(getattr(found, name), in_registers=False)
+            for name in ("backward_query", "backward_key")
+        }
+        found = dataclasses.replace(found, **in_smem)
+    return found
 
 
 def tables(tiles: int, table_rows: int) -> int:
@@ -155,11 +178,25 @@ def query_tiles(block: Block, head_dim: int, has_offset: bool = True) -> tuple[i
     return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim, facts
 
 
-def key_tiles(block: Block, head_dim: int) -> int:
-    """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take."""
+def key_tiles(block: Block, head_dim: int, width: int = 0) -> int:
+    """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take.
+
+    Args:
+      block: of the kernel.
+      head_dim: padded head size.
+      width: of the bias table, if the kernel also finds its gradient.
+    """
     own = 2 + 2 * block.in_registers
     tiles = (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+    if width:
+        warp = SKEW_WORDS + NEAR_PADDING + 64 * distances(width)
+        tiles += 4 * block.warpgroups * 4 * warp
     return tiles + block.stages * _ROW_FACTS
+
+
+def distances(width: int) -> int:
+    """Returns how many distances of tiles have an entry inside a bias table."""
+    return (width + 62) // 64 + 1
 
 
 def bias_tiles(block: Block, head_dim: int) -> int:
@@ -175,18 +212,32 @@ def widest_table(head_dim: int) -> int:
     Args:
       head_dim: padded head size.
     """
-    small = dataclasses.replace(_BLOCKS[head_dim], backward_bias=_SMALL_BIAS)
-    return max(_widest_table(found, head_dim) for found in (_BLOCKS[head_dim], small))
+    found = _BLOCKS[head_dim]
+    return max(_widest_table(x, head_dim) for x in (found, _small(found)))
+
+
+def _small(found: Blocks) -> Blocks:
+    """Returns blocks that leave more room for the bias table."""
+    fewer = {
+        name: dataclasses.replace(getattr(found, name), stages=3)
+        for name in ("inference", "forward")
+    }
+    return dataclasses.replace(found, backward_bias=Block(), **fewer)
 
 
 def _widest_table(found: Blocks, head_dim: int) -> int:
-    used = max(
+    used = [
         forward_tiles(found.inference, head_dim, 1),
         # Out, mean and rounding.
         forward_tiles(found.forward, head_dim, 3),
         query_tiles(found.backward_query, head_dim)[0],
         key_tiles(found.backward_key, head_dim),
-        bias_tiles(found.backward_bias, head_dim),
-    )
+    ]
+    if found.backward_bias is not None:
+        used.append(bias_tiles(found.backward_bias, head_dim))
+    return ((_SHARED_MEMORY - max(used)) // 8 - _AROUND_TABLE) // 128 * 128
+
+
+def _table_bytes(width: int) -> int:
     # A table is held twice, with some entries around it: see `plan.Plan.table`.
-    return ((_SHARED_MEMORY - used) // 8 - 640) // 128 * 128
+    return 8 * (-(-width // 128) * 128 + _AROUND_TABLE)

@@ -80,7 +80,7 @@ class Queries:
             self.document_last = ref["document"][b, last]
         block.queries.wait(block.n)
         self.query = rings.operand(
-            ref["query_smem"].at[self.warpgroup], self.block.in_registers, self.interpret
+            ref["query_smem"], self.warpgroup, self.block.in_registers, self.interpret
         )
         self.release_early = self.block.in_registers and not self.interpret
         if self.release_early:
@@ -131,7 +131,7 @@ class Queries:
             result, in_flight = carry, 0
             for acc, unit in zip(accs, units, strict=True):
                 keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-                plgpu.wgmma(acc, self.query, keys.T)
+                plgpu.wgmma(acc, self.query(), keys.T)
             wait()
             for n, unit in enumerate(units):
                 left = len(units) - 1 - n

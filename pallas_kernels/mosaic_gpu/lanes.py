@@ -226,7 +226,6 @@ def where_positive(
         of_weights, of_x = mlir.registers(weights), mlir.registers(x)
         f32 = ir.F32Type.get()
         both = ir.Type.parse("!llvm.struct<(f32, f32)>")
-        pair = ir.VectorType.get((2,), f32)
 
         def build(half, block):
             word = mgpu.utils.bitcast(of_weights[half, block], mlir.i32())
@@ -234,11 +233,7 @@ def where_positive(
             chosen = llvm.inline_asm(
                 both, [word, mlir.constant(0), *entries], instructions, "=f,=f,r,r,f,f"
             )
-            result = llvm.mlir_undef(pair)
-            for i in range(2):
-                entry = llvm.extractvalue(f32, chosen, [i])
-                result = llvm.insertelement(result, entry, mlir.constant(i))
-            return result
+            return mlir.vector_of([llvm.extractvalue(f32, chosen, [i]) for i in range(2)])
 
         return mlir.tile(build, x.shape[1])
 

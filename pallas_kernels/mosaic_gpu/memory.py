@@ -278,3 +278,24 @@ def named_barrier(operation: str, number, threads: int) -> None:
         )
 
     bar_op(jnp.asarray(number, jnp.int32))
+
+
+def afresh(index: Int[Array, ""], *, interpret: bool) -> Int[Array, ""]:
+    """Returns an index that the compiler takes for another one each time.
+
+    What follows from it is then computed in a loop, rather than before it and kept in registers
+    that the loop has not: an operand in SMEM has a descriptor of 64 bits for each 16 columns.
+    """
+    if interpret:
+        return index
+
+    @plgpu.inline_mgpu(
+        arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR)
+    )
+    def move(_, index):
+        moved = llvm.inline_asm(
+            mlir.i32(), [mlir.scalar(index)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+
+    return move(jnp.asarray(index, jnp.int32))

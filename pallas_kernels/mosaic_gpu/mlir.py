@@ -1,5 +1,7 @@
 """The MLIR of `lanes.py` and `memory.py`: where numbers lie in a warpgroup's registers."""
 
+from collections.abc import Sequence
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -44,10 +46,10 @@ def element(x: ir.Value, index: int) -> ir.Value:
     return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
 
 
-def pair(low: ir.Value, high: ir.Value) -> ir.Value:
-    """Returns two numbers as one register."""
-    x = llvm.mlir_undef(ir.VectorType.get((2,), low.type))
-    for index, value in enumerate((low, high)):
+def vector_of(numbers: Sequence[ir.Value]) -> ir.Value:
+    """Returns a few numbers as one vector, like a register that holds a pair."""
+    x = llvm.mlir_undef(ir.VectorType.get((len(numbers),), numbers[0].type))
+    for index, value in enumerate(numbers):
         x = vector.insert(
             value, x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
         )

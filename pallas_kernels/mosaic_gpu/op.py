@@ -1,4 +1,4 @@
-"""Lazy Attention on Hopper GPUs, differentiable: four kernels and what joins them."""
+"""Lazy Attention on Hopper GPUs, differentiable: its kernels and what joins them."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def attention(
         width=width,
         has_slope=distance_slope is not None,
         has_offset=offset is not None,
-        blocks=config.blocks(padded_dim, width),
+        blocks=config.blocks(padded_dim, width, offset is not None),
         interpret=interpret,
         by_triton=interpret is None and by_triton.available(),
     )
@@ -221,8 +221,9 @@ def _backward_of_rows(
     ranges = call.key_ranges(first, live, work)
     residuals = Residuals(out, rounding, mean, log_total)
     d_query, rows, of_mean, far = call.backward_query(residuals, first, live, ranges, d_out)
-    d_key, d_value = call.backward_key(rows, ranges, d_out)
-    sums = None if plan.width == 0 else call.backward_bias(rows, ranges, d_out)
+    d_key, d_value, sums = call.backward_key(rows, ranges, d_out)
+    if plan.width and sums is None:
+        sums = call.backward_bias(rows, ranges, d_out)
     of_parameters = call.gradients(groups, of_mean, sums, far)
     return {"query": d_query, "key": d_key, "value": d_value} | of_parameters._asdict()
 
@@ -274,17 +275,18 @@ class Kernels:
     def key_ranges(self, first: Array, live: Array, work: Array) -> KeyRanges:
         """Returns the ranges of the backward pass, and the order of its kernels' pieces."""
         block = self.plan.blocks.backward_bias
-        # Distances that only fill up the warpgroups have nothing to do.
-        filled = self.distances + -self.distances % block.warpgroups
         batch = first.shape[0]
         orders = [f(self.plan, self.query, self.key) for f in (query_order, key_order)]
-        parts = 0
-        if self.distances:
+        distances = filled = parts = 0
+        if self.distances and block is not None:
+            distances = self.distances
+            # Those that only fill up the warpgroups have nothing to do.
+            filled = distances + -distances % block.warpgroups
             parts = bias_kernel.chunks(self.plan, batch, self.heads, self.units)
             shape = (batch, self.heads, parts, filled, 3)
             orders.append(bias_kernel.order(self.plan, self.query, self.key, shape))
         return self.planning.key_ranges(
-            first, live, work, self.group, orders, self.distances, filled, parts
+            first, live, work, self.group, orders, distances, filled, parts
         )
 
     def forward(self, visits: Visits, *, training: bool) -> dict[str, Array | None]:
@@ -313,7 +315,7 @@ class Kernels:
         )  # fmt: skip
 
     def backward_key(self, rows: Array, ranges: KeyRanges, d_out: Array) -> Any:
-        """Launches the kernel for dK and dV."""
+        """Launches the kernel for dK and dV; returns what `backward_key.backward_key` does."""
         return backward_key(
             self.plan, self.query, d_out, self.key, self.value, self.rising, self.tail, self.tau,
             rows, ranges.last, ranges.last_live, ranges.numbers[1],

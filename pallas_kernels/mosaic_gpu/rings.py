@@ -267,11 +267,21 @@ def fetching(plan: Plan) -> Any:
     return run
 
 
-def operand(tile: Any, in_registers: bool, interpret: bool) -> Any:
-    """Returns a tile as the first operand of matrix products: in SMEM, or in registers."""
+def operand(tiles: Any, warpgroup: Any, in_registers: bool, interpret: bool) -> Any:
+    """Returns a function that gives a warpgroup's tile as first operand of matrix products.
+
+    Called at each step; the tile is in registers, or in SMEM.
+
+    Args:
+      tiles: in SMEM, one a warpgroup.
+      warpgroup: index of this one.
+      in_registers: whether to keep it there.
+      interpret: for interpret mode, where it stays in SMEM.
+    """
     if in_registers and not interpret:
-        return plgpu.load(tile, layout=lanes.TILE, optimized=False)
-    return tile
+        tile = plgpu.load(tiles.at[warpgroup], layout=lanes.TILE, optimized=False)
+        return lambda: tile
+    return lambda: tiles.at[memory.afresh(warpgroup, interpret=interpret)]
 
 
 def begin_with(acc: Any, x: Any, interpret: bool) -> Any:

@@ -23,13 +23,15 @@ LONG = [
     oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
     oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
     oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
-    # A table beside which a smaller block must do for the bias's gradient.
+    # A table that leaves dK's kernel no room for the bias's gradient.
     oracle.Case("long_table", (1, 1700, 2, 1, 128), 1600, "alibi", True),
     oracle.Case("long_96", (1, 1500, 4, 2, 96), 512, "alibi", True, documents=(900, 77)),
     oracle.Case(
         "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
     ),
     oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+    oracle.Case("packed_softmax", (1, 1500, 4, 2, 64), 512, tau=None, documents=(900, 77)),
+    oracle.Case("wide_softmax", (1, 1500, 2, 2, 128), 512, "alibi", True, None),
     # Scores too large for sums without a running maximum.
     oracle.Case("long_sharp", (1, 600, 2, 2, 64), 256, "alibi", score_scale=4.0),
 ]

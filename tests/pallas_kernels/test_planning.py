@@ -139,16 +139,19 @@ def test_order_of_pieces():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize(
     "length, width, has_slope", [(300, 100, True), (300, 100, False), (190, 1100, True)]
 )
-def test_gradients(length, width, has_slope, groups):
+def test_gradients(length, width, has_slope, straight, groups):
     rng = np.random.default_rng(groups)
-    units, heads, parts = -(-length // 64), 2, 2
+    units, heads = -(-length // 64), 2
     distances = min((min(width, length) + 62) // 64 + 1, units)
+    # Of dK's kernel a part for each unit of keys, but more than are added at once.
+    sums = (37, heads, distances, 64) if straight else (2, heads, distances + 1, 128)
     shapes = {
         "of_mean": (2, heads, units, 64),
-        "sums": (2, parts, heads, distances + 1, 128),
+        "sums": (2, *sums),
         "far": (2, heads, units, 2, 64),
     }
     arrays = {name: jnp.asarray(rng.normal(size=x), jnp.float32) for name, x in shapes.items()}

@@ -185,7 +185,7 @@ def gradients(
     width: int | None,
     has_slope: bool,
     of_mean: Float[Array, "batch heads units 64"] | None,
-    sums: Float[Array, "batch parts heads filled 128"] | None,
+    sums: Float[Array, "batch parts heads filled columns"] | None,
     far: Float[Array, "batch heads units 2 64"] | None,
     *,
     length: int,
@@ -199,7 +199,6 @@ def gradients(
         length=length,
         heads=heads,
         units=-(-length // UNIT),
-        block=_DISTANCES,
         width=width,
         has_slope=has_slope,
         has_offset=of_mean is not None,
@@ -207,9 +206,14 @@ def gradients(
         has_far=far is not None,
         distances=distances,
     )
+    block = _DISTANCES
     if sums is not None:
-        static |= dict(filled=sums.shape[3], parts=sums.shape[1])
-    grid = (heads, groups, 1 + -(-width // _DISTANCES))
+        straight = sums.shape[4] == UNIT
+        static |= dict(filled=sums.shape[3], parts=sums.shape[1], straight=straight)
+        # Of these there are more parts.
+        block = UNIT if straight else block
+    static |= dict(block=block)
+    grid = (heads, groups, 1 + -(-width // block))
     operands = [given if x is None else x for x in (of_mean, sums, far)]
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
     d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)

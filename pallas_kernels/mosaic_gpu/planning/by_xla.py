@@ -199,7 +199,7 @@ def gradients(
     width: int | None,
     has_slope: bool,
     of_mean: Float[Array, "batch heads units 64"] | None,
-    sums: Float[Array, "batch parts heads filled 128"] | None,
+    sums: Float[Array, "batch parts heads filled columns"] | None,
     far: Float[Array, "batch heads units 2 64"] | None,
     *,
     length: int,
@@ -212,7 +212,8 @@ def gradients(
       width: of the table as given; None: no bias.
       has_slope: whether it goes on past its end.
       of_mean: what each query adds to the gradient of tau; None without an offset.
-      sums: of dS over the diagonals of tiles; None without a bias.
+      sums: of dS over the diagonals of tiles, of 128 columns; or of 64, over distances from 0
+        on; None without a bias.
       far: for each query the sum of dS past the table, and of dS times the distance past its
         end; None without a slope or where no tile is there.
       length: of the sequence.
@@ -227,7 +228,11 @@ def gradients(
         d_offset = by_group(of_mean).sum(axis=(1, 3, 4))
     if sums is not None:
         assert width is not None
-        near = bias_lib.join_diagonals(by_group(sums).sum(axis=(1, 2))[:, :, :distances, :-1])
+        near = by_group(sums).sum(axis=(1, 2))
+        if sums.shape[-1] == UNIT:
+            near = near.reshape(*near.shape[:2], -1)
+        else:
+            near = bias_lib.join_diagonals(near[:, :, :distances, :-1])
         heads, reached = near.shape[1], min(near.shape[2], length)
         parameters = [jnp.zeros((heads, width)), jnp.zeros(heads) if has_slope else None]
 

@@ -6,11 +6,28 @@ import triton.language as tl
 from pallas_kernels.mosaic_gpu.planning.static import ROWS
 
 _ROWS = tl.constexpr(ROWS)
+# Parts that are added at once.
+_PARTS = tl.constexpr(32)
 
 
 @triton.jit
-def _near(sums_ptr, head, batch0, x, static: tl.constexpr):
-    """Returns the sums of dS over distances x, from the diagonals of tiles and their parts."""
+def _straight(sums_ptr, head, batch0, x, static: tl.constexpr):
+    """Returns the sums of dS over distances x, from parts that have them as such."""
+    size = static.filled * static.unit
+    parts = static.rows * static.parts
+    total = tl.zeros((_PARTS, x.shape[0]), tl.float32)
+    for first in tl.range(0, parts, _PARTS):
+        part = first + tl.arange(0, _PARTS)
+        row = (batch0 * static.parts + part).to(tl.int64) * static.heads + head
+        place = sums_ptr + row[:, None] * size + x[None, :]
+        exists = (part < parts)[:, None] & ((x < static.length) & (x < size))[None, :]
+        total += tl.load(place, mask=exists, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _askew(sums_ptr, head, batch0, x, static: tl.constexpr):
+    """Returns the sums of dS over distances x, from the diagonals of tiles."""
     tile = x // static.unit
     beyond = x % static.unit
     at = tile * (2 * static.unit) + static.unit - 1 + beyond
@@ -24,6 +41,16 @@ def _near(sums_ptr, head, batch0, x, static: tl.constexpr):
         total += tl.load(place, mask=exists, other=0.0)
         total += tl.load(place + static.unit, mask=in_next, other=0.0)
     return total
+
+
+@triton.jit
+def _near(sums_ptr, head, batch0, x, static: tl.constexpr):
+    """Returns the sums of dS over distances x, from what all parts have."""
+    if static.straight:
+        found = _straight(sums_ptr, head, batch0, x, static)
+    else:
+        found = _askew(sums_ptr, head, batch0, x, static)
+    return found
 
 
 @triton.jit

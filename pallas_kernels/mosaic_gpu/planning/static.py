@@ -24,6 +24,7 @@ class Static:
       scale, skip_mass, exponent_limit: factor of scores; mass that a row may lose; scores
         within it are small.
       distances, filled, parts: as in `by_xla.key_ranges`.
+      straight: parts have sums over distances rather than over the diagonals of tiles.
       rows: of the batch in a group.
       has_far: some tiles lie past the table.
       kv_pairs, work_parts: (batch, key head) that are ranked, and numbers of work of each.
@@ -51,6 +52,7 @@ class Static:
     distances: int = 0
     filled: int = 0
     parts: int = 0
+    straight: bool = False
     rows: int = 0
     has_far: bool = False
     kv_pairs: int = 0

@@ -1,0 +1,239 @@
+"""The gradient of the bias table on the way: dS of a head, added up over each distance.
+
+A tile of dS is [keys, queries], like all of dK's kernel; on its diagonal c - r lies the distance
+from query to key, less that of the tile. A warp has 16 rows of it. It adds up what its
+registers hold of each diagonal, 18 numbers a lane, and leaves them in SMEM, a row of them for
+each g, one row shifted against the other so that diagonals become columns. One step later,
+while products are under way, it adds up the columns. So a warp has sums of its own; at the end
+those of all four are added, sixteen distances apart. Nothing depends on who comes first, so
+every run gives the same bits.
+"""
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float
+
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.mosaic_gpu import mlir
+from pallas_kernels.mosaic_gpu.config import NEAR_PADDING, SKEW_WORDS
+from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE
+from pallas_kernels.mosaic_gpu.plan import UNIT
+
+# Words from one of a warp's 8 rows in SMEM to the next.
+_PITCH = 84
+# Rows of a tile that a warp has.
+_WARP_ROWS = 16
+
+
+def scratch(warpgroups: int, distances: int) -> dict[str, Any]:
+    """Returns the types of SMEM buffers.
+
+    Args:
+      warpgroups: that compute.
+      distances: of tiles, that have an entry inside the bias table.
+    """
+    near = UNIT * distances + NEAR_PADDING
+    return {
+        "skew_smem": plgpu.SMEM((warpgroups, 4 * SKEW_WORDS), jnp.float32),
+        "near_smem": plgpu.SMEM((warpgroups, 4 * near), jnp.float32),
+    }
+
+
+class Diagonals:
+    """The sums of one warpgroup.
+
+    Args:
+      ref: of the kernel.
+      warpgroup: index of this warpgroup.
+      distances: as for `scratch`.
+      interpret: for interpret mode, where one row of sums serves for all four warps.
+    """
+
+    def __init__(self, ref: dict[str, Any], warpgroup: Any, distances: int, interpret: bool):
+        self.skew, self.near = ref["skew_smem"], ref["near_smem"]
+        self.warpgroup = warpgroup
+        self.distances, self.interpret = distances, interpret
+        # Entries of a warp: of the nearest, those before distance 0 of its last row too.
+        self.entries = UNIT * distances + NEAR_PADDING
+
+    def begin(self) -> None:
+        """Prepares SMEM; once for all heads."""
+        if self.interpret:
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
+        def clear(_, skew, warpgroup):
+            zero = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
+            base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
+            for at in range(0, SKEW_WORDS, 32):
+                inside = arith.cmpi(
+                    arith.CmpIPredicate.ult, arith.addi(lane, mlir.constant(at)),
+                    mlir.constant(SKEW_WORDS),
+                )  # fmt: skip
+                with mgpu.utils.when(inside):
+                    llvm.store(zero, _at(base, lane, at))
+
+        clear(self.skew, self.warpgroup)
+
+    def leave(self, x: Float[Array, "64 64"], distance: Any) -> None:
+        """Leaves a tile's sums for `collect`."""
+        if self.interpret:
+            first = pl.ds(UNIT * distance, 2 * UNIT)
+            # Diagonals are counted from the top right corner: here keys are the rows.
+            sums = jnp.pad(bias_lib.sum_diagonals(x.T), (0, 1))
+            near = self.near.at[self.warpgroup]
+            near[first] = near[first] + sums
+            return
+
+        @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), SCALAR))
+        def store(_, x, skew, warpgroup):
+            registers = mlir.registers(x)
+            blocks = registers.shape[1]
+            base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
+            g, t = (op(lane, mlir.constant(4)) for op in (arith.divui, arith.remui))
+            # Diagonal e - g lies in column e - g + 16, where e is from -8 to 63.
+            start = arith.addi(
+                arith.muli(g, mlir.constant(_PITCH - 1)), arith.muli(t, mlir.constant(2))
+            )
+            _sync_warp()
+            # Entries g, c and g + 8, c + 8 lie on one diagonal and belong to one lane.
+            for block in range(-1, blocks):
+                entries = [(half, block + half) for half in range(2) if 0 <= block + half < blocks]
+                for i in range(2):
+                    total = mlir.tree(mlir.add, [mlir.element(registers[at], i) for at in entries])
+                    llvm.store(total, _at(base, start, _WARP_ROWS + 8 * block + i))
+
+        store(x, self.skew, self.warpgroup)
+
+    def collect(self, distance: Any) -> None:
+        """Adds what `leave` left, of the tile at this distance from the diagonal.
+
+        Called for distances 0, 1, ... in turn.
+        """
+        if self.interpret:
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR))
+        def add(_, skew, near, warpgroup, distance):
+            f32 = ir.F32Type.get()
+            four = ir.VectorType.get((4,), f32)
+            zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+            base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
+            sums, _ = _of_warp(near, warpgroup, self.entries)
+            column = arith.muli(lane, mlir.constant(4))
+            distance = mlir.scalar(distance)
+            first = arith.addi(arith.muli(distance, mlir.constant(UNIT)), column)
+            _sync_warp()
+            rows = [
+                llvm.load(four, _at(base, column, row * _PITCH), alignment=16) for row in range(8)
+            ]
+            # The farthest 16 diagonals of the tile before are the nearest of this one.
+            shared = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(_WARP_ROWS)),
+                arith.cmpi(arith.CmpIPredicate.sgt, distance, mlir.constant(0)),
+            )
+            before = llvm.load(four, _at(sums, first, 0), alignment=16)
+            result = []
+            for i in range(4):
+                of_before = arith.select(shared, mlir.element(before, i), zero)
+                total = mlir.tree(mlir.add, [mlir.element(row, i) for row in rows])
+                result.append(mlir.add(total, of_before))
+            # A warp has 80 diagonals. What the last lanes store is overwritten by the next
+            # tile's, or never read.
+            llvm.store(mlir.vector_of(result), _at(sums, first, 0), alignment=16)
+
+        add(self.skew, self.near, self.warpgroup, jnp.asarray(distance, jnp.int32))
+
+    def begin_head(self) -> None:
+        """Prepares for another head."""
+        if self.interpret:
+            self.near[self.warpgroup] = jnp.zeros((4 * self.entries,), jnp.float32)
+
+    def write(self, out: Any, row: Any, tiles: Any) -> None:
+        """Writes a head's sums.
+
+        Args:
+          out: float32 [rows, 64 distances] in global memory.
+          row: of `out`.
+          tiles: how many were added, at most all distances; of those further away it is 0.
+        """
+        size = UNIT * self.distances
+        if self.interpret:
+            out[row] = self.near[self.warpgroup, pl.ds(UNIT - 1, size)]
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR, SCALAR))
+        def add_warps(_, near, out, warpgroup, row, tiles):
+            f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
+            zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+            thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+            start = arith.muli(mlir.scalar(warpgroup), mlir.constant(4 * self.entries))
+            sums = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(near), [start], f32)
+            row = arith.muli(
+                arith.extsi(i64, mlir.scalar(row)),
+                arith.constant(i64, ir.IntegerAttr.get(i64, size)),
+            )
+            target = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [row], f32)
+            end = arith.muli(mlir.scalar(tiles), mlir.constant(UNIT))
+            # All warps have added what they have.
+            mgpu.utils.warpgroup_barrier()
+            for chunk in range(0, size, LANES):
+                x = arith.addi(thread, mlir.constant(chunk))
+                parts = []
+                for warp in range(4):
+                    lead = _WARP_ROWS * warp
+                    added = arith.cmpi(
+                        arith.CmpIPredicate.slt, arith.addi(x, mlir.constant(lead)), end
+                    )
+                    place = warp * self.entries + lead + _WARP_ROWS
+                    place = arith.addi(x, mlir.constant(place))
+                    place = arith.select(added, place, mlir.constant(0))
+                    parts.append(arith.select(added, llvm.load(f32, _at(sums, place, 0)), zero))
+                inside = arith.cmpi(arith.CmpIPredicate.slt, x, mlir.constant(size))
+                with mgpu.utils.when(inside):
+                    llvm.store(mlir.tree(mlir.add, parts), _at(target, thread, chunk))
+            # Nothing is added to the next head's before all is read.
+            mgpu.utils.warpgroup_barrier()
+
+        add_warps(
+            self.near, out, self.warpgroup, jnp.asarray(row, jnp.int32),
+            jnp.asarray(tiles, jnp.int32),
+        )  # fmt: skip
+
+
+def _of_warp(ref: Any, warpgroup: Any, words: int) -> tuple[ir.Value, ir.Value]:
+    """Returns where a warp's words of SMEM [warpgroups, 4 words] begin, and this lane."""
+    # The compiler can't see that it is the same at every step: what follows from it takes a few
+    # instructions, but would take registers through the loop.
+    thread = llvm.inline_asm(
+        mlir.i32(), [mgpu.utils.thread_idx()], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
+    )
+    lane = arith.remui(thread, mlir.constant(LANES))
+    warp = arith.divui(lane, mlir.constant(32))
+    first = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
+    first = arith.muli(first, mlir.constant(words))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [first], ir.F32Type.get())
+    return base, arith.remui(lane, mlir.constant(32))
+
+
+def _at(base: ir.Value, index: ir.Value, more: int) -> ir.Value:
+    """Returns a pointer to a number."""
+    f32 = ir.F32Type.get()
+    return mgpu.utils.getelementptr(mgpu.utils.getelementptr(base, [index], f32), [more], f32)
+
+
+def _sync_warp() -> None:
+    """Makes what lanes of a warp have stored known to the others."""
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "bar.warp.sync 0xffffffff;",
+        "~{memory}",
+        has_side_effects=True,
+    )

@@ -438,8 +438,14 @@ class _Piece:
             d_weights = rings.finish(acc, begun, 1)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
-                d_weights = lanes.where_positive(weights, d_weights, interpret=self.interpret)
-                d_weights = d_weights + self.less(slot)
+                if dtype == jnp.bfloat16:
+                    # What the packed weights say costs no load.
+                    alive = lanes.where_positive(weights, d_weights, interpret=self.interpret)
+                else:
+                    # In float16 small ones are 0.
+                    live = p > self.spread(self.row(slot, Rows.THRESHOLD))
+                    alive = jnp.where(live, d_weights, 0.0)
+                d_weights = alive + self.less(slot)
             return p * d_weights
 
         # One accumulator after the other, since there is no room in registers for both.

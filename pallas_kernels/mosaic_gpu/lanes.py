@@ -208,16 +208,15 @@ def is_positive(x: Float[Array, "64 columns"], *, interpret: bool) -> Float[Arra
 def where_positive(
     weights: Float[Array, "64 columns"], x: Float[Array, "64 columns"], *, interpret: bool
 ) -> Float[Array, "64 columns"]:
-    """Returns the float32 x where 16-bit weights are above 0, else 0: one comparison for two."""
+    """Returns the float32 x where bfloat16 weights are above 0, else 0: one comparison for two."""
     if interpret:
         return jnp.where(weights > 0, x, 0.0)
-    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(weights.dtype).name]
-    instructions = f"""{{
+    instructions = """{
         .reg .pred low, high;
-        setp.gt.{kind} low|high, $2, $3;
+        setp.gt.bf16x2 low|high, $2, $3;
         selp.f32 $0, $4, 0f00000000, low;
         selp.f32 $1, $5, 0f00000000, high;
-    }}"""
+    }"""
 
     @plgpu.inline_mgpu(
         arg_types=(TILE, TILE), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)

@@ -75,6 +75,7 @@ _BLOCKS = {
     64: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
         forward=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
+        backward_query=Block(warpgroups=3, stages=3, in_registers=False),
         backward_key=Block(stages=3, ahead=True),
         backward_bias=Block(warpgroups=3, stages=3),
     ),

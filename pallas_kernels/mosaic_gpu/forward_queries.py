@@ -180,14 +180,18 @@ class Queries:
 
         both = ((block.keys, self.total_steps), (block.values, 0))
         rings.skip(0, self.begin, *both)
-        if self.kernel.want_mean:
-            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-            run = functools.partial(self.add_values, log_total, end, both)
-            out, value_sum = pl.run_scoped(run, shape, shape)
+        acc = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+
+        def sweep(small: bool) -> tuple[Array, ...]:
+            add = functools.partial(self.add_values, log_total, end, both, small)
+            return pl.run_scoped(add, *([acc, acc] if self.kernel.want_mean else [acc]))
+
+        if self.kernel.one_sweep:
+            # Here only where scores are large.
+            found = sweep(False)
         else:
-            run = functools.partial(self.add_values, log_total, end, both, value_acc=None)
-            shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-            out, value_sum = pl.run_scoped(run, shape), None
+            found = lax.cond(self.small, lambda: sweep(True), lambda: sweep(False))
+        out, value_sum = (*found, None)[:2]
         rings.skip(end, live_steps, *both)
         block.tables.release(block.n)
         self.store(out, value_sum, log_total)
@@ -284,8 +288,12 @@ class Queries:
         )
         return jnp.minimum(jnp.maximum(farthest, first), diagonal)
 
-    def add_values(self, log_total, end, both, out_acc, value_acc) -> Any:
-        """Second sweep: the output, and the sum of the values of live entries."""
+    def add_values(self, log_total, end, both, small, out_acc, value_acc=None) -> tuple:
+        """Second sweep: the output, and the sum of the values of live entries.
+
+        Where no exponential can overflow, it is taken before its sum is divided by: then that
+        and the threshold take one instruction.
+        """
         block, plan = self.all, self.plan
         dtype = self.kernel.dtype
         spare = None
@@ -293,7 +301,10 @@ class Queries:
             spare = self.ref["spare_smem"].at[self.warpgroup]
 
         def use(x, rest, key0, unit, slot):
-            p = jnp.exp2(x - self.spread(log_total - rest))
+            if small:
+                p = jnp.exp2(x) * self.spread(jnp.exp2(rest - log_total))
+            else:
+                p = jnp.exp2(x - self.spread(log_total - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
                 # A weight of tau / n is no weight where nothing is seen.
@@ -329,9 +340,7 @@ class Queries:
             return carry
 
         self.steps(end, step, (), both[0], both[1:])
-        if value_acc is None:
-            return out_acc[...]
-        return out_acc[...], value_acc[...]
+        return tuple(acc[...] for acc in (out_acc, value_acc) if acc is not None)
 
     def values_of(self, slot: Any, unit: int) -> Any:
         """Returns the values of one unit of the tile in a slot."""

@@ -191,7 +191,7 @@ class Queries:
             found = sweep(False)
         else:
             found = lax.cond(self.small, lambda: sweep(True), lambda: sweep(False))
-        out, value_sum = (*found, None)[:2]
+        out, value_sum = found[0], found[1] if self.kernel.want_mean else None
         rings.skip(end, live_steps, *both)
         block.tables.release(block.n)
         self.store(out, value_sum, log_total)

@@ -3,7 +3,7 @@
     python -m benchmarks.mosaic_gpu_static --head_dim=64 --sass --cuda_root=DIR > FILE
     python -m benchmarks.machine_code FILE ...
 
-ptxas 13.0 sometimes takes a register that the next step's product reads for something else: no
+ptxas sometimes takes a register that the next step's product reads for something else: no
 warning tells, and gradients are wrong from the second step on. Here each register operand of
 each product (HGMMA) is followed back to what may have written it last. What was loaded before a
 loop must not have been written, on some way through the loop, by anything that computes. Exits

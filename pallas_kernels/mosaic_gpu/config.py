@@ -137,7 +137,7 @@ def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
     if width > _widest_table(found, head_dim):
         found = _small(found)
     if not has_offset:
-        # Without what an offset needs in between, ptxas 13.0 puts dS where the block's own
+        # Without what an offset needs in between, ptxas puts dS where the block's own
         # operand is and never brings that back: `benchmarks.mosaic_gpu_static` finds it out.
         in_smem = {
             name: dataclasses.replace(getattr(found, name), in_registers=False)

@@ -1,3 +1,9 @@
+import importlib.util
+import itertools
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import machine_code
@@ -36,3 +42,32 @@ def test_files_without_machine_code_are_refused(tmp_path, capsys):
     path.write_text("ptxas info\n")
     assert machine_code.main([str(path)]) == 1
     assert "--sass" in capsys.readouterr().out
+
+
+def _cuda_root() -> str:
+    """Returns a folder whose bin has nvdisasm: Triton's."""
+    for package in ("jax_cuda13_plugin", "triton"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; requirements/cuda.txt has it")
+    (folder,) = importlib.util.find_spec("triton").submodule_search_locations
+    root = pathlib.Path(folder, "backends", "nvidia")
+    if not (root / "bin" / "nvdisasm").exists():
+        pytest.skip("Triton has no nvdisasm here")
+    return str(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "head_dim, offset, packed", itertools.product((64, 96, 128), (True, False), (True, False))
+)
+def test_hopper_kernels_keep_their_operands(head_dim, offset, packed, tmp_path, capsys):
+    flags = [f"--head_dim={head_dim}", f"--offset={offset}", f"--packed={packed}"]
+    command = [sys.executable, "-m", "benchmarks.mosaic_gpu_static", *flags, "--sass"]
+    path = tmp_path / "code"
+    with path.open("w") as file:
+        subprocess.run(
+            [*command, f"--cuda_root={_cuda_root()}"],
+            stdout=file, stderr=subprocess.STDOUT, check=True, timeout=600,
+        )  # fmt: skip
+    assert machine_code.main([str(path)]) == 0, capsys.readouterr().out
+    assert "lazy_backward_key" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from jaxtyping import Array
 from benchmarks import cases, peers, shares, timing
 from lazyattn import lazy_attention
 from lazyattn.errors import require
+from pallas_kernels.mosaic_gpu import config
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["triton", "cudnn", "tokamax"], "What to time, see above."
@@ -157,6 +158,14 @@ def _tell(result: Result, error: Exception) -> None:
     print(result.implementation, result.case, result.which, result.error, flush=True)
 
 
+def _bias_apart(shape: cases.Shape, parameters: dict[str, Any]) -> bool:
+    """Returns whether the Hopper kernels find the table's gradient in a kernel of its own."""
+    table = parameters.get("distance_bias")
+    width = 0 if table is None else min(table.shape[1], shape.length)
+    head_dim = config.padded_head_dim(shape.head_dim)
+    return config.blocks(head_dim, width, "offset" in parameters).backward_bias is not None
+
+
 def _run_shape(shape: cases.Shape) -> list[Result]:
     learned = pathlib.Path(_LEARNED.value)
     parameters = {
@@ -223,7 +232,9 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
             found = counted[result.case]
             result.visited, result.live = float(found.visited), float(found.live)
             if result.implementation in ("mosaic_gpu", "triton"):
-                products = found.products(result.which, "offset" in parameters[result.case])
+                given = parameters[result.case]
+                apart = result.implementation != "mosaic_gpu" or _bias_apart(shape, given)
+                products = found.products(result.which, "offset" in given, apart)
                 result.work = products * shape.product / result.milliseconds / 1e9
         if result.implementation == "triton":
             result.in_full = in_full.get(result.case)

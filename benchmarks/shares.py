@@ -27,7 +27,7 @@ class Shares(NamedTuple):
     visited_near: Float[Array, ""]
     live_near: Float[Array, ""]
 
-    def products(self, which: str, offset: bool) -> float:
+    def products(self, which: str, offset: bool, bias_apart: bool = True) -> float:
         """Returns how many causal products of queries and keys our GPU kernels compute.
 
         Softmax attention computes 2 forward, and 7 forward and backward.
@@ -35,8 +35,11 @@ class Shares(NamedTuple):
         Args:
           which: "forward", or "training" for forward and backward.
           offset: whether it is Elastic-Softmax.
+          bias_apart: whether the table's gradient has a kernel of its own.
         """
         visited, live, visited_near, live_near = map(float, self)
+        if not bias_apart:
+            visited_near = live_near = 0.0
         if not offset:
             # S, P V; dQ: S, dP, dQ; dK and dV: S, dP, dV, dK; the table's gradient: S, dP.
             return 2 * visited + (7 * visited + 2 * visited_near if which == "training" else 0)

@@ -44,3 +44,6 @@ def test_products_where_all_is_live():
     assert every.products("training", offset=False) == 2 + 3 + 4 + 1
     dead = shares.Shares(*map(jnp.float32, (1, 0, 0.5, 0)))
     assert dead.products("training", offset=True) == 1 + 2 + 2 + 0.5
+    # dK's kernel has S and dP at hand.
+    assert every.products("training", offset=True, bias_apart=False) == 4 + 3 + 4
+    assert every.products("training", offset=False, bias_apart=False) == 2 + 3 + 4

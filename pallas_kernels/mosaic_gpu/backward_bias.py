@@ -28,14 +28,9 @@ _PIECES = 2048
 _UNITS_A_PIECE = 16
 
 
-def distances(plan: Plan, units: int) -> int:
-    """Returns how many distances, in units, have an entry inside the bias table."""
-    return min(config.distances(plan.width), units)
-
-
 def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     """Returns into how many runs of queries a row is cut."""
-    groups = -(-distances(plan, units) // _block(plan).warpgroups)
+    groups = -(-plan.distances(units) // _block(plan).warpgroups)
     wanted = -(-_PIECES // (batch * heads * groups))
     return max(1, min(wanted, units // _UNITS_A_PIECE))
 

@@ -101,7 +101,7 @@ class _Kernel(launch.Kernel):
         self.order = order(plan, query, key)
         super().__init__(plan, block, self.order.pieces)
         self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None
-        self.distances = min(config.distances(plan.width), self.units)
+        self.distances = plan.distances(self.units)
         width = plan.width if self.want_bias else 0
         tiles = config.key_tiles(self.block, self.head_dim, width)
         self.tables = config.tables(tiles, table_shape[1])

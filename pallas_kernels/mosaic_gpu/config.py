@@ -104,9 +104,10 @@ _KEY_WITH_BIAS = {
 # one row to the next.
 DIAGONALS_ROWS, DIAGONALS_PITCH = 16, 65
 
-# Where dK's kernel adds dS up over distances, see `diagonals.py`: words of a warp where rows lie
-# askew, and words more than its sums.
-SKEW_WORDS, NEAR_PADDING = 720, 64
+# Where dK's kernel adds dS up over distances, see `diagonals.py`: words from one of a warp's 8
+# rows to the next, which lie askew, and of all of them; the last lanes read 128 of the last row.
+SKEW_PITCH = 84
+SKEW_WORDS = 7 * SKEW_PITCH + 132
 
 # Bytes of what is known of 64 queries.
 _ROW_FACTS = 4 * 64 * 4
@@ -138,7 +139,7 @@ def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
         found = _small(found)
     if not has_offset:
         # Without what an offset needs in between, ptxas puts dS where the block's own
-        # operand is and never brings that back: `benchmarks.mosaic_gpu_static` finds it out.
+        # operand is and never brings that back: `benchmarks.machine_code` finds it out.
         in_smem = {
             name: dataclasses.replace(getattr(found, name), in_registers=False)
             for name in ("backward_query", "backward_key")
@@ -190,7 +191,7 @@ def key_tiles(block: Block, head_dim: int, width: int = 0) -> int:
     own = 2 + 2 * block.in_registers
     tiles = (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
     if width:
-        warp = SKEW_WORDS + NEAR_PADDING + 64 * distances(width)
+        warp = SKEW_WORDS + near_words(distances(width))
         tiles += 4 * block.warpgroups * 4 * warp
     return tiles + block.stages * _ROW_FACTS
 
@@ -198,6 +199,14 @@ def key_tiles(block: Block, head_dim: int, width: int = 0) -> int:
 def distances(width: int) -> int:
     """Returns how many distances of tiles have an entry inside a bias table."""
     return (width + 62) // 64 + 1
+
+
+def near_words(distances: int) -> int:
+    """Returns the words of SMEM that a warp's sums take, for so many distances of tiles.
+
+    They begin 16 before distance 0 of its last row, and the last lanes write 48 too many.
+    """
+    return 64 * distances + 64
 
 
 def bias_tiles(block: Block, head_dim: int) -> int:
@@ -223,6 +232,7 @@ def _small(found: Blocks) -> Blocks:
         name: dataclasses.replace(getattr(found, name), stages=3)
         for name in ("inference", "forward")
     }
+    fewer["backward_query"] = dataclasses.replace(found.backward_query, warpgroups=2)
     return dataclasses.replace(found, backward_bias=Block(), **fewer)
 
 

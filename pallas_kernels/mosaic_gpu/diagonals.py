@@ -21,12 +21,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
-from pallas_kernels.mosaic_gpu.config import NEAR_PADDING, SKEW_WORDS
+from pallas_kernels.mosaic_gpu.config import SKEW_PITCH, SKEW_WORDS, near_words
 from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE
 from pallas_kernels.mosaic_gpu.plan import UNIT
 
-# Words from one of a warp's 8 rows in SMEM to the next.
-_PITCH = 84
 # Rows of a tile that a warp has.
 _WARP_ROWS = 16
 
@@ -38,10 +36,9 @@ def scratch(warpgroups: int, distances: int) -> dict[str, Any]:
       warpgroups: that compute.
       distances: of tiles, that have an entry inside the bias table.
     """
-    near = UNIT * distances + NEAR_PADDING
     return {
         "skew_smem": plgpu.SMEM((warpgroups, 4 * SKEW_WORDS), jnp.float32),
-        "near_smem": plgpu.SMEM((warpgroups, 4 * near), jnp.float32),
+        "near_smem": plgpu.SMEM((warpgroups, 4 * near_words(distances)), jnp.float32),
     }
 
 
@@ -59,8 +56,8 @@ class Diagonals:
         self.skew, self.near = ref["skew_smem"], ref["near_smem"]
         self.warpgroup = warpgroup
         self.distances, self.interpret = distances, interpret
-        # Entries of a warp: of the nearest, those before distance 0 of its last row too.
-        self.entries = UNIT * distances + NEAR_PADDING
+        # Of a warp.
+        self.entries = near_words(distances)
 
     def begin(self) -> None:
         """Prepares SMEM; once for all heads."""
@@ -99,7 +96,7 @@ class Diagonals:
             g, t = (op(lane, mlir.constant(4)) for op in (arith.divui, arith.remui))
             # Diagonal e - g lies in column e - g + 16, where e is from -8 to 63.
             start = arith.addi(
-                arith.muli(g, mlir.constant(_PITCH - 1)), arith.muli(t, mlir.constant(2))
+                arith.muli(g, mlir.constant(SKEW_PITCH - 1)), arith.muli(t, mlir.constant(2))
             )
             _sync_warp()
             # Entries g, c and g + 8, c + 8 lie on one diagonal and belong to one lane.
@@ -131,7 +128,8 @@ class Diagonals:
             first = arith.addi(arith.muli(distance, mlir.constant(UNIT)), column)
             _sync_warp()
             rows = [
-                llvm.load(four, _at(base, column, row * _PITCH), alignment=16) for row in range(8)
+                llvm.load(four, _at(base, column, row * SKEW_PITCH), alignment=16)
+                for row in range(8)
             ]
             # The farthest 16 diagonals of the tile before are the nearest of this one.
             shared = arith.andi(

@@ -263,7 +263,7 @@ class Kernels:
         )
         position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
         self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
-        self.distances = bias_kernel.distances(plan, self.units) if plan.width else 0
+        self.distances = plan.distances(self.units) if plan.width else 0
 
     def visits(self, maxima: Array | None) -> Visits:
         """Returns which tiles are visited, and whether scores are small."""

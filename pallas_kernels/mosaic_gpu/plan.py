@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
+from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.config import Blocks
 
 LOG2_E = math.log2(math.e)
@@ -88,6 +89,10 @@ class Plan:
     def reach(self) -> int:
         """Distances from here on are the tail's: a tile wholly there reads no table."""
         return max(self.width, 1)
+
+    def distances(self, units: int) -> int:
+        """Returns how many distances of tiles, of a row of so many, the bias table reaches."""
+        return min(config.distances(self.width), units)
 
     @property
     def near(self) -> int:

@@ -68,6 +68,11 @@ def test_widest_table_leaves_room_for_the_tiles(head_dim, kv_heads):
     _lower(jax.grad(lambda args: _loss(args, **settings)), args)
 
 
+def test_widest_tables_are_as_documented():
+    widest = {head_dim: config.widest_table(head_dim) for head_dim in (64, 96, 128)}
+    assert widest == {64: 9472, 96: 6400, 128: 3328}
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_tiles_fit_with_the_usual_table(head_dim):
     assert config.blocks(head_dim, 1024).backward_bias is None

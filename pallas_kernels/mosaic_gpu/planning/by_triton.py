@@ -210,7 +210,7 @@ def gradients(
     if sums is not None:
         straight = sums.shape[4] == UNIT
         static |= dict(filled=sums.shape[3], parts=sums.shape[1], straight=straight)
-        # Of these there are more parts.
+        # One part for each unit of keys: more programs, each with fewer distances.
         block = UNIT if straight else block
     static |= dict(block=block)
     grid = (heads, groups, 1 + -(-width // block))

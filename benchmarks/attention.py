@@ -158,12 +158,23 @@ def _tell(result: Result, error: Exception) -> None:
     print(result.implementation, result.case, result.which, result.error, flush=True)
 
 
-def _bias_apart(shape: cases.Shape, parameters: dict[str, Any]) -> bool:
-    """Returns whether the Hopper kernels find the table's gradient in a kernel of its own."""
+def _design(
+    implementation: str, shape: cases.Shape, parameters: dict[str, Any]
+) -> tuple[bool, shares.Design]:
+    """Returns whether it is Elastic-Softmax to the kernels, and how they divide the work."""
+    offset = "offset" in parameters
+    if implementation == "triton":
+        return offset, shares.Design()
     table = parameters.get("distance_bias")
     width = 0 if table is None else min(table.shape[1], shape.length)
     head_dim = config.padded_head_dim(shape.head_dim)
-    return config.blocks(head_dim, width, "offset" in parameters).backward_bias is not None
+    offset = offset or head_dim > config.MAX_HEAD_DIM_OF_SOFTMAX
+    blocks = config.blocks(head_dim, width, offset)
+    return offset, shares.Design(
+        mean_key=True,
+        bias_apart=blocks.backward_bias is not None,
+        value_apart=blocks.backward_value is not None,
+    )
 
 
 def _run_shape(shape: cases.Shape) -> list[Result]:
@@ -232,9 +243,8 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
             found = counted[result.case]
             result.visited, result.live = float(found.visited), float(found.live)
             if result.implementation in ("mosaic_gpu", "triton"):
-                given = parameters[result.case]
-                apart = result.implementation != "mosaic_gpu" or _bias_apart(shape, given)
-                products = found.products(result.which, "offset" in given, apart)
+                design = _design(result.implementation, shape, parameters[result.case])
+                products = found.products(result.which, *design)
                 result.work = products * shape.product / result.milliseconds / 1e9
         if result.implementation == "triton":
             result.in_full = in_full.get(result.case)

@@ -23,7 +23,14 @@ from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton
 from pallas_kernels.types import Visibility
 
-KERNELS = ("inference", "forward", "backward_query", "backward_key", "backward_bias")
+KERNELS = (
+    "inference",
+    "forward",
+    "backward_query",
+    "backward_key",
+    "backward_value",
+    "backward_bias",
+)
 
 _SHAPES = flags.DEFINE_list("shapes", ["4x16x4096x64"], "As for attention.py.")
 _CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "As for attention.py.")
@@ -48,14 +55,14 @@ def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
     small = head_dim == 64
     if kernel in ("inference", "forward"):
         for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (3, 64, 3), (3, 64, 4), (3, 128, 2)):
-            if small or (groups == 2 and (keys == 64 or kernel == "inference")):
+            if small or keys == 64 or (groups == 2 and kernel == "inference"):
                 block = ForwardBlock(
                     warpgroups=groups,
                     stages=stages,
                     keys=keys,
                     in_registers=small and (groups == 2 or keys == 64),
                 )
-                found.append(block)
+                found += [block, dataclasses.replace(block, ahead=True)]
     elif kernel == "backward_bias":
         found += [Block(stages=4 if small else 2), Block(warpgroups=3, stages=3)]
     else:
@@ -122,9 +129,12 @@ def measure(shape: cases.Shape) -> None:
             found = kernels.forward(visits, training=True)
             live = visits.first if found["live"] is None else found["live"]
             ranges = kernels.key_ranges(visits.first, live, visits.work)
-            names = ("out", "rounding", "mean", "log_total")
-            residuals = op.Residuals(*(found[name] for name in names))
-            _, rows, *_ = kernels.backward_query(residuals, visits.first, live, ranges, d_out)
+            if plan.has_offset:
+                found["out"] = None
+            residuals = op.Residuals(*(found[name] for name in op.Residuals._fields))
+            _, rows, *_ = kernels.backward_query(
+                residuals, visits.first, live, visits.small, ranges, d_out
+            )
             return residuals, rows, visits, live, d_out, table
 
         saved = before(arrays, d_out)
@@ -134,7 +144,7 @@ def measure(shape: cases.Shape) -> None:
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
-            if kernel == "backward_bias" and plan.blocks.backward_bias is None:
+            if getattr(plan.blocks, kernel) is None:
                 continue  # dK's kernel does its work.
             for block in candidates(kernel, shape.head_dim, getattr(plan.blocks, kernel)):
                 blocks = dataclasses.replace(plan.blocks, **{kernel: block})
@@ -151,8 +161,13 @@ def measure(shape: cases.Shape) -> None:
                 return kernels.forward(visits, training=job.kernel == "forward")["out"]
             ranges = kernels.key_ranges(visits.first, live, visits.work)
             if job.kernel == "backward_query":
-                return kernels.backward_query(residuals, visits.first, live, ranges, d_out)
-            return getattr(kernels, job.kernel)(rows, ranges, d_out)
+                return kernels.backward_query(
+                    residuals, visits.first, live, visits.small, ranges, d_out
+                )
+            if job.kernel in ("backward_key", "backward_value"):
+                # Both, where there are two.
+                return kernels.backward_key(rows, ranges, visits.work, d_out)
+            return kernels.backward_bias(rows, ranges, d_out)
 
         try:
             program = jax.jit(run).lower(arrays, saved).compile()

@@ -13,6 +13,21 @@ from pallas_kernels.visit import TileSizes, visit_ranges
 TILES = TileSizes(128, 64)
 
 
+class Design(NamedTuple):
+    """How our GPU kernels divide the work.
+
+    Attributes:
+      mean_key: the forward pass finds the mean of the keys, so that dQ asks nothing of dead
+        tiles, rather than the sum of live values.
+      bias_apart: the table's gradient has a kernel of its own.
+      value_apart: dV has one.
+    """
+
+    mean_key: bool = False
+    bias_apart: bool = True
+    value_apart: bool = False
+
+
 class Shares(NamedTuple):
     """Shares of the causal tiles.
 
@@ -27,7 +42,7 @@ class Shares(NamedTuple):
     visited_near: Float[Array, ""]
     live_near: Float[Array, ""]
 
-    def products(self, which: str, offset: bool, bias_apart: bool = True) -> float:
+    def products(self, which: str, offset: bool, design: "Design") -> float:
         """Returns how many causal products of queries and keys our GPU kernels compute.
 
         Softmax attention computes 2 forward, and 7 forward and backward.
@@ -35,20 +50,26 @@ class Shares(NamedTuple):
         Args:
           which: "forward", or "training" for forward and backward.
           offset: whether it is Elastic-Softmax.
-          bias_apart: whether the table's gradient has a kernel of its own.
+          design: of the kernels.
         """
         visited, live, visited_near, live_near = map(float, self)
-        if not bias_apart:
+        if not design.bias_apart:
             visited_near = live_near = 0.0
         if not offset:
             # S, P V; dQ: S, dP, dQ; dK and dV: S, dP, dV, dK; the table's gradient: S, dP.
             return 2 * visited + (7 * visited + 2 * visited_near if which == "training" else 0)
         if which == "forward":
             return visited + 2 * live
-        # The second sweep also sums the values of live weights.
-        forward = visited + 3 * live
         dead = visited - live
-        return forward + (3 + 4) * live + (2 + 2) * dead + visited_near + live_near
+        if design.mean_key:
+            # S, P K; S, A V. dQ: S, dP, (P dP) K.
+            queries = 2 * visited + (2 + 3) * live
+        else:
+            # The second sweep also sums the values of live weights. dQ: S, dP, dQ.
+            queries = visited + 3 * live + 3 * live + 2 * dead
+        # dK and dV: S, dP, dV, dK; where dV has a kernel of its own, S again.
+        keys = (4 + design.value_apart) * live + 2 * dead
+        return queries + keys + visited_near + live_near
 
 
 @functools.partial(

@@ -1,13 +1,14 @@
 """The gradients of keys and values; `backward_key_steps.py` is what is computed.
 
-With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
+With m the live entries, dP = dO V^T and delta_i = sum_j P_ij m_ij dP_ij:
 
     dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
 
 A block takes piece after piece: 64 keys of one key head a warpgroup, and goes for each query
 head of the group over the query tiles from the diagonal on: those that may be live first, then
 the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All sums
-stay in registers until they are complete, so every run gives the same bits.
+stay in registers until they are complete, so every run gives the same bits. Where registers
+hold only one of the two sums, dK and dV have a kernel each.
 """
 
 import functools
@@ -28,6 +29,7 @@ from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 
 def backward_key(
     plan: Plan,
+    wanted: tuple[str, ...],
     query: Float[Array, "batch length heads head_dim"],
     d_out: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
@@ -39,11 +41,12 @@ def backward_key(
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
     numbers: Int[Array, " pieces+1"],
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Array | None]:
+) -> dict[str, Array]:
     """Launches the kernel.
 
     Args:
       plan: of the call.
+      wanted: "key", "value" or both.
       query: as in the forward pass, like all that follow.
       d_out: gradient of the output.
       key: keys.
@@ -57,24 +60,20 @@ def backward_key(
       numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
-      d_key and d_value; and where there is room for it and no other kernel for it, the sums of
-      dS over distances inside the bias table and as far as tiles go that have one, of each
-      unit of keys [batch, units, heads, distances, 64].
+      `d_key` and `d_value`, of those that are wanted; and with both of them, where there is room
+      for it and no other kernel for it, `sums` of dS over distances inside the bias table and as
+      far as tiles go that have one, of each unit of keys [batch, units, heads, distances, 64].
     """
-    kernel = _Kernel(plan, query, key, table.shape, rows.shape)
-    same = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    out_type = [same, same]
+    kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
+    results = kernel.launch(
+        list(kernel.results.values()), query, d_out, key, value, table, tail, offset, rows, last,
+        live, numbers,
+    )  # fmt: skip
+    found = dict(zip(kernel.results, results, strict=True))
     if kernel.want_bias:
-        rows_of_sums = kernel.batch * kernel.units * kernel.heads
-        shape = (rows_of_sums, UNIT * kernel.distances)
-        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    d_key, d_value, *sums = kernel.launch(
-        out_type, query, d_out, key, value, table, tail, offset, rows, last, live, numbers
-    )
-    if not sums:
-        return d_key, d_value, None
-    axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
-    return d_key, d_value, sums[0].reshape(axes)
+        axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
+        found["sums"] = found["sums"].reshape(axes)
+    return found
 
 
 def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
@@ -90,8 +89,11 @@ class _Kernel(launch.Kernel):
 
     name = "lazy_backward_key"
 
-    def __init__(self, plan: Plan, query, key, table_shape, rows_shape):
+    def __init__(self, plan: Plan, wanted: tuple[str, ...], query, key, table_shape, rows_shape):
+        self.wanted = wanted
         block = plan.blocks.backward_key
+        if wanted == ("value",) and plan.blocks.backward_value is not None:
+            block, self.name = plan.blocks.backward_value, "lazy_backward_value"
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.kv_heads = key.shape[2]
         self.group = self.heads // self.kv_heads
@@ -100,10 +102,17 @@ class _Kernel(launch.Kernel):
         self.table_shape = table_shape[1:]
         self.order = order(plan, query, key)
         super().__init__(plan, block, self.order.pieces)
-        self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None
+        # dV asks nothing of the values.
+        self.operands = ("key", "value") if "key" in wanted else ("key",)
+        self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
         self.distances = plan.distances(self.units)
         width = plan.width if self.want_bias else 0
-        tiles = config.key_tiles(self.block, self.head_dim, width)
+        tiles = config.key_tiles(self.block, self.head_dim, width, len(self.operands))
+        same = jax.ShapeDtypeStruct(key.shape, key.dtype)
+        self.results = {f"d_{name}": same for name in wanted}
+        if self.want_bias:
+            shape = (self.batch * self.units * self.heads, UNIT * self.distances)
+            self.results["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
@@ -112,14 +121,14 @@ class _Kernel(launch.Kernel):
         tile = rings.tiled((block.stages, UNIT, d), self.dtype)
         keys = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
         scratch = {
-            "key_smem": keys,
-            "value_smem": keys,
             "query_smem": tile,
             "d_out_smem": tile,
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
-        scratch |= rings.barriers("key", 1, block.warpgroups, copies=2 * block.warpgroups)
+        scratch |= {f"{name}_smem": keys for name in self.operands}
+        copies = len(self.operands) * block.warpgroups
+        scratch |= rings.barriers("key", 1, block.warpgroups, copies=copies)
         scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=2)
         scratch |= rings.barriers("d_out", block.stages, block.warpgroups)
         scratch |= rings.barriers("table", self.tables, block.warpgroups)
@@ -136,9 +145,9 @@ class _Kernel(launch.Kernel):
         """Returns the names of operands and results."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
-            "numbers", "d_key", "d_value",
+            "numbers",
         ]  # fmt: skip
-        return [*names, "sums"] if self.want_bias else names
+        return names + list(self.results)
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each ring has."""
@@ -193,8 +202,11 @@ class Piece:
 
     def both_steps(self, head: Any) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """Returns how many query tiles are visited, and how many of them may be live."""
-        steps = self.steps("last", head)
-        return steps, self.steps("live", head) if self.plan.has_offset else steps
+        if not self.plan.has_offset:
+            return (self.steps("last", head),) * 2
+        live = self.steps("live", head)
+        # dV asks nothing of the dead ones.
+        return self.steps("last", head) if "key" in self.kernel.wanted else live, live
 
     def fetch(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `done` of the next piece."""
@@ -205,7 +217,7 @@ class Piece:
             full = self.keys.full.at[self.keys.acquire(self.n)]
             for n in range(self.block.warpgroups):
                 rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
-                for name in ("key", "value"):
+                for name in self.kernel.operands:
                     plgpu.copy_gmem_to_smem(
                         ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[n], full
                     )

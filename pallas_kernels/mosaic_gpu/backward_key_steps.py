@@ -37,10 +37,13 @@ class Keys:
         unit = lax.min(unit, jnp.int32(kernel.units - 1))
         self.key0 = unit * UNIT
         self.keys.wait(self.n)
-        self.key, self.value = (
-            rings.operand(ref[name], self.warpgroup, self.block.in_registers, self.interpret)
-            for name in ("key_smem", "value_smem")
-        )
+        own = {
+            name: rings.operand(
+                ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
+            )
+            for name in kernel.operands
+        }
+        self.key, self.value = own["key"], own.get("value")
         release_early = self.block.in_registers and not self.interpret
         if release_early:
             self.keys.release(self.n)
@@ -50,11 +53,12 @@ class Keys:
             self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
             pl.when(self.n == 0)(self.sums.begin)
 
-        def one_head(d_key_acc, d_value_acc, member, done):
+        def one_head(accs, member, done):
             steps_done, live_done = done
             head = self.all.head(member)
             steps, live = self.all.both_steps(head)
             end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
+            end = lax.min(end, steps)
             live_end = lax.min(live, end)
             self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
             if plan.has_offset:
@@ -66,12 +70,12 @@ class Keys:
             rings.skip(0, begin, *both)
 
             def loop(step, start, stop, late):
-                step = functools.partial(step, d_key_acc, d_value_acc)
+                step = functools.partial(step, accs)
                 rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
 
             loop(self.live_step, begin, live_end, both[1:])
             rings.skip(end, live, *both)
-            if plan.has_offset:
+            if plan.has_offset and "key" in kernel.wanted:
                 loop(self.dead_step, live, end, ())
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
@@ -86,13 +90,13 @@ class Keys:
 
             return steps_done + steps, live_done + live
 
-        def run(d_key_acc, d_value_acc):
-            step = functools.partial(one_head, d_key_acc, d_value_acc)
+        def run(*accs):
+            step = functools.partial(one_head, dict(zip(kernel.wanted, accs, strict=True)))
             after = lax.fori_loop(0, kernel.group, step, self.all.done)
-            return d_key_acc[...], d_value_acc[...], after
+            return tuple(acc[...] for acc in accs), after
 
         acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
-        d_key, d_value, after = pl.run_scoped(run, acc, acc)
+        sums, after = pl.run_scoped(run, *(acc for _ in kernel.wanted))
 
         @pl.when(exists)
         def _():
@@ -100,9 +104,10 @@ class Keys:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             rows = pl.ds(self.key0, ROWS)
             prefix = "d_" if self.block.in_registers else ""
-            for name, x in (("key", d_key * plan.scale), ("value", d_value)):
-                smem = ref[f"{prefix}{name}_smem"].at[self.warpgroup]
-                smem[...] = x.astype(kernel.dtype)
+            for name, x in zip(kernel.wanted, sums, strict=True):
+                place = name if name in kernel.operands else "key"
+                smem = ref[f"{prefix}{place}_smem"].at[self.warpgroup]
+                smem[...] = (x * plan.scale if name == "key" else x).astype(kernel.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.all.key_head])
 
@@ -182,7 +187,7 @@ class Keys:
         """Returns -delta of each query, repeated along the keys."""
         return self.spread(-self.row(slot, Rows.DELTA))
 
-    def live_step(self, d_key_acc, d_value_acc, n, slots, wait, carry) -> tuple:
+    def live_step(self, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile that may be live."""
         ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
@@ -213,9 +218,10 @@ class Keys:
             if not plan.has_offset:
                 begun = rings.begin_with(acc, self.less(slot), self.interpret)
             plgpu.wgmma(acc, self.value(), ref["d_out_smem"].at[d_slot].T)
-            rings.multiply(d_value_acc, weights, ref["d_out_smem"].at[d_slot], spare)
+            if "value" in accs:
+                rings.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
-            d_weights = rings.finish(acc, begun, 1)
+            d_weights = rings.finish(acc, begun, 1 if "value" in accs else 0)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
                 if dtype == jnp.bfloat16:
@@ -231,9 +237,15 @@ class Keys:
         # One accumulator after the other, since there is no room in registers for both.
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, weights = pl.run_scoped(weigh, tile)
+        if "key" not in accs:
+            rings.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
+            plgpu.wgmma_wait(0)
+            self.d_outs.release_slot(d_slot)
+            self.queries.release_slot(slot)
+            return carry
         d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
-        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
         self.leave(n, d_scores)
         plgpu.wgmma_wait(1)
         self.d_outs.release_slot(d_slot)
@@ -242,9 +254,8 @@ class Keys:
         self.queries.release_slot(slot)
         return carry
 
-    def dead_step(self, d_key_acc, d_value_acc, n, slots, wait, carry) -> tuple:
+    def dead_step(self, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile with no live entry."""
-        del d_value_acc
         ref = self.ref
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         (slot,) = slots
@@ -259,7 +270,7 @@ class Keys:
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
         d_scores = self.softmax(x, n, slot, loaded) * less
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
-        rings.multiply(d_key_acc, packed, ref["query_smem"].at[slot], spare)
+        rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
         self.leave(n, d_scores)
         plgpu.wgmma_wait(0)
         self.queries.release_slot(slot)

@@ -1,6 +1,7 @@
 """What a launch is made with."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,16 @@ class Block:
     def registers(self) -> int:
         """Registers of a thread that computes."""
         # All threads start with the same number, a multiple of 8, and only trade what they
-        # have then: asking for more would wait for ever.
+        # have then: asking for more would wait for ever, and so would an increase to less.
         groups = self.warpgroups + 1
-        at_start = min(65536 // (128 * groups) // 8 * 8, 248)
-        return min(240, (at_start * groups - self.fetch_registers) // self.warpgroups // 8 * 8)
+        at_start = self.registers_at_start
+        most = (at_start * groups - self.fetch_registers) // self.warpgroups // 8 * 8
+        return min(max(240, at_start), most)
+
+    @property
+    def registers_at_start(self) -> int:
+        """Registers of every thread when the block starts."""
+        return min(65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 248)
 
     @property
     def fetch_registers(self) -> int:
@@ -61,6 +68,7 @@ class Blocks:
       backward_query: dQ.
       backward_key: dK and dV.
       backward_bias: gradient of the bias table; None: dK's kernel finds it on its way.
+      backward_value: dV; None: likewise.
     """
 
     inference: ForwardBlock = ForwardBlock()
@@ -68,6 +76,7 @@ class Blocks:
     backward_query: Block = Block(stages=3)
     backward_key: Block = Block(stages=3)
     backward_bias: Block | None = Block(stages=4)
+    backward_value: Block | None = None
 
 
 # By head size.
@@ -75,23 +84,40 @@ _BLOCKS = {
     64: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
         forward=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
-        backward_query=Block(warpgroups=3, stages=3, in_registers=False),
+        backward_query=Block(stages=4),
         backward_key=Block(stages=3, ahead=True),
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     96: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
-        forward=ForwardBlock(keys=64, stages=3, ahead=True),
+        forward=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False, ahead=True),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
     128: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=4, in_registers=False, ahead=True),
-        forward=ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True),
+        forward=ForwardBlock(warpgroups=3, keys=64, stages=4, in_registers=False),
         backward_query=Block(stages=3, in_registers=False, ahead=True),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
+    # dK and dV of 64 keys would be 256 registers a thread.
+    256: Blocks(
+        inference=ForwardBlock(keys=64, in_registers=False),
+        forward=ForwardBlock(keys=64, in_registers=False),
+        backward_query=Block(stages=1, in_registers=False),
+        backward_key=Block(stages=1, in_registers=False),
+        backward_value=Block(in_registers=False),
+        backward_bias=Block(stages=1),
+    ),
+}
+# Above this softmax is Elastic-Softmax with tau 0, and blocks leave no room for longer tables.
+MAX_HEAD_DIM_OF_SOFTMAX = 128
+# By head size, what is otherwise without an offset.
+_SOFTMAX: dict[int, Any] = {
+    64: {"backward_query": Block(warpgroups=3, stages=3)},
+    96: {"forward": ForwardBlock(keys=64, stages=3, ahead=True)},
+    128: {"forward": ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True)},
 }
 # By head size, dK's kernel when it has room for the gradient of the bias table.
 _KEY_WITH_BIAS = {
@@ -118,7 +144,7 @@ _SHARED_MEMORY = 227 * 1024 - 4096
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Returns the head size that the kernels compute with, for one of at most 128."""
+    """Returns the head size that the kernels compute with, for one of at most 256."""
     return next(d for d in _BLOCKS if d >= head_dim)
 
 
@@ -130,13 +156,14 @@ def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
       width: of the table; 0: no bias.
       has_offset: Elastic-Softmax rather than softmax.
     """
-    found = _BLOCKS[head_dim]
-    with_bias = _KEY_WITH_BIAS[head_dim]
-    tiles = key_tiles(with_bias, head_dim, width)
-    if width > 0 and tiles + _table_bytes(width) <= _SHARED_MEMORY:
-        found = dataclasses.replace(found, backward_key=with_bias, backward_bias=None)
-    if width > _widest_table(found, head_dim):
-        found = _small(found)
+    found = _usual(head_dim, has_offset)
+    with_bias = _KEY_WITH_BIAS.get(head_dim)
+    if with_bias is not None and width > 0:
+        tiles = key_tiles(with_bias, head_dim, width)
+        if tiles + _table_bytes(width) <= _SHARED_MEMORY:
+            found = dataclasses.replace(found, backward_key=with_bias, backward_bias=None)
+    if width > _widest_table(found, head_dim, has_offset):
+        found = _small(found, head_dim)
     if not has_offset:
         # Without what an offset needs in between, ptxas puts dS where the block's own
         # operand is and never brings that back: `benchmarks.machine_code` finds it out.
@@ -173,23 +200,23 @@ def forward_tiles(block: ForwardBlock, head_dim: int, outputs: int) -> int:
 
 
 def query_tiles(block: Block, head_dim: int, has_offset: bool = True) -> tuple[int, int]:
-    """Returns the bytes of SMEM that the tiles of dQ's kernel take, and how many arrays of the
-    forward pass are fetched ahead."""
-    facts = 2 + has_offset if head_dim <= 64 else 1
-    own = 2 + block.in_registers + facts
-    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim, facts
+    """Returns the bytes of SMEM that the tiles of dQ's kernel take, and how many of the output
+    and its rounding, which it wants without an offset, are fetched ahead."""
+    outputs = 0 if has_offset else 2 if head_dim <= 64 else 1
+    own = 2 + block.in_registers + outputs
+    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim, outputs
 
 
-def key_tiles(block: Block, head_dim: int, width: int = 0) -> int:
+def key_tiles(block: Block, head_dim: int, width: int = 0, own: int = 2) -> int:
     """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take.
 
     Args:
       block: of the kernel.
       head_dim: padded head size.
       width: of the bias table, if the kernel also finds its gradient.
+      own: operands that are the block's own.
     """
-    own = 2 + 2 * block.in_registers
-    tiles = (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+    tiles = (own * (1 + block.in_registers) * block.rows + 2 * block.stages * 64) * 2 * head_dim
     if width:
         warp = SKEW_WORDS + near_words(distances(width))
         tiles += 4 * block.warpgroups * 4 * warp
@@ -222,12 +249,24 @@ def widest_table(head_dim: int) -> int:
     Args:
       head_dim: padded head size.
     """
+    widest = []
+    for has_offset in (True, False) if head_dim <= MAX_HEAD_DIM_OF_SOFTMAX else (True,):
+        found = _usual(head_dim, has_offset)
+        kinds = (found, _small(found, head_dim))
+        widest.append(max(_widest_table(x, head_dim, has_offset) for x in kinds))
+    return min(widest)
+
+
+def _usual(head_dim: int, has_offset: bool) -> Blocks:
+    """Returns blocks for the usual table."""
     found = _BLOCKS[head_dim]
-    return max(_widest_table(x, head_dim) for x in (found, _small(found)))
+    return found if has_offset else dataclasses.replace(found, **_SOFTMAX[head_dim])
 
 
-def _small(found: Blocks) -> Blocks:
+def _small(found: Blocks, head_dim: int) -> Blocks:
     """Returns blocks that leave more room for the bias table."""
+    if head_dim > MAX_HEAD_DIM_OF_SOFTMAX:
+        return found
     fewer = {
         name: dataclasses.replace(getattr(found, name), stages=3)
         for name in ("inference", "forward")
@@ -236,12 +275,12 @@ def _small(found: Blocks) -> Blocks:
     return dataclasses.replace(found, backward_bias=Block(), **fewer)
 
 
-def _widest_table(found: Blocks, head_dim: int) -> int:
+def _widest_table(found: Blocks, head_dim: int, has_offset: bool) -> int:
     used = [
         forward_tiles(found.inference, head_dim, 1),
-        # Out, mean and rounding.
-        forward_tiles(found.forward, head_dim, 3),
-        query_tiles(found.backward_query, head_dim)[0],
+        # Out, and without an offset its rounding.
+        forward_tiles(found.forward, head_dim, 1 if has_offset else 2),
+        query_tiles(found.backward_query, head_dim, has_offset)[0],
         key_tiles(found.backward_key, head_dim),
     ]
     if found.backward_bias is not None:

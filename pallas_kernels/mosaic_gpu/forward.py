@@ -17,12 +17,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, launch, memory, rings, schedule
+from pallas_kernels.mosaic_gpu import (
+    config,
+    launch,
+    mean_key,
+    memory,
+    rings,
+    schedule,
+    weight_sums,
+)
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
 from pallas_kernels.mosaic_gpu.forward_queries import Queries
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.rings import as_index
+
+# What the kernel may return.
+RESULTS = ("out", "log_total", "rounding", "live", *mean_key.NAMES, "past")
 
 
 def forward(
@@ -35,12 +46,11 @@ def forward(
     tail: Float[Array, "heads 2"],
     offset: Float[Array, " heads"],
     offset_scale: Float[Array, "batch padded"],
-    count_inverse: Float[Array, "batch padded"],
     document: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     small: Int[Array, "batch heads"],
     numbers: Int[Array, " pieces+1"],
-) -> tuple[Array | None, ...]:
+) -> dict[str, Array | None]:
     """Launches the forward pass.
 
     Args:
@@ -53,38 +63,28 @@ def forward(
       tail: from `plan.table`.
       offset: tau; not read without an offset.
       offset_scale: factor of tau for each query; rows are padded to units of 64.
-      count_inverse: one over the number of keys each query sees.
       document: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       small: whether no exponential of a score of this head can overflow.
       numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
-      out; and in training with an offset the mean of the values of live entries over all
-      visible ones, of the same shape; in training what rounding took from out - offset mean,
-      of the same shape, and log2-sum-exp2 of each row's scores less b(0) [batch, heads,
-      padded]; with an offset the first live unit of keys of each unit of queries [batch,
-      heads, units].
+      By name: `out`; in training `log_total`, log2-sum-exp2 of each row's scores less b(0)
+      [batch, heads, padded], and without an offset `rounding`, what rounding took from out, of
+      the same shape. In training with an offset `live`, the first live unit of keys of each
+      unit of queries [batch, heads, units]; `mean_key.NAMES`, the mean of the keys weighted by the
+      softmax, two times [batch, heads, units, head_dim / 16, 128, 4], see
+      `memory.store_registers`; and if the bias has a tail `past`, the sums over tiles past its
+      table of the softmax, and of the softmax times the distance past its end [batch, heads,
+      units, 2, 64].
     """
     block = plan.blocks.forward if training else plan.blocks.inference
-    batch, _, heads, _ = query.shape
-    units = first.shape[-1]
-    want_mean = training and plan.has_offset
-    same = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    out_type: list[Any] = [same]
-    if want_mean:
-        out_type += [same, jax.ShapeDtypeStruct((batch, heads, units), jnp.int32)]
-    if training:
-        out_type += [same, jax.ShapeDtypeStruct((batch, heads, UNIT * units), jnp.float32)]
-    kernel = _Forward(plan, block, training, query, key, table.shape)
+    kernel = _Forward(plan, block, training, query, key, table.shape, first.shape[-1])
     results = kernel.launch(
-        out_type, query, key, value, table, tail, offset, offset_scale, count_inverse, document,
-        first, small, numbers,
+        list(kernel.results.values()), query, key, value, table, tail, offset, offset_scale,
+        document, first, small, numbers, weight_sums.ones(query.dtype),
     )  # fmt: skip
-    out = results.pop(0)
-    mean, live = (results.pop(0), results.pop(0)) if want_mean else (None, None)
-    rounding, log_total = (results.pop(0), results.pop(0)) if training else (None, None)
-    return out, mean, rounding, log_total, live
+    return dict.fromkeys(RESULTS) | dict(zip(kernel.results, results, strict=True))
 
 
 def order(plan: Plan, training: bool, query: Array, key: Array) -> schedule.Order:
@@ -101,20 +101,45 @@ class _Forward(launch.Kernel):
     name = "lazy_forward"
     block: ForwardBlock
 
-    def __init__(self, plan: Plan, block: ForwardBlock, training: bool, query, key, table_shape):
+    def __init__(
+        self,
+        plan: Plan,
+        block: ForwardBlock,
+        training: bool,
+        query: Array,
+        key: Array,
+        table_shape: tuple[int, ...],
+        units: int,
+    ):
         self.training = training
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
         self.table_shape = table_shape[1:]
-        self.want_mean = training and plan.has_offset
+        self.want_keys = training and plan.has_offset
+        self.want_rounding = training and not plan.has_offset
+        self.want_tail = self.want_keys and plan.has_tail(self.length)
+        # Exponentials that are not divided by their sum yet need the range of bfloat16.
+        self.keys_at_once = self.want_keys and self.dtype == jnp.bfloat16
         self.order = order(plan, training, query, key)
         super().__init__(plan, block, self.order.pieces)
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
-        outputs = 1 + training + self.want_mean
-        tiles = config.forward_tiles(block, self.head_dim, outputs)
-        self.tables = config.tables(tiles, table_shape[1])
+        used = config.forward_tiles(block, self.head_dim, 1 + self.want_rounding)
+        self.tables = config.tables(used, table_shape[1])
+        of_units = (self.batch, self.heads, units)
+        same = jax.ShapeDtypeStruct(query.shape, query.dtype)
+        self.results = {"out": same}
+        if training:
+            rows = (*of_units[:2], UNIT * units)
+            self.results["log_total"] = jax.ShapeDtypeStruct(rows, jnp.float32)
+        if self.want_rounding:
+            self.results["rounding"] = same
+        if self.want_keys:
+            self.results["live"] = jax.ShapeDtypeStruct(of_units, jnp.int32)
+            self.results |= mean_key.outputs(self.head_dim, of_units)
+        if self.want_tail:
+            self.results["past"] = jax.ShapeDtypeStruct((*of_units, 2, UNIT), jnp.float32)
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
@@ -138,23 +163,28 @@ class _Forward(launch.Kernel):
         if block.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["out_smem"] = rows
-        if self.want_mean:
-            scratch["mean_smem"] = rows
-        if self.training:
+        if self.want_keys:
+            scratch |= weight_sums.scratch(self.dtype)
+        if self.want_rounding:
             scratch["rounding_smem"] = rows
+        if self.training:
             scratch["total_smem"] = row
         if self.interpret:
             scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
+    def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
+        """Fetches the ones, or waits for them."""
+        if self.want_keys:
+            weight_sums.prepare(self.plan, ref, fetches)
+
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
         names = [
-            "query", "key", "value", "table", "tail", "offset", "offset_scale", "count_inverse",
-            "document", "first", "small", "numbers", "out",
+            "query", "key", "value", "table", "tail", "offset", "offset_scale", "document", "first",
+            "small", "numbers", "ones",
         ]  # fmt: skip
-        names += ["mean", "live"] if self.want_mean else []
-        return names + (["rounding", "log_total"] if self.training else [])
+        return names + list(self.results)
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each ring has."""
@@ -225,6 +255,16 @@ class Piece:
         return self.last - self.first_tile(functools.reduce(lax.min, words)) + 1
 
     @property
+    def sum_sweeps(self) -> Any:
+        """How often all tiles are visited before the live ones: see `mean_key.find`."""
+        if not self.kernel.want_keys:
+            return 1
+        if not self.kernel.keys_at_once:
+            return 2
+        small = self.ref["small"][self.batch, self.head] != 0
+        return lax.select(small, jnp.int32(1), jnp.int32(2))
+
+    @property
     def sweeps_twice(self) -> Any:
         """Whether there is a second sweep."""
         if not self.kernel.one_sweep:
@@ -237,8 +277,7 @@ class Piece:
 
     def fetch(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `done` of the next piece."""
-        ref, block, kernel = self.ref, self.block, self.kernel
-        b, h = self.batch, self.head
+        ref, block, b, h = self.ref, self.block, self.batch, self.head
 
         def copy(ring, name, number, step):
             slot = ring.acquire(number)
@@ -265,7 +304,6 @@ class Piece:
             )
 
         wanted = ["offset_scale"] if self.plan.has_offset else []
-        wanted += ["count_inverse"] if kernel.want_mean else []
         wanted += ["document"] if self.plan.packed else []
         for name in wanted:
             memory.prefetch(ref[name].at[b], self.query0, block.rows, interpret=self.interpret)
@@ -285,14 +323,16 @@ class Piece:
             return self.used(steps, steps)
 
         def two_sweeps():
+            before = self.sum_sweeps * steps
+
             @rings.fetching(self.plan)
             def _():
-                pl.loop(0, steps)(lambda n: copy_key(n, n))
+                pl.loop(0, before)(lambda n: copy_key(n, lax.rem(n, steps)))
 
                 # Tiles on the diagonal are always live: no need to know how many more.
                 @pl.loop(0, diagonal)
                 def _(n):
-                    copy_key(steps + n, n)
+                    copy_key(before + n, n)
                     copy_value(n, n)
 
             plgpu.barrier_wait(ref["bound_barrier"])
@@ -302,10 +342,10 @@ class Piece:
             def _():
                 @pl.loop(diagonal, live)
                 def _(n):
-                    copy_key(steps + n, n)
+                    copy_key(before + n, n)
                     copy_value(n, n)
 
-            return self.used(steps + live, live)
+            return self.used(before + live, live)
 
         if twice is True:
             return two_sweeps()

@@ -4,6 +4,8 @@ The first sweep goes from the diagonal backwards over the tiles that are not neg
 the exponentials and notes the farthest unit that may be live; the second goes the same way
 over the live ones. Without an offset one sweep does it.
 
+For the backward pass the first sweep also finds the mean of the keys, see `mean_key.py`.
+
 Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can
 take the exponential of. Then the sums need no running maximum and are never rescaled; a
 flag of each head says so, and another loop serves where it does not hold.
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, memory, rings
+from pallas_kernels.mosaic_gpu import lanes, mean_key, memory, rings
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
@@ -58,7 +60,7 @@ class Queries:
         block, b, h = self.all, self.all.batch, self.all.head
         self.exists = self.query0 < kernel.length
         self.small = ref["small"][b, h] != 0
-        self.tail = (ref["tail"][h, 0], ref["tail"][h, 1])
+        self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         self.total_steps = block.steps()
         # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
         diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(self.block.keys))
@@ -67,12 +69,7 @@ class Queries:
         self.end = lax.select(self.exists, block.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
-            offset_scale = self.load_rows("offset_scale")
-            self.threshold = threshold(self.offset, offset_scale)
-        if kernel.want_mean:
-            self.count_inverse = self.load_rows("count_inverse")
-            # What the mean's factor of tau is: 1 where the divisor is what is visible.
-            self.mean_factor = self.offset * (offset_scale / self.count_inverse)
+            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
         if plan.packed:
             self.document = self.load_rows("document")
             # Documents begin later and later: the last query's masks the most.
@@ -97,11 +94,21 @@ class Queries:
         """Does what `rings.steps` does, for this warpgroup's tiles before `end`."""
         return rings.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
 
-    def scores(self, step: Any, slot: Any, wait: Any, use: Any, carry: Any) -> Any:
+    def scores(
+        self,
+        step: Any,
+        slot: Any,
+        wait: Any,
+        use: Any,
+        carry: Any,
+        *,
+        keep: bool = False,
+        whole: bool = False,
+    ) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
 
         The products of all units are issued at once, so that the tensor cores have work while
-        one unit's scores are used. Releases the keys.
+        one unit's scores are used. Releases the keys, unless told to keep them.
 
         Args:
           step: where the tile lies, see `forward.Piece.last`.
@@ -112,6 +119,8 @@ class Queries:
             products it left in flight. Scores are masked where causality wants it: the table
             holds `LOWEST` there.
           carry: for the first call.
+          keep: the keys are needed once more.
+          whole: nothing is left to be added.
 
         Returns:
           the last carry.
@@ -121,11 +130,16 @@ class Queries:
 
         key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
         starts, rests = zip(
-            *(plan.bias_of_tile(self.query0 - x, UNIT, self.tail, falling=True) for x in key0),
+            *(plan.bias_of_tile(self.query0 - x, UNIT, self.bias_tail, falling=True) for x in key0),
             strict=True,
         )
         # Behind products in the queue to memory, loads would wait for the tensor cores.
-        biases = [memory.gather(self.table, x, UNIT, interpret=self.interpret) for x in starts]
+        biases = [
+            memory.gather(
+                self.table, x, UNIT, interpret=self.interpret, plus=rest if whole else 0.0
+            )
+            for x, rest in zip(starts, rests, strict=True)
+        ]
 
         def run(*accs):
             result, in_flight = carry, 0
@@ -136,7 +150,7 @@ class Queries:
             for n, unit in enumerate(units):
                 left = len(units) - 1 - n
                 x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
-                if unit == 0:
+                if unit == 0 and not keep:
                     block.keys.release_slot(slot)
                 x = x * plan.exponent_scale + biases[n]
                 result, issued = use(x, rests[n], key0[n], unit, result)
@@ -168,9 +182,10 @@ class Queries:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
         ref, block = self.ref, self.all
         words = block.words
+        keys_done = block.sum_sweeps * self.total_steps
         rings.skip(0, self.begin, (block.keys, 0))
         log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
-        rings.skip(self.end, self.total_steps, (block.keys, 0))
+        rings.skip(self.end, self.total_steps, (block.keys, keys_done - self.total_steps))
         memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
@@ -178,34 +193,48 @@ class Queries:
         mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
         end = lax.select(self.exists, block.last - block.first_tile(mine) + 1, self.begin)
 
-        both = ((block.keys, self.total_steps), (block.values, 0))
+        both = ((block.keys, keys_done), (block.values, 0))
         rings.skip(0, self.begin, *both)
-        acc = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
 
-        def sweep(small: bool) -> tuple[Array, ...]:
+        def sweep(small: bool) -> Array:
             add = functools.partial(self.add_values, log_total, end, both, small)
-            return pl.run_scoped(add, *([acc, acc] if self.kernel.want_mean else [acc]))
+            return pl.run_scoped(add, self.sums_type)
 
         if self.kernel.one_sweep:
             # Here only where scores are large.
-            found = sweep(False)
+            out = sweep(False)
         else:
-            found = lax.cond(self.small, lambda: sweep(True), lambda: sweep(False))
-        out, value_sum = found[0], found[1] if self.kernel.want_mean else None
+            out = lax.cond(self.small, lambda: sweep(True), lambda: sweep(False))
         rings.skip(end, live_steps, *both)
         block.tables.release(block.n)
-        self.store(out, value_sum, log_total)
-        if self.kernel.want_mean:
+        self.store(out, log_total)
+        if self.kernel.want_keys:
 
             @pl.when(self.exists)
             def _():
                 unit = lax.div(self.query0, jnp.int32(UNIT))
                 ref["live"][block.batch, block.head, unit] = mine
 
-        return self.total_steps + live_steps, live_steps
+        return keys_done + live_steps, live_steps
+
+    @property
+    def sums_type(self) -> Any:
+        """Returns the type of sums of keys or values, one a query."""
+        return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
 
     def sum_small(self) -> tuple[Array, Array]:
-        """First sweep without a maximum: log2 of the sums, first live unit per lane.
+        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
+        if self.kernel.keys_at_once:
+            return pl.run_scoped(
+                self.sum_exponentials, *mean_key.accumulators(self.kernel.head_dim)
+            )
+        log_total, farthest = self.sum_exponentials()
+        if self.kernel.want_keys:
+            mean_key.find(self, log_total)
+        return log_total, farthest
+
+    def sum_exponentials(self, *key_accs: Any) -> tuple[Array, Array]:
+        """Does what `sum_small` does, and with accumulators stores the mean of the keys.
 
         What lanes must tell each other of a tile waits until the next tile's products are
         under way: in the queue to memory it would wait for other warps' products.
@@ -227,28 +256,43 @@ class Queries:
             return total, farthest
 
         def step(n, slots, wait, carry):
-            total, farthest, lane_sums, bounds = carry
+            total, farthest, lane_sums, bounds, past = carry
+            (slot,) = slots
             others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
 
-            def use(x, rest, key0, _, carry):
-                total, farthest, new_sums, new_bounds = carry
+            def use(x, rest, key0, unit, carry):
+                total, farthest, new_sums, new_bounds, past = carry
                 if not new_bounds:
                     total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
                 e = jnp.exp2(self.hide_documents(x, key0))
+                if key_accs:
+                    mean_key.add(self, key_accs, e, slot, unit)
+                    past = mean_key.add_past(self, past, e, key0)
                 sums, bound = lanes.sum_and_bound(e, interpret=self.interpret)
-                factor = jnp.exp2(self.per_row(rest))
-                sums = sums * factor
+                if not key_accs:
+                    factor = jnp.exp2(self.per_row(rest))
+                    sums, bound = sums * factor, bound * factor
                 new_sums = new_sums + sums if new_bounds else sums
-                return (total, farthest, new_sums, (*new_bounds, bound * factor)), 0
+                carry = (total, farthest, new_sums, (*new_bounds, bound), past)
+                return carry, len(key_accs)
 
-            return self.scores(n, *slots, wait, use, (total, farthest, None, ()))
+            start = (total, farthest, None, (), past)
+            keep = bool(key_accs)
+            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep)
+            if keep:
+                plgpu.wgmma_wait(0)
+                self.all.keys.release_slot(slot)
+            return carry
 
         zero = self.per_row(0.0)
-        start = (zero, self.no_unit(), zero, (zero,) * units)
-        total, farthest, lane_sums, bounds = self.steps(self.end, step, start, (self.all.keys, 0))
+        start = (zero, self.no_unit(), zero, (zero,) * units, mean_key.no_past(self))
+        carry = self.steps(self.end, step, start, (self.all.keys, 0))
+        total, farthest, lane_sums, bounds, past = carry
         others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
         last = lax.max(self.end, self.begin) - 1
         total, farthest = note(last, lane_sums, others, bounds, total, farthest)
+        if key_accs:
+            mean_key.store(self, key_accs, past)
         return jnp.log2(total), self.clip_units(farthest)
 
     def sum_any(self) -> tuple[Array, Array]:
@@ -272,7 +316,10 @@ class Queries:
 
         start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
         maximum, total, farthest = self.steps(self.end, step, start, (self.all.keys, 0))
-        return maximum + jnp.log2(total), self.clip_units(farthest)
+        log_total = maximum + jnp.log2(total)
+        if self.kernel.want_keys:
+            mean_key.find(self, log_total)
+        return log_total, self.clip_units(farthest)
 
     def no_unit(self) -> Array:
         """Returns where the search for the farthest live unit begins: the diagonal."""
@@ -288,17 +335,15 @@ class Queries:
         )
         return jnp.minimum(jnp.maximum(farthest, first), diagonal)
 
-    def add_values(self, log_total, end, both, small, out_acc, value_acc=None) -> tuple:
-        """Second sweep: the output, and the sum of the values of live entries.
+    def add_values(self, log_total, end, both, small, acc) -> Array:
+        """Second sweep: the output.
 
         Where no exponential can overflow, it is taken before its sum is divided by: then that
         and the threshold take one instruction.
         """
         block, plan = self.all, self.plan
         dtype = self.kernel.dtype
-        spare = None
-        if self.interpret:
-            spare = self.ref["spare_smem"].at[self.warpgroup]
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
         def use(x, rest, key0, unit, slot):
             if small:
@@ -319,17 +364,8 @@ class Queries:
                     lambda: p,
                 )
             weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
-            ones = None
-            if value_acc is not None:
-                if dtype == jnp.bfloat16:
-                    ones = lanes.is_positive(weights, interpret=self.interpret)
-                else:
-                    ones = jnp.where(p > 0, 1.0, 0.0).astype(dtype)
-            values = self.values_of(slot, unit)
-            rings.multiply(out_acc, weights, values, spare)
-            if value_acc is not None:
-                rings.multiply(value_acc, ones, values, spare)
-            return slot, 1 if value_acc is None else 2
+            rings.multiply(acc, weights, self.values_of(slot, unit), spare)
+            return slot, 1
 
         def step(n, slots, wait, carry):
             key_slot, value_slot = slots
@@ -340,7 +376,7 @@ class Queries:
             return carry
 
         self.steps(end, step, (), both[0], both[1:])
-        return tuple(acc[...] for acc in (out_acc, value_acc) if acc is not None)
+        return acc[...]
 
     def values_of(self, slot: Any, unit: int) -> Any:
         """Returns the values of one unit of the tile in a slot."""
@@ -357,7 +393,7 @@ class Queries:
         def run(acc):
             def use(x, rest, key0, unit, carry):
                 slot, total = carry
-                x = self.hide_documents(x + rest, key0)
+                x = self.hide_documents(x, key0)
                 e = jnp.exp2(x)
                 weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
                 rings.multiply(acc, weights, self.values_of(slot, unit), spare)
@@ -366,7 +402,7 @@ class Queries:
 
             def step(n, slots, wait, total):
                 key_slot, value_slot = slots
-                _, total = self.scores(n, key_slot, wait, use, (value_slot, total))
+                _, total = self.scores(n, key_slot, wait, use, (value_slot, total), whole=True)
                 plgpu.wgmma_wait(0)
                 block.values.release_slot(value_slot)
                 return total
@@ -376,16 +412,15 @@ class Queries:
 
         both = ((block.keys, 0), (block.values, 0))
         rings.skip(0, self.begin, *both)
-        shape = plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-        out, total = pl.run_scoped(run, shape)
+        out, total = pl.run_scoped(run, self.sums_type)
         rings.skip(self.end, self.total_steps, *both)
         block.tables.release(block.n)
         total = lanes.finish_sums(total, interpret=self.interpret)
         out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
-        self.store(out, None, jnp.log2(total))
+        self.store(out, jnp.log2(total))
         return self.total_steps, self.total_steps
 
-    def store(self, out: Array, value_sum: Array | None, log_total: Array) -> None:
+    def store(self, out: Array, log_total: Array) -> None:
         """Writes the results of the queries that exist."""
         ref, block = self.ref, self.all
         b, h = block.batch, block.head
@@ -393,15 +428,8 @@ class Queries:
         @pl.when(self.exists)
         def _():
             results = {"out": out}
-            if value_sum is not None:
-                factor = lax.broadcast_in_dim(self.count_inverse, value_sum.shape, [0])
-                results["mean"] = value_sum * factor
-            lost = {name: x - self.round(x).astype(jnp.float32) for name, x in results.items()}
-            if self.kernel.training:
-                results["rounding"] = lost["out"]
-                if value_sum is not None:
-                    factor = lax.broadcast_in_dim(self.mean_factor, value_sum.shape, [0])
-                    results["rounding"] = lost["out"] - lost["mean"] * factor
+            if self.kernel.want_rounding:
+                results["rounding"] = out - self.round(out).astype(jnp.float32)
             # What the piece before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for name, x in results.items():

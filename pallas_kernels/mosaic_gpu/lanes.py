@@ -181,30 +181,6 @@ def pack(
     return convert(x)
 
 
-def is_positive(x: Float[Array, "64 columns"], *, interpret: bool) -> Float[Array, "64 columns"]:
-    """Returns 1 where the bfloat16 x is above 0, else 0, in x's dtype."""
-    if interpret:
-        return jnp.where(x > 0, 1.0, 0.0).astype(x.dtype)
-
-    @plgpu.inline_mgpu(
-        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
-    )
-    def compare(_, x):
-        registers = mlir.registers(x)
-        two = registers[0, 0].type
-
-        def build(half, block):
-            word = mgpu.utils.bitcast(registers[half, block], mlir.i32())
-            word = llvm.inline_asm(
-                mlir.i32(), [word, mlir.constant(0)], "set.gt.bf16x2.bf16x2 $0, $1, $2;", "=r,r,r"
-            )
-            return mgpu.utils.bitcast(word, two)
-
-        return mlir.tile(build, x.shape[1])
-
-    return compare(x)
-
-
 def where_positive(
     weights: Float[Array, "64 columns"], x: Float[Array, "64 columns"], *, interpret: bool
 ) -> Float[Array, "64 columns"]:

@@ -56,6 +56,9 @@ class Kernel:
         """
         raise NotImplementedError
 
+    def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
+        """Does what comes before a block's first piece, in who fetches and in who computes."""
+
     def launch(self, out_type: list[Any], *arrays: Any) -> list[Any]:
         """Runs the kernel and returns its results."""
         results = plgpu.kernel(
@@ -104,6 +107,7 @@ class Blocks:
 
     def fetch(self) -> None:
         """Fetches all that the pieces read."""
+        self.kernel.prepare(self.ref, True)
         for name, tiles in self.kernel.tiles(*self.each(True)).items():
             self.rings[name].close(tiles)
 
@@ -111,6 +115,7 @@ class Blocks:
         """Does one warpgroup's part of the pieces."""
         for ring in self.rings.values():
             ring.open()
+        self.kernel.prepare(self.ref, False)
         self.each(False)
         # Results are written from SMEM, which must last as long.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -4,6 +4,8 @@ Where numbers lie in registers: see `lanes.py`. Each function has a plain twin f
 mode, where it means anything there.
 """
 
+from typing import Any
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
@@ -24,9 +26,9 @@ DIAGONALS_WORDS = DIAGONALS_ROWS * DIAGONALS_PITCH
 
 
 def gather(
-    table, start: Int[Array, ""], columns: int, *, interpret: bool
+    table, start: Int[Array, ""], columns: int, *, interpret: bool, plus: Any = 0.0
 ) -> Float[Array, "64 columns"]:
-    """Returns the tile with tile[r, c] = table[start + c - r].
+    """Returns the tile with tile[r, c] = table[start + c - r] + plus.
 
     Two neighbours of a row come from one 8-byte load, which must be aligned; hence the two
     copies of the table. Entries g, c and g+8, c+8 are equal and belong to one lane, so
@@ -38,19 +40,22 @@ def gather(
       start: even.
       columns: N, a multiple of 8.
       interpret: for interpret mode.
+      plus: float32; the float 0.0 costs nothing.
     """
     if interpret:
         flat = table[...].reshape(2, -1)[0]
         r = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 0)
         c = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1)
-        return flat[start + c - r]
+        return flat[start + c - r] + plus
     entries = table.shape[0] * table.shape[1] // 2
 
+    more = [] if isinstance(plus, float) and plus == 0.0 else [plus]
+
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR),
+        arg_types=(plgpu.RefType(), SCALAR, *([SCALAR] * len(more))),
         return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
     )
-    def load(_, ref, start):
+    def load(_, ref, start, *more):
         f32 = ir.F32Type.get()
         warp, g, t = mlir.position()
         row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
@@ -68,11 +73,84 @@ def gather(
             if distance not in loaded:
                 pointer = mgpu.utils.getelementptr(base, [distance], f32)
                 loaded[distance] = llvm.load(two, pointer, alignment=8)
+                for x in more:
+                    both = vector.broadcast(two, mlir.scalar(x))
+                    loaded[distance] = arith.addf(loaded[distance], both)
             return loaded[distance]
 
         return mlir.tile(build, columns)
 
-    return load(table, start)
+    return load(table, start, *more)
+
+
+def registers_shape(columns: int) -> tuple[int, int, int]:
+    """Returns the shape of what `store_registers` stores."""
+    return columns // 8, LANES, 4
+
+
+def store_registers(x: Float[Array, "64 columns"], targets: list[Any], *, interpret: bool) -> None:
+    """Stores a tile in the order in which a warpgroup's registers hold it, for `load_registers`.
+
+    A lane writes 16 bytes at a time, of 8 columns, and a warp 512 that follow each other: no
+    other order is as fast, and none needs shared memory.
+
+    Args:
+      x: float32.
+      targets: global memory float32, each for as many columns, see `registers_shape`.
+      interpret: for interpret mode, where the order is another.
+    """
+    columns = x.shape[1] // len(targets)
+    if interpret:
+        for n, target in enumerate(targets):
+            target[...] = x[:, n * columns : (n + 1) * columns].reshape(target.shape)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(TILE, *[plgpu.RefType()] * len(targets)))
+    def store(_, x, *targets):
+        registers = mlir.registers(x)
+        pointers = [y for target in targets for y in _of_lane(target, columns // 8)]
+        for block, pointer in enumerate(pointers):
+            halves = [registers[half, block] for half in range(2)]
+            numbers = [mlir.element(y, i) for y in halves for i in range(2)]
+            llvm.store(mlir.vector_of(numbers), pointer, alignment=16)
+
+    store(x, *targets)
+
+
+def load_registers(sources: list[Any], *, interpret: bool) -> Float[Array, "64 columns"]:
+    """Returns the tile that `store_registers` stored."""
+    each = 8 * sources[0].shape[0]
+    columns = each * len(sources)
+    if interpret:
+        return jnp.concatenate([x[...].reshape(ROWS, each) for x in sources], axis=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * len(sources),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
+    )
+    def load(_, *sources):
+        four = ir.VectorType.get((4,), ir.F32Type.get())
+        pointers = [x for source in sources for x in _of_lane(source, each // 8)]
+        loaded = [llvm.load(four, x, alignment=16) for x in pointers]
+
+        def build(half, block):
+            numbers = [mlir.element(loaded[block], 2 * half + i) for i in range(2)]
+            return mlir.vector_of(numbers)
+
+        return mlir.tile(build, columns)
+
+    return load(*sources)
+
+
+def _of_lane(ref, blocks: int) -> list[ir.Value]:
+    """Returns where this lane's four numbers of each block of columns lie."""
+    lane = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+    at = arith.muli(lane, mlir.constant(4))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
+    step = 4 * LANES
+    return [
+        mgpu.utils.getelementptr(base, [step * block], ir.F32Type.get()) for block in range(blocks)
+    ]
 
 
 def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[Array, "128"]:
@@ -213,6 +291,28 @@ def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
             )
 
     fetch(x, start)
+
+
+def prefetch_tile(x, words: int, *, interpret: bool) -> None:
+    """Brings so many words of global memory from the start of x on into L2, a line a thread."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def fetch(_, x):
+        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        line = arith.muli(thread, mlir.constant(32))
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [line], ir.F32Type.get())
+        for at in range(0, words, 32 * LANES):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [mgpu.utils.getelementptr(base, [at], ir.F32Type.get())],
+                "prefetch.global.L2 [$0];",
+                "l",
+                has_side_effects=True,
+            )
+
+    fetch(x)
 
 
 def take_number(numbers, words, slot: Int[Array, ""], takers: int) -> None:

@@ -60,6 +60,8 @@ def attention(
     """
     length, head_dim = query.shape[1], query.shape[3]
     padded_dim = config.padded_head_dim(head_dim)
+    if offset is None and padded_dim > config.MAX_HEAD_DIM_OF_SOFTMAX:
+        offset = jnp.zeros(query.shape[2], jnp.float32)
     width = 0 if distance_bias is None else min(distance_bias.shape[1], length)
     plan = Plan(
         scale=settings.scale,
@@ -110,17 +112,19 @@ def _attention_fwd(
 ) -> tuple[Array, Any]:
     inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
     table, found = _forward(plan, *inputs, training=True)
-    return found["out"], (inputs, table, found)
+    # With an offset the backward pass asks nothing of the output.
+    saved = found | {"out": None} if plan.has_offset else found
+    return found["out"], (inputs, table, saved)
 
 
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    inputs, table, found = residuals
+    inputs, table, saved = residuals
     query, key, value, distance_bias, distance_slope, offset, visibility = inputs
     by_row = {"query": query, "key": key, "value": value, "d_out": d_out}
     by_row |= {"first_visible": visibility.first, "offset_scale": visibility.offset_scale}
     shared = {"distance_bias": distance_bias, "distance_slope": distance_slope, "offset": offset}
     run = functools.partial(_backward_of_rows, plan)
-    gradients = _over_batch(run, by_row | found, shared | table._asdict())
+    gradients = _over_batch(run, by_row | saved, shared | table._asdict())
     of_parameters = (gradients[name] for name in shared)
     of_parameters = (None if x is None else x.sum(axis=0) for x in of_parameters)
     return *(gradients[name] for name in ("query", "key", "value")), *of_parameters, None
@@ -198,7 +202,7 @@ def _forward_of_rows(
     del groups
     call = Kernels(plan, **arrays)
     visits = call.visits(maxima)
-    return call.forward(visits, training=training) | {"first": visits.first, "work": visits.work}
+    return call.forward(visits, training=training) | visits._asdict()
 
 
 def _backward_of_rows(
@@ -206,25 +210,24 @@ def _backward_of_rows(
     groups: int,
     d_out: Array,
     first: Array,
+    small: Array,
     work: Array,
     live: Array | None,
-    out: Array,
-    mean: Array | None,
-    rounding: Array,
-    log_total: Array,
     maxima: Array | None,
     **arrays: Any,
 ) -> dict[str, Array | None]:
     del maxima
+    residuals = Residuals(**{name: arrays.pop(name) for name in Residuals._fields})
     call = Kernels(plan, **arrays)
     live = first if live is None else live
     ranges = call.key_ranges(first, live, work)
-    residuals = Residuals(out, rounding, mean, log_total)
-    d_query, rows, of_mean, far = call.backward_query(residuals, first, live, ranges, d_out)
-    d_key, d_value, sums = call.backward_key(rows, ranges, d_out)
+    d_query, rows, of_offset, far = call.backward_query(
+        residuals, first, live, small, ranges, d_out
+    )
+    d_key, d_value, sums = call.backward_key(rows, ranges, work, d_out)
     if plan.width and sums is None:
         sums = call.backward_bias(rows, ranges, d_out)
-    of_parameters = call.gradients(groups, of_mean, sums, far)
+    of_parameters = call.gradients(groups, of_offset, sums, far)
     return {"query": d_query, "key": d_key, "value": d_value} | of_parameters._asdict()
 
 
@@ -261,8 +264,6 @@ class Kernels:
             _pad_rows(x, missing, mode="edge") if missing else x
             for x in (first_visible, offset_scale)
         )
-        position = jnp.arange(self.units * UNIT, dtype=jnp.int32)
-        self.count_inverse = 1.0 / (position - self.document + 1).astype(jnp.float32)
         self.distances = plan.distances(self.units) if plan.width else 0
 
     def visits(self, maxima: Array | None) -> Visits:
@@ -295,31 +296,47 @@ class Kernels:
         order = forward_order(plan, training, self.query, self.key)
         (numbers,) = self.planning.numbers(visits.work, self.group, [order])
         document = self.document if plan.packed else first
-        results = forward(
+        return forward(
             plan, training, self.query, self.key, self.value, self.falling, self.tail, self.tau,
-            self.offset_scale, self.count_inverse, document, first, visits.small, numbers,
+            self.offset_scale, document, first, visits.small, numbers,
         )  # fmt: skip
-        names = ("out", "mean", "rounding", "log_total", "live")
-        return dict(zip(names, results, strict=True))
 
     def backward_query(
-        self, residuals: Residuals, first: Array, live: Array, ranges: KeyRanges, d_out: Array
+        self,
+        residuals: Residuals,
+        first: Array,
+        live: Array,
+        small: Array,
+        ranges: KeyRanges,
+        d_out: Array,
     ) -> tuple[Array, Array, Array | None, Array | None]:
         """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
         plan = self.plan
         document = self.document if plan.packed else first
         return backward_query(
             plan, self.query, d_out, self.key, self.value, self.falling, self.tail, residuals,
-            self.tau, self.offset_scale, self.count_inverse, document, first, live,
-            ranges.numbers[0],
+            self.tau, self.offset_scale, document, first, live, small, ranges.numbers[0],
         )  # fmt: skip
 
-    def backward_key(self, rows: Array, ranges: KeyRanges, d_out: Array) -> Any:
-        """Launches the kernel for dK and dV; returns what `backward_key.backward_key` does."""
-        return backward_key(
-            self.plan, self.query, d_out, self.key, self.value, self.rising, self.tail, self.tau,
-            rows, ranges.last, ranges.last_live, ranges.numbers[1],
-        )  # fmt: skip
+    def backward_key(self, rows: Array, ranges: KeyRanges, work: Array, d_out: Array) -> Any:
+        """Launches the kernels for dK and dV, and returns them.
+
+        And the sums of dS, see `backward_key.backward_key`.
+        """
+
+        def run(wanted: tuple[str, ...], numbers: Array) -> dict[str, Array]:
+            return backward_key(
+                self.plan, wanted, self.query, d_out, self.key, self.value, self.rising, self.tail,
+                self.tau, rows, ranges.last, ranges.last_live, numbers,
+            )  # fmt: skip
+
+        if self.plan.blocks.backward_value is None:
+            found = run(("key", "value"), ranges.numbers[1])
+        else:
+            order = key_order(self.plan, self.query, self.key)
+            (numbers,) = self.planning.numbers(work, self.group, [order])
+            found = run(("key",), ranges.numbers[1]) | run(("value",), numbers)
+        return found["d_key"], found["d_value"], found.get("sums")
 
     def backward_bias(
         self, rows: Array, ranges: KeyRanges, d_out: Array
@@ -331,13 +348,13 @@ class Kernels:
         )  # fmt: skip
 
     def gradients(
-        self, groups: int, of_mean: Array | None, sums: Array | None, far: Array | None
+        self, groups: int, of_offset: Array | None, sums: Array | None, far: Array | None
     ) -> Gradients:
         """Returns the gradients of bias, slope and offset for each group of the batch."""
-        if of_mean is None and sums is None:
+        if of_offset is None and sums is None:
             return Gradients(None, None, None)
         width = None if self.distance_bias is None else self.distance_bias.shape[1]
         return self.planning.gradients(
-            groups, width, self.distance_slope is not None, of_mean, sums, far,
+            groups, width, self.distance_slope is not None, of_offset, sums, far,
             length=self.length, distances=self.distances,
         )  # fmt: skip

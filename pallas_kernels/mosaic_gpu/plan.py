@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -90,6 +91,10 @@ class Plan:
         """Distances from here on are the tail's: a tile wholly there reads no table."""
         return max(self.width, 1)
 
+    def has_tail(self, length: int) -> bool:
+        """Returns whether some distance of a row of this length is past the table, and counts."""
+        return self.has_slope and length > self.width
+
     def distances(self, units: int) -> int:
         """Returns how many distances of tiles, of a row of so many, the bias table reaches."""
         return min(config.distances(self.width), units)
@@ -124,10 +129,12 @@ class Plan:
         Returns:
           For each head, twice, the second time without the first entry: `LOWEST` for
           distances below 0, so that it masks; the table; the tail for as far as a tile
-          that begins within the table can reach; then the tail again, relative to where it
-          begins, for tiles wholly past the table. First in the order of distances falling,
-          for tiles whose rows are queries, then rising, for tiles whose rows are keys.
-          And for each head the tail: its value at distance `reach` - 1, and its slope.
+          that begins within the table can reach; then the tail again, for tiles wholly past
+          the table, and if it has a slope relative to where it begins. First in the order of
+          distances falling, for tiles whose rows are queries, then rising, for tiles whose
+          rows are keys.
+          And for each head the tail's value at distance `reach` - 1 and its slope; 0 if it has
+          none.
         """
         if distance_bias is None:
             values = jnp.zeros((heads, self.near - _LEAD), jnp.float32)
@@ -137,12 +144,14 @@ class Plan:
             first = values[:, :1]
             values = LOG2_E * (values - first)
             if distance_slope is None:
-                slope = jnp.zeros(heads, jnp.float32)
-                end = -LOG2_E * first[:, 0]
+                slope = end = jnp.zeros(heads, jnp.float32)
             else:
                 slope = LOG2_E * distance_slope
                 end = values[:, self.reach - 1]
-        ramp = -slope[:, None] * jnp.arange(_TRAIL, dtype=jnp.float32)
+        if self.has_slope:
+            ramp = -slope[:, None] * jnp.arange(_TRAIL, dtype=jnp.float32)
+        else:
+            ramp = jnp.broadcast_to(values[:, -1:], (heads, _TRAIL))
         rising = jnp.concatenate(
             [jnp.full((heads, _LEAD), LOWEST, jnp.float32), values, ramp], axis=1
         )
@@ -167,8 +176,8 @@ class Plan:
         tail: tuple[Float[Array, ""], Float[Array, ""]],
         *,
         falling: bool,
-    ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """Returns where a tile's bias begins in the table, and what its exponents lack.
+    ) -> tuple[Int[Array, ""], Any]:
+        """Returns where a tile's bias begins in the table, and what it lacks: 0 without a slope.
 
         Args:
           apart: first query less first key, a multiple of 64.
@@ -181,6 +190,8 @@ class Plan:
         start = lax.select(far, jnp.int32(self.near + keys), apart + _LEAD)
         if falling:
             start = self.near + _TRAIL - start
+        if not self.has_slope:
+            return start, 0.0
         value, slope = tail
         rest = lax.select(far, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
         return start, rest

@@ -1,9 +1,8 @@
-"""What the backward pass knows of each query, from what the forward pass left.
+"""What the backward pass knows of each query, and writes down for the kernels that follow.
 
-    delta_i = sum_j P_ij m_ij dP_ij = dO_i . (O_i - tau/n_i M_i)      dtau = sum_i dO_i . M_i / n_i
-
-dQ's kernel begins each piece with it: dO is there in any case, and the rest is fetched while
-the piece before is in work. It writes the numbers down for the kernels that follow.
+Without an offset delta_i = sum_j P_ij dP_ij = dO_i . O_i. dQ's kernel begins each piece with
+it: dO is there in any case, and the output is fetched while the piece before is in work. With
+an offset it knows delta at the end.
 """
 
 from typing import Any, NamedTuple
@@ -20,29 +19,35 @@ from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, Rows, threshold
 
 
 class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass.
+    """What the forward pass leaves for the backward pass, see `forward.forward`.
 
     Attributes:
-      out: the output [batch, length, heads, head_dim], 16 bits like the next two.
-      rounding: what rounding took from out - tau/n M.
-      mean: M / n; None without an offset.
       log_total: log2-sum-exp2 of each row's scores less b(0) [batch, heads, padded].
+      out: the output [batch, length, heads, head_dim]; None with an offset, like the next.
+      rounding: what rounding took from it.
+      mean_key_left, mean_key_right: the mean of the keys; None without an offset.
+      past: sums over tiles past the bias table; None unless there are some, and an offset.
     """
 
-    out: Array
-    rounding: Array
-    mean: Array | None
     log_total: Float[Array, "batch heads padded"]
+    out: Array | None
+    rounding: Array | None
+    mean_key_left: Array | None
+    mean_key_right: Array | None
+    past: Array | None
 
     @property
-    def tiles(self) -> dict[str, Array]:
-        """Those of the query's shape."""
-        found = {"out": self.out, "rounding": self.rounding}
-        return found if self.mean is None else found | {"mean": self.mean}
+    def given(self) -> dict[str, Array]:
+        """Those that are there."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+# What delta is found from without an offset, in the order it is fetched in.
+_OUTPUTS = ("out", "rounding")
 
 
 def outputs(plan: Plan, first: Any) -> list[Any]:
-    """Returns the types of what is written: facts of the rows; and dO . M / n with an offset.
+    """Returns the types of what is written: facts of the rows; with an offset its gradient.
 
     Args:
       plan: of the call.
@@ -56,26 +61,21 @@ def outputs(plan: Plan, first: Any) -> list[Any]:
 
 
 def scratch(stages: int, warpgroups: int, head_dim: int, dtype: Any) -> dict[str, Any]:
-    """Returns the types of the ring that the arrays come by."""
+    """Returns the types of the ring that the output comes by."""
     tile = rings.tiled((stages, warpgroups, ROWS, head_dim), dtype)
-    return {"fact_smem": tile} | rings.barriers("fact", stages, warpgroups, copies=warpgroups)
-
-
-def names(plan: Plan) -> tuple[str, ...]:
-    """Returns the arrays that come by the ring, in order."""
-    return ("out", "rounding", "mean") if plan.has_offset else ("out", "rounding")
+    return {"out_smem": tile} | rings.barriers("out", stages, warpgroups, copies=warpgroups)
 
 
 def fetch(piece: Any) -> None:
-    """Fetches the arrays for a piece; in the warp that fetches."""
-    for number, name in enumerate(names(piece.plan)):
-        slot = piece.facts.acquire(number)
+    """Fetches the output for a piece; in the warp that fetches."""
+    for number, name in enumerate(_OUTPUTS):
+        slot = piece.outs.acquire(number)
         for n in range(piece.block.warpgroups):
             rows = pl.ds((piece.unit0 + n) * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(
                 piece.ref[name].at[piece.batch, rows, piece.head],
-                piece.ref["fact_smem"].at[slot, n],
-                piece.facts.full.at[slot],
+                piece.ref["out_smem"].at[slot, n],
+                piece.outs.full.at[slot],
             )
 
 
@@ -85,7 +85,7 @@ def prefetch(piece: Any) -> None:
     rows = piece.block.rows
     found = [ref["log_total"].at[piece.batch, piece.head]]
     if plan.has_offset:
-        found += [ref[name].at[piece.batch] for name in ("offset_scale", "count_inverse")]
+        found.append(ref["offset_scale"].at[piece.batch])
     if plan.packed:
         found.append(ref["document"].at[piece.batch])
     for x in found:
@@ -97,26 +97,27 @@ class RowFacts(NamedTuple):
 
     Attributes:
       log_total: of the scores.
-      delta: see above.
-      threshold: None without an offset.
+      delta: see above; None with an offset.
+      threshold: None without an offset, like the next.
+      offset_scale: factor of tau.
       document: first key in sight; None unless rows hold several documents.
       document_last: the last query's; likewise.
     """
 
     log_total: Array
-    delta: Array
-    threshold: Array | None
-    document: Array | None
+    delta: Any
+    threshold: Any
+    offset_scale: Any
+    document: Any
     document_last: Any
 
 
-def find(piece: Any, unit: Any, exists: Any) -> RowFacts:
-    """Returns the facts of a warpgroup's queries, and writes them down.
+def find(piece: Any, unit: Any) -> RowFacts:
+    """Returns the facts of a warpgroup's queries.
 
     Args:
       piece: of dQ's kernel; its own operands have arrived.
       unit: of queries.
-      exists: whether it is one.
     """
     ref, plan, interpret = piece.ref, piece.plan, piece.interpret
     b, h = piece.batch, piece.head
@@ -130,6 +131,10 @@ def find(piece: Any, unit: Any, exists: Any) -> RowFacts:
         document = row(ref["document"].at[b])
         # Documents begin later and later: the last query's masks the most.
         document_last = ref["document"][b, unit * UNIT + UNIT - 1]
+    if plan.has_offset:
+        offset_scale = row(ref["offset_scale"].at[b])
+        limit = threshold(ref["offset"][h], offset_scale)
+        return RowFacts(log_total, None, limit, offset_scale, document, document_last)
 
     def tile(x: Any) -> Array:
         x = x[...] if interpret else plgpu.load(x, layout=TILE, optimized=False)
@@ -138,35 +143,32 @@ def find(piece: Any, unit: Any, exists: Any) -> RowFacts:
     d_out = tile(ref["d_out_smem"].at[piece.warpgroup])
 
     def dot(number: int) -> Array:
-        slot = piece.facts.wait(number)
-        x = tile(ref["fact_smem"].at[slot, piece.warpgroup])
+        slot = piece.outs.wait(number)
+        x = tile(ref["out_smem"].at[slot, piece.warpgroup])
         product = lanes.lane_sums(d_out * x, False, interpret=interpret)
-        piece.facts.release(number)
+        piece.outs.release(number)
         return product
 
-    def finish(x: Array) -> Array:
-        return lanes.finish_sums(x, interpret=interpret)
+    delta = lanes.finish_sums(dot(0) + dot(1), interpret=interpret)
+    return RowFacts(log_total, delta, None, None, document, document_last)
 
-    # Loaded before the arrays are waited for.
-    names_of_rows = ("offset_scale", "count_inverse") if plan.has_offset else ()
-    rows_of = [row(ref[name].at[b]) for name in names_of_rows]
-    delta, limit, of_mean = finish(dot(0) + dot(1)), None, None
-    if plan.has_offset:
-        offset_scale, count_inverse = rows_of
-        tau = ref["offset"][h]
-        of_mean = finish(dot(2)) * (offset_scale / count_inverse)
-        delta = delta - tau * of_mean
-        limit = threshold(tau, offset_scale)
 
-    @pl.when(exists)
-    def _():
-        rows = ref["rows"].at[b, h, unit]
-        rows[Rows.LOG_TOTAL] = log_total
-        rows[Rows.DELTA] = delta
-        rows[Rows.THRESHOLD] = delta * 0.0 if limit is None else limit
-        if document is not None:
-            rows[Rows.DOCUMENT] = document.astype(jnp.float32)
-        if of_mean is not None:
-            ref["of_mean"][b, h, unit] = of_mean
+def write(piece: Any, row: RowFacts, unit: Any, delta: Array, of_offset: Array | None) -> None:
+    """Writes down the facts of a warpgroup's queries.
 
-    return RowFacts(log_total, delta, limit, document, document_last)
+    Args:
+      piece: as for `find`.
+      row: what that returned.
+      unit: of queries.
+      delta: see above.
+      of_offset: what each query adds to the gradient of tau; None without an offset.
+    """
+    b, h = piece.batch, piece.head
+    rows = piece.ref["rows"].at[b, h, unit]
+    rows[Rows.LOG_TOTAL] = row.log_total
+    rows[Rows.DELTA] = delta
+    rows[Rows.THRESHOLD] = delta * 0.0 if row.threshold is None else row.threshold
+    if row.document is not None:
+        rows[Rows.DOCUMENT] = row.document.astype(jnp.float32)
+    if of_offset is not None:
+        piece.ref["of_offset"][b, h, unit] = of_offset

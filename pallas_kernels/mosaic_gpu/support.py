@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.gpu import compute_capability
 from pallas_kernels.mosaic_gpu import config
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 
 
 def unsupported(head_dim: int, value_dim: int, dtype: Any, length: int, width: int) -> str | None:

@@ -58,7 +58,7 @@ def _cuda_root() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "head_dim, offset, packed", itertools.product((64, 96, 128), (True, False), (True, False))
+    "head_dim, offset, packed", itertools.product((64, 96, 128, 256), (True, False), (True, False))
 )
 def test_hopper_kernels_keep_their_operands(head_dim, offset, packed, tmp_path, capsys):
     flags = [f"--head_dim={head_dim}", f"--offset={offset}", f"--packed={packed}"]

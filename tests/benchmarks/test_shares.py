@@ -38,12 +38,17 @@ def test_everything_is_live_without_an_offset():
 def test_products_where_all_is_live():
     every = shares.Shares(*jnp.ones(2), *jnp.full(2, 0.5))
     # Forward S, S, P V and the values' sum; dQ 3, dK and dV 4, the table's gradient S and dP.
-    assert every.products("forward", offset=True) == 3
-    assert every.products("training", offset=True) == 4 + 3 + 4 + 1
-    assert every.products("forward", offset=False) == 2
-    assert every.products("training", offset=False) == 2 + 3 + 4 + 1
+    triton = shares.Design()
+    assert every.products("forward", True, triton) == 3
+    assert every.products("training", True, triton) == 4 + 3 + 4 + 1
+    assert every.products("forward", False, triton) == 2
+    assert every.products("training", False, triton) == 2 + 3 + 4 + 1
     dead = shares.Shares(*map(jnp.float32, (1, 0, 0.5, 0)))
-    assert dead.products("training", offset=True) == 1 + 2 + 2 + 0.5
-    # dK's kernel has S and dP at hand.
-    assert every.products("training", offset=True, bias_apart=False) == 4 + 3 + 4
-    assert every.products("training", offset=False, bias_apart=False) == 2 + 3 + 4
+    assert dead.products("training", True, triton) == 1 + 2 + 2 + 0.5
+    # dK's kernel has S and dP at hand; the forward pass has P K instead of the values' sum.
+    hopper = shares.Design(mean_key=True, bias_apart=False)
+    assert every.products("training", True, hopper) == 4 + 3 + 4
+    assert every.products("training", False, hopper) == 2 + 3 + 4
+    assert dead.products("training", True, hopper) == 2 + 2
+    widest = shares.Design(mean_key=True, value_apart=True)
+    assert every.products("training", True, widest) == 4 + 3 + 5 + 1

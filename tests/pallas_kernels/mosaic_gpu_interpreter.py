@@ -21,6 +21,7 @@ CASES = {
         oracle.Case("packed", (1, 256, 2, 1, 64), 64, "alibi", True, documents=(100, 30)),
         oracle.Case("softmax", (1, 256, 2, 2, 64), 100, "bumpy", tau=None),
         oracle.Case("sharp", (1, 256, 1, 1, 64), 64, score_scale=4.0),
+        oracle.Case("widest", (1, 200, 2, 1, 200), 64, "alibi", True, documents=(100, 30)),
         oracle.Case("positive", (1, 256, 2, 2, 64), 64, "steep", tau=(0.5, -1.0)),
     )
 }

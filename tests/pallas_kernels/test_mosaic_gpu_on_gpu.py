@@ -16,7 +16,7 @@ from tests.pallas_kernels import kernel_suite as suite  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-HEAD_SIZES = suite.HEAD_SIZES[:4]
+HEAD_SIZES = suite.HEAD_SIZES
 # As long as to have all kinds of tiles.
 LONG = [
     oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
@@ -32,6 +32,8 @@ LONG = [
     oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
     oracle.Case("packed_softmax", (1, 1500, 4, 2, 64), 512, tau=None, documents=(900, 77)),
     oracle.Case("wide_softmax", (1, 1500, 2, 2, 128), 512, "alibi", True, None),
+    oracle.Case("long_256", (1, 1500, 4, 2, 256), 512, "alibi", True, documents=(900, 77)),
+    oracle.Case("softmax_256", (1, 1100, 2, 2, 200), 512, "alibi", True, None),
     # Scores too large for sums without a running maximum.
     oracle.Case("long_sharp", (1, 600, 2, 2, 64), 256, "alibi", score_scale=4.0),
 ]
@@ -54,7 +56,7 @@ def test_float16(case):
     oracle.check_half_precision("mosaic_gpu", case, "float16")
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:8:2]], ids=str)
+@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:8:2], LONG[-3]], ids=str)
 def test_same_bits_every_time(case):
     suite.check_same_bits_every_time(case, "bfloat16", "mosaic_gpu")
 

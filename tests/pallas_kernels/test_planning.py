@@ -150,7 +150,7 @@ def test_gradients(length, width, has_slope, straight, groups):
     # Of dK's kernel a part for each unit of keys, but more than are added at once.
     sums = (37, heads, distances, 64) if straight else (2, heads, distances + 1, 128)
     shapes = {
-        "of_mean": (2, heads, units, 64),
+        "of_offset": (2, heads, units, 64),
         "sums": (2, *sums),
         "far": (2, heads, units, 2, 64),
     }
@@ -164,9 +164,9 @@ def test_gradients(length, width, has_slope, straight, groups):
 
 
 def test_gradient_of_the_offset_alone():
-    of_mean = jnp.ones((1, 1, 2, 64))
+    of_offset = jnp.ones((1, 1, 2, 64))
     ours, expected = _both(
-        "gradients", 1, None, False, of_mean, None, None, length=128, distances=0
+        "gradients", 1, None, False, of_offset, None, None, length=128, distances=0
     )
     assert ours.distance_bias is ours.distance_slope is None
     _same(ours.offset, expected.offset, 1e-6)

@@ -184,7 +184,7 @@ def gradients(
     groups: int,
     width: int | None,
     has_slope: bool,
-    of_mean: Float[Array, "batch heads units 64"] | None,
+    of_offset: Float[Array, "batch heads units 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
     far: Float[Array, "batch heads units 2 64"] | None,
     *,
@@ -192,8 +192,8 @@ def gradients(
     distances: int,
 ) -> Gradients:
     """Returns the gradients of the parameters, from what the kernels leave."""
-    given = next(x for x in (of_mean, sums) if x is not None)
-    heads = given.shape[1 if of_mean is not None else 2]
+    given = next(x for x in (of_offset, sums) if x is not None)
+    heads = given.shape[1 if of_offset is not None else 2]
     width = width or 0
     static = dict(
         length=length,
@@ -201,7 +201,7 @@ def gradients(
         units=-(-length // UNIT),
         width=width,
         has_slope=has_slope,
-        has_offset=of_mean is not None,
+        has_offset=of_offset is not None,
         rows=given.shape[0] // groups,
         has_far=far is not None,
         distances=distances,
@@ -214,13 +214,13 @@ def gradients(
         block = UNIT if straight else block
     static |= dict(block=block)
     grid = (heads, groups, 1 + -(-width // block))
-    operands = [given if x is None else x for x in (of_mean, sums, far)]
+    operands = [given if x is None else x for x in (of_offset, sums, far)]
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
     d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)
     return Gradients(
         d_bias if width else None,
         d_slope if has_slope else None,
-        None if of_mean is None else d_offset,
+        None if of_offset is None else d_offset,
     )
 
 

@@ -198,7 +198,7 @@ def gradients(
     groups: int,
     width: int | None,
     has_slope: bool,
-    of_mean: Float[Array, "batch heads units 64"] | None,
+    of_offset: Float[Array, "batch heads units 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
     far: Float[Array, "batch heads units 2 64"] | None,
     *,
@@ -211,7 +211,7 @@ def gradients(
       groups: that the batch is made of, each with gradients of its own.
       width: of the table as given; None: no bias.
       has_slope: whether it goes on past its end.
-      of_mean: what each query adds to the gradient of tau; None without an offset.
+      of_offset: what each query adds to the gradient of tau; None without an offset.
       sums: of dS over the diagonals of tiles, of 128 columns; or of 64, over distances from 0
         on; None without a bias.
       far: for each query the sum of dS past the table, and of dS times the distance past its
@@ -224,8 +224,8 @@ def gradients(
         return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
     d_bias = d_slope = d_offset = None
-    if of_mean is not None:
-        d_offset = by_group(of_mean).sum(axis=(1, 3, 4))
+    if of_offset is not None:
+        d_offset = by_group(of_offset).sum(axis=(1, 3, 4))
     if sums is not None:
         assert width is not None
         near = by_group(sums).sum(axis=(1, 2))

@@ -69,7 +69,7 @@ def _total(numbers_ptr, head, batch0, kind, kinds: tl.constexpr, static: tl.cons
 
 @triton.jit
 def lazy_gradients(
-    of_mean_ptr,
+    of_offset_ptr,
     sums_ptr,
     far_ptr,
     d_bias_ptr,
@@ -88,7 +88,7 @@ def lazy_gradients(
     row = group * static.heads + head
     if part == 0:
         if static.has_offset:
-            tl.store(d_offset_ptr + row, _total(of_mean_ptr, head, batch0, 0, 1, static))
+            tl.store(d_offset_ptr + row, _total(of_offset_ptr, head, batch0, 0, 1, static))
     else:
         x = (part - 1) * static.block + tl.arange(0, static.block)
         d_bias = _near(sums_ptr, head, batch0, x, static)

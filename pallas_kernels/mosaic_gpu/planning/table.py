@@ -23,7 +23,9 @@ def _rising(bias_ptr, slope, n, static: tl.constexpr):
     """Returns entry n of the table of distances rising."""
     first = tl.load(bias_ptr)
     values = (_bias(bias_ptr, slope, n - static.lead, static) - first) * _LOG2_E
-    ramp = (static.near - n).to(tl.float32) * slope * _LOG2_E
+    ramp = first * -_LOG2_E
+    if static.has_slope:
+        ramp = (static.near - n).to(tl.float32) * slope * _LOG2_E
     return tl.where(n < static.lead, _LOWEST, tl.where(n < static.near, values, ramp))
 
 
@@ -51,10 +53,9 @@ def lazy_table(
         falling = tl.where(exists, _rising(bias_ptr, slope, back, static), 0.0)
         tl.store(falling_ptr + at + place, falling, mask=inside)
     if copy == 0:
-        first = tl.load(bias_ptr)
-        end = first * -_LOG2_E
+        end = 0.0
         if static.has_slope:
-            end += tl.load(bias_ptr + static.reach - 1) * _LOG2_E
+            end = (tl.load(bias_ptr + static.reach - 1) - tl.load(bias_ptr)) * _LOG2_E
         tl.store(tail_ptr + 2 * head, end)
         tl.store(tail_ptr + 2 * head + 1, slope * _LOG2_E)
     else:

@@ -1,0 +1,269 @@
+"""What one warpgroup of dQ's kernel does with its 64 queries.
+
+It goes over those of their key tiles that may be live, from the diagonal backwards; delta, and
+what dtau takes, it sums up on the way. Where no exponential is too large, all of this is summed
+with exponentials for P, and divided by their sum at the end.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic_gpu import (
+    lanes,
+    mean_key,
+    memory,
+    rings,
+    row_facts,
+    tail_sums,
+    weight_sums,
+)
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT
+
+
+class _Sums(NamedTuple):
+    """What is summed over the tiles of 64 queries, per lane.
+
+    Attributes:
+      delta: P m dP; None without an offset, like the next.
+      alive: m dP.
+      past: of dS, or without delta's part, over tiles past the table; () if not wanted.
+    """
+
+    delta: Any
+    alive: Any
+    past: tuple
+
+
+class Queries:
+    """What one computing warpgroup does with its 64 queries."""
+
+    def __init__(self, piece: Any):
+        # `backward_query.Piece`, which imports this.
+        self.all, self.kernel, self.ref, self.n = piece, piece.kernel, piece.ref, piece.n
+        self.plan, self.block, self.interpret = piece.plan, piece.block, piece.interpret
+        self.warpgroup = piece.warpgroup
+        self.keys, self.values = piece.keys, piece.values
+        self.queries, self.tables = piece.queries, piece.tables
+
+    def compute(self) -> None:
+        """Does all that is to be done for the queries."""
+        ref, plan, kernel, b, h = self.ref, self.plan, self.kernel, self.all.batch, self.all.head
+        self.all.count_steps()
+        unit = self.all.unit0 + self.warpgroup
+        exists = unit < kernel.units
+        unit = lax.min(unit, jnp.int32(kernel.units - 1))
+        self.query0 = unit * UNIT
+        self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
+        begin = self.all.last - unit
+        first = ref["live" if plan.has_offset else "first"][b, h, unit]
+        end = lax.select(exists, self.all.last - first + 1, begin)
+
+        if plan.has_offset:
+            self.offset = ref["offset"][h]
+        self.queries.wait(self.n)
+        self.row = row_facts.find(self.all, unit)
+        self.query, self.d_out = (
+            rings.operand(ref[name], self.warpgroup, self.block.in_registers, self.interpret)
+            for name in ("query_smem", "d_out_smem")
+        )
+        release_early = self.block.in_registers and not self.interpret
+        if release_early:
+            self.queries.release(self.n)
+        self.table = ref["table_smem"].at[self.tables.wait(self.n)]
+        both = ((self.keys, 0), (self.values, 0))
+        rings.skip(0, begin, *both)
+        self.begin = begin
+
+        def run(divided, *accs):
+            zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+            sums = _Sums(
+                *((zero, zero) if plan.has_offset else (None, None)),
+                (zero, zero) if kernel.want_tail else (),
+            )
+            step = functools.partial(self.step, divided, accs)
+            sums = rings.steps(begin, end, self.block.ahead, step, sums, *both)
+            d_query = accs[0][...]
+            if self.block.stages > 1:
+                # The last products have been waited for only now.
+                pl.when(end > begin)(lambda: self.keys.release(end - 1))
+            delta, past = self.row.delta, [finish(x) for x in sums.past]
+            if plan.has_offset:
+                delta = finish(sums.delta)
+                # The mean of the keys times what the tensor cores took for the weights' sum.
+                of_mean = weight_sums.total(accs[1], interpret=self.interpret)
+                y = mean_key.load(self.all, unit)
+                d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
+            if not divided:
+                factor = jnp.exp2(-self.row.log_total)
+                d_query = d_query * lax.broadcast_in_dim(factor, d_query.shape, [0])
+                past = [x * factor for x in past]
+                delta = delta * factor if plan.has_offset else delta
+            if plan.has_offset:
+                return d_query, delta, finish(sums.alive), past
+            return d_query, delta, (), past
+
+        finish = functools.partial(lanes.finish_sums, interpret=self.interpret)
+        accs = [plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)]
+        accs += [weight_sums.ACC] if plan.has_offset else []
+
+        def all_tiles(divided: bool) -> Any:
+            return pl.run_scoped(functools.partial(run, divided), *accs)
+
+        if kernel.dtype == jnp.bfloat16:
+            small = ref["small"][b, h] != 0
+            if plan.has_offset:
+                # The other way also serves where unseen entries must be told from seen ones.
+                small = small & (self.offset <= 0)
+            d_query, delta, alive, past = lax.cond(
+                small, lambda: all_tiles(False), lambda: all_tiles(True)
+            )
+        else:
+            d_query, delta, alive, past = all_tiles(True)
+        rings.skip(end, self.all.steps, *both)
+        self.tables.release(self.n)
+        of_offset = None
+        if plan.has_offset:
+            of_offset = alive * self.row.offset_scale
+            past = [
+                x - delta * self.of_rows(ref["past"].at[b, h, unit, n]) for n, x in enumerate(past)
+            ]
+
+        @pl.when(exists)
+        def _():
+            # What the piece before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own = "d_query_smem" if self.block.in_registers else "query_smem"
+            smem = ref[own].at[self.warpgroup]
+            smem[...] = (d_query * plan.scale).astype(kernel.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem, ref["d_query"].at[b, pl.ds(self.query0, ROWS), h])
+            for n, x in enumerate(past):
+                ref["far"][b, h, unit, n] = x
+            row_facts.write(self.all, self.row, unit, delta, of_offset)
+
+        if not release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.queries.release(self.n)
+
+    def bias(self, n: Any) -> tuple[Array, Any]:
+        """Returns a tile's bias and the tile's first key.
+
+        Loaded before the tile's products are issued: behind them in the queue to memory it
+        would wait for the tensor cores.
+        """
+        key0 = (self.all.last - n) * UNIT
+        start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.bias_tail, falling=True)
+        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=rest)
+        return bias, key0
+
+    def softmax(self, x: Array, bias: Array, key0: Any, divided: bool) -> Array:
+        """Returns softmax weights of a tile from its products, or only exponentials."""
+        x = x * self.plan.exponent_scale + bias
+        if self.plan.packed:
+            x = lax.cond(
+                key0 < self.row.document_last,
+                lambda: jnp.where(self.in_document(key0), x, LOWEST),
+                lambda: x,
+            )
+        return jnp.exp2(x - self.spread(self.row.log_total) if divided else x)
+
+    def lane_sums(self, x: Array) -> Array:
+        """Returns the sum of each row, per lane."""
+        return lanes.lane_sums(x, False, interpret=self.interpret)
+
+    def visible(self, key0: Any) -> Array:
+        """Returns which entries of a tile the queries see."""
+        columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE) + key0
+        rows = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.query0
+        seen = rows >= columns
+        return seen & self.in_document(key0) if self.plan.packed else seen
+
+    def in_document(self, key0: Any) -> Array:
+        """Returns which keys of a tile lie in the query's document or after its start."""
+        columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
+        return columns + key0 >= self.spread(self.row.document)
+
+    def spread(self, x: Any) -> Float[Array, "64 64"]:
+        """Returns a row vector repeated along its rows."""
+        return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
+
+    def of_rows(self, x: Any) -> Float[Array, "64"]:
+        """Returns a row vector from global memory."""
+        return plgpu.load(x, layout=ROW, optimized=False)
+
+    def step(
+        self, divided: bool, accs: tuple, n: Any, slots: tuple, wait: Any, sums: "_Sums"
+    ) -> "_Sums":
+        """Adds a tile."""
+        # Products that begin with a number known only now need no wait of their own.
+        begin = 0.0 * self.row.log_total if self.plan.has_offset else -self.row.delta
+        less = self.spread(begin)
+        bias, key0 = self.bias(n)
+        key_slot, value_slot = slots
+
+        def products(s_acc, d_acc):
+            d_begun = rings.begin_with(d_acc, less, self.interpret)
+            plgpu.wgmma(s_acc, self.query(), self.ref["key_smem"].at[key_slot].T)
+            plgpu.wgmma(d_acc, self.d_out(), self.ref["value_smem"].at[value_slot].T)
+            x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            self.release_before(n, key_slot)
+            wait()
+            return self.softmax(x, bias, key0, divided), rings.finish(d_acc, d_begun)
+
+        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        p, d_weights = pl.run_scoped(products, tile, tile)
+        self.values.release_slot(value_slot)
+        if self.plan.has_offset:
+            limit = self.row.threshold
+            if not divided:
+                limit = limit * jnp.exp2(self.row.log_total)
+            d_weights = jnp.where(p > self.spread(limit), d_weights, 0.0)
+        weighted = p * d_weights
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        x = lanes.pack(weighted, self.kernel.dtype, relu=False, interpret=self.interpret)
+        if self.plan.has_offset:
+            weight_sums.add(accs[1], x, self.ref, spare)
+        rings.multiply(accs[0], x, self.ref["key_smem"].at[key_slot], spare)
+        if self.block.stages == 1:
+            # Nothing can be fetched before.
+            plgpu.wgmma_wait(0)
+            self.keys.release_slot(key_slot)
+        # Else while that is under way.
+        delta, alive, past = sums
+        if self.plan.has_offset:
+            delta = delta + self.lane_sums(weighted)
+            if divided:
+                # A weight of tau / n is no weight where nothing is seen.
+                hidden = key0 == self.query0
+                if self.plan.packed:
+                    hidden = hidden | (key0 < self.row.document_last)
+                alive = alive + lax.cond(
+                    hidden & (self.offset > 0),
+                    lambda: self.lane_sums(jnp.where(self.visible(key0), d_weights, 0.0)),
+                    lambda: self.lane_sums(d_weights),
+                )
+            else:
+                alive = alive + self.lane_sums(d_weights)
+        if past:
+            apart = self.query0 - key0
+            past = tail_sums.add(self.plan, past, weighted, apart, interpret=self.interpret)
+        return _Sums(delta, alive, past)
+
+    def release_before(self, n: Any, slot: Any) -> None:
+        """Gives back the keys of the step before this one, unless this is the first.
+
+        What reads them last is left in flight while the next step's products begin; those who
+        have waited for these need not wait for it again.
+        """
+        if self.block.stages == 1:
+            return
+        before = self.keys.preceding(slot)
+        pl.when(n > self.begin)(lambda: self.keys.release_slot(before))

@@ -1,0 +1,132 @@
+"""The mean of the keys, weighted by the softmax, which the forward pass leaves for dQ's kernel.
+
+    Y_i = sum_j P_ij k_j      dQ_i = scale (sum_j P_ij m_ij dP_ij k_j - delta_i Y_i)
+
+With it, dQ's kernel needs neither delta before its end nor any dead tile. Beside it there is
+what the gradient of the bias's tail takes of dead tiles: sums over those past the table.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic_gpu import lanes, memory, rings, tail_sums, weight_sums
+from pallas_kernels.mosaic_gpu.mlir import ROWS
+from pallas_kernels.mosaic_gpu.plan import UNIT
+
+# The left half of its columns and the right one: each is as large as an array of queries, so
+# that the gradients, which come later, can have their memory.
+NAMES = ("mean_key_left", "mean_key_right")
+# Weights of `find` are computed 2^10 times as large, for float16 has no small numbers.
+_SHIFT = 10
+
+
+def outputs(head_dim: int, of_units: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the types of both halves, for a shape [batch, heads, units]."""
+    half = (*of_units, *memory.registers_shape(head_dim // 2))
+    return dict.fromkeys(NAMES, jax.ShapeDtypeStruct(half, jnp.float32))
+
+
+def accumulators(head_dim: int) -> tuple[Any, ...]:
+    """Returns the types of what sums of keys, and of weights, are added up in."""
+    return plgpu.ACC((ROWS, head_dim), jnp.float32), weight_sums.ACC
+
+
+def add(queries: Any, accs: tuple[Any, ...], weights: Array, slot: Any, unit: int) -> None:
+    """Issues the products of weights with one unit of the keys in a slot, and with ones.
+
+    Args:
+      queries: `forward_queries.Queries`, which imports this; likewise below.
+      accs: of the types that `accumulators` returns; likewise.
+      weights: of one unit of keys, in any unit.
+      slot: of the tile of keys.
+      unit: which of its units.
+    """
+    interpret = queries.interpret
+    spare = queries.ref["spare_smem"].at[queries.warpgroup] if interpret else None
+    weights = lanes.pack(weights, queries.kernel.dtype, relu=False, interpret=interpret)
+    keys = queries.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+    rings.multiply(accs[0], weights, keys, spare)
+    weight_sums.add(accs[1], weights, queries.ref, spare)
+
+
+def no_past(queries: Any) -> tuple[Array, ...]:
+    """Returns sums over tiles past the table before the first, or () if none are wanted."""
+    return (queries.per_row(0.0),) * 2 if queries.kernel.want_tail else ()
+
+
+def add_past(queries: Any, past: tuple[Array, ...], weights: Array, key0: Any) -> tuple[Array, ...]:
+    """Adds weights of a tile to these sums, if it is past the table."""
+    if not past:
+        return past
+    apart = queries.query0 - key0
+    return tail_sums.add(queries.plan, past, weights, apart, interpret=queries.interpret)
+
+
+def store(queries: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
+    """Stores the mean of the keys, and what is past the table, of sums not divided yet."""
+    ref, b, h = queries.ref, queries.all.batch, queries.all.head
+    unit = lax.div(queries.query0, jnp.int32(UNIT))
+    sums = accs[0][...]
+    factor = 1 / weight_sums.total(accs[1], interpret=queries.interpret)
+
+    @pl.when(queries.exists)
+    def _():
+        mean = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
+        targets = [ref[name].at[b, h, unit] for name in NAMES]
+        memory.store_registers(mean, targets, interpret=queries.interpret)
+        for n, x in enumerate(past):
+            whole = lanes.finish_sums(x, interpret=queries.interpret)
+            ref["past"][b, h, unit, n] = whole * factor
+
+
+def find(queries: Any, log_total: Array) -> None:
+    """Does all of it in a sweep of its own.
+
+    For sums with a running maximum, and for float16, which takes no large exponentials.
+    """
+    block = queries.all
+    again = (block.keys, queries.total_steps)
+    rings.skip(queries.end, queries.total_steps, (block.keys, 0))
+    rings.skip(0, queries.begin, again)
+
+    def run(*accs):
+        def step(n, slots, wait, past):
+            (slot,) = slots
+
+            def use(x, rest, key0, unit, past):
+                x = queries.hide_documents(x, key0)
+                p = jnp.exp2(x - queries.spread(log_total - (rest + _SHIFT)))
+                add(queries, accs, p, slot, unit)
+                return add_past(queries, past, p, key0), len(accs)
+
+            past = queries.scores(n, slot, wait, use, past, keep=True)
+            plgpu.wgmma_wait(0)
+            block.keys.release_slot(slot)
+            return past
+
+        past = queries.steps(queries.end, step, no_past(queries), again)
+        store(queries, accs, past)
+
+    pl.run_scoped(run, *accumulators(queries.kernel.head_dim))
+
+
+def prefetch(piece: Any) -> None:
+    """Brings the mean of a piece's keys, of dQ's kernel, into L2; in all that fetch."""
+    for n in range(piece.block.warpgroups):
+        unit = lax.min(piece.unit0 + n, jnp.int32(piece.kernel.units - 1))
+        for name in NAMES:
+            half = piece.ref[name].at[piece.batch, piece.head, unit]
+            words = ROWS * piece.kernel.head_dim // 2
+            memory.prefetch_tile(half, words, interpret=piece.interpret)
+
+
+def load(piece: Any, unit: Any) -> Float[Array, "64 head_dim"]:
+    """Returns the mean of one unit's keys, in dQ's kernel."""
+    halves = [piece.ref[name].at[piece.batch, piece.head, unit] for name in NAMES]
+    return memory.load_registers(halves, interpret=piece.interpret)

@@ -1,0 +1,36 @@
+"""What the gradient of the bias's tail takes: sums over the tiles past the table."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+
+
+def add(
+    plan: Plan,
+    sums: tuple[Float[Array, "64"], ...],
+    x: Float[Array, "64 64"],
+    apart: Int[Array, ""],
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "64"], ...]:
+    """Adds a tile that lies wholly past the table.
+
+    Args:
+      plan: of the call.
+      sums: two, per lane, of x and of x times the distance past the table's end.
+      x: of a tile, its rows queries.
+      apart: its first query less its first key.
+      interpret: for interpret mode.
+    """
+
+    def far():
+        plain = lanes.lane_sums(x, False, interpret=interpret)
+        moment = lanes.lane_sums(x, True, interpret=interpret)
+        row = lanes.row_index(interpret=interpret)
+        distance = row + (apart - (plan.width - 1)).astype(jnp.float32)
+        return sums[0] + plain, sums[1] + plain * distance - moment
+
+    return lax.cond(apart - (UNIT - 1) - plan.width >= 0, far, lambda: sums)

@@ -162,13 +162,13 @@ def _design(
     implementation: str, shape: cases.Shape, parameters: dict[str, Any]
 ) -> tuple[bool, shares.Design]:
     """Returns whether it is Elastic-Softmax to the kernels, and how they divide the work."""
-    offset = "offset" in parameters
+    given = "offset" in parameters
     if implementation == "triton":
-        return offset, shares.Design()
+        return given, shares.Design()
     table = parameters.get("distance_bias")
     width = 0 if table is None else min(table.shape[1], shape.length)
     head_dim = config.padded_head_dim(shape.head_dim)
-    offset = offset or head_dim > config.MAX_HEAD_DIM_OF_SOFTMAX
+    offset = config.is_elastic(head_dim, given)
     blocks = config.blocks(head_dim, width, offset)
     return offset, shares.Design(
         mean_key=True,

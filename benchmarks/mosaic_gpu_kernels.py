@@ -98,6 +98,8 @@ def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
     visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
     bias, slope = parameters["distance_bias"], parameters.get("distance_slope")
     offset = parameters["offset"] if _OFFSET.value else None
+    if offset is None and config.is_elastic(shape.head_dim, False):
+        offset = jnp.zeros(shape.heads, jnp.float32)
     plan = Plan(
         scale=shape.head_dim**-0.5,
         skip_mass=1e-6,

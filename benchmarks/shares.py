@@ -42,9 +42,10 @@ class Shares(NamedTuple):
     visited_near: Float[Array, ""]
     live_near: Float[Array, ""]
 
-    def products(self, which: str, offset: bool, design: "Design") -> float:
+    def products(self, which: str, offset: bool, design: Design) -> float:
         """Returns how many causal products of queries and keys our GPU kernels compute.
 
+        In float16 the Hopper kernels compute S once more in training, which is not counted.
         Softmax attention computes 2 forward, and 7 forward and backward.
 
         Args:

@@ -111,8 +111,9 @@ _BLOCKS = {
         backward_bias=Block(stages=1),
     ),
 }
-# Above this softmax is Elastic-Softmax with tau 0, and blocks leave no room for longer tables.
-MAX_HEAD_DIM_OF_SOFTMAX = 128
+# Head sizes above this one have no softmax of their own, see `is_elastic`, and no smaller blocks
+# for longer tables.
+_MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
 _SOFTMAX: dict[int, Any] = {
     64: {"backward_query": Block(warpgroups=3, stages=3)},
@@ -139,13 +140,25 @@ SKEW_WORDS = 7 * SKEW_PITCH + 132
 _ROW_FACTS = 4 * 64 * 4
 # Entries around a bias table.
 _AROUND_TABLE = 640
-# Bytes of shared memory a block may have, less what barriers and alignment take.
+# Bytes of shared memory a block may have, less what barriers, a tile of ones and alignment take.
 _SHARED_MEMORY = 227 * 1024 - 4096
 
 
 def padded_head_dim(head_dim: int) -> int:
     """Returns the head size that the kernels compute with, for one of at most 256."""
     return next(d for d in _BLOCKS if d >= head_dim)
+
+
+def is_elastic(head_dim: int, given: bool) -> bool:
+    """Returns whether a call is Elastic-Softmax to the kernels.
+
+    Where they have no softmax of their own, one without an offset is Elastic-Softmax with tau 0.
+
+    Args:
+      head_dim: padded head size.
+      given: whether it has an offset.
+    """
+    return given or head_dim > _MAX_HEAD_DIM_OF_SOFTMAX
 
 
 def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
@@ -250,10 +263,11 @@ def widest_table(head_dim: int) -> int:
       head_dim: padded head size.
     """
     widest = []
-    for has_offset in (True, False) if head_dim <= MAX_HEAD_DIM_OF_SOFTMAX else (True,):
-        found = _usual(head_dim, has_offset)
+    for given in (True, False):
+        offset = is_elastic(head_dim, given)
+        found = _usual(head_dim, offset)
         kinds = (found, _small(found, head_dim))
-        widest.append(max(_widest_table(x, head_dim, has_offset) for x in kinds))
+        widest.append(max(_widest_table(x, head_dim, offset) for x in kinds))
     return min(widest)
 
 
@@ -265,7 +279,7 @@ def _usual(head_dim: int, has_offset: bool) -> Blocks:
 
 def _small(found: Blocks, head_dim: int) -> Blocks:
     """Returns blocks that leave more room for the bias table."""
-    if head_dim > MAX_HEAD_DIM_OF_SOFTMAX:
+    if head_dim > _MAX_HEAD_DIM_OF_SOFTMAX:
         return found
     fewer = {
         name: dataclasses.replace(getattr(found, name), stages=3)
@@ -283,6 +297,8 @@ def _widest_table(found: Blocks, head_dim: int, has_offset: bool) -> int:
         query_tiles(found.backward_query, head_dim, has_offset)[0],
         key_tiles(found.backward_key, head_dim),
     ]
+    if found.backward_value is not None:
+        used.append(key_tiles(found.backward_value, head_dim, own=1))
     if found.backward_bias is not None:
         used.append(bias_tiles(found.backward_bias, head_dim))
     return ((_SHARED_MEMORY - max(used)) // 8 - _AROUND_TABLE) // 128 * 128

@@ -2,8 +2,8 @@
 
 A block stays, and takes piece after piece: 64 queries of one head a warpgroup. One more
 warpgroup has one warp that fetches, tiles of keys and values and the next piece's queries.
-The first sweep goes from the diagonal backwards over the
-tiles that are not negligible, sums the exponentials and notes the farthest tile that may be
+The first sweep goes from the diagonal backwards over the tiles that are not negligible, sums
+the exponentials, and in training the keys with them, and notes the farthest tile that may be
 live; the second goes the same way over the live ones. Without an offset one sweep does it.
 """
 

@@ -60,7 +60,7 @@ def attention(
     """
     length, head_dim = query.shape[1], query.shape[3]
     padded_dim = config.padded_head_dim(head_dim)
-    if offset is None and padded_dim > config.MAX_HEAD_DIM_OF_SOFTMAX:
+    if offset is None and config.is_elastic(padded_dim, False):
         offset = jnp.zeros(query.shape[2], jnp.float32)
     width = 0 if distance_bias is None else min(distance_bias.shape[1], length)
     plan = Plan(

@@ -140,7 +140,7 @@ def measure(shape: cases.Shape) -> None:
             return residuals, rows, visits, live, d_out, table
 
         saved = before(arrays, d_out)
-        unit = jnp.arange(saved[1].shape[-1])
+        unit = jnp.arange(saved[2].first.shape[-1])
         every = shape.batch * shape.heads * (unit + 1).sum()
         visited, live = ((unit + 1 - x).sum() for x in (saved[2].first, saved[3]))
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")

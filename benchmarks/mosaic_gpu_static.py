@@ -33,6 +33,7 @@ _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _GROUP = flags.DEFINE_integer("group", 1, "Query heads a key head.")
 _PACKED = flags.DEFINE_boolean("packed", False, "Several documents a row.")
 _OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax.")
+_SLOPE = flags.DEFINE_boolean("slope", True, "The bias goes on past its table.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16"], "Inputs.")
 _SASS = flags.DEFINE_boolean("sass", False, "Also print the machine code.")
 _CUDA_ROOT = flags.DEFINE_string("cuda_root", None, "Folder whose bin has nvdisasm.")
@@ -86,7 +87,9 @@ def main(argv: list[str]) -> None:
         name: shape(1, length, n, _HEAD_DIM.value, dtype=_DTYPE.value)
         for name, n in (("query", heads), ("key", 2), ("value", 2))
     }
-    args |= {"distance_bias": shape(heads, _WIDTH.value), "distance_slope": shape(heads)}
+    args["distance_bias"] = shape(heads, _WIDTH.value)
+    if _SLOPE.value:
+        args["distance_slope"] = shape(heads)
     if _OFFSET.value:
         args["offset"] = shape(heads)
 

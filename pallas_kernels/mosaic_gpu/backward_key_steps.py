@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import diagonals, lanes, memory, rings
+from pallas_kernels.mosaic_gpu import diagonals, far_tiles, lanes, memory, rings
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Rows
 
@@ -69,18 +69,25 @@ class Keys:
                 self.sums.begin_head()
             rings.skip(0, begin, *both)
 
-            def loop(step, start, stop, late):
-                step = functools.partial(step, accs)
-                rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
+            def loop(step, late, far, start, stop, _):
+                step = functools.partial(step, far, accs)
+                return rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
 
-            loop(self.live_step, begin, live_end, both[1:])
+            live_start = begin
+            if plan.has_offset:
+                # Where unseen entries must be told from seen ones there is one loop for all.
+                live_start = lax.select(self.offset > 0, lax.max(live_end, begin), begin)
+                loop(self.live_step, both[1:], None, begin, live_start, ())
+            loops = functools.partial(far_tiles.loops, plan, kernel.length, begin)
+            loops(live_start, live_end, functools.partial(loop, self.live_step, both[1:]), ())
             rings.skip(end, live, *both)
             if plan.has_offset and "key" in kernel.wanted:
-                loop(self.dead_step, live, end, ())
+                loops(live, end, functools.partial(loop, self.dead_step, ()), ())
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
             if self.sums is not None:
-                self.collect(end)
+                # The last tile inside the table.
+                self.collect(lax.min(end, begin + kernel.distances))
 
                 @pl.when(exists)
                 def _():
@@ -117,23 +124,29 @@ class Keys:
             self.keys.release(self.n)
         return after
 
-    def leave(self, n: Any, d_scores: Array) -> None:
+    def leave(self, n: Any, d_scores: Array, far: bool | None) -> None:
         """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
-        if self.sums is not None:
-            distance = n - self.begin
+        if self.sums is None or far:
+            return
+        distance = n - self.begin
+        if far is None:
+            inside = distance < self.kernel.distances
+            pl.when(inside)(lambda: self.sums.leave(d_scores, distance))
+        else:
+            self.sums.leave(d_scores, distance)
 
-            @pl.when(distance < self.kernel.distances)
-            def _():
-                self.sums.leave(d_scores, distance)
+    def collect(self, n: Any, far: bool | None = False) -> None:
+        """Adds what the tile before tile n left, while products are under way.
 
-    def collect(self, n: Any) -> None:
-        """Adds what the tile before tile n left, while products are under way."""
-        if self.sums is not None:
-            distance = n - self.begin - 1
-
-            @pl.when((distance >= 0) & (distance < self.kernel.distances))
-            def _():
-                self.sums.collect(distance)
+        All but the last of those inside the table, to which `one_head` sees.
+        """
+        if self.sums is None or far:
+            return
+        distance = n - self.begin - 1
+        wanted = distance >= 0
+        if far is None:
+            wanted = wanted & (distance < self.kernel.distances - 1)
+        pl.when(wanted)(lambda: self.sums.collect(distance))
 
     def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along the keys."""
@@ -143,21 +156,30 @@ class Keys:
         """Returns one number a query."""
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
-    def loads(self, n: Any, slot: Any) -> tuple[Array, Array]:
+    def loads(self, n: Any, slot: Any, far: bool | None) -> tuple[Any, Array]:
         """Returns a tile's bias, and what is to be subtracted from each query's scores.
 
         Loaded before the tile's products are issued: behind them in the queue to memory it
         would wait for the tensor cores.
         """
         query0 = (self.unit0 + n) * UNIT
+        if far:
+            bias, _ = far_tiles.bias(
+                self.plan, query0 - self.key0, self.tail,
+                falling=False, whole=True, interpret=self.interpret,
+            )  # fmt: skip
+            less = self.row(slot, Rows.LOG_TOTAL)
+            return (bias, less) if self.plan.has_slope else (None, less - bias)
         start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail, falling=False)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
         return bias, self.row(slot, Rows.LOG_TOTAL) - rest
 
-    def softmax(self, x: Array, n: Any, slot: Any, loaded: tuple[Array, Array]) -> Array:
+    def softmax(self, x: Array, n: Any, slot: Any, loaded: tuple[Any, Array]) -> Array:
         """Returns softmax weights of tile n from its products."""
         bias, less = loaded
-        x = x * self.plan.exponent_scale + bias
+        x = x * self.plan.exponent_scale
+        if bias is not None:
+            x = x + bias
         if self.plan.packed:
             query0 = (self.unit0 + n) * UNIT
             x = lax.cond(
@@ -183,34 +205,41 @@ class Keys:
             seen = seen & (keys >= self.spread(document))
         return seen
 
+    def hide(self, weights: Array, n: Any, slot: Any) -> Array:
+        """Returns weights that are negative where nothing is seen.
+
+        Without that, tau / n would be a weight there if it is above 0.
+        """
+        query0 = (self.unit0 + n) * UNIT
+        hidden = query0 == self.key0
+        if self.plan.packed:
+            hidden = hidden | self.other_document(slot)
+        return lax.cond(
+            hidden,
+            lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
+            lambda: weights,
+        )
+
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""
         return self.spread(-self.row(slot, Rows.DELTA))
 
-    def live_step(self, accs, n, slots, wait, carry) -> tuple:
+    def live_step(self, far, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile that may be live."""
         ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         slot, d_slot = slots
-        loaded = self.loads(n, slot)
+        loaded = self.loads(n, slot, far)
 
         def weigh(acc):
             plgpu.wgmma(acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
-            self.collect(n)
+            self.collect(n, far)
             p = weights = self.softmax(acc[...], n, slot, loaded)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
-                # A weight of tau / n is no weight where nothing is seen.
-                query0 = (self.unit0 + n) * UNIT
-                hidden = (self.offset > 0) & (query0 == self.key0)
-                if plan.packed:
-                    hidden = hidden | self.other_document(slot)
-                weights = lax.cond(
-                    hidden,
-                    lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
-                    lambda: weights,
-                )
+                if far is None:
+                    weights = self.hide(weights, n, slot)
             return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
         def add(p, weights, acc):
@@ -246,7 +275,7 @@ class Keys:
         d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
         packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
         rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
-        self.leave(n, d_scores)
+        self.leave(n, d_scores, far)
         plgpu.wgmma_wait(1)
         self.d_outs.release_slot(d_slot)
         # Left in flight, it made ptxas put dS where the values are, and lose them.
@@ -254,24 +283,24 @@ class Keys:
         self.queries.release_slot(slot)
         return carry
 
-    def dead_step(self, accs, n, slots, wait, carry) -> tuple:
+    def dead_step(self, far, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile with no live entry."""
         ref = self.ref
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         (slot,) = slots
-        loaded, less = self.loads(n, slot), self.less(slot)
+        loaded, less = self.loads(n, slot, far), self.less(slot)
 
         def product(s_acc):
             plgpu.wgmma(s_acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
-            self.collect(n)
+            self.collect(n, far)
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
         d_scores = self.softmax(x, n, slot, loaded) * less
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
-        self.leave(n, d_scores)
+        self.leave(n, d_scores, far)
         plgpu.wgmma_wait(0)
         self.queries.release_slot(slot)
         return carry

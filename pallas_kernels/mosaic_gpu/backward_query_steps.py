@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import (
+    far_tiles,
     lanes,
     mean_key,
     memory,
@@ -87,8 +88,16 @@ class Queries:
                 *((zero, zero) if plan.has_offset else (None, None)),
                 (zero, zero) if kernel.want_tail else (),
             )
-            step = functools.partial(self.step, divided, accs)
-            sums = rings.steps(begin, end, self.block.ahead, step, sums, *both)
+
+            def loop(far, start, stop, sums):
+                step = functools.partial(self.step, divided, far, accs)
+                return rings.steps(start, stop, self.block.ahead, step, sums, *both)
+
+            if divided and kernel.dtype == jnp.bfloat16:
+                # Rare, so one loop for all.
+                sums = loop(None, begin, end, sums)
+            else:
+                sums = far_tiles.loops(plan, kernel.length, begin, begin, end, loop, sums)
             d_query = accs[0][...]
             if self.block.stages > 1:
                 # The last products have been waited for only now.
@@ -153,14 +162,20 @@ class Queries:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.queries.release(self.n)
 
-    def bias(self, n: Any) -> tuple[Array, Any]:
+    def bias(self, n: Any, far: bool | None) -> tuple[Array, Any]:
         """Returns a tile's bias and the tile's first key.
 
         Loaded before the tile's products are issued: behind them in the queue to memory it
         would wait for the tensor cores.
         """
         key0 = (self.all.last - n) * UNIT
-        start, rest = self.plan.bias_of_tile(self.query0 - key0, UNIT, self.bias_tail, falling=True)
+        apart = self.query0 - key0
+        if far:
+            bias, _ = far_tiles.bias(
+                self.plan, apart, self.bias_tail, falling=True, whole=True, interpret=self.interpret
+            )
+            return bias, key0
+        start, rest = self.plan.bias_of_tile(apart, UNIT, self.bias_tail, falling=True)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=rest)
         return bias, key0
 
@@ -178,6 +193,19 @@ class Queries:
     def lane_sums(self, x: Array) -> Array:
         """Returns the sum of each row, per lane."""
         return lanes.lane_sums(x, False, interpret=self.interpret)
+
+    def seen_sums(self, x: Array, key0: Any, far: bool | None) -> Array:
+        """Returns sums per lane over what the queries see, if tau is above 0; else over all."""
+        hidden = False if far else key0 == self.query0
+        if self.plan.packed:
+            hidden = hidden | (key0 < self.row.document_last)
+        if hidden is False:
+            return self.lane_sums(x)
+        return lax.cond(
+            hidden & (self.offset > 0),
+            lambda: self.lane_sums(jnp.where(self.visible(key0), x, 0.0)),
+            lambda: self.lane_sums(x),
+        )
 
     def visible(self, key0: Any) -> Array:
         """Returns which entries of a tile the queries see."""
@@ -200,13 +228,13 @@ class Queries:
         return plgpu.load(x, layout=ROW, optimized=False)
 
     def step(
-        self, divided: bool, accs: tuple, n: Any, slots: tuple, wait: Any, sums: "_Sums"
+        self, divided: bool, far: bool | None, accs: tuple, n: Any, slots: tuple, wait: Any, sums: "_Sums"
     ) -> "_Sums":
         """Adds a tile."""
         # Products that begin with a number known only now need no wait of their own.
         begin = 0.0 * self.row.log_total if self.plan.has_offset else -self.row.delta
         less = self.spread(begin)
-        bias, key0 = self.bias(n)
+        bias, key0 = self.bias(n, far)
         key_slot, value_slot = slots
 
         def products(s_acc, d_acc):
@@ -242,19 +270,12 @@ class Queries:
             delta = delta + self.lane_sums(weighted)
             if divided:
                 # A weight of tau / n is no weight where nothing is seen.
-                hidden = key0 == self.query0
-                if self.plan.packed:
-                    hidden = hidden | (key0 < self.row.document_last)
-                alive = alive + lax.cond(
-                    hidden & (self.offset > 0),
-                    lambda: self.lane_sums(jnp.where(self.visible(key0), d_weights, 0.0)),
-                    lambda: self.lane_sums(d_weights),
-                )
+                alive = alive + self.seen_sums(d_weights, key0, far)
             else:
                 alive = alive + self.lane_sums(d_weights)
         if past:
             apart = self.query0 - key0
-            past = tail_sums.add(self.plan, past, weighted, apart, interpret=self.interpret)
+            past = tail_sums.add(self.plan, past, weighted, apart, far, interpret=self.interpret)
         return _Sums(delta, alive, past)
 
     def release_before(self, n: Any, slot: Any) -> None:

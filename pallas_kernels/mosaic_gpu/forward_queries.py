@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, mean_key, memory, rings
+from pallas_kernels.mosaic_gpu import far_tiles, lanes, mean_key, memory, rings
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
@@ -94,6 +94,20 @@ class Queries:
         """Does what `rings.steps` does, for this warpgroup's tiles before `end`."""
         return rings.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
 
+    def steps_by_distance(
+        self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
+    ) -> Any:
+        """Does what `steps` does, in two loops; body is called with `far` before all else."""
+
+        def loop(far, start, stop, carry):
+            step = functools.partial(body, far)
+            return rings.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
+
+        units = self.block.keys // UNIT
+        return far_tiles.loops(
+            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry, units
+        )
+
     def scores(
         self,
         step: Any,
@@ -104,6 +118,7 @@ class Queries:
         *,
         keep: bool = False,
         whole: bool = False,
+        far: bool = False,
     ) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
 
@@ -121,6 +136,7 @@ class Queries:
           carry: for the first call.
           keep: the keys are needed once more.
           whole: nothing is left to be added.
+          far: the tile is known to lie past the bias table.
 
         Returns:
           the last carry.
@@ -129,17 +145,8 @@ class Queries:
         units = list(reversed(range(self.block.keys // UNIT)))
 
         key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
-        starts, rests = zip(
-            *(plan.bias_of_tile(self.query0 - x, UNIT, self.bias_tail, falling=True) for x in key0),
-            strict=True,
-        )
         # Behind products in the queue to memory, loads would wait for the tensor cores.
-        biases = [
-            memory.gather(
-                self.table, x, UNIT, interpret=self.interpret, plus=rest if whole else 0.0
-            )
-            for x, rest in zip(starts, rests, strict=True)
-        ]
+        biases, rests = zip(*(self.bias(x, whole, far) for x in key0), strict=True)
 
         def run(*accs):
             result, in_flight = carry, 0
@@ -159,6 +166,18 @@ class Queries:
 
         return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
 
+    def bias(self, key0: Any, whole: bool, far: bool) -> tuple[Any, Any]:
+        """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
+        plan, apart = self.plan, self.query0 - key0
+        if far:
+            return far_tiles.bias(
+                plan, apart, self.bias_tail, falling=True, whole=whole, interpret=self.interpret
+            )
+        start, rest = plan.bias_of_tile(apart, UNIT, self.bias_tail, falling=True)
+        plus = rest if whole else 0.0
+        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=plus)
+        return bias, rest
+
     def visible(self, key0: Any) -> Array:
         """Returns which entries of a tile the queries see."""
         columns = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=TILE) + key0
@@ -176,6 +195,22 @@ class Queries:
             key0 < self.document_last,
             lambda: jnp.where(self.visible(key0), x, LOWEST),
             lambda: x,
+        )
+
+    def hide(self, weights: Array, key0: Any, small: bool) -> Array:
+        """Returns weights that are not above 0 where nothing is seen.
+
+        Documents are not masked before. And tau / n would be a weight if it is above 0, which
+        with `small` it is not.
+        """
+        hidden = False
+        if self.plan.has_offset and not small:
+            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
+        if self.plan.packed:
+            hidden = hidden | (key0 < self.document_last)
+        unseen = -1.0 if self.plan.has_offset else 0.0
+        return lax.cond(
+            hidden, lambda: jnp.where(self.visible(key0), weights, unseen), lambda: weights
         )
 
     def two_sweeps(self) -> tuple[Any, Any]:
@@ -204,7 +239,9 @@ class Queries:
             # Here only where scores are large.
             out = sweep(False)
         else:
-            out = lax.cond(self.small, lambda: sweep(True), lambda: sweep(False))
+            # The other way also serves where unseen entries must be told from seen ones.
+            usual = self.small & (self.offset <= 0) if self.plan.has_offset else self.small
+            out = lax.cond(usual, lambda: sweep(True), lambda: sweep(False))
         rings.skip(end, live_steps, *both)
         block.tables.release(block.n)
         self.store(out, log_total)
@@ -255,7 +292,7 @@ class Queries:
                     farthest = jnp.where(bound <= limit, farthest, unit)
             return total, farthest
 
-        def step(n, slots, wait, carry):
+        def step(far, n, slots, wait, carry):
             total, farthest, lane_sums, bounds, past = carry
             (slot,) = slots
             others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
@@ -267,7 +304,7 @@ class Queries:
                 e = jnp.exp2(self.hide_documents(x, key0))
                 if key_accs:
                     mean_key.add(self, key_accs, e, slot, unit)
-                    past = mean_key.add_past(self, past, e, key0)
+                    past = mean_key.add_past(self, past, e, key0, far)
                 sums, bound = lanes.sum_and_bound(e, interpret=self.interpret)
                 if not key_accs:
                     factor = jnp.exp2(self.per_row(rest))
@@ -278,7 +315,7 @@ class Queries:
 
             start = (total, farthest, None, (), past)
             keep = bool(key_accs)
-            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep)
+            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep, far=far)
             if keep:
                 plgpu.wgmma_wait(0)
                 self.all.keys.release_slot(slot)
@@ -286,7 +323,7 @@ class Queries:
 
         zero = self.per_row(0.0)
         start = (zero, self.no_unit(), zero, (zero,) * units, mean_key.no_past(self))
-        carry = self.steps(self.end, step, start, (self.all.keys, 0))
+        carry = self.steps_by_distance(self.end, step, start, (self.all.keys, 0))
         total, farthest, lane_sums, bounds, past = carry
         others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
         last = lax.max(self.end, self.begin) - 1
@@ -338,8 +375,8 @@ class Queries:
     def add_values(self, log_total, end, both, small, acc) -> Array:
         """Second sweep: the output.
 
-        Where no exponential can overflow, it is taken before its sum is divided by: then that
-        and the threshold take one instruction.
+        With `small`, no exponential can overflow, and tau is not above 0. Then exponentials are
+        taken before their sum is divided by: that and the threshold take one instruction.
         """
         block, plan = self.all, self.plan
         dtype = self.kernel.dtype
@@ -352,30 +389,24 @@ class Queries:
                 p = jnp.exp2(x - self.spread(log_total - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
-                # A weight of tau / n is no weight where nothing is seen.
-                hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
-                if plan.packed:
-                    hidden = hidden | (key0 < self.document_last)
-                p = lax.cond(hidden, lambda: jnp.where(self.visible(key0), p, -1.0), lambda: p)
-            elif plan.packed:
-                p = lax.cond(
-                    key0 < self.document_last,
-                    lambda: jnp.where(self.visible(key0), p, 0.0),
-                    lambda: p,
-                )
+            if plan.packed or (plan.has_offset and not small):
+                p = self.hide(p, key0, small)
             weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
             rings.multiply(acc, weights, self.values_of(slot, unit), spare)
             return slot, 1
 
-        def step(n, slots, wait, carry):
+        def step(far, n, slots, wait, carry):
             key_slot, value_slot = slots
-            self.scores(n, key_slot, wait, use, value_slot)
+            self.scores(n, key_slot, wait, use, value_slot, far=far)
             # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
             block.values.release_slot(value_slot)
             return carry
 
-        self.steps(end, step, (), both[0], both[1:])
+        if small:
+            self.steps_by_distance(end, step, (), both[0], both[1:])
+        else:
+            self.steps(end, functools.partial(step, False), (), both[0], both[1:])
         return acc[...]
 
     def values_of(self, slot: Any, unit: int) -> Any:
@@ -400,14 +431,16 @@ class Queries:
                 total = total + lanes.lane_sums(e, False, interpret=self.interpret)
                 return (slot, total), 1
 
-            def step(n, slots, wait, total):
+            def step(far, n, slots, wait, total):
                 key_slot, value_slot = slots
-                _, total = self.scores(n, key_slot, wait, use, (value_slot, total), whole=True)
+                start = (value_slot, total)
+                _, total = self.scores(n, key_slot, wait, use, start, whole=True, far=far)
                 plgpu.wgmma_wait(0)
                 block.values.release_slot(value_slot)
                 return total
 
-            total = self.steps(self.end, step, self.per_row(0.0), both[0], both[1:])
+            zero = self.per_row(0.0)
+            total = self.steps_by_distance(self.end, step, zero, both[0], both[1:])
             return acc[...], total
 
         both = ((block.keys, 0), (block.values, 0))

@@ -12,13 +12,14 @@ it. In interpret mode it is an ordinary row vector.
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import mlir
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, SCALAR, TILE
 
 
 def sum_and_bound(
@@ -136,6 +137,42 @@ def add_neighbours(x: Float[Array, "64"], others: tuple) -> Float[Array, "64"]:
 def finish_sums(x: Float[Array, "64"], *, interpret: bool) -> Float[Array, "64"]:
     """Returns row sums from those per lane."""
     return add_neighbours(x, of_neighbours(x, interpret=interpret))
+
+
+def slanted(
+    base: Float[Array, ""], slope: Float[Array, ""], columns: int, *, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns the tile with tile[r, c] = base + slope (c - r): one instruction a diagonal."""
+    if interpret:
+        r = lax.broadcasted_iota(jnp.float32, (ROWS, columns), 0)
+        c = lax.broadcasted_iota(jnp.float32, (ROWS, columns), 1)
+        return base + slope * (c - r)
+
+    @plgpu.inline_mgpu(
+        arg_types=(SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
+    )
+    def build_tile(_, base, slope):
+        base, slope = mlir.scalar(base), mlir.scalar(slope)
+        f32 = ir.F32Type.get()
+        warp, g, t = mlir.position()
+        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        first = arith.sitofp(f32, arith.subi(arith.muli(t, mlir.constant(2)), row))
+        base = math.fma(slope, first, base)
+        entries: dict[int, ir.Value] = {}
+
+        def entry(distance):
+            if distance not in entries:
+                by = arith.constant(f32, ir.FloatAttr.get(f32, float(distance)))
+                entries[distance] = math.fma(slope, by, base)
+            return entries[distance]
+
+        def build(half, block):
+            return mlir.vector_of([entry(8 * (block - half) + i) for i in range(2)])
+
+        return mlir.tile(build, columns)
+
+    return build_tile(base, slope)
 
 
 def row_index(*, interpret: bool) -> Float[Array, "64"]:

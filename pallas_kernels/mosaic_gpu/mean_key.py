@@ -60,12 +60,14 @@ def no_past(queries: Any) -> tuple[Array, ...]:
     return (queries.per_row(0.0),) * 2 if queries.kernel.want_tail else ()
 
 
-def add_past(queries: Any, past: tuple[Array, ...], weights: Array, key0: Any) -> tuple[Array, ...]:
-    """Adds weights of a tile to these sums, if it is past the table."""
+def add_past(
+    queries: Any, past: tuple[Array, ...], weights: Array, key0: Any, far: bool | None
+) -> tuple[Array, ...]:
+    """Adds weights of a tile to these sums, if it is past the table, see `tail_sums.add`."""
     if not past:
         return past
     apart = queries.query0 - key0
-    return tail_sums.add(queries.plan, past, weights, apart, interpret=queries.interpret)
+    return tail_sums.add(queries.plan, past, weights, apart, far, interpret=queries.interpret)
 
 
 def store(queries: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
@@ -103,7 +105,7 @@ def find(queries: Any, log_total: Array) -> None:
                 x = queries.hide_documents(x, key0)
                 p = jnp.exp2(x - queries.spread(log_total - (rest + _SHIFT)))
                 add(queries, accs, p, slot, unit)
-                return add_past(queries, past, p, key0), len(accs)
+                return add_past(queries, past, p, key0, None), len(accs)
 
             past = queries.scores(n, slot, wait, use, past, keep=True)
             plgpu.wgmma_wait(0)

@@ -91,6 +91,11 @@ class Plan:
         """Distances from here on are the tail's: a tile wholly there reads no table."""
         return max(self.width, 1)
 
+    @property
+    def near_units(self) -> int:
+        """Tiles of 64 x 64 this many units from the diagonal, or more, lie past the table."""
+        return -(-(self.reach + UNIT - 1) // UNIT)
+
     def has_tail(self, length: int) -> bool:
         """Returns whether some distance of a row of this length is past the table, and counts."""
         return self.has_slope and length > self.width
@@ -133,8 +138,8 @@ class Plan:
           the table, and if it has a slope relative to where it begins. First in the order of
           distances falling, for tiles whose rows are queries, then rising, for tiles whose
           rows are keys.
-          And for each head the tail's value at distance `reach` - 1 and its slope; 0 if it has
-          none.
+          And for each head the tail's value at distance `reach` - 1 and its slope; without one,
+          its value and 0.
         """
         if distance_bias is None:
             values = jnp.zeros((heads, self.near - _LEAD), jnp.float32)
@@ -144,7 +149,7 @@ class Plan:
             first = values[:, :1]
             values = LOG2_E * (values - first)
             if distance_slope is None:
-                slope = end = jnp.zeros(heads, jnp.float32)
+                slope, end = jnp.zeros(heads, jnp.float32), values[:, -1]
             else:
                 slope = LOG2_E * distance_slope
                 end = values[:, self.reach - 1]

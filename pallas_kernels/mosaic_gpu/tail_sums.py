@@ -13,24 +13,28 @@ def add(
     sums: tuple[Float[Array, "64"], ...],
     x: Float[Array, "64 64"],
     apart: Int[Array, ""],
+    far: bool | None,
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "64"], ...]:
-    """Adds a tile that lies wholly past the table.
+    """Adds a tile if it lies wholly past the table.
 
     Args:
       plan: of the call.
       sums: two, per lane, of x and of x times the distance past the table's end.
       x: of a tile, its rows queries.
       apart: its first query less its first key.
+      far: whether it lies there; None: not known before it is computed.
       interpret: for interpret mode.
     """
 
-    def far():
+    def added():
         plain = lanes.lane_sums(x, False, interpret=interpret)
         moment = lanes.lane_sums(x, True, interpret=interpret)
         row = lanes.row_index(interpret=interpret)
         distance = row + (apart - (plan.width - 1)).astype(jnp.float32)
         return sums[0] + plain, sums[1] + plain * distance - moment
 
-    return lax.cond(apart - (UNIT - 1) - plan.width >= 0, far, lambda: sums)
+    if far is None:
+        return lax.cond(apart >= UNIT * plan.near_units, added, lambda: sums)
+    return added() if far else sums

@@ -21,6 +21,8 @@ HEAD_SIZES = suite.HEAD_SIZES
 LONG = [
     oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
     oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
+    # Past its table the bias is 0, not its first entry.
+    oracle.Case("long_no_tail", (1, 1100, 4, 2, 64), 200, "bumpy"),
     oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
     oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
     # A table that leaves dK's kernel no room for the bias's gradient.

@@ -55,7 +55,8 @@ def lazy_table(
     if copy == 0:
         end = 0.0
         if static.has_slope:
-            end = (tl.load(bias_ptr + static.reach - 1) - tl.load(bias_ptr)) * _LOG2_E
+            end = tl.load(bias_ptr + static.reach - 1)
+        end = (end - tl.load(bias_ptr)) * _LOG2_E
         tl.store(tail_ptr + 2 * head, end)
         tl.store(tail_ptr + 2 * head + 1, slope * _LOG2_E)
     else:

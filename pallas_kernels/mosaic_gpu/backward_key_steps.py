@@ -181,10 +181,9 @@ class Keys:
         if bias is not None:
             x = x + bias
         if self.plan.packed:
-            query0 = (self.unit0 + n) * UNIT
             x = lax.cond(
                 self.other_document(slot),
-                lambda: jnp.where(self.visible(query0, slot), x, LOWEST),
+                lambda: jnp.where(self.in_document(slot), x, LOWEST),
                 lambda: x,
             )
         return jnp.exp2(x - self.spread(less))
@@ -195,15 +194,10 @@ class Keys:
         last = self.ref["rows_smem"][slot, Rows.DOCUMENT, UNIT - 1]
         return self.key0.astype(jnp.float32) < last
 
-    def visible(self, query0: Any, slot: Any) -> Array:
-        """Returns which entries of a tile are seen."""
+    def in_document(self, slot: Any) -> Array:
+        """Returns which keys of a tile lie in the query's document or after its start."""
         keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
-        queries = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE) + query0
-        seen = queries >= keys
-        if self.plan.packed:
-            document = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
-            seen = seen & (keys >= self.spread(document))
-        return seen
+        return keys >= self.spread(self.row(slot, Rows.DOCUMENT).astype(jnp.int32))
 
     def hide(self, weights: Array, n: Any, slot: Any) -> Array:
         """Returns weights that are negative where nothing is seen.
@@ -214,11 +208,14 @@ class Keys:
         hidden = query0 == self.key0
         if self.plan.packed:
             hidden = hidden | self.other_document(slot)
-        return lax.cond(
-            hidden,
-            lambda: jnp.where(self.visible(query0, slot), weights, -1.0),
-            lambda: weights,
-        )
+
+        def masked():
+            x = lanes.where_seen(
+                weights, query0 - self.key0, -1.0, rows_are_keys=True, interpret=self.interpret
+            )
+            return jnp.where(self.in_document(slot), x, -1.0) if self.plan.packed else x
+
+        return lax.cond(hidden, masked, lambda: weights)
 
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic_gpu import (
     tail_sums,
     weight_sums,
 )
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT
 
 
@@ -185,7 +185,7 @@ class Queries:
         if self.plan.packed:
             x = lax.cond(
                 key0 < self.row.document_last,
-                lambda: jnp.where(self.in_document(key0), x, LOWEST),
+                lambda: self.of_document(x, key0, LOWEST),
                 lambda: x,
             )
         return jnp.exp2(x - self.spread(self.row.log_total) if divided else x)
@@ -201,23 +201,23 @@ class Queries:
             hidden = hidden | (key0 < self.row.document_last)
         if hidden is False:
             return self.lane_sums(x)
+
+        def masked():
+            seen = lanes.where_seen(
+                x, self.query0 - key0, 0.0, rows_are_keys=False, interpret=self.interpret
+            )
+            return self.of_document(seen, key0, 0.0) if self.plan.packed else seen
+
         return lax.cond(
             hidden & (self.offset > 0),
-            lambda: self.lane_sums(jnp.where(self.visible(key0), x, 0.0)),
+            lambda: self.lane_sums(masked()),
             lambda: self.lane_sums(x),
         )
 
-    def visible(self, key0: Any) -> Array:
-        """Returns which entries of a tile the queries see."""
-        columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE) + key0
-        rows = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.query0
-        seen = rows >= columns
-        return seen & self.in_document(key0) if self.plan.packed else seen
-
-    def in_document(self, key0: Any) -> Array:
-        """Returns which keys of a tile lie in the query's document or after its start."""
-        columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
-        return columns + key0 >= self.spread(self.row.document)
+    def of_document(self, x: Array, key0: Any, otherwise: float) -> Array:
+        """Returns x for keys in the query's document or after its start, else another number."""
+        first = self.row.document - key0
+        return lanes.where_from(x, first, otherwise, interpret=self.interpret)
 
     def spread(self, x: Any) -> Float[Array, "64 64"]:
         """Returns a row vector repeated along its rows."""
@@ -228,7 +228,14 @@ class Queries:
         return plgpu.load(x, layout=ROW, optimized=False)
 
     def step(
-        self, divided: bool, far: bool | None, accs: tuple, n: Any, slots: tuple, wait: Any, sums: "_Sums"
+        self,
+        divided: bool,
+        far: bool | None,
+        accs: tuple,
+        n: Any,
+        slots: tuple,
+        wait: Any,
+        sums: "_Sums",
     ) -> "_Sums":
         """Adds a tile."""
         # Products that begin with a number known only now need no wait of their own.

@@ -116,7 +116,7 @@ _BLOCKS = {
 _MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
 _SOFTMAX: dict[int, Any] = {
-    64: {"backward_query": Block(warpgroups=3, stages=3)},
+    64: {},
     96: {"forward": ForwardBlock(keys=64, stages=3, ahead=True)},
     128: {"forward": ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True)},
 }

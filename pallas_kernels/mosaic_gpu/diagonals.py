@@ -209,9 +209,7 @@ def _of_warp(ref: Any, warpgroup: Any, words: int) -> tuple[ir.Value, ir.Value]:
     """Returns where a warp's words of SMEM [warpgroups, 4 words] begin, and this lane."""
     # The compiler can't see that it is the same at every step: what follows from it takes a few
     # instructions, but would take registers through the loop.
-    thread = llvm.inline_asm(
-        mlir.i32(), [mgpu.utils.thread_idx()], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
-    )
+    thread = mlir.afresh(mgpu.utils.thread_idx())
     lane = arith.remui(thread, mlir.constant(LANES))
     warp = arith.divui(lane, mlir.constant(32))
     first = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import far_tiles, lanes, mean_key, memory, rings
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
 
@@ -178,14 +178,9 @@ class Queries:
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=plus)
         return bias, rest
 
-    def visible(self, key0: Any) -> Array:
-        """Returns which entries of a tile the queries see."""
-        columns = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=TILE) + key0
-        rows = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=TILE) + self.query0
-        seen = rows >= columns
-        if self.plan.packed:
-            seen = seen & (columns >= self.spread(self.document))
-        return seen
+    def of_document(self, x: Array, key0: Any, otherwise: float) -> Array:
+        """Returns x for keys in the query's document or after its start, else another number."""
+        return lanes.where_from(x, self.document - key0, otherwise, interpret=self.interpret)
 
     def hide_documents(self, x: Array, key0: Any) -> Array:
         """Returns scores with those of other documents masked."""
@@ -193,7 +188,7 @@ class Queries:
             return x
         return lax.cond(
             key0 < self.document_last,
-            lambda: jnp.where(self.visible(key0), x, LOWEST),
+            lambda: self.of_document(x, key0, LOWEST),
             lambda: x,
         )
 
@@ -203,15 +198,21 @@ class Queries:
         Documents are not masked before. And tau / n would be a weight if it is above 0, which
         with `small` it is not.
         """
-        hidden = False
+        hidden, unseen = False, -1.0 if self.plan.has_offset else 0.0
         if self.plan.has_offset and not small:
             hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
         if self.plan.packed:
             hidden = hidden | (key0 < self.document_last)
-        unseen = -1.0 if self.plan.has_offset else 0.0
-        return lax.cond(
-            hidden, lambda: jnp.where(self.visible(key0), weights, unseen), lambda: weights
-        )
+
+        def masked():
+            x = weights
+            if self.plan.has_offset and not small:
+                x = lanes.where_seen(
+                    x, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
+                )
+            return self.of_document(x, key0, unseen) if self.plan.packed else x
+
+        return lax.cond(hidden, masked, lambda: weights)
 
     def two_sweeps(self) -> tuple[Any, Any]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, SCALAR, TILE
@@ -173,6 +173,90 @@ def slanted(
         return mlir.tile(build, columns)
 
     return build_tile(base, slope)
+
+
+def where_seen(
+    x: Float[Array, "64 columns"],
+    apart: Int[Array, ""],
+    otherwise: float,
+    *,
+    rows_are_keys: bool,
+    interpret: bool,
+) -> Float[Array, "64 columns"]:
+    """Returns x where the query is not before the key, else another number.
+
+    Args:
+      x: a tile.
+      apart: its first query less its first key.
+      otherwise: the other number.
+      rows_are_keys: rather than queries.
+      interpret: for interpret mode.
+    """
+    if interpret:
+        r = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        c = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where(apart + (c - r if rows_are_keys else r - c) >= 0, x, otherwise)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, SCALAR), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
+    )
+    def select(_, x, apart):
+        # Were its place known before the loop, a lane would keep it in registers for each entry.
+        thread = mlir.afresh(mgpu.utils.thread_idx())
+        warp, g, t = mlir.position(thread)
+        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        less = arith.subi(arith.muli(t, mlir.constant(2)), row)
+        start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(apart), less)
+        f32 = ir.F32Type.get()
+        other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
+        registers = mlir.registers(x)
+        seen: dict[int, ir.Value] = {}
+
+        def chosen(half, block, i):
+            distance = 8 * (block - half) + i
+            if distance not in seen:
+                limit = mlir.constant(-distance if rows_are_keys else distance)
+                seen[distance] = arith.cmpi(arith.CmpIPredicate.sge, start, limit)
+            return arith.select(seen[distance], mlir.element(registers[half, block], i), other)
+
+        def build(half, block):
+            return mlir.vector_of([chosen(half, block, i) for i in range(2)])
+
+        return mlir.tile(build, x.shape[1])
+
+    return select(x, jnp.asarray(apart, jnp.int32))
+
+
+def where_from(
+    x: Float[Array, "64 columns"], first: Int[Array, "64"], otherwise: float, *, interpret: bool
+) -> Float[Array, "64 columns"]:
+    """Returns x from each row's first column on, and another number before."""
+    if interpret:
+        c = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where(c >= first[:, None], x, otherwise)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
+    )
+    def select(_, x, first):
+        _, _, t = mlir.position()
+        own = arith.muli(t, mlir.constant(2))
+        starts = [arith.subi(mlir.element(row, 0), own) for row in first.registers.flat]
+        f32 = ir.F32Type.get()
+        other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
+        registers = mlir.registers(x)
+
+        def chosen(half, block, i):
+            column = mlir.constant(8 * block + i)
+            seen = arith.cmpi(arith.CmpIPredicate.sle, starts[half], column)
+            return arith.select(seen, mlir.element(registers[half, block], i), other)
+
+        def build(half, block):
+            return mlir.vector_of([chosen(half, block, i) for i in range(2)])
+
+        return mlir.tile(build, x.shape[1])
+
+    return select(x, first)
 
 
 def row_index(*, interpret: bool) -> Float[Array, "64"]:

@@ -381,10 +381,9 @@ def named_barrier(operation: str, number, threads: int) -> None:
 
 
 def afresh(index: Int[Array, ""], *, interpret: bool) -> Int[Array, ""]:
-    """Returns an index that the compiler takes for another one each time.
+    """Returns an index that the compiler takes for another one each time, see `mlir.afresh`.
 
-    What follows from it is then computed in a loop, rather than before it and kept in registers
-    that the loop has not: an operand in SMEM has a descriptor of 64 bits for each 16 columns.
+    An operand in SMEM has a descriptor of 64 bits for each 16 columns.
     """
     if interpret:
         return index
@@ -393,9 +392,7 @@ def afresh(index: Int[Array, ""], *, interpret: bool) -> Int[Array, ""]:
         arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR)
     )
     def move(_, index):
-        moved = llvm.inline_asm(
-            mlir.i32(), [mlir.scalar(index)], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
-        )
+        moved = mlir.afresh(mlir.scalar(index))
         return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
 
     return move(jnp.asarray(index, jnp.int32))

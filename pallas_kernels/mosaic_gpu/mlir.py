@@ -31,9 +31,18 @@ def scalar(x) -> ir.Value:
     return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
 
 
-def position() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Returns this lane's warp in its warpgroup, its g and its t."""
-    lane = arith.remui(mgpu.utils.thread_idx(), constant(LANES))
+def afresh(x: ir.Value) -> ir.Value:
+    """Returns a 32-bit integer that the compiler takes for another one each time.
+
+    What follows from it is then computed in a loop, rather than before it and kept in registers
+    that the loop has not.
+    """
+    return llvm.inline_asm(i32(), [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+
+
+def position(thread: ir.Value | None = None) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Returns this or another thread's warp in its warpgroup, its g and its t."""
+    lane = arith.remui(mgpu.utils.thread_idx() if thread is None else thread, constant(LANES))
     warp = arith.divui(lane, constant(32))
     lane = arith.remui(lane, constant(32))
     return warp, arith.divui(lane, constant(4)), arith.remui(lane, constant(4))

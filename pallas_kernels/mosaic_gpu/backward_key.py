@@ -40,6 +40,7 @@ def backward_key(
     rows: Float[Array, "batch heads units kinds 64"],
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
+    masked: Int[Array, "batch units"],
     numbers: Int[Array, " pieces+1"],
 ) -> dict[str, Array]:
     """Launches the kernel.
@@ -57,6 +58,8 @@ def backward_key(
       rows: what `Rows` says of each query.
       last: last unit of queries that visits each unit of keys.
       live: last one for which it may be live.
+      masked: first one of which some query doesn't see all of the unit, for its document begins
+        later; not read unless `plan.packed`.
       numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:
@@ -67,7 +70,7 @@ def backward_key(
     kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
     results = kernel.launch(
         list(kernel.results.values()), query, d_out, key, value, table, tail, offset, rows, last,
-        live, numbers,
+        live, masked, numbers,
     )  # fmt: skip
     found = dict(zip(kernel.results, results, strict=True))
     if kernel.want_bias:
@@ -145,7 +148,7 @@ class _Kernel(launch.Kernel):
         """Returns the names of operands and results."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
-            "numbers",
+            "masked", "numbers",
         ]  # fmt: skip
         return names + list(self.results)
 

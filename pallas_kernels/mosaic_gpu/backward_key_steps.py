@@ -48,6 +48,10 @@ class Keys:
         if release_early:
             self.keys.release(self.n)
         begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+        first_masked = None
+        if plan.packed:
+            # Documents begin later and later.
+            first_masked = ref["masked"][b, unit] - self.unit0
         self.sums = None
         if kernel.want_bias:
             self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
@@ -73,16 +77,19 @@ class Keys:
                 step = functools.partial(step, far, accs)
                 return rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
 
-            live_start = begin
+            def loops(step, start, stop, late, masked):
+                run = functools.partial(loop, step, late)
+                far_tiles.loops(plan, kernel.length, begin, start, stop, run, (), masked=masked)
+
+            masked = live_masked = first_masked
             if plan.has_offset:
-                # Where unseen entries must be told from seen ones there is one loop for all.
-                live_start = lax.select(self.offset > 0, lax.max(live_end, begin), begin)
-                loop(self.live_step, both[1:], None, begin, live_start, ())
-            loops = functools.partial(far_tiles.loops, plan, kernel.length, begin)
-            loops(live_start, live_end, functools.partial(loop, self.live_step, both[1:]), ())
+                # A weight of tau / n is no weight where nothing is seen.
+                others = end if masked is None else masked
+                live_masked = lax.select(self.offset > 0, begin, others)
+            loops(self.live_step, begin, live_end, both[1:], live_masked)
             rings.skip(end, live, *both)
             if plan.has_offset and "key" in kernel.wanted:
-                loops(live, end, functools.partial(loop, self.dead_step, ()), ())
+                loops(self.dead_step, live, end, (), masked)
             rings.skip(lax.max(end, live), steps, both[0])
             self.tables.release(member)
             if self.sums is not None:
@@ -174,25 +181,15 @@ class Keys:
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
         return bias, self.row(slot, Rows.LOG_TOTAL) - rest
 
-    def softmax(self, x: Array, n: Any, slot: Any, loaded: tuple[Any, Array]) -> Array:
-        """Returns softmax weights of tile n from its products."""
+    def softmax(self, far: bool | None, x: Array, slot: Any, loaded: tuple[Any, Array]) -> Array:
+        """Returns softmax weights of a tile from its products."""
         bias, less = loaded
         x = x * self.plan.exponent_scale
         if bias is not None:
             x = x + bias
-        if self.plan.packed:
-            x = lax.cond(
-                self.other_document(slot),
-                lambda: jnp.where(self.in_document(slot), x, LOWEST),
-                lambda: x,
-            )
+        if self.plan.packed and far is None:
+            x = jnp.where(self.in_document(slot), x, LOWEST)
         return jnp.exp2(x - self.spread(less))
-
-    def other_document(self, slot: Any) -> Any:
-        """Returns whether some query of a tile does not see the first key."""
-        # Documents begin later and later.
-        last = self.ref["rows_smem"][slot, Rows.DOCUMENT, UNIT - 1]
-        return self.key0.astype(jnp.float32) < last
 
     def in_document(self, slot: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
@@ -204,18 +201,15 @@ class Keys:
 
         Without that, tau / n would be a weight there if it is above 0.
         """
-        query0 = (self.unit0 + n) * UNIT
-        hidden = query0 == self.key0
-        if self.plan.packed:
-            hidden = hidden | self.other_document(slot)
+        apart = (self.unit0 + n) * UNIT - self.key0
 
         def masked():
-            x = lanes.where_seen(
-                weights, query0 - self.key0, -1.0, rows_are_keys=True, interpret=self.interpret
+            return lanes.where_seen(
+                weights, apart, -1.0, rows_are_keys=True, interpret=self.interpret
             )
-            return jnp.where(self.in_document(slot), x, -1.0) if self.plan.packed else x
 
-        return lax.cond(hidden, masked, lambda: weights)
+        weights = lax.cond(apart == 0, masked, lambda: weights)
+        return jnp.where(self.in_document(slot), weights, -1.0) if self.plan.packed else weights
 
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""
@@ -232,7 +226,7 @@ class Keys:
             plgpu.wgmma(acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
             self.collect(n, far)
-            p = weights = self.softmax(acc[...], n, slot, loaded)
+            p = weights = self.softmax(far, acc[...], slot, loaded)
             if plan.has_offset:
                 weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
                 if far is None:
@@ -294,7 +288,7 @@ class Keys:
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        d_scores = self.softmax(x, n, slot, loaded) * less
+        d_scores = self.softmax(far, x, slot, loaded) * less
         packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
         self.leave(n, d_scores, far)

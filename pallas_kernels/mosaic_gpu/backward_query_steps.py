@@ -97,7 +97,16 @@ class Queries:
                 # Rare, so one loop for all.
                 sums = loop(None, begin, end, sums)
             else:
-                sums = far_tiles.loops(plan, kernel.length, begin, begin, end, loop, sums)
+                masked = None
+                if plan.packed:
+                    masked = (
+                        self.all.last
+                        + 1
+                        - lax.div(self.row.document_last + (UNIT - 1), jnp.int32(UNIT))
+                    )
+                sums = far_tiles.loops(
+                    plan, kernel.length, begin, begin, end, loop, sums, masked=masked
+                )
             d_query = accs[0][...]
             if self.block.stages > 1:
                 # The last products have been waited for only now.
@@ -179,15 +188,11 @@ class Queries:
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=rest)
         return bias, key0
 
-    def softmax(self, x: Array, bias: Array, key0: Any, divided: bool) -> Array:
+    def softmax(self, far: bool | None, x: Array, bias: Any, key0: Any, divided: bool) -> Array:
         """Returns softmax weights of a tile from its products, or only exponentials."""
         x = x * self.plan.exponent_scale + bias
-        if self.plan.packed:
-            x = lax.cond(
-                key0 < self.row.document_last,
-                lambda: self.of_document(x, key0, LOWEST),
-                lambda: x,
-            )
+        if self.plan.packed and far is None:
+            x = self.of_document(x, key0, LOWEST)
         return jnp.exp2(x - self.spread(self.row.log_total) if divided else x)
 
     def lane_sums(self, x: Array) -> Array:
@@ -196,17 +201,19 @@ class Queries:
 
     def seen_sums(self, x: Array, key0: Any, far: bool | None) -> Array:
         """Returns sums per lane over what the queries see, if tau is above 0; else over all."""
-        hidden = False if far else key0 == self.query0
-        if self.plan.packed:
-            hidden = hidden | (key0 < self.row.document_last)
-        if hidden is False:
+        if far:
             return self.lane_sums(x)
+        hidden = key0 == self.query0
+        if self.plan.packed and far is None:
+            hidden = hidden | (key0 < self.row.document_last)
 
         def masked():
             seen = lanes.where_seen(
                 x, self.query0 - key0, 0.0, rows_are_keys=False, interpret=self.interpret
             )
-            return self.of_document(seen, key0, 0.0) if self.plan.packed else seen
+            if self.plan.packed and far is None:
+                seen = self.of_document(seen, key0, 0.0)
+            return seen
 
         return lax.cond(
             hidden & (self.offset > 0),
@@ -251,7 +258,7 @@ class Queries:
             x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             self.release_before(n, key_slot)
             wait()
-            return self.softmax(x, bias, key0, divided), rings.finish(d_acc, d_begun)
+            return self.softmax(far, x, bias, key0, divided), rings.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)

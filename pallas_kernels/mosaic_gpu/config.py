@@ -91,6 +91,7 @@ _BLOCKS = {
     96: Blocks(
         inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
         forward=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False, ahead=True),
+        backward_query=Block(stages=3, in_registers=False),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
@@ -116,7 +117,7 @@ _BLOCKS = {
 _MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
 _SOFTMAX: dict[int, Any] = {
-    64: {},
+    64: {"backward_query": Block(stages=3)},
     96: {"forward": ForwardBlock(keys=64, stages=3, ahead=True)},
     128: {"forward": ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True)},
 }

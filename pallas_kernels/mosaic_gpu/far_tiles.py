@@ -1,8 +1,10 @@
-"""Tiles that lie wholly past the bias table, which have loops of their own.
+"""Loops that know where their tiles lie, and the bias of those wholly past its table.
 
 There the bias is one number, or with a slope affine in the distance. So nothing of it is loaded
-from SMEM, where loads queue behind products; nothing is masked by causality; and what only
-concerns the table, or only its tail, is decided when the loop is compiled.
+from SMEM, where loads queue behind products, and what only concerns the table, or only its
+tail, is decided when the loop is compiled. Tiles in which documents begin, or whose head has a
+tau above 0, come last and have a loop of their own: a branch for them would keep the compiler
+from putting products beside exponentials.
 """
 
 from typing import Any
@@ -28,9 +30,11 @@ def loops(
     stop: Any,
     loop: Any,
     carry: Any,
+    *,
+    masked: Any = None,
     units: int = 1,
 ) -> Any:
-    """Runs one loop over steps start, ..., stop-1 as two: near tiles, then those past the table.
+    """Runs one loop over steps start, ..., stop-1 as several that know more of their tiles.
 
     Args:
       plan: of the call.
@@ -38,21 +42,28 @@ def loops(
       diagonal: step of the tile on the diagonal, from which steps lead away.
       start: first step.
       stop: after the last one.
-      loop: called as loop(far, start, stop, carry), where far is static; returns the next carry.
-        There is no step if `stop` is not above `start`.
+      loop: called as loop(far, start, stop, carry) and returns the next carry. `far` is static:
+        False for tiles not wholly past the bias table, True for those that are, None where
+        that is not known and entries may have to be masked for more than causality. There is no
+        step if `stop` is not above `start`.
       carry: for the first step.
+      masked: first step from which on they may; None: never.
       units: of keys in a tile.
 
     Returns:
       the last carry.
     """
-    if not exist(plan, length):
-        return loop(False, start, stop, carry)
-    # A wider tile's last unit may be the diagonal's neighbour.
-    near = -(-(plan.near_units + units - 1) // units)
-    first = jnp.asarray(diagonal + near, jnp.int32)
-    carry = loop(False, start, lax.min(first, rings.as_index(stop)), carry)
-    return loop(True, lax.max(first, rings.as_index(start)), stop, carry)
+    start, stop = rings.as_index(start), rings.as_index(stop)
+    end = stop if masked is None else lax.min(rings.as_index(masked), stop)
+    if exist(plan, length):
+        # A wider tile's last unit may be the diagonal's neighbour.
+        near = -(-(plan.near_units + units - 1) // units)
+        first = rings.as_index(diagonal + near)
+        carry = loop(False, start, lax.min(first, end), carry)
+        carry = loop(True, lax.max(first, start), end, carry)
+    else:
+        carry = loop(False, start, end, carry)
+    return carry if masked is None else loop(None, lax.max(end, start), stop, carry)
 
 
 def bias(

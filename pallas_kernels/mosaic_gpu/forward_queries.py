@@ -97,16 +97,20 @@ class Queries:
     def steps_by_distance(
         self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
     ) -> Any:
-        """Does what `steps` does, in two loops; body is called with `far` before all else."""
+        """Does what `steps` does, see `far_tiles.loops`; body is called with `far` first."""
 
         def loop(far, start, stop, carry):
             step = functools.partial(body, far)
             return rings.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
 
-        units = self.block.keys // UNIT
+        units, masked = self.block.keys // UNIT, None
+        if self.plan.packed:
+            unseen = self.document_last + (self.block.keys - 1)
+            masked = self.all.last + 1 - lax.div(unseen, jnp.int32(self.block.keys))
         return far_tiles.loops(
-            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry, units
-        )
+            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry,
+            masked=masked, units=units,
+        )  # fmt: skip
 
     def scores(
         self,
@@ -118,7 +122,7 @@ class Queries:
         *,
         keep: bool = False,
         whole: bool = False,
-        far: bool = False,
+        far: bool | None = None,
     ) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
 
@@ -136,7 +140,7 @@ class Queries:
           carry: for the first call.
           keep: the keys are needed once more.
           whole: nothing is left to be added.
-          far: the tile is known to lie past the bias table.
+          far: see `far_tiles.loops`.
 
         Returns:
           the last carry.
@@ -166,7 +170,7 @@ class Queries:
 
         return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
 
-    def bias(self, key0: Any, whole: bool, far: bool) -> tuple[Any, Any]:
+    def bias(self, key0: Any, whole: bool, far: bool | None) -> tuple[Any, Any]:
         """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
         plan, apart = self.plan, self.query0 - key0
         if far:
@@ -182,15 +186,9 @@ class Queries:
         """Returns x for keys in the query's document or after its start, else another number."""
         return lanes.where_from(x, self.document - key0, otherwise, interpret=self.interpret)
 
-    def hide_documents(self, x: Array, key0: Any) -> Array:
-        """Returns scores with those of other documents masked."""
-        if not self.plan.packed:
-            return x
-        return lax.cond(
-            key0 < self.document_last,
-            lambda: self.of_document(x, key0, LOWEST),
-            lambda: x,
-        )
+    def hide_documents(self, x: Array, key0: Any, far: bool | None = None) -> Array:
+        """Returns scores with those of other documents masked, see `far_tiles.loops`."""
+        return self.of_document(x, key0, LOWEST) if self.plan.packed and far is None else x
 
     def hide(self, weights: Array, key0: Any, small: bool) -> Array:
         """Returns weights that are not above 0 where nothing is seen.
@@ -198,21 +196,18 @@ class Queries:
         Documents are not masked before. And tau / n would be a weight if it is above 0, which
         with `small` it is not.
         """
-        hidden, unseen = False, -1.0 if self.plan.has_offset else 0.0
-        if self.plan.has_offset and not small:
-            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
-        if self.plan.packed:
-            hidden = hidden | (key0 < self.document_last)
+        unseen = -1.0 if self.plan.has_offset else 0.0
 
         def masked():
-            x = weights
-            if self.plan.has_offset and not small:
-                x = lanes.where_seen(
-                    x, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
-                )
-            return self.of_document(x, key0, unseen) if self.plan.packed else x
+            return lanes.where_seen(
+                weights, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
+            )
 
-        return lax.cond(hidden, masked, lambda: weights)
+        x = weights
+        if self.plan.has_offset and not small:
+            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
+            x = lax.cond(hidden, masked, lambda: weights)
+        return self.of_document(x, key0, unseen) if self.plan.packed else x
 
     def two_sweeps(self) -> tuple[Any, Any]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
@@ -302,7 +297,7 @@ class Queries:
                 total, farthest, new_sums, new_bounds, past = carry
                 if not new_bounds:
                     total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
-                e = jnp.exp2(self.hide_documents(x, key0))
+                e = jnp.exp2(self.hide_documents(x, key0, far))
                 if key_accs:
                     mean_key.add(self, key_accs, e, slot, unit)
                     past = mean_key.add_past(self, past, e, key0, far)
@@ -383,14 +378,14 @@ class Queries:
         dtype = self.kernel.dtype
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
-        def use(x, rest, key0, unit, slot):
+        def use(far, x, rest, key0, unit, slot):
             if small:
                 p = jnp.exp2(x) * self.spread(jnp.exp2(rest - log_total))
             else:
                 p = jnp.exp2(x - self.spread(log_total - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
-            if plan.packed or (plan.has_offset and not small):
+            if far is None:
                 p = self.hide(p, key0, small)
             weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
             rings.multiply(acc, weights, self.values_of(slot, unit), spare)
@@ -398,7 +393,7 @@ class Queries:
 
         def step(far, n, slots, wait, carry):
             key_slot, value_slot = slots
-            self.scores(n, key_slot, wait, use, value_slot, far=far)
+            self.scores(n, key_slot, wait, functools.partial(use, far), value_slot, far=far)
             # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
             block.values.release_slot(value_slot)
@@ -407,7 +402,7 @@ class Queries:
         if small:
             self.steps_by_distance(end, step, (), both[0], both[1:])
         else:
-            self.steps(end, functools.partial(step, False), (), both[0], both[1:])
+            self.steps(end, functools.partial(step, None), (), both[0], both[1:])
         return acc[...]
 
     def values_of(self, slot: Any, unit: int) -> Any:
@@ -423,9 +418,9 @@ class Queries:
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
         def run(acc):
-            def use(x, rest, key0, unit, carry):
+            def use(far, x, rest, key0, unit, carry):
                 slot, total = carry
-                x = self.hide_documents(x, key0)
+                x = self.hide_documents(x, key0, far)
                 e = jnp.exp2(x)
                 weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
                 rings.multiply(acc, weights, self.values_of(slot, unit), spare)
@@ -435,7 +430,8 @@ class Queries:
             def step(far, n, slots, wait, total):
                 key_slot, value_slot = slots
                 start = (value_slot, total)
-                _, total = self.scores(n, key_slot, wait, use, start, whole=True, far=far)
+                run = functools.partial(use, far)
+                _, total = self.scores(n, key_slot, wait, run, start, whole=True, far=far)
                 plgpu.wgmma_wait(0)
                 block.values.release_slot(value_slot)
                 return total

@@ -324,10 +324,17 @@ class Kernels:
         And the sums of dS, see `backward_key.backward_key`.
         """
 
+        masked = ranges.last
+        if self.plan.packed:
+            # Documents begin later and later, so units are masked from some one on.
+            starts = self.document[:, None, UNIT - 1 :: UNIT]
+            keys = UNIT * jnp.arange(self.units)
+            masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
+
         def run(wanted: tuple[str, ...], numbers: Array) -> dict[str, Array]:
             return backward_key(
                 self.plan, wanted, self.query, d_out, self.key, self.value, self.rising, self.tail,
-                self.tau, rows, ranges.last, ranges.last_live, numbers,
+                self.tau, rows, ranges.last, ranges.last_live, masked, numbers,
             )  # fmt: skip
 
         if self.plan.blocks.backward_value is None:

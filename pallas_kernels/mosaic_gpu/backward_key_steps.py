@@ -133,27 +133,25 @@ class Keys:
 
     def leave(self, n: Any, d_scores: Array, far: bool | None) -> None:
         """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
-        if self.sums is None or far:
+        sums, distance = self.sums, n - self.begin
+        if sums is None or far:
             return
-        distance = n - self.begin
-        if far is None:
-            inside = distance < self.kernel.distances
-            pl.when(inside)(lambda: self.sums.leave(d_scores, distance))
-        else:
-            self.sums.leave(d_scores, distance)
+        # Near ones all are.
+        inside = True if far is False else distance < self.kernel.distances
+        pl.when(inside)(lambda: sums.leave(d_scores, distance))
 
     def collect(self, n: Any, far: bool | None = False) -> None:
         """Adds what the tile before tile n left, while products are under way.
 
-        All but the last of those inside the table, to which `one_head` sees.
+        Not for the last one inside the table, unless asked for it from outside a loop.
         """
-        if self.sums is None or far:
+        sums, distance = self.sums, n - self.begin - 1
+        if sums is None or far:
             return
-        distance = n - self.begin - 1
         wanted = distance >= 0
         if far is None:
             wanted = wanted & (distance < self.kernel.distances - 1)
-        pl.when(wanted)(lambda: self.sums.collect(distance))
+        pl.when(wanted)(lambda: sums.collect(distance))
 
     def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along the keys."""

@@ -18,41 +18,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import far_tiles, lanes, mean_key, memory, rings
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
+from pallas_kernels.mosaic_gpu import forward_scores, lanes, mean_key, memory, rings
+from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
 from pallas_kernels.mosaic_gpu.rings import as_index
 
 
-class Queries:
+class Queries(forward_scores.Scores):
     """What one computing warpgroup does with its 64 queries."""
-
-    def __init__(self, piece: Any):
-        # `forward.Piece`, which imports this.
-        self.all, self.kernel, self.ref = piece, piece.kernel, piece.ref
-        self.plan, self.block, self.interpret = piece.plan, piece.block, piece.interpret
-        self.warpgroup = piece.warpgroup
-        self.query0 = piece.query0 + ROWS * self.warpgroup
-        self.rows = pl.ds(self.query0, ROWS)
-        self.shape = (ROWS, UNIT)
-
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
-        """Returns a row vector repeated along its rows."""
-        return lax.broadcast_in_dim(x, self.shape, [0])
-
-    def per_row(self, x: Any, dtype: Any = jnp.float32) -> Array:
-        """Returns a row vector of one number."""
-        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)
-
-    def load_rows(self, name: str) -> Array:
-        """Returns this warpgroup's rows of an array [batch, padded]."""
-        # Past the end of the sequence, anything that is there.
-        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
-        return plgpu.load(
-            self.ref[name].at[self.all.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
-        )
 
     def compute(self) -> tuple[Any, Any]:
         """Does all that is to be done for the queries; returns `done` of the next piece."""
@@ -89,125 +64,6 @@ class Queries:
         else:
             keys, values = self.two_sweeps()
         return block.used(keys, values)
-
-    def steps(self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()) -> Any:
-        """Does what `rings.steps` does, for this warpgroup's tiles before `end`."""
-        return rings.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
-
-    def steps_by_distance(
-        self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
-    ) -> Any:
-        """Does what `steps` does, see `far_tiles.loops`; body is called with `far` first."""
-
-        def loop(far, start, stop, carry):
-            step = functools.partial(body, far)
-            return rings.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
-
-        units, masked = self.block.keys // UNIT, None
-        if self.plan.packed:
-            unseen = self.document_last + (self.block.keys - 1)
-            masked = self.all.last + 1 - lax.div(unseen, jnp.int32(self.block.keys))
-        return far_tiles.loops(
-            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry,
-            masked=masked, units=units,
-        )  # fmt: skip
-
-    def scores(
-        self,
-        step: Any,
-        slot: Any,
-        wait: Any,
-        use: Any,
-        carry: Any,
-        *,
-        keep: bool = False,
-        whole: bool = False,
-        far: bool | None = None,
-    ) -> Any:
-        """Goes over the units of a key tile, the last first, with their scores.
-
-        The products of all units are issued at once, so that the tensor cores have work while
-        one unit's scores are used. Releases the keys, unless told to keep them.
-
-        Args:
-          step: where the tile lies, see `forward.Piece.last`.
-          slot: of the tile.
-          wait: called when all products are issued, see `rings.steps`.
-          use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
-            them, the first key and the index of the unit; returns the carry, and how many
-            products it left in flight. Scores are masked where causality wants it: the table
-            holds `LOWEST` there.
-          carry: for the first call.
-          keep: the keys are needed once more.
-          whole: nothing is left to be added.
-          far: see `far_tiles.loops`.
-
-        Returns:
-          the last carry.
-        """
-        block, plan = self.all, self.plan
-        units = list(reversed(range(self.block.keys // UNIT)))
-
-        key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
-        # Behind products in the queue to memory, loads would wait for the tensor cores.
-        biases, rests = zip(*(self.bias(x, whole, far) for x in key0), strict=True)
-
-        def run(*accs):
-            result, in_flight = carry, 0
-            for acc, unit in zip(accs, units, strict=True):
-                keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-                plgpu.wgmma(acc, self.query(), keys.T)
-            wait()
-            for n, unit in enumerate(units):
-                left = len(units) - 1 - n
-                x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
-                if unit == 0 and not keep:
-                    block.keys.release_slot(slot)
-                x = x * plan.exponent_scale + biases[n]
-                result, issued = use(x, rests[n], key0[n], unit, result)
-                in_flight += issued
-            return result
-
-        return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
-
-    def bias(self, key0: Any, whole: bool, far: bool | None) -> tuple[Any, Any]:
-        """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
-        plan, apart = self.plan, self.query0 - key0
-        if far:
-            return far_tiles.bias(
-                plan, apart, self.bias_tail, falling=True, whole=whole, interpret=self.interpret
-            )
-        start, rest = plan.bias_of_tile(apart, UNIT, self.bias_tail, falling=True)
-        plus = rest if whole else 0.0
-        bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=plus)
-        return bias, rest
-
-    def of_document(self, x: Array, key0: Any, otherwise: float) -> Array:
-        """Returns x for keys in the query's document or after its start, else another number."""
-        return lanes.where_from(x, self.document - key0, otherwise, interpret=self.interpret)
-
-    def hide_documents(self, x: Array, key0: Any, far: bool | None = None) -> Array:
-        """Returns scores with those of other documents masked, see `far_tiles.loops`."""
-        return self.of_document(x, key0, LOWEST) if self.plan.packed and far is None else x
-
-    def hide(self, weights: Array, key0: Any, small: bool) -> Array:
-        """Returns weights that are not above 0 where nothing is seen.
-
-        Documents are not masked before. And tau / n would be a weight if it is above 0, which
-        with `small` it is not.
-        """
-        unseen = -1.0 if self.plan.has_offset else 0.0
-
-        def masked():
-            return lanes.where_seen(
-                weights, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
-            )
-
-        x = weights
-        if self.plan.has_offset and not small:
-            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
-            x = lax.cond(hidden, masked, lambda: weights)
-        return self.of_document(x, key0, unseen) if self.plan.packed else x
 
     def two_sweeps(self) -> tuple[Any, Any]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""

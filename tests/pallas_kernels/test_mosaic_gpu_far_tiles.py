@@ -1,0 +1,91 @@
+"""Which loop of the Hopper kernels has which tile, and the bias of those past its table."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu import config, far_tiles
+from pallas_kernels.mosaic_gpu.plan import LOG2_E, UNIT, Plan
+
+UNITS = 12
+
+
+def _plan(width, has_slope=True):
+    return Plan(
+        scale=1.0,
+        skip_mass=0.0,
+        skip_dead=True,
+        packed=False,
+        width=width,
+        has_slope=has_slope,
+        has_offset=True,
+        blocks=config.blocks(64, width),
+        interpret=object(),
+    )
+
+
+@pytest.mark.parametrize("width", [0, 1, 64, 65, 66, 300, UNITS * UNIT])
+@pytest.mark.parametrize("start, stop", [(2, 14), (2, 2), (5, 4), (7, 14), (3, 8)])
+@pytest.mark.parametrize("masked", [None, 0, 4, 9, 20])
+def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, stop, masked):
+    plan, diagonal = _plan(width), 2
+    taken = []
+
+    def loop(far, start, stop, carry):
+        taken.extend((far, n) for n in range(int(start), int(stop)))
+        return carry + 1
+
+    def run(stop):
+        loops = far_tiles.loops
+        return loops(plan, UNITS * UNIT, diagonal, start, stop, loop, 0, masked=masked)
+
+    assert run(stop) >= 1
+    assert [n for _, n in taken] == list(range(start, stop))
+    for far, n in taken:
+        if masked is not None and n >= masked:
+            assert far is None
+        else:
+            # Its nearest query and key.
+            assert far == (UNIT * (n - diagonal) - (UNIT - 1) >= plan.reach)
+
+
+@pytest.mark.parametrize("apart", [64, 65, 320])
+def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
+    plan, units = _plan(apart), 2
+    for unit in range(UNITS):
+        # Tiles of 128 keys, from the last that holds the query's own backwards.
+        last, query0 = UNITS // 2 - 1, unit * UNIT
+        diagonal = last - (query0 + UNIT - 1) // (units * UNIT)
+
+        def loop(far, start, stop, carry, query0=query0, last=last):
+            for n in range(int(start), int(stop)):
+                nearest = query0 - ((last - n) * units * UNIT + units * UNIT - 1)
+                assert not far or nearest >= plan.reach
+            return carry
+
+        far_tiles.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
+
+
+@pytest.mark.parametrize("falling", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_bias_is_the_tail_s(falling, whole):
+    width, value, slope = 100, -3.0, 0.25
+    plan = _plan(width)
+    apart = jnp.int32(UNIT * plan.near_units)
+    tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
+    tile, rest = far_tiles.bias(plan, apart, tail, falling=falling, whole=whole, interpret=True)
+    r, c = np.mgrid[:UNIT, :UNIT]
+    distance = int(apart) + (r - c if falling else c - r)
+    expected = (value - slope * (distance - (width - 1))) * LOG2_E
+    np.testing.assert_allclose(tile + rest, expected, rtol=1e-6)
+    # What may be large comes apart, and what remains raises no exponential.
+    assert whole or np.all(np.asarray(tile) <= 0)
+
+
+def test_bias_without_a_slope_is_one_number():
+    tail = (jnp.float32(-1.5), jnp.float32(0.0))
+    plan = _plan(100, has_slope=False)
+    bias, rest = far_tiles.bias(
+        plan, jnp.int32(256), tail, falling=True, whole=True, interpret=True
+    )
+    assert bias == -1.5 and rest == 0

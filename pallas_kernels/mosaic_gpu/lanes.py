@@ -155,9 +155,8 @@ def slanted(
     def build_tile(_, base, slope):
         base, slope = mlir.scalar(base), mlir.scalar(slope)
         f32 = ir.F32Type.get()
-        warp, g, t = mlir.position()
-        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
-        first = arith.sitofp(f32, arith.subi(arith.muli(t, mlir.constant(2)), row))
+        row, column = mlir.first_entry()
+        first = arith.sitofp(f32, arith.subi(column, row))
         base = math.fma(slope, first, base)
         entries: dict[int, ir.Value] = {}
 
@@ -202,10 +201,8 @@ def where_seen(
     )
     def select(_, x, apart):
         # Were its place known before the loop, a lane would keep it in registers for each entry.
-        thread = mlir.afresh(mgpu.utils.thread_idx())
-        warp, g, t = mlir.position(thread)
-        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
-        less = arith.subi(arith.muli(t, mlir.constant(2)), row)
+        row, column = mlir.first_entry(mlir.afresh(mgpu.utils.thread_idx()))
+        less = arith.subi(column, row)
         start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(apart), less)
         f32 = ir.F32Type.get()
         other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
@@ -239,8 +236,7 @@ def where_from(
         arg_types=(TILE, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
     )
     def select(_, x, first):
-        _, _, t = mlir.position()
-        own = arith.muli(t, mlir.constant(2))
+        _, own = mlir.first_entry()
         starts = [arith.subi(mlir.element(row, 0), own) for row in first.registers.flat]
         f32 = ir.F32Type.get()
         other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
@@ -266,8 +262,7 @@ def row_index(*, interpret: bool) -> Float[Array, "64"]:
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW))
     def index(_):
-        warp, g, _ = mlir.position()
-        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
+        row, _ = mlir.first_entry()
         return mlir.row(
             [
                 arith.sitofp(ir.F32Type.get(), arith.addi(row, mlir.constant(8 * half)))

@@ -57,11 +57,10 @@ def gather(
     )
     def load(_, ref, start, *more):
         f32 = ir.F32Type.get()
-        warp, g, t = mlir.position()
-        row = arith.addi(arith.muli(warp, mlir.constant(16)), g)
-        at = arith.subi(arith.muli(t, mlir.constant(2)), row)
+        row, column = mlir.first_entry()
+        at = arith.subi(column, row)
         # An entry at an odd place begins an aligned pair in the second copy.
-        odd = arith.andi(g, mlir.constant(1))
+        odd = arith.andi(row, mlir.constant(1))
         at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
         at = arith.addi(at, mlir.scalar(start))
         base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)

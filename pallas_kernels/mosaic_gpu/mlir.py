@@ -48,6 +48,12 @@ def position(thread: ir.Value | None = None) -> tuple[ir.Value, ir.Value, ir.Val
     return warp, arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
 
 
+def first_entry(thread: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
+    """Returns row and column of this or another thread's first entry of a tile."""
+    warp, g, t = position(thread)
+    return arith.addi(arith.muli(warp, constant(16)), g), arith.muli(t, constant(2))
+
+
 def element(x: ir.Value, index: int) -> ir.Value:
     """Returns one number of a register that holds several, or the only one."""
     if not isinstance(x.type, ir.VectorType):

@@ -51,7 +51,7 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
 
 @pytest.mark.parametrize("apart", [64, 65, 320])
 def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
-    plan, units = _plan(apart), 2
+    plan, units, taken = _plan(apart), 2, set()
     for unit in range(UNITS):
         # Tiles of 128 keys, from the last that holds the query's own backwards.
         last, query0 = UNITS // 2 - 1, unit * UNIT
@@ -61,9 +61,11 @@ def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
             for n in range(int(start), int(stop)):
                 nearest = query0 - ((last - n) * units * UNIT + units * UNIT - 1)
                 assert not far or nearest >= plan.reach
+                taken.add(far)
             return carry
 
         far_tiles.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
+    assert taken == {False, True}
 
 
 @pytest.mark.parametrize("falling", [True, False])

@@ -102,7 +102,9 @@ class Scorer:
         self.precision = "highest" if exact else None
         # Whole on every process, as is what it is given.
         everywhere = jax.sharding.NamedSharding(mesh, sharding.spec())
-        self._score: Any = jax.jit(functools.partial(_score, self.config), out_shardings=everywhere)
+        self._score: Any = jax.jit(
+            functools.partial(score_tokens, self.config), out_shardings=everywhere
+        )
 
     @property
     def compilations(self) -> int:
@@ -147,6 +149,21 @@ class Scorer:
             progress.advance(sum(arrays[index].size - 1 for index in members))
         progress.close()
         return [found[index] for index in range(len(arrays))]
+
+    def score_rows(
+        self, tokens: Int32[np.ndarray, "rows tokens"], label: str = ""
+    ) -> tuple[Float[np.ndarray, "rows targets"], Bool[np.ndarray, "rows targets"]]:
+        """Returns nll and greediness of every token but the first of rows of one length.
+
+        Args:
+          tokens: token ids, at least 2 a row, none of them padding.
+          label: as above.
+
+        Raises:
+          InputError: as above.
+        """
+        scores = self(list(tokens), context=tokens.shape[1] - 1, label=label)
+        return np.stack([s.nll for s in scores]), np.stack([s.greedy for s in scores])
 
     def _check(self, arrays: list[Int32[np.ndarray, " tokens"]], context: int) -> None:
         require(context >= 1, "context", context, "at least 1")
@@ -204,10 +221,22 @@ def _one_ahead(
         yield waiting[0], *jax.device_get(waiting[1])
 
 
-def _score(
+def score_tokens(
     config: ModelConfig, params: Mapping[str, Any], tokens: Int[Array, "rows tokens"]
 ) -> tuple[Float[Array, "rows targets"], Bool[Array, "rows targets"]]:
-    """Returns nll and greediness of every token but the first of each row."""
+    """Returns nll and greediness of every token but the first of each row, to be jitted.
+
+    The logits of at most `config.loss_chunk` tokens are held at a time.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: one document a row; padding may come after it.
+
+    Returns:
+      The negative log-likelihood of token i + 1 given tokens 0 ... i, nats, float32; and
+      whether it is the likeliest.
+    """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden: Any = Transformer(config).apply({"params": params}, inputs)
     table = output_embedding(params, config)

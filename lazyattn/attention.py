@@ -16,7 +16,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from lazyattn import placement, reference
-from lazyattn.call import Call, check_arrays, document_starts, is_number
+from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
 from lazyattn.errors import InputError, require
 from pallas_kernels import chunked
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
@@ -65,6 +65,7 @@ def lazy_attention(
     segment_ids: Int[Array, "batch key_length"] | None = None,
     query_start: Int[Array, " batch"] | None = None,
     chunk_starts: Int[Array, " chunks"] | None = None,
+    window: int | None = None,
     scale: float | None = None,
     skip_mass: float = 1e-6,
     implementation: str | None = None,
@@ -102,6 +103,9 @@ def lazy_attention(
         equal chunks, one after the other, and chunk c of every row stands at keys
         `chunk_starts[c]` and on, all of which must exist. Keys are those of the whole
         sequence. May be traced. Not with query_start.
+      window: a query sees the last `window` keys of its document only, its own included,
+        and n_i counts those. Work grows with the window then, not with the length (but
+        "xla" always does it all). Static, at least 1. None: all of its document.
       scale: factor of the scores; None: 1 / sqrt(head_dim).
       skip_mass: an implementation may leave out far keys that together hold less
         than this share of a row's softmax mass, certainly and for any input. 0: none.
@@ -156,6 +160,7 @@ def lazy_attention(
         segment_ids,
         query_start,
         chunk_starts,
+        checked_window(window, key.shape[1]),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         float(skip_mass),
         return_weights,
@@ -260,6 +265,8 @@ def _fused_unsupported(call: Call) -> str | None:
         return "query_start is given"
     if call.renormalize:
         return "renormalize is True"
+    if call.window is not None:
+        return "window is given"
     return None
 
 

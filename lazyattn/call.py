@@ -30,6 +30,7 @@ class Call:
     segment_ids: Int[Array, "batch key_length"] | None
     query_start: Int[Array, " batch"] | None
     chunk_starts: Int[Array, " chunks"] | None
+    window: int | None
     scale: float
     skip_mass: float
     return_weights: bool
@@ -53,6 +54,8 @@ class Call:
             first = document_starts(self.segment_ids)
             if self.query_start is not None or self.chunk_starts is not None:
                 first = jnp.take_along_axis(first, position, axis=1)
+        if self.window is not None:
+            first = jnp.maximum(first, position - (self.window - 1))
         dtype = jnp.promote_types(self.query.dtype, jnp.float32)
         if self.offset_divisor == "visible":
             scale = 1 / (position - first + 1).astype(dtype)
@@ -72,6 +75,19 @@ def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batc
 def is_number(x: Any) -> bool:
     """Returns whether x is a finite number of Python's or numpy's, not a traced array."""
     return isinstance(x, numbers.Real) and math.isfinite(x)
+
+
+def checked_window(window: Any, key_length: int) -> int | None:
+    """Returns the window, or None where it leaves out no key.
+
+    Raises:
+      InputError: unless it is None or an integer of at least 1.
+    """
+    if window is None:
+        return None
+    is_integer = isinstance(window, numbers.Integral) and not isinstance(window, bool)
+    require(is_integer and window >= 1, "window", window, "None or an integer of at least 1")
+    return int(window) if window < key_length else None
 
 
 def check_arrays(

@@ -15,6 +15,7 @@ def naive_attention(
     segment_ids: np.ndarray | None = None,
     offset_divisor: Any = "visible",
     renormalize: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     skip_mass: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -31,9 +32,12 @@ def naive_attention(
         for i in range(length):
             if segment_ids is not None and i > 0 and segment_ids[b, i] != segment_ids[b, i - 1]:
                 start = i
+            first = start
+            while window is not None and i - first >= window:
+                first += 1
             for h in range(heads):
                 scores = []
-                for j in range(start, i + 1):
+                for j in range(first, i + 1):
                     score = scale * query[b, i, h] @ key[b, j, h // group]
                     if distance_bias is not None:
                         score += naive_bias(distance_bias[h], distance_slope, h, i - j)
@@ -45,8 +49,8 @@ def naive_attention(
                     p = np.maximum(0, p + np.float64(offset[h]) / divisor)
                     if renormalize and p.sum() > 0:
                         p /= p.sum()
-                weights[b, h, i, start : i + 1] = p
-                out[b, i, h] = p @ value[b, start : i + 1, h // group]
+                weights[b, h, i, first : i + 1] = p
+                out[b, i, h] = p @ value[b, first : i + 1, h // group]
     return out, weights
 
 

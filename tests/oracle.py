@@ -79,6 +79,39 @@ CASES = [
     Case("everything_dead", tau=(-50.0,)),
 ]
 
+# Each query sees the last few keys of its document.
+WINDOWED = [
+    Case(
+        "window",
+        shape=(1, 300, 2, 2, 16),
+        width=64,
+        bias="alibi",
+        slope=True,
+        settings=(("window", 100),),
+    ),
+    Case(
+        "window_in_documents",
+        shape=(2, 210, 4, 2, 16),
+        tau=(-0.7, 0.3),
+        documents=(110, 17, 3),
+        settings=(("window", 40),),
+    ),
+    Case(
+        "window_of_softmax",
+        shape=(1, 280, 2, 1, 16),
+        width=0,
+        tau=None,
+        settings=(("window", 129),),
+    ),
+    Case("window_of_one", shape=(1, 40, 2, 2, 16), tau=(0.5, -0.5), settings=(("window", 1),)),
+    Case(
+        "window_renormalized",
+        shape=(1, 140, 2, 2, 16),
+        settings=(("window", 9), ("renormalize", True)),
+    ),
+]
+CASES += WINDOWED
+
 
 def inputs(case: Case, seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
     """Returns the arguments of the op as numpy arrays."""

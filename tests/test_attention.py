@@ -96,11 +96,15 @@ def test_gradients_against_finite_differences(implementation, tau):
     bias=st.sampled_from(["normal", "alibi", "bumpy", "steep"]),
     tau=st.sampled_from([None, (-1.0,), (-0.3, 0.4), (2.0,)]),
     documents=st.none() | st.lists(st.integers(1, 200), min_size=1, max_size=4).map(tuple),
+    window=st.none() | st.integers(1, 300),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(length, kv_heads, group, head_dim, width, slope, bias, tau, documents, seed):
+def test_any_shape(
+    length, kv_heads, group, head_dim, width, slope, bias, tau, documents, window, seed
+):
     shape = (1, length, kv_heads * group, kv_heads, head_dim)
-    case = oracle.Case("any", shape, width, bias, slope, tau, documents)
+    settings = (("window", window),)
+    case = oracle.Case("any", shape, width, bias, slope, tau, documents, settings)
     oracle.check("xla_chunked", case, seed=seed)
 
 
@@ -184,6 +188,39 @@ def test_key_value_cache_gives_the_rows_of_the_whole_call(start):
     part = lazy_attention(**args, query_start=starts)
     for b, s in enumerate(starts):
         np.testing.assert_allclose(part[b], whole[b, s : s + 3], atol=1e-5)
+
+
+def test_a_window_with_a_key_value_cache():
+    case = oracle.Case("cache", shape=(2, 40, 2, 2, 16), documents=(25, 15))
+    args = oracle.inputs(case) | {"window": 7}
+    whole = lazy_attention(**args, implementation="xla")
+    starts = np.array([3, 22], np.int32)
+    args["query"] = np.stack([args["query"][b, s : s + 6] for b, s in enumerate(starts)])
+    part = lazy_attention(**args, query_start=starts)
+    for b, s in enumerate(starts):
+        np.testing.assert_allclose(part[b], whole[b, s : s + 6], atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_window_of_the_whole_length_changes_no_bit(implementation):
+    case = oracle.Case("whole", shape=(1, 150, 2, 1, 16), documents=(90, 60))
+    args, d_out = oracle.inputs(case), np.ones((1, 150, 2, 16), np.float32)
+    true = oracle.out_and_gradients(args, implementation, d_out)
+    for window in (150, np.int64(1000)):
+        found = oracle.out_and_gradients(args | {"window": window}, implementation, d_out)
+        for name in true:
+            np.testing.assert_array_equal(found[name], true[name])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_before_the_window_do_not_matter(implementation):
+    args = oracle.inputs(oracle.Case("window", shape=(1, 300, 2, 2, 16), tau=(0.5,)))
+    before = np.asarray(lazy_attention(**args, window=60, implementation=implementation))
+    args["key"][:, :150], args["value"][:, :150] = 7.0, -3.0
+    after = np.asarray(lazy_attention(**args, window=60, implementation=implementation))
+    # The last query that sees key 149 is 208.
+    assert not np.allclose(before[:, 208], after[:, 208])
+    np.testing.assert_array_equal(before[:, 209:], after[:, 209:])
 
 
 def test_skipping_changes_less_than_the_bound():
@@ -273,6 +310,11 @@ BAD_CALLS = {
     "offset_divisor is 'seen'": _bad(offset_divisor="seen"),
     "scale": _bad(scale=float("nan")),
     "scale is Array": _bad(scale=jnp.ones(())),
+    "window is 0, but it must be None or an integer of at least 1": _bad(window=0),
+    "window is -3": _bad(window=-3),
+    "window is True": _bad(window=True),
+    "window is 2.0": _bad(window=2.0),
+    "window is Array": _bad(window=jnp.ones((), jnp.int32)),
     "value.dtype": _bad(value=np.zeros((2, 40, 2, 16), np.float16)),
     "value.shape is (2, 40, 2, 0)": _bad(value=np.zeros((2, 40, 2, 0), np.float32)),
     "offset.dtype": _bad(offset=np.zeros(2, np.int32)),

@@ -16,6 +16,7 @@ CASES = [
     oracle.Case("positive_tau", tau=(0.5, -0.5), shape=(1, 300, 4, 2, 16), bias="steep"),
     oracle.Case("softmax", tau=None, width=0, shape=(2, 40, 2, 2, 16)),
     oracle.Case("renormalized", settings=(("renormalize", True),), shape=(1, 140, 2, 2, 16)),
+    oracle.Case("window", (1, 300, 2, 2, 16), documents=(120, 20, 170), settings=(("window", 90),)),
 ]
 
 

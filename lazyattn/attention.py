@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
@@ -97,12 +98,14 @@ def lazy_attention(
       segment_ids: packed documents; a document is a maximal run of equal ids, and
         queries see their own document only.
       query_start: for a key/value cache: query i of row b stands at key
-        `query_start[b] + i`, and sees no key after that. None: query i stands at key
-        i, and both lengths are equal.
+        `query_start[b] + i`, which must exist, and sees no key after that. None: query i
+        stands at key i, and both lengths are equal. May be traced: then the outputs of a
+        query whose key does not exist are NaN.
       chunk_starts: for a part of a sequence that others hold the rest of: the queries are
         equal chunks, one after the other, and chunk c of every row stands at keys
         `chunk_starts[c]` and on, all of which must exist. Keys are those of the whole
-        sequence. May be traced. Not with query_start.
+        sequence. May be traced: then the outputs of a chunk that does not lie within the
+        keys are NaN. Not with query_start.
       window: a query sees the last `window` keys of its document only, its own included,
         and n_i counts those. Work grows with the window then, not with the length (but
         "xla" always does it all). Static, at least 1. None: all of its document.
@@ -123,9 +126,14 @@ def lazy_attention(
         implementation asked for by name that can't do the call.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    optional = (distance_bias, distance_slope, offset, segment_ids, query_start, chunk_starts)
-    distance_bias, distance_slope, offset, segment_ids, query_start, chunk_starts = (
-        None if x is None else jnp.asarray(x) for x in optional
+    distance_bias, distance_slope, offset, segment_ids = (
+        None if x is None else jnp.asarray(x)
+        for x in (distance_bias, distance_slope, offset, segment_ids)
+    )
+    # JAX's own `asarray` would make known places traced ones, inside jit.
+    query_start, chunk_starts = (
+        x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+        for x in (query_start, chunk_starts)
     )
     check_arrays(
         *(query, key, value, distance_bias, distance_slope, offset),
@@ -158,14 +166,21 @@ def lazy_attention(
         offset_divisor,
         renormalize,
         segment_ids,
-        query_start,
-        chunk_starts,
+        None if query_start is None else query_start.astype(jnp.int32),
+        None if chunk_starts is None else chunk_starts.astype(jnp.int32),
         checked_window(window, key.shape[1]),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         float(skip_mass),
         return_weights,
     )
-    return choose(call, implementation).run(call)
+    result, poison = choose(call, implementation).run(call), call.poison()
+    if poison is None:
+        return result
+    if not return_weights:
+        return result * poison[:, :, None, None].astype(result.dtype)
+    out, weights = result
+    out = out * poison[:, :, None, None].astype(out.dtype)
+    return out, weights * poison[:, None, :, None].astype(weights.dtype)
 
 
 def choose(call: Call, name: str | None = None) -> Implementation:

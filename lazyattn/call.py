@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyattn.errors import InputError, bad_value, require
@@ -28,8 +29,8 @@ class Call:
     offset_divisor: Literal["visible"] | float
     renormalize: bool
     segment_ids: Int[Array, "batch key_length"] | None
-    query_start: Int[Array, " batch"] | None
-    chunk_starts: Int[Array, " chunks"] | None
+    query_start: Int[Array | np.ndarray, " batch"] | None
+    chunk_starts: Int[Array | np.ndarray, " chunks"] | None
     window: int | None
     scale: float
     skip_mass: float
@@ -40,10 +41,31 @@ class Call:
         batch, length = self.query.shape[:2]
         if self.chunk_starts is not None:
             within = jnp.arange(length // self.chunk_starts.shape[0], dtype=jnp.int32)
-            places = self.chunk_starts.astype(jnp.int32)[:, None] + within
+            places = jnp.asarray(self.chunk_starts)[:, None] + within
             return jnp.broadcast_to(places.reshape(-1), (batch, length))
-        start = jnp.zeros(batch, jnp.int32) if self.query_start is None else self.query_start
-        return start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        start = np.zeros(batch, np.int32) if self.query_start is None else self.query_start
+        return jnp.asarray(start)[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def poison(self) -> Float[Array, "batch length"] | None:
+        """Returns NaN for each query without a key of its own and 1 for the others.
+
+        None: all have one, which is checked where their places are known. Where they are
+        traced, outputs and their gradients are multiplied by this: a query past the keys must
+        not look like one that attends to something. A chunk stands or falls as a whole.
+        """
+        starts = self.query_start if self.chunk_starts is None else self.chunk_starts
+        if starts is None or _is_known(starts):
+            return None
+        batch, length = self.query.shape[:2]
+        key_length = self.key.shape[1]
+        if self.chunk_starts is None:
+            position = self.position()
+            exists = (position >= 0) & (position < key_length)
+        else:
+            size, starts = length // starts.shape[0], jnp.asarray(starts)
+            exists = (starts >= 0) & (starts <= key_length - size)
+            exists = jnp.broadcast_to(jnp.repeat(exists, size), (batch, length))
+        return jnp.where(exists, 1.0, jnp.nan)
 
     def visibility(self) -> Visibility:
         """Returns the first key each query sees, and its factor of tau."""
@@ -171,17 +193,35 @@ def check_arrays(
         require(
             last >= 0, "key length", key_length, f"at least that of a chunk, {key_length - last}"
         )
-        if not isinstance(chunk_starts, jax.core.Tracer):
-            require(
-                bool(((chunk_starts >= 0) & (chunk_starts <= last)).all()),
-                "chunk_starts",
-                chunk_starts.tolist(),
-                f"from 0 to {last}, so that every query has its key",
-            )
-    elif query_start is None:
+        _check_places("chunk_starts", chunk_starts, last)
+    elif query_start is not None:
+        last = key_length - length
+        require(last >= 0, "key length", key_length, f"at least the query length {length}")
+        _check_places("query_start", query_start, last)
+    else:
         require(
             key_length == length,
             "key length",
             key_length,
             f"the query length {length} where query_start and chunk_starts are None",
         )
+
+
+def _check_places(name: str, starts: Int[Array | np.ndarray, " n"], last: int) -> None:
+    """Raises InputError if queries are known to stand at keys that don't exist."""
+    if not _is_known(starts):
+        return
+    places = np.asarray(starts)
+    require(
+        bool(((places >= 0) & (places <= last)).all()),
+        name,
+        places.tolist(),
+        f"from 0 to {last}, so that every query has its key",
+    )
+
+
+def _is_known(x: Array | np.ndarray) -> bool:
+    """Returns whether this process can read the values of x now."""
+    if isinstance(x, jax.Array):
+        return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    return True

@@ -223,6 +223,35 @@ def test_keys_before_the_window_do_not_matter(implementation):
     np.testing.assert_array_equal(before[:, 209:], after[:, 209:])
 
 
+@pytest.mark.parametrize("start", [-1, 38, 40, 1000])
+def test_queries_without_a_key_are_not_attention(start):
+    args = oracle.inputs(oracle.Case("cache", shape=(2, 40, 4, 2, 16), documents=(13, 27)))
+    args["query"] = args["query"][:, :3]
+    with pytest.raises(InputError, match=rf"query_start is \[5, {start}\], .* from 0 to 37"):
+        lazy_attention(**args, query_start=np.array([5, start]))
+
+    @jax.jit
+    def traced(starts, value):
+        def call(value):
+            out, weights = lazy_attention(
+                **args | {"value": value}, query_start=starts, return_weights=True
+            )
+            return out, weights
+
+        (out, weights), vjp = jax.vjp(call, value)
+        return out, weights, vjp((jnp.ones_like(out), jnp.zeros_like(weights)))[0]
+
+    out, weights, d_value = traced(np.array([5, start]), args["value"])
+    exists = [0 <= start + i < 40 for i in range(3)]
+    for x in (out[1], weights[1].swapaxes(0, 1)):
+        for found, exist in zip(np.asarray(x), exists, strict=True):
+            assert np.all(np.isfinite(found)) if exist else np.all(np.isnan(found))
+    assert np.all(np.isfinite(out[0])) and np.all(np.isfinite(d_value[0]))
+    assert np.any(np.isnan(d_value[1]))
+    known = lazy_attention(**args, query_start=np.array([5, 0]))
+    np.testing.assert_allclose(known[0], out[0], atol=1e-6)
+
+
 def test_skipping_changes_less_than_the_bound():
     case = oracle.Case("skip", shape=(1, 1100, 2, 2, 16), width=128, bias="steep", slope=True)
     args = oracle.inputs(case)
@@ -302,6 +331,11 @@ BAD_CALLS = {
     "offset.shape": _bad(offset=np.zeros(1, np.float32)),
     "segment_ids.shape": _bad(segment_ids=np.zeros((2, 39), np.int32)),
     "segment_ids.dtype": _bad(segment_ids=np.zeros((2, 40), np.float32)),
+    "key length is 39, but it must be at least": _bad(
+        query_start=np.zeros(2, np.int32),
+        **{name: np.zeros((2, 39, 2, 16), np.float32) for name in ("key", "value")},
+        segment_ids=None,
+    ),
     "query_start.shape": _bad(query_start=np.zeros(3, np.int32)),
     "offset_divisor": _bad(offset_divisor=-1.0),
     "renormalize": _bad(offset=None, renormalize=True),

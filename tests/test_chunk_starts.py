@@ -95,7 +95,36 @@ def test_what_chunk_starts_may_be():
         call([0, 1, 2, 3])
     with pytest.raises(InputError, match=r"chunk_starts is \[0, 10\], .* from 0 to 9"):
         call([0, 10])
-    with pytest.raises(InputError, match=r"chunk_starts.dtype is 'float32', .* integer"):
+    with pytest.raises(InputError, match=r"chunk_starts.dtype is 'float64', .* integer"):
         call([0.0, 3.0])
     with pytest.raises(InputError, match="query_start and chunk_starts are both given"):
         call([0, 3], query_start=np.zeros(1, np.int32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("start", [-1, 10, 12])
+def test_a_chunk_outside_the_keys_is_not_attention(start, implementation):
+    args = oracle.inputs(oracle.Case("outside", shape=(1, 12, 2, 2, 4)))
+    args["query"] = args["query"][:, :6]
+
+    def call(chunk_starts, key):
+        arrays = args | {"key": key, "chunk_starts": chunk_starts}
+        return lazy_attention(**arrays, implementation=implementation)
+
+    out, vjp = jax.vjp(jax.jit(call), jnp.array([4, start]), jnp.asarray(args["key"]))
+    assert np.all(np.isfinite(out[:, :3])) and np.all(np.isnan(out[:, 3:]))
+    assert np.any(np.isnan(vjp(jnp.ones_like(out))[1]))
+
+
+def test_known_starts_are_checked_inside_jit():
+    query, key = np.zeros((1, 6, 2, 4), np.float32), np.zeros((1, 12, 2, 4), np.float32)
+
+    def call(key, starts):
+        return jax.jit(lambda key: lazy_attention(query, key, key, **starts))(key)
+
+    assert call(key, {"chunk_starts": np.array([0, 9])}).shape == query.shape
+    assert call(key, {"query_start": jnp.array([6])}).shape == query.shape
+    with pytest.raises(InputError, match="chunk_starts is"):
+        call(key, {"chunk_starts": jnp.array([0, 10])})
+    with pytest.raises(InputError, match="query_start is"):
+        call(key, {"query_start": np.array([7])})

@@ -21,7 +21,7 @@ from lazyattn.evaluation.documents import (
 )
 from lazyattn.evaluation.lambada import read_lambada, tokenize_passages
 from lazyattn.evaluation.options import EvaluationOptions
-from lazyattn.evaluation.perplexity import Evaluator, validation_rows
+from lazyattn.evaluation.perplexity import Evaluator, coverage, validation_rows
 from lazyattn.evaluation.scoring import Scorer
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context
@@ -97,7 +97,10 @@ def _say(text: str) -> None:
 
 
 def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
-    """Prints loss, perplexity and bits per byte of the rows that training validates on."""
+    """Prints loss, perplexity and bits per byte of the whole validation split.
+
+    Its rows are packed as in training, whatever part of them training validates on.
+    """
     experiment = trained.experiment
     length = experiment.data.sequence_length
     check_batch(trained.mesh, experiment.data.batch_size, sequence_length=length)
@@ -113,7 +116,7 @@ def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] |
     rows = read_together(validation_rows(experiment, prepared, trained.mesh), "evaluation, batch")
     found = evaluator(trained.params, rows)
     _say(
-        f"validation loss  {found.loss:.4f} nats a token over {found.tokens:,} tokens"
+        f"validation loss  {found.loss:.4f} nats a token {coverage(found.tokens)}"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"
     )
     _say(f"perplexity       {found.perplexity:.3f}")

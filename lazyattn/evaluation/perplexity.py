@@ -20,6 +20,9 @@ from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.config import ModelConfig
 from lazyattn.training.objective import Batch, LossFn, counted, make_loss_fn
 
+# Batches that may be on their way before the sums of the first of them are waited for.
+_AHEAD = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
@@ -87,11 +90,13 @@ class Evaluator:
           ValueError: if no target is counted.
         """
         with jax.set_mesh(self._mesh):
-            # Everything is dispatched before the first sum is waited for.
-            sums = [
-                one_at_a_time(self._sums(params, sharding.shard_batch(batch, self._mesh)))
-                for batch in batches
-            ]
+            sums: list[tuple[Array, Array, Array]] = []
+            for batch in batches:
+                rows = sharding.shard_batch(batch, self._mesh)
+                sums.append(one_at_a_time(self._sums(params, rows)))
+                # A split may be far larger than the memory of a device.
+                if len(sums) >= _AHEAD:
+                    jax.block_until_ready(sums[-_AHEAD])
         host = jax.device_get(sums)
         nll = sum(float(part[0]) for part in host)
         tokens = sum(int(part[1]) for part in host)
@@ -111,12 +116,33 @@ def _sums(
     return loss_fn(params, batch).nll, jnp.sum(mask), jnp.sum(size)
 
 
+def coverage(tokens: int, batches: int = 0) -> str:
+    """Returns the words for what a figure of the validation split is over.
+
+    Args:
+      tokens: tokens that counted.
+      batches: the first ones were taken; 0: all.
+    """
+    part = f"the first {batches:,} batches of the" if batches else "the whole"
+    return f"over {tokens:,} tokens, {part} validation split"
+
+
 def validation_rows(
-    experiment: ExperimentConfig, prepared: TrainingData, mesh: jax.sharding.Mesh
+    experiment: ExperimentConfig,
+    prepared: TrainingData,
+    mesh: jax.sharding.Mesh,
+    batches: int = 0,
 ) -> Iterator[HostBatch]:
-    """Returns this process's share of the validation batches that the settings ask for."""
+    """Returns this process's share of the validation batches.
+
+    Args:
+      experiment: the settings.
+      prepared: the data.
+      mesh: where the batches go.
+      batches: the first ones to take; 0: the whole split.
+    """
     share = sharding.batch_share(mesh)
-    batches = validation_batches(
+    every = validation_batches(
         prepared, experiment.data, process_index=share.index, process_count=share.count
     )
-    return itertools.islice(batches, experiment.training.eval_batches or None)
+    return itertools.islice(every, batches or None)

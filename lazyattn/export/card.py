@@ -51,7 +51,10 @@ def model_card(
     if facts.data is not None:
         rows.append(("text", facts.data))
     if facts.validation_loss is not None:
-        rows.append(("validation loss", f"{facts.validation_loss:.4f} nats a token"))
+        over = "how many tokens it is over is not known"
+        if facts.validation_tokens is not None:
+            over = f"over {facts.validation_tokens:,} tokens held out"
+        rows.append(("validation loss", f"{facts.validation_loss:.4f} nats a token, {over}"))
     parts = [
         "---\nlibrary_name: lazyattn\npipeline_tag: text-generation\ntags:\n- lazy-attention\n"
         "- jax\n---",

@@ -88,13 +88,15 @@ def _trained(
     trained = load_trained(path, experiment)
     experiment, workdir = trained.experiment, Path(path).expanduser()
     data = experiment.data
+    loss, over = _validation(workdir / "metrics.jsonl", trained.step)
     facts = Facts(
         model=experiment.model,
         sequence_length=data.sequence_length,
         step=trained.step,
         tokens=trained.step * data.batch_size * data.sequence_length,
         data=_text(data),
-        validation_loss=_validation_loss(workdir / "metrics.jsonl", trained.step),
+        validation_loss=loss,
+        validation_tokens=over,
     )
     return ExportedModel(experiment.model, trained.params, trained.tokenizer, facts, trained.mesh)
 
@@ -126,14 +128,15 @@ def _imported(options: ExportOptions) -> ExportedModel:
     return load_safetensors(folder, mesh)
 
 
-def _validation_loss(log: Path, step: int) -> float | None:
-    """Returns the last one logged up to a step."""
-    found = None
+def _validation(log: Path, step: int) -> tuple[float | None, int | None]:
+    """Returns the last validation loss logged up to a step, and over how many tokens it is."""
+    found: tuple[float | None, int | None] = None, None
     with contextlib.suppress(OSError, ValueError):
         for line in log.read_text().splitlines():
             record = json.loads(line)
-            if record["step"] <= step:
-                found = record.get("validation_loss", found)
+            if record["step"] <= step and "validation_loss" in record:
+                # Logs of earlier versions don't say over how many.
+                found = record["validation_loss"], record.get("validation_tokens")
     return found
 
 

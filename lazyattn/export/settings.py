@@ -39,6 +39,7 @@ class Facts:
       tokens: tokens it was trained on, rows filled or not; None: not known.
       data: what text that was; None: not known.
       validation_loss: nats a token, as the run's log has it; None: not known.
+      validation_tokens: tokens that it is over; None: not known.
     """
 
     model: ModelConfig
@@ -47,6 +48,7 @@ class Facts:
     tokens: int | None = None
     data: str | None = None
     validation_loss: float | None = None
+    validation_tokens: int | None = None
 
 
 def as_settings(facts: Facts, dtype: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class TrainingConfig:
         are skipped before the run stops.
       log_every: steps between lines on the terminal.
       eval_every: steps between validations; 0: only at the end.
-      eval_batches: batches of a validation; 0: the whole split.
+      eval_batches: first batches of the split that a validation takes; 0: the whole
+        split, as `--mode=eval` always does.
       inspect_every: steps between measurements of attention (zeros, mass, sink, offsets)
         on a few validation rows; 0: none.
       checkpoint_every: steps between checkpoints; the last step always has one.

@@ -111,8 +111,12 @@ class RunLog:
                 if name.startswith(f"{group}_")
             }
             if values:
-                parts = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                parts = "  ".join(f"{name} {_shown(value)}" for name, value in values.items())
                 self._progress.line(f"step {step}/{self._steps}  {group}: {parts}")
                 scalars |= {f"{group}/{name}": value for name, value in values.items()}
         self._lines.write(record)
         self._tensorboard.write(step, scalars)
+
+
+def _shown(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -109,12 +109,13 @@ def train(
         validations = itertools.count(1)
 
         def validate(params: Params) -> dict[str, float]:
-            rows = validation_rows(experiment, prepared, mesh)
+            rows = validation_rows(experiment, prepared, mesh, training.eval_batches)
             what = f"validation {next(validations)}, batch"
             found = evaluator(params, read_together(rows, what))
             return {
                 "validation_loss": found.loss,
                 "validation_bits_per_byte": found.bits_per_byte,
+                "validation_tokens": found.tokens,
             }
 
         def inspect(params: Params) -> dict[str, float]:
@@ -184,6 +185,7 @@ def train(
             checkpoint=checkpoints.folder / str(int(state.step)),
             loss=record["validation_loss"],
             bits_per_byte=record["validation_bits_per_byte"],
+            tokens=int(record["validation_tokens"]),
         )
     return 0
 

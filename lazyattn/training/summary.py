@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
+from lazyattn.evaluation.perplexity import coverage
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import trained_cache_length
 from lazyattn.generation.sampling import SamplingConfig
@@ -32,6 +33,7 @@ def print_summary(
     checkpoint: Path,
     loss: float,
     bits_per_byte: float,
+    tokens: int,
 ) -> None:
     """Prints the end of a run: loss, sparsity, a sample, and where to go from here.
 
@@ -43,12 +45,15 @@ def print_summary(
       state: the last state.
       checkpoint: its checkpoint.
       loss: validation loss, nats a token.
-      bits_per_byte: of the validation split.
+      bits_per_byte: of the same tokens.
+      tokens: tokens that both are over.
     """
+    split = prepared.counts["validation"].targets
+    part = experiment.training.eval_batches if tokens < split else 0
     say("")
     say(
         f"validation loss            {loss:.4f} nats a token"
-        f" (unigram entropy {unigram_entropy(prepared):.4f})"
+        f" {coverage(tokens, part)} (unigram entropy {unigram_entropy(prepared):.4f})"
     )
     say(f"bits per byte              {bits_per_byte:.4f}")
     if jax.process_count() == 1:  # else no process holds the model

@@ -38,7 +38,8 @@ def trained(run):
 def exported(run):
     pytest.importorskip("safetensors")
     (run / "metrics.jsonl").write_text(
-        '{"step": 1, "validation_loss": 3.25}\n{"step": 2, "validation_loss": 9.0}\n{"st'
+        '{"step": 1, "validation_loss": 3.25, "validation_tokens": 20480}\n'
+        '{"step": 2, "validation_loss": 9.0}\n{"st'
     )
     return export(run, options=ExportOptions(formats=("orbax", "safetensors")))
 
@@ -70,7 +71,7 @@ def test_the_card_says_what_is_known_and_no_folder_of_this_machine(run, exported
         "| steps of training | 1 |",
         "| tokens in training | 64 |",
         "| text | text |",
-        "| validation loss | 3.2500 nats a token |",
+        "| validation loss | 3.2500 nats a token, over 20,480 tokens held out |",
         "`params/` is an Orbax checkpoint",
         "There it is not the same function:",
         "0 from distance 8 on",

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn.data.pipeline import prepare
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.evaluation.checkpoint import evaluate
@@ -170,6 +172,32 @@ def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, c
     assert (trained / "metrics.jsonl").read_text() == lines
     out = capsys.readouterr().out
     assert "resuming after step 2" in out and "validation loss" in out
+
+
+def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
+    """Training may validate on a part of the split; `--mode=eval` never does."""
+    partly = _experiment(text, training__steps=1, training__eval_batches=2)
+    assert run.train(partly, tmp_path, cache) == 0
+    batch = partly.data.batch_size * partly.data.sequence_length
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    tokens = record["validation_tokens"]
+    assert batch < tokens <= 2 * batch
+    out = capsys.readouterr().out
+    part = f"over {tokens:,} tokens, the first 2 batches of the validation split"
+    assert f"validation loss            {record['validation_loss']:.4f} nats a token {part}" in out
+    assert f"tokens {tokens:,}\n" in out
+    evaluate(tmp_path, cache_dir=cache)
+    (whole,) = re.findall(
+        r"nats a token over ([\d,]+) tokens, the whole validation split", capsys.readouterr().out
+    )
+    split = prepare(partly.data, cache).counts["validation"].targets
+    assert int(whole.replace(",", "")) == split > 2 * tokens
+    # As many batches as there are, or more, are the whole split.
+    wide = tmp_path / "wide"
+    assert (
+        run.train(_experiment(text, training__steps=1, training__eval_batches=99), wide, cache) == 0
+    )
+    assert f"over {split:,} tokens, the whole validation split" in capsys.readouterr().out
 
 
 def test_every_parameter_of_the_model_is_in_a_decay_group(text):

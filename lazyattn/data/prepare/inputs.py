@@ -93,7 +93,12 @@ def make_plan(inputs: Sequence[str], selection: Selection, largest: int) -> Plan
 
 
 def _paths(inputs: Sequence[str]) -> list[str]:
-    """Returns the files that the inputs name, each once, sorted."""
+    """Returns the files that the inputs name, each once, sorted.
+
+    A link to a file keeps its own name: what it leads to may have one without suffix,
+    as in the cache of the Hugging Face hub. Of several names of a file the first counts,
+    and a link's only if there is no other.
+    """
     found: set[str] = set()
     for given in inputs:
         expanded = os.path.expanduser(given)
@@ -101,21 +106,55 @@ def _paths(inputs: Sequence[str]) -> list[str]:
         files = [file for match in matches for file in _files(match)]
         if not files:
             raise bad_value("--input", given, _ALLOWED)
-        found.update(os.path.realpath(file) for file in files)
+        found.update(_named(file) for file in files)
     if not found:
         raise bad_value("--input", ",".join(inputs), _ALLOWED)
-    return sorted(found)
+    names: dict[str, str] = {}
+    for file in sorted(found, key=lambda file: (os.path.islink(file), file)):
+        if not os.path.exists(file):
+            raise InputError(
+                f"--input has {file!r}, a link to {os.readlink(file)!r}, which is not there; finish"
+                " the download, or remove the link."
+            )
+        names.setdefault(os.path.realpath(file), file)
+    return sorted(names.values())
 
 
 def _files(path: str) -> list[str]:
-    if os.path.isfile(path):
+    if os.path.isfile(path) or _leads_nowhere(path):
         if _kind(path) is None:
             raise bad_value("--input", path, _ALLOWED)
         return [path]
     folder = Path(path)
     if (folder / _DATASET).is_file():
         return [str(file) for file in folder.iterdir() if ".array_record" in file.name]
-    return [str(file) for file in folder.rglob("*") if file.is_file() and _kind(str(file))]
+    return [
+        file
+        for file in _below(folder)
+        if _kind(file) and (os.path.isfile(file) or _leads_nowhere(file))
+    ]
+
+
+def _named(file: str) -> str:
+    """Returns an absolute path in which all links are resolved but the file itself."""
+    folder, name = os.path.split(file)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _leads_nowhere(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Yields all files below a folder; links to folders are followed, each folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(parent, file) for file in files)
 
 
 def _kind(path: str) -> str | None:

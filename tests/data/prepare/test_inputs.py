@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import pytest
 
 from lazyattn.data.prepare import inputs
@@ -50,6 +53,67 @@ def test_files_named_twice_are_read_once(corpus):
     assert make_plan(names, SELECTION, 10**6) == make_plan(names[:1], SELECTION, 10**6)
     (corpus / "again.parquet").symlink_to(corpus / "a.parquet")
     assert len(make_plan(names, SELECTION, 10**6).files) == 5
+
+
+@pytest.fixture
+def hub(corpus, tmp_path):
+    """The corpus as the Hugging Face hub's tools store a download: links to blobs."""
+    folder = tmp_path / "datasets--owner--name"
+    snapshot, blobs = folder / "snapshots" / "5c9d", folder / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(corpus.rglob("*"))):
+        if path.is_file():
+            blob = blobs / f"{number:064x}"
+            blob.write_bytes(path.read_bytes())
+            link = snapshot / path.relative_to(corpus)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "{hub}",
+        "{hub}/snapshots/5c9d",
+        "{hub}/snapshots/*",
+        "{hub}/**/*.parquet,{hub}/snapshots/5c9d/*.jsonl*",
+        "{hub}/snapshots/5c9d/a.parquet,{hub}/snapshots/5c9d/b,{hub}/snapshots/*/*.jsonl*",
+    ],
+)
+def test_links_to_blobs_are_read_by_their_own_names(corpus, hub, given):
+    plan = make_plan(given.format(hub=hub).split(","), SELECTION, 10**6)
+    plain = make_plan([str(corpus)], SELECTION, 10**6)
+    assert [file.file for file in plan.files] == [file.file for file in plain.files]
+    assert [unit.kind for unit in plan.units] == [unit.kind for unit in plain.units]
+
+    def rows(which):
+        return [row for unit in which.units for row in read_unit(unit, SELECTION)]
+
+    assert rows(plan) == rows(plain)
+
+
+def test_a_blob_of_two_revisions_is_read_once(hub):
+    shutil.copytree(hub / "snapshots" / "5c9d", hub / "snapshots" / "77aa", symlinks=True)
+    plan = make_plan([str(hub)], SELECTION, 10**6)
+    assert len(plan.files) == 5 and all(file.file[:1] in "abdef" for file in plan.files)
+
+
+def test_a_link_to_nothing_is_refused(hub):
+    (hub / "snapshots" / "5c9d" / "a.parquet").resolve().unlink()
+    for given in (f"{hub}", f"{hub}/snapshots/*/*.parquet", f"{hub}/snapshots/5c9d/a.parquet"):
+        with pytest.raises(InputError, match=r"--input has '.*a.parquet', a link to '.*1', which"):
+            make_plan([given], SELECTION, 10**6)
+
+
+def test_links_to_folders_are_followed_each_once(corpus, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "first").symlink_to(corpus)
+    (linked / "second").symlink_to(corpus)
+    (corpus / "b" / "round").symlink_to(linked)
+    plan = make_plan([str(linked)], SELECTION, 10**6)
+    assert plan.files == make_plan([str(corpus)], SELECTION, 10**6).files
 
 
 @pytest.mark.parametrize("name", ["README.md", "nothing", "*.txt", "empty"])

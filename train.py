@@ -8,7 +8,7 @@
     python train.py --mode=compile --config=configs/lazy_7b_100b.py --topology=v5p:4x4x4
 
 Training goes on from the newest checkpoint in --workdir. The modes eval, inspect, sample and
-export read the settings from the checkpoint, so they need no --config.
+export read the settings from the checkpoint, so they need no --config. --help lists all flags.
 
 Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop or what
 --mode=compile looked at does not fit, 2 when something given is wrong, 130 when stopped by Ctrl-C.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lazyattn import command_line, distributed
+from lazyattn import command_line, distributed, flag_help, paths
 from lazyattn.ahead_of_time import options as ahead_of_time_options
 from lazyattn.errors import InputError, require
 from lazyattn.evaluation import options as evaluation_options
@@ -29,14 +29,19 @@ from lazyattn.generation import options as generation_options
 from lazyattn.inspection import options as inspection_options
 
 config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/quickstart.py; FILE:NAME for a kind of attention."
+    "config",
+    None,
+    "Config file, such as configs/quickstart.py; FILE:NAME for a kind of attention. Train and"
+    " compile need one.",
 )
-flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, settings.")
+paths.define("workdir", None, "Folder of the run: checkpoints, logs, settings.")
 _MODE = flags.DEFINE_string(
     "mode", "train", "What to do: train, eval, inspect, sample, export or compile."
 )
-_CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", None, "Folder for prepared data; default: LAZYATTN_CACHE or the user's cache."
+_CACHE_DIR = paths.define(
+    "cache_dir",
+    None,
+    "train, eval: folder for prepared data; default: LAZYATTN_CACHE or the user's cache.",
 )
 distributed.define()
 evaluation_options.define()
@@ -46,29 +51,40 @@ export_options.define()
 ahead_of_time_options.define()
 
 
+def _cache_dir() -> str:
+    """Returns the folder for prepared data; one that can't be is refused before work begins."""
+    from lazyattn.data.cache import default_cache_dir
+
+    return _CACHE_DIR.value or str(default_cache_dir())
+
+
 # Each mode imports what it needs after its flags are read, so that mistakes in them come
 # out at once.
 def _train() -> int:
+    """Trains a model; goes on from the newest checkpoint in --workdir."""
     experiment, path = command_line.required_experiment(), command_line.workdir()
+    cache_dir = _cache_dir()
     from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train
 
     try:
-        return train(experiment, path, _CACHE_DIR.value)
+        return train(experiment, path, cache_dir)
     except (NonFiniteError, SaveError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
 def _eval() -> None:
+    """Measures the newest checkpoint: validation loss, texts, context lengths, benchmarks."""
     options, path = evaluation_options.options(), command_line.workdir()
     from lazyattn.evaluation.checkpoint import evaluate
 
-    evaluate(path, command_line.experiment(), _CACHE_DIR.value, options)
+    evaluate(path, command_line.experiment(), _cache_dir(), options)
 
 
 def _inspect() -> None:
+    """Writes a report on what the attention of one run, or of two, does."""
     options, path = inspection_options.options(), command_line.workdir()
     from lazyattn.inspection.checkpoint import inspect
 
@@ -76,6 +92,7 @@ def _inspect() -> None:
 
 
 def _sample() -> None:
+    """Continues prompts with the newest checkpoint."""
     sampling, path = generation_options.sampling_config(), command_line.workdir()
     from lazyattn.generation.checkpoint import sample
 
@@ -85,6 +102,7 @@ def _sample() -> None:
 
 
 def _export() -> None:
+    """Writes a folder with a model for others, or reads theirs."""
     options = export_options.options()
     path = None if options.import_from else command_line.workdir()
     from lazyattn.export.run import export
@@ -93,6 +111,7 @@ def _export() -> None:
 
 
 def _compile() -> int:
+    """Compiles the training step for a pod without having one; says whether it fits."""
     topology, experiment = ahead_of_time_options.topology(), command_line.required_experiment()
     from lazyattn.ahead_of_time.run import compile_report
 
@@ -116,7 +135,19 @@ def _refuse(error: InputError) -> int:
     return 2
 
 
+def _help() -> str:
+    modes = {name: str(mode.__doc__) for name, mode in _MODES.items()}
+    more = {
+        "--config.KEY=VALUE": "Sets one setting of the config file, such as"
+        " --config.training.steps=50; docs/training.md says more."
+    }
+    return flag_help.help_text(str(__doc__), modes, more=more)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
+    if flag_help.is_asked(argv):
+        print(_help(), end="")
+        sys.exit(0)
     try:
         return command_line.parse(argv)
     except InputError as error:

@@ -14,17 +14,25 @@ from absl import flags
 
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, check_override, from_config_dict
+from lazyattn.paths import check_local
 
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 _CONFIG = re.compile(r"--?config(=(?P<value>.*))?", re.DOTALL)
 
 
-def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def parse(
+    argv: Sequence[str],
+    flag_values: flags.FlagValues = flags.FLAGS,
+    example: str = "--workdir=DIR",
+) -> list[str]:
     """Parses the command line.
+
+    A config file `configs/...` that is not below the current folder is the package's own.
 
     Args:
       argv: program name and arguments.
-      flag_values: the flags to set, `config` (a config file) among them.
+      flag_values: the flags to set, `config` (a config file) among them if there is one.
+      example: a flag as the program's flags are written, for a message.
 
     Returns:
       `[argv[0]]`: there are no positional arguments.
@@ -32,13 +40,13 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
     Raises:
       InputError: for anything wrong with the flags or the config file.
     """
-    _check(list(argv[1:]))
+    arguments = _checked(list(argv[1:]))
     try:
-        rest = flag_values(list(argv))
+        rest = flag_values([argv[0], *arguments])
     except Exception as error:
         raise _translated(error) from None
     if len(rest) > 1:
-        raise InputError(f"The argument {rest[1]!r} is not a flag; flags look like --workdir=DIR.")
+        raise InputError(f"The argument {rest[1]!r} is not a flag; flags look like {example}.")
     return rest
 
 
@@ -74,24 +82,38 @@ def required_experiment(values: flags.FlagValues = flags.FLAGS) -> ExperimentCon
     return found
 
 
-def _check(arguments: list[str]) -> None:
-    """Checks the config file's name and each override."""
+def _checked(arguments: list[str]) -> list[str]:
+    """Returns the arguments, the config file found and it and each override checked."""
     config = None
+    found = list(arguments)
     for index, argument in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else None
         if match := _CONFIG.fullmatch(argument):
             config = match["value"] if match["value"] is not None else following
-            path = (config or "").split(":", 1)[0]
-            if not Path(path).is_file():
-                raise bad_value(
-                    "--config", path, "a config file that exists, such as configs/quickstart.py"
-                )
+            check_local("--config", config or "")
+            path, colon, kind = (config or "").partition(":")
+            config = _config_file(path) + colon + kind
+            if match["value"] is not None:
+                found[index] = f"--config={config}"
+            else:
+                found[index + 1] = config
         elif match := _OVERRIDE.fullmatch(argument):
             key = match["key"]
             if config is None:
                 raise InputError(f"config.{key} is set, but no --config=FILE comes before it.")
             value = match["value"] if match["value"] is not None else following
             check_override(key, "false" if match["no"] else "" if value is None else value)
+    return found
+
+
+def _config_file(path: str) -> str:
+    """Returns the path of a config file: as given, or the one that came with the package."""
+    if Path(path).is_file():
+        return path
+    shipped = Path(__file__).parents[1] / path
+    if Path(path).parts[:1] == ("configs",) and shipped.is_file():
+        return str(shipped)
+    raise bad_value("--config", path, "a config file that exists, such as configs/quickstart.py")
 
 
 def _translated(error: BaseException) -> InputError:

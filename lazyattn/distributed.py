@@ -21,12 +21,12 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "coordinator",
         None,
-        "several processes: HOST:PORT of process 0, the same for all; auto finds it, and the two"
-        " flags below, where Slurm, Open MPI, Kubernetes or a TPU pod tells.",
+        "train, eval: of several processes, HOST:PORT of process 0, the same for all; auto finds"
+        " it, and the other two flags, where Slurm, Open MPI, Kubernetes or a TPU pod tells.",
         **where,
     )
-    flags.DEFINE_integer("process_id", None, "several processes: this one, from 0.", **where)
-    flags.DEFINE_integer("process_count", None, "several processes: how many.", **where)
+    flags.DEFINE_integer("process_id", None, "train, eval: this process's number, from 0.", **where)
+    flags.DEFINE_integer("process_count", None, "train, eval: how many processes.", **where)
 
 
 def initialize(values: flags.FlagValues = flags.FLAGS) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from lazyattn.errors import InputError
+from lazyattn.paths import local_path
 
 # Where `make test-tpu` puts it: out of the environment, since with it installed JAX
 # would look for TPUs in every process.
@@ -15,7 +16,7 @@ def library() -> Path | None:
     """Returns where libtpu is: as named, as `make` puts it, or as pip does; None: nowhere."""
     named = os.environ.get("TPU_LIBRARY_PATH")
     if named:
-        return Path(named)
+        return local_path("TPU_LIBRARY_PATH", named)
     spec = importlib.util.find_spec("libtpu")
     installed = spec.submodule_search_locations if spec is not None else None
     for folder in (FOLDER / "libtpu", *(installed or ())):

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from lazyattn.errors import InputError
+from lazyattn.paths import local_path
 
 MANIFEST = "manifest.json"
 _ABANDONED_AFTER = 3600.0  # seconds; no build takes as long
@@ -22,11 +23,14 @@ def default_cache_dir() -> Path:
     """Returns where prepared data is kept unless told otherwise.
 
     LAZYATTN_CACHE if set, else XDG_CACHE_HOME/lazyattn, else ~/.cache/lazyattn.
+
+    Raises:
+      InputError: if one of them is a URL.
     """
     if own := os.environ.get("LAZYATTN_CACHE"):
-        return Path(own).expanduser()
+        return local_path("LAZYATTN_CACHE", own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "lazyattn"
+        return local_path("XDG_CACHE_HOME", shared) / "lazyattn"
     return Path.home() / ".cache" / "lazyattn"
 
 
@@ -50,9 +54,9 @@ def entry(
       The entry's folder, and what `build` returned.
 
     Raises:
-      InputError: if the cache folder cannot be written to.
+      InputError: if the cache folder is a URL or cannot be written to.
     """
-    path = Path(cache_dir).expanduser() / name
+    path = local_path("--cache_dir", cache_dir) / name
     damage = _damage(path)
     if damage is not None:
         if path.exists():

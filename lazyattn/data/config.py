@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from lazyattn import paths
 from lazyattn.errors import InputError, bad_value, require
 
 
@@ -52,6 +53,11 @@ class DataConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "sources", _checked_sources(self.sources))
+        for name in ("source", "path", "tokenizer"):
+            if getattr(self, name) is not None:
+                paths.check_local("data." + name, getattr(self, name))
+        for folder, _ in self.sources:
+            paths.check_local("a folder of data.sources", folder)
         for name in ("sequence_length", "batch_size"):
             require(getattr(self, name) >= 1, "data." + name, getattr(self, name), "at least 1")
         require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size, "at least 260")

@@ -22,6 +22,7 @@ from absl import logging
 from lazyattn.data.prepare.readers import DamagedFileError, open_parquet, parquet_rows
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
 from lazyattn.errors import InputError, bad_value, require
+from lazyattn.paths import check_local, local_path
 
 try:
     import tensorflow_datasets as tfds
@@ -103,6 +104,8 @@ class FinewebEdu(tfds.core.GeneratorBasedBuilder):
         Raises:
           InputError: if a setting is bad.
         """
+        if source is not None:
+            check_local("source", source)
         self._source = source
         self._selection = Selection(
             min_int_score=min_int_score, validation_fraction=validation_fraction
@@ -201,7 +204,7 @@ def build(
     """
     known = [each.name for each in FinewebEdu.BUILDER_CONFIGS]
     require(config in known, "config", config, f"one of {', '.join(known)}")
-    builder = FinewebEdu(config=config, data_dir=Path(data_dir).expanduser(), **settings)
+    builder = FinewebEdu(config=config, data_dir=local_path("data_dir", data_dir), **settings)
     if builder.is_prepared():
         for name, value in builder.settings.items():
             found = (builder.info.metadata or {}).get(name)

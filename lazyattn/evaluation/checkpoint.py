@@ -25,6 +25,7 @@ from lazyattn.evaluation.perplexity import Evaluator, coverage, validation_rows
 from lazyattn.evaluation.scoring import Scorer
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context
+from lazyattn.paths import local_path
 from lazyattn.sharding import check_batch
 from lazyattn.training.read_ahead import read_together
 from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
@@ -67,7 +68,7 @@ def evaluate(
         _check_tasks(options)
     check_tokenizer(path)
     trained = load_trained(path, experiment)
-    folder = Path(options.output) if options.output else Path(path).expanduser() / _FOLDER
+    folder = local_path("--output", options.output or Path(path) / _FOLDER)
     contexts = options.contexts or (trained.experiment.data.sequence_length,)
     for context in contexts:
         check_context(

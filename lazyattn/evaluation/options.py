@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from lazyattn import paths
 from lazyattn.errors import InputError, require
 
 PRECISIONS = ("float32", "model")
@@ -66,20 +67,20 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list(
         "tasks", [], "eval: tasks of lm-evaluation-harness; 'paper': the paper's nine.", **where
     )
-    flags.DEFINE_string("tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", **where)
+    paths.define("tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", values)
     flags.DEFINE_integer("num_fewshot", None, "eval: solved examples in a prompt.", **where)
     flags.DEFINE_integer("limit", None, "eval: items a task, documents a text at most.", **where)
     flags.DEFINE_list("contexts", [], "eval: context lengths, such as 512,1024,2048.", **where)
     flags.DEFINE_integer("stride", None, "eval: tokens a rolling window predicts.", **where)
-    flags.DEFINE_multi_string(
+    paths.define_multi(
         "text",
         [],
         "eval, inspect: .txt, .jsonl, folder of .txt or of shards; 'validation': the run's own;"
         " several times for several.",
-        **where,
+        values,
     )
-    flags.DEFINE_string("lambada", None, "eval: .jsonl file of passages.", **where)
-    flags.DEFINE_string("output", None, "eval, inspect, export: folder for results.", **where)
+    paths.define("lambada", None, "eval: .jsonl file of passages.", values)
+    paths.define("output", None, "eval, inspect, export: folder for results.", values)
     flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
     flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)
     flags.DEFINE_bool(

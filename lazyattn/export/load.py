@@ -20,6 +20,7 @@ from lazyattn.export.settings import FILE, Facts, as_facts, is_tied, read_settin
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
+from lazyattn.paths import local_path
 
 PARAMS = "params"
 
@@ -82,7 +83,7 @@ def load_model(
     Raises:
       InputError: if something is missing there, can't be read or doesn't go together.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = local_path("The folder of the model", path).absolute()
     if not folder.is_dir():
         raise bad_value("The folder of the model", str(path), "a folder that exists")
     if not (folder / PARAMS).is_dir():
@@ -123,7 +124,7 @@ def read_safetensors(
       InputError: if there is none or it can't be read; if a tensor is missing, has
         another shape, or has no place in the model, before any is read.
     """
-    with tensor_files.opened(Path(path).expanduser()) as (shapes, read):
+    with tensor_files.opened(local_path("The folder of safetensors", path)) as (shapes, read):
         facts = as_facts(settings, shapes)
         one_table = is_tied(settings) and names.OUTPUT not in shapes and names.INPUT in shapes
         if one_table:

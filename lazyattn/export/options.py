@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from lazyattn import paths
 from lazyattn.errors import InputError, require
 
 FORMATS = ("orbax", "safetensors")
@@ -67,8 +68,8 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "bias_length", None, "export: distances of a bias table without a tail.", **where
     )
-    flags.DEFINE_string(
-        "import_from", None, "export: safetensors to read instead of a run's checkpoint.", **where
+    paths.define(
+        "import_from", None, "export: safetensors to read instead of a run's checkpoint.", values
     )
 
 

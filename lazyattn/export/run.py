@@ -19,6 +19,7 @@ from lazyattn.export import card, names, parameters, settings, tensor_files
 from lazyattn.export.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.export.options import ExportOptions
 from lazyattn.export.settings import Facts
+from lazyattn.paths import local_path, umask
 from lazyattn.sharding import MeshConfig, make_mesh
 from lazyattn.training.checkpoint import FOLDER, Checkpoints
 from lazyattn.training.workdir import check_tokenizer, load_trained
@@ -46,8 +47,11 @@ def export(
         what was asked for does not go together.
     """
     options = ExportOptions() if options is None else options
-    output = Path(options.output) if options.output else Path(path or "").expanduser() / _FOLDER
-    output = output.expanduser().absolute()
+    output = (
+        local_path("--output", options.output)
+        if options.output
+        else local_path("--workdir", path or "") / _FOLDER
+    ).absolute()
     _check_output(output)
     if "safetensors" in options.formats or options.import_from is not None:
         tensor_files.require_library()
@@ -109,7 +113,7 @@ def _text(data: DataConfig) -> str:
 
 def _over_all_devices(path: str | os.PathLike[str]) -> ExperimentConfig | None:
     """Returns a run's settings with parameters shared out over all devices; None: no checkpoint."""
-    workdir = Path(path).expanduser().absolute()
+    workdir = local_path("--workdir", path).absolute()
     if not (workdir / FOLDER).is_dir():
         return None
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -122,7 +126,7 @@ def _over_all_devices(path: str | os.PathLike[str]) -> ExperimentConfig | None:
 def _imported(options: ExportOptions) -> ExportedModel:
     source = str(options.import_from)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1)) if options.layout == "sharded" else None
-    folder = Path(source).expanduser()
+    folder = local_path("--import_from", source)
     if not folder.is_dir():
         raise bad_value("--import_from", source, "a folder with config.json and safetensors")
     return load_safetensors(folder, mesh)
@@ -152,18 +156,12 @@ def _appearing(output: Path) -> Iterator[Path]:
         ) from None
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"--output {str(output)!r} can't be written ({error}).") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(folder: Path, model: ExportedModel, options: ExportOptions, name: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from lazyattn.errors import InputError
+from lazyattn.paths import umask
 
 MAX_BYTES = 4_000_000_000
 ONE = "model.safetensors"
@@ -61,13 +62,16 @@ def write(
     total = max(numbers.values())
     files = [ONE] if total == 1 else [_file(n, total) for n in range(1, total + 1)]
     held: dict[str, Any] = {}
+    permissions = 0o666 & ~umask()
     left = {n: list(numbers.values()).count(n) for n in range(1, total + 1)}
     for name, array in tensors:
         held[name] = array
         number = numbers[name]
         if len(held) == left[number]:
             # PyTorch's readers look for this.
-            safetensors.numpy.save_file(held, folder / files[number - 1], {"format": "pt"})
+            path = folder / files[number - 1]
+            safetensors.numpy.save_file(held, path, {"format": "pt"})
+            path.chmod(permissions)  # the library makes a file that only its owner can read
             held = {}
     if total > 1:
         index = {

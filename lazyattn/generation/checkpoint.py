@@ -24,10 +24,11 @@ def sample(
     beyond_table: bool = False,
     experiment: ExperimentConfig | None = None,
 ) -> None:
-    """Prints each prompt and its continuation, and nothing else.
+    """Prints each prompt and its continuation.
 
-    One prompt is continued before the reader's eyes; several, which are decoded as
-    one batch, are printed when all are done, with an empty line between them.
+    One prompt is continued before the reader's eyes, and nothing else is printed;
+    several, which are decoded as one batch, are printed when all are done, each below
+    a line that says which it is.
 
     Args:
       path: the run's folder.
@@ -69,7 +70,8 @@ def sample(
         if len(prompts) > 1:
             texts = generate_text(trained.params, model, tokenizer, prompts, **how)
             both = zip(prompts, texts, strict=True)
-            print("\n\n".join(prompt + text for prompt, text in both))
+            for number, (prompt, text) in enumerate(both, 1):
+                print(f"=== sample {number} of {len(prompts)} ===\n{prompt}{text}")
             return
         shown = ""
         print(prompts[0], end="", flush=True)

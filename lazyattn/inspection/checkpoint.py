@@ -26,6 +26,7 @@ from lazyattn.inspection.measure import measure
 from lazyattn.inspection.options import InspectionOptions
 from lazyattn.inspection.report import write_report
 from lazyattn.inspection.sequences import LENGTH, cut, inserted_token, sink_metric
+from lazyattn.paths import local_path
 from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "inspection"
@@ -72,7 +73,7 @@ def inspect(
     length = row_length(models, documents, options, name)
     heads = _heads(options, models[0])
 
-    folder = Path(options.output) if options.output else Path(path).expanduser() / _FOLDER
+    folder = local_path("--output", options.output or Path(path) / _FOLDER)
     data = []
     for label, model, own in zip(_labels(list(runs)), models, documents, strict=True):
         print(f"{label}: checkpoint {model.checkpoint}, {length} tokens a row", flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from lazyattn import paths
 from lazyattn.errors import InputError, require
 
 
@@ -43,7 +44,7 @@ class InspectionOptions:
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that no other mode has; --text, --output and --beyond_table are shared."""
     where: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("against", None, "inspect: folder of a run to show beside.", **where)
+    paths.define("against", None, "inspect: folder of a run to show beside.", values)
     flags.DEFINE_integer("length", None, "inspect: tokens of a row.", **where)
     flags.DEFINE_integer("rows", 4, "inspect: rows looked at, at most.", **where)
     flags.DEFINE_list(

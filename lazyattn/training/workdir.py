@@ -21,6 +21,7 @@ from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.model.parameters import init_params, partition_specs
+from lazyattn.paths import local_path
 from lazyattn.training.checkpoint import FOLDER, Checkpoints
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.state import Params, StateFactory
@@ -53,9 +54,9 @@ def open_workdir(path: str | os.PathLike[str]) -> Path:
     """Returns the folder, made if need be.
 
     Raises:
-      InputError: if nothing can be written there.
+      InputError: if it is a URL, or nothing can be written there.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = local_path("--workdir", path).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -105,7 +106,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> None:
     Raises:
       InputError: if there are checkpoints but no tokenizer.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = local_path("--workdir", path).absolute()
     if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
         raise bad_value(
             "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
@@ -150,7 +151,7 @@ def load_trained(
       InputError: if there is no checkpoint, none can be read, or it is of another
         model than `experiment`'s.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = local_path("--workdir", path).absolute()
     missing = bad_value(
         "--workdir", str(path), "the folder of a run with a checkpoint (--mode=train makes one)"
     )

@@ -64,6 +64,23 @@ def test_the_folder_holds_all_one_needs(run, exported, trained):
     assert said["lazyattn"]["model"]["attention"]["variant"] == "lazy"
 
 
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
+def test_permissions_are_those_of_any_new_file(run, tmp_path, mask, file, folder):
+    pytest.importorskip("safetensors")
+    before = os.umask(mask)
+    try:
+        options = ExportOptions(formats=("orbax", "safetensors"), output=str(tmp_path / "made"))
+        made = export(run, options=options)
+    finally:
+        os.umask(before)
+    wrong = [
+        (path.name, oct(path.stat().st_mode))
+        for path in (made, *made.rglob("*"))
+        if path.stat().st_mode & 0o777 != (folder if path.is_dir() else file)
+    ]
+    assert wrong == []
+
+
 def test_the_card_says_what_is_known_and_no_folder_of_this_machine(run, exported):
     text = (exported / "README.md").read_text()
     for expected in (

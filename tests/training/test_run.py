@@ -141,6 +141,17 @@ def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
         sample(tmp_path, "", SamplingConfig(max_new_tokens=length))
 
 
+def test_several_samples_are_told_apart(trained, capsys):
+    sampling = SamplingConfig(max_new_tokens=3)
+    sample(trained, ["may look", "may look"], sampling)
+    lines = capsys.readouterr().out.splitlines()
+    places = [lines.index(f"=== sample {number} of 2 ===") for number in (1, 2)]
+    assert places[0] == 0
+    assert all(lines[place + 1].startswith("may look") for place in places)
+    sample(trained, ["may look"], sampling)
+    assert capsys.readouterr().out.startswith("may look")  # one alone is text and nothing else
+
+
 def test_evaluating_another_model(text, trained, cache):
     with pytest.raises(InputError, match=r"config.model.num_layers is 3, but the checkpoints"):
         evaluate(trained, _experiment(text, model__num_layers=3), cache)

@@ -11,25 +11,23 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from lazyattn import command_line, flag_help, paths
 from lazyattn.data.prepare.run import Preparation, Prepared, prepare_shards
 from lazyattn.data.prepare.selection import Selection
 from lazyattn.errors import InputError
 
 # A process that only imports this keeps its own flags.
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_INPUT = flags.DEFINE_list(
+_INPUT = paths.define_list(
     "input",
     [],
     "Files, folders or patterns of them, with commas between: .parquet, .jsonl, .jsonl.zst,"
     " .jsonl.gz, or the folder of a built TensorFlow dataset.",
-    flag_values=FLAGS,
+    FLAGS,
 )
-_OUTPUT = flags.DEFINE_string("output", "", "Folder of the shards.", flag_values=FLAGS)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer",
-    "",
-    "A tokenizer.json, a SentencePiece model, or 'train': learn one here.",
-    flag_values=FLAGS,
+_OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS)
+_TOKENIZER = paths.define(
+    "tokenizer", "", "A tokenizer.json, a SentencePiece model, or 'train': learn one here.", FLAGS
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 32000, "Entries of a tokenizer trained here.", flag_values=FLAGS
@@ -122,16 +120,24 @@ def _prepare() -> int:
     return 0
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+    if flag_help.is_asked(argv):
+        print(flag_help.help_text(str(__doc__), {}, FLAGS), end="")
+        sys.exit(0)
+    try:
+        example = "--input=PATTERN (with quotation marks around a pattern)"
+        return command_line.parse(argv, FLAGS, example)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: Sequence[str]) -> int:
     """Prepares; returns the exit status."""
+    del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        if len(argv) > 1:
-            raise InputError(
-                f"The argument {argv[1]!r} is not a flag; flags look like --input=PATTERN (with"
-                " quotation marks around a pattern)."
-            )
         return _prepare()
     except InputError as error:
         print(error, file=sys.stderr)
@@ -142,4 +148,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

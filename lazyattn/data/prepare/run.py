@@ -26,6 +26,7 @@ from lazyattn.data.prepare.workers import process_all
 from lazyattn.data.shards import token_dtype
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, require
+from lazyattn.paths import check_local, local_path
 
 TRAIN = "train"  # as a tokenizer: learn one
 
@@ -59,6 +60,10 @@ class Preparation:
 
     def __post_init__(self):
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
+        for path in self.inputs:
+            check_local("--input", path)
+        check_local("--output", self.output)
+        check_local("--tokenizer", self.tokenizer)
         require(bool(self.output), "--output", self.output, "the folder of the shards to be")
         require(
             bool(self.tokenizer),
@@ -104,7 +109,7 @@ def prepare_shards(preparation: Preparation) -> Prepared:
         is at work in the output, it holds something else, no document is left, or
         there is a fault and they are fatal.
     """
-    folder = Path(preparation.output).expanduser()
+    folder = local_path("--output", preparation.output)
     given = None if preparation.tokenizer == TRAIN else Tokenizer.load(preparation.tokenizer)
     plan = make_plan(preparation.inputs, preparation.selection, preparation.shard_mb * 10**6)
     try:

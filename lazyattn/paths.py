@@ -1,0 +1,105 @@
+"""Files and folders that a user names: on this machine, as buckets can't be used yet."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from lazyattn.errors import bad_value
+
+# A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_ALLOWED = "a path on this machine, not a URL; mount the bucket and give the path"
+
+
+def check_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuses a URL, which would otherwise be taken for a folder called `gs:`.
+
+    Args:
+      name: what the user wrote, e.g. "--workdir" or "data.path".
+      path: the path.
+
+    Raises:
+      InputError: if it is a URL of any scheme.
+    """
+    if _URL.match(os.fspath(path)):
+        raise bad_value(name, os.fspath(path), _ALLOWED)
+
+
+def local_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a path with `~` expanded.
+
+    Raises:
+      InputError: as `check_local`.
+    """
+    check_local(name, path)
+    return Path(path).expanduser()
+
+
+def umask() -> int:
+    """Returns which permissions this process leaves off the files it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _PathParser(flags.ArgumentParser[str]):
+    """Parses a path."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        check_local(f"--{self._name}", argument)
+        return argument
+
+
+class _PathListParser(flags.ListParser):
+    """Parses paths with commas between them."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._flag = name
+
+    def parse(self, argument: str | list[str]) -> list[str]:
+        paths = super().parse(argument)
+        for path in paths:
+            check_local(f"--{self._flag}", path)
+        return paths
+
+
+def define(
+    name: str, default: str | None, help: str, values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder[Any]:
+    """Defines a flag whose value is a path; a URL is refused when it is parsed."""
+    return flags.DEFINE(_PathParser(name), name, default, help, flag_values=values)
+
+
+def define_list(
+    name: str, default: Sequence[str], help: str, values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder[Any]:
+    """Defines a flag of paths with commas between them."""
+    serializer = flags.CsvListSerializer(",")
+    parser = _PathListParser(name)
+    return flags.DEFINE(
+        parser, name, list(default), help, flag_values=values, serializer=serializer
+    )
+
+
+def define_multi(
+    name: str, default: Sequence[str], help: str, values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder[Any]:
+    """Defines a flag whose value is a path, and which may be given several times."""
+    return flags.DEFINE_multi(
+        _PathParser(name),
+        flags.ArgumentSerializer(),
+        name,
+        list(default),
+        help,
+        flag_values=values,
+    )

@@ -1,0 +1,163 @@
+"""URLs where a path is asked for: each flag, setting and variable refuses them at once."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from lazyattn import command_line, flag_help, paths
+from lazyattn.ahead_of_time import libtpu
+from lazyattn.data.cache import default_cache_dir, entry
+from lazyattn.data.prepare import __main__ as preparation
+from lazyattn.data.prepare.run import Preparation
+from lazyattn.errors import InputError
+from lazyattn.evaluation.checkpoint import evaluate
+from lazyattn.evaluation.options import EvaluationOptions
+from lazyattn.experiment import ExperimentConfig, from_config_dict
+from lazyattn.export.options import ExportOptions
+from lazyattn.export.run import export
+from lazyattn.training.workdir import load_trained, open_workdir
+
+URL = "gs://bucket/run"
+REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and give the path\.$"
+
+# Flags of text that are no paths; a new one belongs here or is defined by `lazyattn.paths`.
+NO_PATHS = {
+    *("mode", "coordinator", "precision", "topology", "dtype", "layout", "formats", "heads"),
+    *("tasks", "contexts", "prompt", "stop", "config"),
+    *("text_field", "id_field", "score_field", "on_fault"),
+}
+
+
+@pytest.mark.parametrize(
+    "url", [URL, "s3://b", "hf://datasets/x", "file:///tmp/x", "https://a/b", Path(URL)]
+)
+def test_every_scheme_is_refused(url):
+    with pytest.raises(InputError, match=rf"^--workdir is '.*', but {REFUSED}"):
+        paths.local_path("--workdir", url)
+
+
+@pytest.mark.parametrize("path", ["runs/a", "/a/b", "a:b", "~/x", "C:/x", "", ".", "a/gs://b"])
+def test_paths_are_left_alone(path):
+    assert paths.local_path("--workdir", path) == Path(path).expanduser()
+
+
+def _text_flags(values):
+    kinds = ("string", "multi string", "comma separated list of strings")
+    for name in flag_help.own_flags(values):
+        flag = values[name]
+        if flag.flag_type() in kinds and name not in NO_PATHS:
+            yield name
+
+
+def test_every_flag_that_takes_a_path_refuses_a_url():
+    import train
+
+    del train  # it defines its flags
+    found = set()
+    for values in (command_line.flags.FLAGS, preparation.FLAGS):
+        for name in _text_flags(values):
+            found.add(name)
+            refused = pytest.raises(InputError, match=rf"^--{name} is '{URL}', but {REFUSED}")
+            with flagsaver.flagsaver(), refused:
+                command_line.parse(["program", f"--{name}={URL}"], values)
+    assert found == {
+        *("workdir", "cache_dir", "tasks_dir", "text", "lambada", "output", "import_from"),
+        *("against", "input", "tokenizer"),
+    }
+
+
+def test_a_url_among_several():
+    for name, argument in (("input", f"a,{URL}"), ("input", URL)):
+        with pytest.raises(InputError, match=REFUSED):
+            command_line.parse(["program", f"--{name}={argument}"], preparation.FLAGS)
+
+
+def _text_settings(cls, where=""):
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _text_settings(hint, f"{where}{name}.")
+        elif hint is str or str in typing.get_args(hint):
+            yield f"{where}{name}"
+
+
+def _experiment(key, value):
+    group, name = key.split(".")
+    return from_config_dict({group: {name: value}})
+
+
+def test_every_setting_that_takes_a_path_refuses_a_url():
+    settings = list(_text_settings(ExperimentConfig))
+    assert {"data.path", "data.source", "data.tokenizer"} <= set(settings)
+    for key in settings:
+        if key.startswith("data."):
+            with pytest.raises(InputError, match=rf"^{key} is '{URL}', but {REFUSED}"):
+                _experiment(key, URL)
+    with pytest.raises(InputError, match=rf"^a folder of data.sources is '{URL}', but {REFUSED}"):
+        _experiment("data.sources", (("a", 1.0), (URL, 0.5)))
+
+
+def test_a_config_file_at_a_url():
+    with pytest.raises(InputError, match=rf"^--config is '{URL}', but {REFUSED}"):
+        command_line.parse(["program", f"--config={URL}"])
+
+
+@pytest.mark.parametrize("name", ["LAZYATTN_CACHE", "XDG_CACHE_HOME"])
+def test_the_cache_of_the_environment(monkeypatch, name):
+    monkeypatch.delenv("LAZYATTN_CACHE", raising=False)
+    monkeypatch.setenv(name, URL)
+    with pytest.raises(InputError, match=rf"^{name} is '{URL}', but {REFUSED}"):
+        default_cache_dir()
+
+
+def test_the_compiler_of_the_environment(monkeypatch):
+    monkeypatch.setenv("TPU_LIBRARY_PATH", URL)
+    with pytest.raises(InputError, match=rf"^TPU_LIBRARY_PATH is '{URL}', but {REFUSED}"):
+        libtpu.library()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: open_workdir(URL),
+        lambda: load_trained(URL),
+        lambda: entry(URL, "name", lambda work: {}),
+        lambda: export("run", options=ExportOptions(output=URL)),
+        lambda: export(None, options=ExportOptions(output="out", import_from=URL)),
+        lambda: export(URL),
+        lambda: evaluate(URL),
+        lambda: evaluate("run", options=EvaluationOptions(texts=(URL,))),
+        lambda: Preparation((URL,), "out", "train"),
+        lambda: Preparation(("in",), URL, "train"),
+        lambda: Preparation(("in",), "out", URL),
+    ],
+)
+def test_as_functions_too(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="gs:"):
+        use()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_is_refused_before_it_begins(tmp_path):
+    """As a user types it: one line, status 2, and no folder called `gs:`."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"LAZYATTN_CACHE": URL, "PYTHONPATH": str(root)}
+    for flag in (f"--workdir={URL}", f"--workdir={tmp_path / 'run'}"):
+        done = subprocess.run(
+            [sys.executable, root / "train.py", "--config=configs/quickstart.py", flag],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        name = "--workdir" if URL in flag else "LAZYATTN_CACHE"
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"{name} is '{URL}', but it must be a path")
+        assert done.stderr.count("\n") == 1
+        assert os.listdir(tmp_path) == []

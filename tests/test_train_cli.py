@@ -256,6 +256,10 @@ def test_mistakes_are_one_sentence(story):
         (["--mode=sample"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=eval", "--workdir=/nowhere"], "--workdir is '/nowhere', but it must be the fol"),
         (["--mode=sample", "--workdir=w", "--temperature=-1"], "temperature is -1.0, but it must "),
+        (
+            ["--mode=eval", "--workdir=w", "--retrieval", "--retrieval_rows=1"],
+            "--retrieval_rows is 1, but it must be at least 2",
+        ),
         (["--mode=export"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=export", "--workdir=w", "--dtype=int4"], "--dtype is 'int4', but it must be flo"),
     ],

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Int32
 
 from lazyattn.errors import require
 from lazyattn.evaluation.estimates import Estimate, estimate
@@ -66,3 +66,43 @@ def by_position(
     return {
         (start, stop): estimate(nll[:, start:stop], mask[:, start:stop]) for start, stop in pairs
     }
+
+
+def document_rows(
+    documents: Sequence[Int[np.ndarray, " tokens"]], length: int, rows: int
+) -> tuple[Int32[np.ndarray, "rows tokens"], Bool[np.ndarray, "rows targets"]]:
+    """Returns rows of one document each, so that a position says how much text comes before.
+
+    A document longer than a row is cut into several, each of which begins with the document's
+    first token, the beginning-of-document token. The rows with the most tokens are taken; of
+    those that are full, if there are more than `rows`, some at equal steps.
+
+    Args:
+      documents: token ids, each with the beginning-of-document token first.
+      length: predictions of a row.
+      rows: how many at most.
+
+    Returns:
+      Tokens, length + 1 a row, zeros where a document ends before; and which predictions are
+      of a document's tokens.
+
+    Raises:
+      InputError: for a document without a token after its first, or no document.
+    """
+    require(bool(documents), "the number of documents", 0, "at least 1")
+    pieces = []
+    for document in documents:
+        require(len(document) >= 2, "the tokens of a document", len(document), "at least 2")
+        for start in range(1, len(document), length):
+            pieces.append(np.concatenate([document[:1], document[start : start + length]]))
+    full = [piece for piece in pieces if len(piece) == length + 1]
+    if len(full) > rows:
+        taken = [full[place * len(full) // rows] for place in range(rows)]
+    else:
+        taken = sorted(pieces, key=len, reverse=True)[:rows]
+    tokens = np.zeros((len(taken), length + 1), np.int32)
+    mask = np.zeros((len(taken), length), bool)
+    for row, scored, piece in zip(tokens, mask, taken, strict=True):
+        row[: len(piece)] = piece
+        scored[: len(piece) - 1] = True
+    return tokens, mask

@@ -8,7 +8,7 @@ import jax
 
 from lazyattn.data.pipeline import prepare, unigram_entropy
 from lazyattn.errors import InputError, require
-from lazyattn.evaluation import extrapolation
+from lazyattn.evaluation import extrapolation, reach
 from lazyattn.evaluation.documents import (
     VALIDATION,
     Corpus,
@@ -78,16 +78,39 @@ def evaluate(
             name="--contexts" if options.contexts else "the context",
             beyond_table=options.beyond_table,
         )
+    plan = reach.Plan(
+        tuple(sorted(set(options.retrieval_distances))),
+        options.retrieval_span,
+        options.retrieval_rows,
+        options.seed,
+    )
+    if options.retrieval:
+        reach.check_plan(plan, contexts)
     _say(f"checkpoint       {trained.checkpoint}")
     if options.tasks:
         _print_tasks(trained, options, contexts[0], folder)
     # A list of contexts alone is a question about the run's own text.
     about_text = bool(options.texts or passages)
-    if about_text or (options.contexts and not options.tasks):
+    alone = not options.tasks and not options.retrieval
+    if about_text or options.retrieval or (options.contexts and alone):
         names = options.texts if about_text else (VALIDATION,)
         corpora = [_corpus(trained, name, texts, options.limit) for name in names]
-        _print_texts(trained, options, corpora, passages, contexts, folder)
-    elif not options.tasks:
+        scorer = Scorer(
+            trained.params,
+            trained.experiment.model,
+            trained.mesh,
+            batch_tokens=options.batch_tokens,
+            exact=options.precision == "float32",
+        )
+        if options.retrieval:
+            sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
+            for corpus in sources:
+                reach.check_corpus(corpus, plan, contexts)
+        if about_text or not options.retrieval:
+            _print_texts(trained, options, scorer, corpora, passages, contexts, folder)
+        if options.retrieval:
+            _print_retrieval(trained, scorer, sources, plan, contexts, folder)
+    elif alone:
         _print_validation(trained, cache_dir)
 
 
@@ -95,6 +118,11 @@ def _say(text: str) -> None:
     """Prints on the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _compiled(scorer: Scorer) -> str:
+    number = scorer.compilations
+    return "1 shape was compiled." if number == 1 else f"{number} shapes were compiled."
 
 
 def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
@@ -142,24 +170,18 @@ def _corpus(
 def _print_texts(
     trained: TrainedModel,
     options: EvaluationOptions,
+    scorer: Scorer,
     corpora: list[Corpus],
     passages: list[str],
     contexts: tuple[int, ...],
     folder: Path,
 ) -> None:
     """Measures texts at every context; prints a table and writes it, data and plot."""
-    scorer = Scorer(
-        trained.params,
-        trained.experiment.model,
-        trained.mesh,
-        batch_tokens=options.batch_tokens,
-        exact=options.precision == "float32",
-    )
     tokens = tokenize_passages(passages, trained.tokenizer)
     texts, lambada = extrapolation.extrapolate(scorer, corpora, tokens, contexts, options.stride)
     length = trained.experiment.data.sequence_length
     table = extrapolation.as_table(texts, lambada, length)
-    _say(f"\n{table}\n\n{scorer.compilations} shapes were compiled.")
+    _say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +192,34 @@ def _print_texts(
     drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
     more = "" if drawn else " There is no picture: matplotlib is not installed."
     _say(f"Written to {folder}.{more}")
+
+
+def _print_retrieval(
+    trained: TrainedModel,
+    scorer: Scorer,
+    corpora: list[Corpus],
+    plan: reach.Plan,
+    contexts: tuple[int, ...],
+    folder: Path,
+) -> None:
+    """Measures how far back the model reaches; prints tables and writes them and their data."""
+    tokenizer = trained.tokenizer
+    found = [
+        reach.measure(scorer.score_rows, corpus, context, plan, tokenizer, tokenizer.bos_id)
+        for corpus in corpora
+        for context in sorted(set(contexts))
+    ]
+    length = trained.experiment.data.sequence_length
+    table = reach.as_table(found, plan, length)
+    _say(f"\n{table}\n\n{_compiled(scorer)}")
+    if jax.process_index() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "retrieval.md").write_text(table + "\n")
+    data = reach.as_data(found, plan, length)
+    data["checkpoint"] = str(trained.checkpoint)
+    (folder / "retrieval.json").write_text(json.dumps(data, indent=2) + "\n")
+    _say(f"Written to {folder}: retrieval.md, retrieval.json.")
 
 
 def _check_tasks(options: EvaluationOptions) -> None:
@@ -213,6 +263,6 @@ def _print_tasks(
         output=folder,
     )
     table = benchmarks.as_table(results["results"])
-    print(f"\n{table}\n\n{lm.scorer.compilations} shapes were compiled.")
+    print(f"\n{table}\n\n{_compiled(lm.scorer)}")
     (folder / "benchmarks.md").write_text(table + "\n")
     print(f"Written to {folder}: benchmarks.md, and the harness's own {written}.")

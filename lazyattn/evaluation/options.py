@@ -7,6 +7,7 @@ from absl import flags
 
 from lazyattn import paths
 from lazyattn.errors import InputError, require
+from lazyattn.evaluation.retrieval import DISTANCES, ROWS, SPAN
 
 PRECISIONS = ("float32", "model")
 
@@ -28,6 +29,11 @@ class EvaluationOptions:
       precision: "float32" (and nothing skipped) or "model" (as in training).
       batch_tokens: tokens of a batch.
       beyond_table: go on where a bias table without a tail ends.
+      retrieval: measure copying, pass keys and loss by position.
+      retrieval_distances: how far back, tokens; none: what the contexts have room for.
+      retrieval_span: tokens copied.
+      retrieval_rows: rows of each of those figures.
+      seed: of the rows drawn for them.
     """
 
     tasks: tuple[str, ...] = ()
@@ -42,6 +48,11 @@ class EvaluationOptions:
     precision: str = "float32"
     batch_tokens: int = 16_384
     beyond_table: bool = False
+    retrieval: bool = False
+    retrieval_distances: tuple[int, ...] = ()
+    retrieval_span: int = SPAN
+    retrieval_rows: int = ROWS
+    seed: int = 0
 
     def __post_init__(self):
         for context in self.contexts:
@@ -59,10 +70,28 @@ class EvaluationOptions:
             )
         if self.tasks_dir is not None and not self.tasks:
             raise InputError("--tasks_dir is given, but --tasks doesn't say which to measure.")
+        require(self.retrieval_span >= 2, "--retrieval_span", self.retrieval_span, "at least 2")
+        # One row has no standard error.
+        require(self.retrieval_rows >= 2, "--retrieval_rows", self.retrieval_rows, "at least 2")
+        require(self.seed >= 0 or not self.retrieval, "--seed", self.seed, "at least 0")
+        for distance in self.retrieval_distances:
+            require(
+                distance >= self.retrieval_span,
+                "--retrieval_distances",
+                distance,
+                f"at least --retrieval_span = {self.retrieval_span}",
+            )
+        if not self.retrieval and (
+            self.retrieval_distances or (self.retrieval_span, self.retrieval_rows) != (SPAN, ROWS)
+        ):
+            raise InputError(
+                "--retrieval_distances, --retrieval_span or --retrieval_rows is given, but"
+                " --retrieval is not."
+            )
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags."""
+    """Defines the flags but --seed, which generation defines."""
     where: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_list(
         "tasks", [], "eval: tasks of lm-evaluation-harness; 'paper': the paper's nine.", **where
@@ -89,6 +118,21 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         "eval, inspect, sample: go on past a bias table without tail.",
         **where,
     )
+    flags.DEFINE_bool(
+        "retrieval",
+        False,
+        "eval: copying and pass keys by distance, and loss by position in the row.",
+        **where,
+    )
+    flags.DEFINE_list(
+        "retrieval_distances",
+        [],
+        "eval: tokens from what is repeated back to where it stood, such as 96,512;"
+        f" default: those of {', '.join(map(str, DISTANCES))} that fit, and the farthest.",
+        **where,
+    )
+    flags.DEFINE_integer("retrieval_span", SPAN, "eval: tokens copied.", **where)
+    flags.DEFINE_integer("retrieval_rows", ROWS, "eval: rows of each retrieval figure.", **where)
 
 
 def options(values: flags.FlagValues = flags.FLAGS) -> EvaluationOptions:
@@ -97,19 +141,12 @@ def options(values: flags.FlagValues = flags.FLAGS) -> EvaluationOptions:
     Raises:
       InputError: for a value out of range, or flags that do not go together.
     """
-    try:
-        contexts = tuple(int(text) for text in values.contexts)
-    except ValueError:
-        raise InputError(
-            f"--contexts is {','.join(values.contexts)!r}, but it must be whole numbers with commas"
-            " between them."
-        ) from None
     return EvaluationOptions(
         tasks=tuple(name.strip() for name in values.tasks if name.strip()),
         tasks_dir=values.tasks_dir,
         num_fewshot=values.num_fewshot,
         limit=values.limit,
-        contexts=contexts,
+        contexts=_numbers(values, "contexts"),
         stride=values.stride,
         texts=tuple(values.text),
         lambada=values.lambada,
@@ -117,4 +154,20 @@ def options(values: flags.FlagValues = flags.FLAGS) -> EvaluationOptions:
         precision=values.precision,
         batch_tokens=values.batch_tokens,
         beyond_table=values.beyond_table,
+        retrieval=values.retrieval,
+        retrieval_distances=_numbers(values, "retrieval_distances"),
+        retrieval_span=values.retrieval_span,
+        retrieval_rows=values.retrieval_rows,
+        seed=values.seed,
     )
+
+
+def _numbers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
+    given: list[str] = getattr(values, name)
+    try:
+        return tuple(int(text) for text in given)
+    except ValueError:
+        raise InputError(
+            f"--{name} is {','.join(given)!r}, but it must be whole numbers with"
+            " commas between them."
+        ) from None

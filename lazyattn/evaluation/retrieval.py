@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float, Int, Int32
 from lazyattn.errors import InputError, bad_value, require
 from lazyattn.evaluation.estimates import Estimate, estimate
 
-# Distances measured where nobody asks for others, and a span that most contexts have room for.
+# What is measured where nobody asks for something else.
 DISTANCES = (96, 512, 1024, 2048, 3800)
 SPAN = 64
+ROWS = 128
 DIGITS = 5
 
 # Negative log-likelihood in nats, and whether the token is the likeliest one, of every token
@@ -98,6 +99,23 @@ def in_batches(score: Score, rows: int) -> Score:
         return nll, hit
 
     return batched
+
+
+def check_stream(stream: Stream, length: int, span: int = SPAN) -> None:
+    """Checks that a text is long enough for rows of it, and a passage of another place.
+
+    Args:
+      stream, length, span: as in `copy_rows`.
+
+    Raises:
+      InputError: if it isn't.
+    """
+    least = length + 1 + span
+    if len(stream) < least:
+        raise InputError(
+            f"The text has {len(stream):,} tokens, but it must have at least {least:,} for rows of"
+            f" {length:,}."
+        )
 
 
 def farthest_copy(length: int, span: int = SPAN, *, bos: int | None = None) -> int:
@@ -337,11 +355,7 @@ def _text(
     spare: int = 0,
 ) -> tuple[Int32[np.ndarray, "rows tokens"], Int[np.ndarray, " rows"]]:
     """Returns rows of length + 1 tokens, and where in the stream they begin."""
-    if len(stream) < length + 1 + spare:
-        raise InputError(
-            f"The text has {len(stream):,} tokens, but it must have at least"
-            f" {length + 1 + spare:,} for rows of {length:,}."
-        )
+    check_stream(stream, length, spare)
     starts = rng.integers(0, len(stream), size=rows)
     text = np.take(stream, starts[:, None] + np.arange(length + 1), mode="wrap").astype(np.int32)
     if bos is not None:

@@ -26,7 +26,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string(
         "stop", [], "sample: text to end before; several times for several.", **where
     )
-    flags.DEFINE_integer("seed", 0, "sample: seed of the draws.", **where)
+    flags.DEFINE_integer("seed", 0, "sample, eval --retrieval: seed of the draws.", **where)
 
 
 def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.evaluation.by_position import by_position, position_edges
+from lazyattn.evaluation.by_position import by_position, document_rows, position_edges
 from lazyattn.evaluation.estimates import estimate
 
 
@@ -44,3 +44,24 @@ def test_the_error_of_rows_of_equal_length_is_that_of_their_means():
 def test_bad_edges(edges):
     with pytest.raises(InputError, match=r"edges is .*, but it must be two or more rising numbers"):
         by_position(np.zeros((1, 4)), edges)
+
+
+def test_rows_are_of_one_document_each_and_begin_alike():
+    documents = [np.array([0, *range(10 * n, 10 * n + size)]) for n, size in ((1, 7), (2, 2))]
+    tokens, mask = document_rows(documents, 3, rows=9)
+    assert tokens.tolist() == [[0, 10, 11, 12], [0, 13, 14, 15], [0, 20, 21, 0], [0, 16, 0, 0]]
+    assert mask.sum(axis=1).tolist() == [3, 3, 2, 1]
+    tokens, _ = document_rows(documents, 3, rows=3)
+    assert tokens[:, 1].tolist() == [10, 13, 20]
+    # Of full rows some at equal steps.
+    tokens, mask = document_rows([np.arange(101)], 5, rows=4)
+    assert tokens[:, 1].tolist() == [1, 26, 51, 76] and mask.all()
+
+
+def test_documents_with_nothing_to_predict():
+    with pytest.raises(InputError, match="the number of documents is 0"):
+        document_rows([], 3, rows=1)
+    with pytest.raises(
+        InputError, match="the tokens of a document is 1, but it must be at least 2"
+    ):
+        document_rows([np.zeros(1, int)], 3, rows=1)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
@@ -59,6 +60,87 @@ def test_texts_at_several_contexts_are_shown_and_written(trained, tmp_path, caps
     assert (tmp_path / "out" / "contexts.md").read_text().startswith("| text |")
 
 
+def _tables(path):
+    """Returns the cells of each line of the tables in a Markdown file."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_retrieval_is_shown_and_written_for_any_checkpoint(trained, tmp_path, capsys):
+    options = EvaluationOptions(
+        contexts=(96, 320),
+        retrieval=True,
+        retrieval_distances=(40, 100, 280),
+        retrieval_span=16,
+        retrieval_rows=4,
+        output=str(tmp_path),
+        batch_tokens=1024,
+    )
+    evaluate(trained, options=options)
+    shown = capsys.readouterr().out
+    assert (tmp_path / "retrieval.md").read_text() in shown
+    # Everything of one length is one program; the validation figures are not asked for.
+    assert "2 shapes were compiled." in shown and "validation loss" not in shown
+    cells = [line[1:3] for line in _tables(tmp_path / "retrieval.md")[1:7]]
+    assert cells == [
+        *(["96 *", "40"], ["96 *", "nowhere"]),
+        *(["320 *", "40"], ["320 *", "100"], ["320 *", "280"], ["320 *", "nowhere"]),
+    ]
+    data = json.loads((tmp_path / "retrieval.json").read_text())
+    assert (data["span"], data["rows"], data["seed"]) == (16, 4, 0)
+    short, long = data["results"]
+    assert [one["distance"] for one in long["copy"]] == [40, 100, 280, None]
+    assert all(one["count"] == 4 * 15 and one["mean"] > 3 for one in long["copy"])
+    # A key and its question have some 70 tokens with this tokenizer.
+    assert [one["distance"] for one in long["pass_keys"]] == [100, 280]
+    assert short["pass_keys"] == []
+    assert [one["right"]["mean"] for one in long["pass_keys"]] == [0, 0]
+    assert [(one["first"], one["last"]) for one in long["position"]][-2:] == [
+        (128, 255),
+        (256, 319),
+    ]
+    assert sum(one["count"] for one in long["position"]) == long["whole"]["count"]
+
+
+def test_a_model_that_copies_is_seen_to(trained, tmp_path, monkeypatch):
+    """From the flags to the table, with a model whose answer is known."""
+
+    def from_48_before(self, tokens, label=""):
+        hit = np.zeros((len(tokens), tokens.shape[1] - 1), bool)
+        hit[:, 47:] = tokens[:, 48:] == tokens[:, :-48]
+        return np.where(hit, 0, 5).astype(np.float32), hit
+
+    monkeypatch.setattr(scoring.Scorer, "score_rows", from_48_before)
+    options = EvaluationOptions(
+        contexts=(160,),
+        retrieval=True,
+        retrieval_distances=(32, 48),
+        retrieval_span=32,
+        retrieval_rows=8,
+        output=str(tmp_path),
+    )
+    evaluate(trained, options=options)
+    (result,) = json.loads((tmp_path / "retrieval.json").read_text())["results"]
+    near, there, nowhere = (one["mean"] for one in result["copy"])
+    assert there == 0 and near > 2 and nowhere > 2
+
+
+def test_retrieval_beside_the_perplexity_of_the_same_text(trained, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(tiny.TEXT * 2)
+    options = EvaluationOptions(
+        contexts=(16,),
+        texts=(str(tmp_path / "other.txt"),),
+        retrieval=True,
+        retrieval_span=4,
+        retrieval_rows=2,
+        output=str(tmp_path),
+    )
+    evaluate(trained, options=options)
+    shown = capsys.readouterr().out
+    assert "| other | 16 | 16 |" in shown and "| other | 16 | 12 |" in shown
+    assert {"contexts.md", "retrieval.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.slow
 def test_the_harness_is_run_and_its_results_kept(trained, tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -96,6 +178,18 @@ def test_one_prompt_streams_into_what_several_print(trained, capsys):
         ({"texts": ("nowhere.txt",)}, "--text is 'nowhere.txt', but it must be a .txt"),
         ({"lambada": "nowhere.jsonl"}, "--lambada is 'nowhere.jsonl', but it must be a .jsonl"),
         ({"contexts": (17,)}, "--contexts is 17, but the model's bias table has 8 distances and"),
+        (
+            {"retrieval": True},
+            "--retrieval_span is 64, but it must be at most 8, half of the contex",
+        ),
+        (
+            {"retrieval": True, "retrieval_span": 4, "retrieval_distances": (13,)},
+            r"--retrieval_distances is 13, but it must be from 4 \(--retrieval_span\) to 12, what",
+        ),
+        (
+            {"retrieval": True, "contexts": (90_000,), "beyond_table": True},
+            r"The text has [\d,]+ tokens, but it must have at least 90,065 for rows of 90,000",
+        ),
         ({"contexts": (16, 8), "stride": 9}, "--stride is 9, but it must be from 1 to the short"),
     ],
 )

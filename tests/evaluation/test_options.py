@@ -23,7 +23,8 @@ def test_all_flags():
     values = _parse(
         *("--contexts=512,1024", "--stride=256", "--text=a.txt", "--text=validation"),
         *("--lambada=l.jsonl", "--limit=5", "--output=o", "--precision=model"),
-        *("--batch_tokens=64", "--beyond_table"),
+        *("--batch_tokens=64", "--beyond_table", "--retrieval", "--retrieval_distances=9,12"),
+        *("--retrieval_rows=4", "--retrieval_span=8", "--seed=3"),
     )
     assert options.options(values) == options.EvaluationOptions(
         contexts=(512, 1024),
@@ -35,6 +36,11 @@ def test_all_flags():
         precision="model",
         batch_tokens=64,
         beyond_table=True,
+        retrieval=True,
+        retrieval_distances=(9, 12),
+        retrieval_rows=4,
+        retrieval_span=8,
+        seed=3,
     )
     values = _parse("--tasks=piqa, boolq", "--tasks_dir=d", "--num_fewshot=2", "--contexts=8")
     found = options.options(values)
@@ -63,6 +69,18 @@ def test_all_ways_to_sample():
         (["--batch_tokens=0"], "--batch_tokens is 0, but it must be at least 1"),
         (["--precision=half"], "--precision is 'half', but it must be one of float32, model"),
         (["--tasks=piqa", "--contexts=8,16"], "--contexts has several lengths, but --tasks are"),
+        (["--retrieval_distances=far"], "--retrieval_distances is 'far', but it must be whole num"),
+        (
+            ["--retrieval", "--retrieval_distances=63"],
+            "--retrieval_distances is 63, but it must be",
+        ),
+        (["--retrieval", "--retrieval_span=1"], "--retrieval_span is 1, but it must be at least 2"),
+        (["--retrieval", "--retrieval_rows=1"], "--retrieval_rows is 1, but it must be at least 2"),
+        (["--retrieval", "--seed=-1"], "--seed is -1, but it must be at least 0"),
+        (
+            ["--retrieval_rows=4"],
+            "--retrieval_distances, --retrieval_span or --retrieval_rows is g",
+        ),
         (["--tasks_dir=d"], "--tasks_dir is given, but --tasks doesn't say which"),
     ],
 )

@@ -82,6 +82,22 @@ def test_tables_and_visits(case, skip_mass):
     assert not np.asarray(found.small).any()
 
 
+def test_a_unit_visits_what_any_of_its_queries_sees():
+    """Not what its first one sees: where chunks are filled up, queries before see less."""
+    case = oracle.Case("", (1, 300, 2, 1, 64), 64, documents=(300,))
+    args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
+    plan, _, _ = _plan(case, args, 0.0)
+    place = jnp.arange(300, dtype=jnp.int32)
+    first_visible = jnp.where(place < 200, place, jnp.maximum(place - 150, 0))[None]
+    parameters = [args[name] for name in ("distance_bias", "offset")]
+    call = (plan, args["query"], args["key"], first_visible, parameters[0], None, parameters[1])
+    with interpreter.interpreted(interpreter.blocks(64, 64)):
+        table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 2, 300))()
+        found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()
+    assert found.first[0, 0].tolist() == [0, 1, 2, 0, 1]
+    _same(found.first, by_xla.visits(*call, None).first)
+
+
 def test_a_number_that_is_none_is_visited():
     case = CASES[0]
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}

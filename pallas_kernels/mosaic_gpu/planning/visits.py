@@ -71,8 +71,9 @@ def lazy_visits(
     key_norm = tl.load(norms_ptr + of_kind + tiles, mask=tiles < static.units, other=0.0)
     first = tl.zeros_like(units)
     if static.packed:
-        rows = tl.minimum(units * static.unit, static.length - 1)
-        first = tl.load(visible_ptr + batch * static.length + rows) // static.unit
+        rows = units[:, None] * static.unit + tl.arange(0, static.unit)[None, :]
+        rows = tl.minimum(rows, static.length - 1)
+        first = tl.min(tl.load(visible_ptr + batch * static.length + rows), 1) // static.unit
     if static.skip_mass > 0:
         bound = tl.load(norms_ptr + units, mask=inside, other=0.0)[:, None] * key_norm[None, :]
         lowest = tl.load(norms_ptr + 2 * of_kind + units, mask=inside, other=0.0)

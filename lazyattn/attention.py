@@ -88,7 +88,8 @@ def lazy_attention(
       key: keys of the same dtype. `kv_heads` divides `heads`; query head h reads
         key head h // (heads / kv_heads).
       value: values of the same dtype; `value_dim` is `head_dim` as a rule.
-      distance_bias: b_h(x) of the distances 0 <= x < width. None: no bias.
+      distance_bias: b_h(x) of the distances 0 <= x < width; -inf: such keys have no mass. A
+        query that sees no others is NaN. None: no bias.
       distance_slope: continues the bias past its table as
         b(width - 1) - slope (x - (width - 1)). None: it is 0 there.
       offset: tau of each head; negative values suppress. None: ordinary softmax.

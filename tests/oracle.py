@@ -23,7 +23,8 @@ class Case:
       name: what the test is called.
       shape: (batch, length, heads, kv_heads, head_dim).
       width: entries of the bias table; 0: no bias.
-      bias: "normal", "alibi", "bumpy" (large, not monotone) or "steep".
+      bias: "normal", "alibi", "bumpy" (large, not monotone), "steep", "gaps" (-inf at some
+        distances, the tail's among them) or "blind" (-inf at the nearest two).
       slope: give the tail a slope.
       tau: offset of the heads, dealt out in turn; None: no offset.
       documents: lengths of packed documents, cycled; None: one document.
@@ -77,6 +78,7 @@ CASES = [
         "visit_everything", settings=(("skip_mass", 0.0),), bias="steep", shape=(1, 300, 2, 2, 16)
     ),
     Case("everything_dead", tau=(-50.0,)),
+    Case("gaps", bias="gaps", shape=(1, 300, 2, 1, 16), width=40, slope=True, tau=(-0.6, 0.4)),
 ]
 
 # Each query sees the last few keys of its document.
@@ -144,6 +146,8 @@ def make_bias(kind: str, heads: int, width: int, rng: np.random.Generator) -> np
     return {
         "normal": 0.02 * rng.standard_normal((heads, width)),
         "alibi": -slope * x,
+        "blind": np.where(x < 2, -np.inf, -slope * x),
+        "gaps": np.where((x % 7 == 3) | (x > width - 4), -np.inf, 1 - x / 20) + 0.0 * slope,
         "steep": -0.5 * (1 + np.arange(heads)[:, None]) * x,
         "bumpy": 4 * np.sin(x / 7 + np.arange(heads)[:, None])
         + rng.standard_normal((heads, width)),
@@ -215,6 +219,54 @@ def check(implementation: str, case: Case, *, tolerance: float = 1e-5, seed: int
         plain = {name: float32_errors(case, "xla", seed)[name] for name in worse}
         worse = {name: e for name, e in worse.items() if not e <= 4 * plain[name]}
     assert not worse, errors
+
+
+def check_blind_rows(
+    implementation: str,
+    *,
+    dtype: Any = "float32",
+    tolerance: float = 1e-5,
+    length: int = 300,
+    head_dim: int = 16,
+) -> None:
+    """Queries may not look at themselves nor at near keys: numbers but where nothing is left."""
+    shape = (1, length, 2, 1, head_dim)
+    for case, blind in (
+        (Case("", shape, 64, "alibi", True, (-0.6, 0.4)), 1),
+        (Case("", shape, 200, "normal", tau=None), 140),
+        (Case("", shape, 64, "alibi", True, documents=(150, 7, 143)), 5),
+        (Case("", shape, 200, "normal", tau=(0.5, -0.1), score_scale=4.0), 140),
+    ):
+        args = inputs(case)
+        args["distance_bias"][:, :blind] = -np.inf
+        for name in ("query", "key", "value"):
+            args[name] = np.asarray(jnp.asarray(args[name], dtype))
+        with jax.enable_x64(True):
+            exact = {
+                name: np.asarray(x, np.float64) if name in GRADIENTS else x
+                for name, x in args.items()
+            }
+            true = np.asarray(lazy_attention(**exact, implementation="xla"))
+        out = jax.jit(functools.partial(_call, implementation))(args).astype(jnp.float32)
+        out = np.asarray(out)
+        starts = document_places(case)
+        sees_nothing = starts < blind
+        assert np.all(np.isnan(out[:, sees_nothing])), (case, blind)
+        assert np.all(np.isnan(true[:, sees_nothing]))
+        error = relative_error(out[:, ~sees_nothing], true[:, ~sees_nothing])
+        assert error <= tolerance, (case, blind, error)
+
+
+def _call(implementation: str, args: dict[str, Any]) -> jax.Array:
+    return lazy_attention(**args, implementation=implementation)
+
+
+def document_places(case: Case) -> np.ndarray:
+    """Returns the place of each position of the first row in its document."""
+    length = case.shape[1]
+    if case.documents is None:
+        return np.arange(length)
+    return np.concatenate([np.arange(n) for n in np.resize(case.documents, length)])[:length]
 
 
 # Gradients of few numbers, each a long sum: rounding leaves them less alike than arrays.

@@ -274,6 +274,11 @@ def test_not_a_number_stays_one(name, implementation):
     assert np.all(np.isfinite(out[0, :, 0]))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bias_of_minus_infinity_near_the_diagonal(implementation):
+    oracle.check_blind_rows(implementation)
+
+
 def test_works_under_vmap_scan_and_remat():
     args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))
     shared = {k: args.pop(k) for k in ("distance_bias", "offset")}

@@ -116,9 +116,10 @@ def forward(
         row_maximum = scores.max(axis=-1)
         old_maximum, old_total = diagonal.queries(maximum), diagonal.queries(total)
         new_maximum = jnp.maximum(old_maximum, row_maximum)
-        # The main diagonal comes first, so new_maximum is finite from the start.
-        shrink = jnp.exp(old_maximum - new_maximum)
-        weights = jnp.exp(scores - new_maximum[..., None])
+        # Where the bias is -inf, a row may have seen nothing yet.
+        base = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+        shrink = jnp.exp(old_maximum - base)
+        weights = jnp.exp(scores - base[..., None])
         new_total = old_total * shrink + weights.sum(axis=-1)
         if with_values:
             old_out = diagonal.queries(out) * shrink[..., None]
@@ -129,9 +130,12 @@ def forward(
         else:
             # The log-sum-exp only grows, so this never calls a live diagonal dead, nor
             # one with NaN in it.
-            log_threshold = jnp.log(jnp.maximum(-diagonal.queries(head.threshold), 0))
+            threshold = diagonal.queries(head.threshold)
+            log_threshold = jnp.log(jnp.maximum(-threshold, 0))
             bar = new_maximum + jnp.log(new_total) + log_threshold - _DEAD_SLACK
-            live = live.at[diagonal.offset].set(jnp.any(~(row_maximum <= bar)))
+            # Above 0 every key counts, without mass too. And rows without any are NaN.
+            alive = ~(row_maximum <= bar) | (threshold > 0) | (new_maximum == -jnp.inf)
+            live = live.at[diagonal.offset].set(jnp.any(alive))
         maximum = diagonal.set_queries(maximum, new_maximum)
         total = diagonal.set_queries(total, new_total)
         return maximum, total, out, live

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import config, launch, memory, rings, schedule
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Plan, Rows
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, Rows
 
 # Pieces wanted, so that uneven ones share out well over the largest GPUs, and query units
 # that a piece should at least have.
@@ -296,7 +296,7 @@ class _Piece:
             key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
             first = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
-            x = jnp.where(columns + key0 >= first, x, LOWEST)
+            x = jnp.where(columns + key0 >= first, x, MASKED)
         return jnp.exp2(x - log_total)
 
     def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import diagonals, far_tiles, lanes, memory, rings
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT, Rows
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Rows
 
 
 class Keys:
@@ -186,7 +186,7 @@ class Keys:
         if bias is not None:
             x = x + bias
         if self.plan.packed and far is None:
-            x = jnp.where(self.in_document(slot), x, LOWEST)
+            x = jnp.where(self.in_document(slot), x, MASKED)
         return jnp.exp2(x - self.spread(less))
 
     def in_document(self, slot: Any) -> Array:

@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_gpu import (
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
-from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT
 
 
 class _Sums(NamedTuple):
@@ -192,7 +192,7 @@ class Queries:
         """Returns softmax weights of a tile from its products, or only exponentials."""
         x = x * self.plan.exponent_scale + bias
         if self.plan.packed and far is None:
-            x = self.of_document(x, key0, LOWEST)
+            x = self.of_document(x, key0, MASKED)
         return jnp.exp2(x - self.spread(self.row.log_total) if divided else x)
 
     def lane_sums(self, x: Array) -> Array:

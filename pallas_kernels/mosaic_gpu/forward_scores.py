@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import far_tiles, lanes, memory, rings
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
-from pallas_kernels.mosaic_gpu.plan import LOWEST, UNIT
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT
 
 
 class Scores:
@@ -99,7 +99,7 @@ class Scores:
           use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
             them, the first key and the index of the unit; returns the carry, and how many
             products it left in flight. Scores are masked where causality wants it: the table
-            holds `LOWEST` there.
+            holds `MASKED` there.
           carry: for the first call.
           keep: the keys are needed once more.
           whole: nothing is left to be added.
@@ -151,7 +151,7 @@ class Scores:
 
     def hide_documents(self, x: Array, key0: Any, far: bool | None = None) -> Array:
         """Returns scores with those of other documents masked, see `far_tiles.loops`."""
-        return self.of_document(x, key0, LOWEST) if self.plan.packed and far is None else x
+        return self.of_document(x, key0, MASKED) if self.plan.packed and far is None else x
 
     def hide(self, weights: Array, key0: Any, small: bool) -> Array:
         """Returns weights that are not above 0 where nothing is seen.

@@ -13,8 +13,10 @@ from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.config import Blocks
 
 LOG2_E = math.log2(math.e)
-# Stands for minus infinity: no arithmetic on it makes a NaN.
+# A running maximum below any other, finite so that differences stay numbers.
 LOWEST = -1.0e30
+# A masked score. Where a row has no other, its sum is 0 and its weights are no numbers.
+MASKED = -math.inf
 # Queries and keys that visit ranges and live ranges are counted in.
 UNIT = 64
 # A tile counts as dead only if it is so by this share: more than the rounding of exponentials.
@@ -52,6 +54,12 @@ def threshold(offset: Float[Array, ""], offset_scale: Float[Array, "*rows"]) -> 
     """
     limit = -offset * offset_scale
     return jnp.where(limit > 1 - 2.0**-12, 2.0, limit)
+
+
+def reference(distance_bias: Float[Array, "heads width"]) -> Float[Array, " heads"]:
+    """Returns what tables hold their entries less of: b(0), or 0 where that is -inf."""
+    first = distance_bias[:, 0]
+    return jnp.where(first == -jnp.inf, 0, first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +137,11 @@ class Plan:
     ]:
         """Returns the bias in the kernels' form, in units of log2 and less b(0).
 
-        A row of scores may be shifted by a constant; less b(0), scores stay small.
+        A row of scores may be shifted by a constant; less b(0), scores stay small. (If b(0) is
+        -inf, less nothing; then they don't count as small.)
 
         Returns:
-          For each head, twice, the second time without the first entry: `LOWEST` for
+          For each head, twice, the second time without the first entry: `MASKED` for
           distances below 0, so that it masks; the table; the tail for as far as a tile
           that begins within the table can reach; then the tail again, for tiles wholly past
           the table, and if it has a slope relative to where it begins. First in the order of
@@ -146,8 +155,7 @@ class Plan:
             slope = end = jnp.zeros(heads, jnp.float32)
         else:
             values = bias_lib.expand(distance_bias, distance_slope, self.near - _LEAD)
-            first = values[:, :1]
-            values = LOG2_E * (values - first)
+            values = LOG2_E * (values - reference(distance_bias)[:, None])
             if distance_slope is None:
                 slope, end = jnp.zeros(heads, jnp.float32), values[:, -1]
             else:
@@ -158,7 +166,7 @@ class Plan:
         else:
             ramp = jnp.broadcast_to(values[:, -1:], (heads, _TRAIL))
         rising = jnp.concatenate(
-            [jnp.full((heads, _LEAD), LOWEST, jnp.float32), values, ramp], axis=1
+            [jnp.full((heads, _LEAD), MASKED, jnp.float32), values, ramp], axis=1
         )
         # What was at n is now at the length less n.
         falling = jnp.roll(rising[:, ::-1], 1, axis=1)

@@ -6,6 +6,7 @@ log-sum-exp tell the farthest live tile. The second sweep goes over the live one
 an offset one sweep does it all.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -149,7 +150,8 @@ class Sweeps(QueryTile):
         refs.live_tile[0] = self.first
         if plan.skip_dead:
             logarithm = jnp.log2(jnp.where(threshold > 0, threshold, 1))
-            bar = jnp.where(threshold > 0, log_total + logarithm - DEAD_SLACK, -UNREACHABLE)
+            # At 0 or below every key may count.
+            bar = jnp.where(threshold > 0, log_total + logarithm - DEAD_SLACK, -math.inf)
 
             def farthest(group: Any, found: Array) -> Array:
                 for n in range(_MARKS):

@@ -18,6 +18,7 @@ from pallas_kernels.tpu.tile import (
     EVERY,
     LAST_FIRST,
     LOWEST,
+    MASKED,
     Bias,
     at_tile,
     dot,
@@ -119,7 +120,7 @@ class QueryTile:
             largest = (refs.largest_0, refs.largest_1)[n % 2]
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
             if seen is not None:
-                scores = jnp.where(seen, scores, LOWEST)
+                scores = jnp.where(seen, scores, MASKED)
             vectors = [scores[at : at + SUBLANES] for at in range(0, size, SUBLANES)]
             highest = functools.reduce(jnp.maximum, vectors)
             largest[pl.ds(row_of_largest, SUBLANES), cut] = jnp.maximum(largest[:, cut], highest)
@@ -174,7 +175,7 @@ class QueryTile:
         for keys in parts:
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
             if seen is not None:
-                scores = jnp.where(seen, scores, LOWEST)
+                scores = jnp.where(seen, scores, MASKED)
             highest = jnp.maximum(highest, fold(scores, jnp.maximum))
             buffers.store(sets.scores, "scores", keys, scores, cut)
             bias.fence(keys, scores[:SUBLANES, :LANES])

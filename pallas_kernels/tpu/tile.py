@@ -5,6 +5,7 @@ minus its own index: at least 1 where all keys come before all queries; 0, -1, .
 diagonal, where the first -distance * keys queries see nothing and are cut off.
 """
 
+import math
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,10 @@ TURNS = LANES // SUBLANES
 # The arrays of a turned bias.
 _TURNED = ("turned_0", "turned_1")
 
-# A score below any other, finite so that differences stay numbers.
+# A running maximum below any other, finite so that differences stay numbers. Masked scores
+# are -inf themselves: a row that sees nothing else sums up to 0, and is no number then.
 LOWEST = -1.0e30
+MASKED = -math.inf
 # A threshold that no weight passes.
 UNREACHABLE = 1.0e30
 # A tile must miss its threshold by this much, in units of log2, to be called dead: more

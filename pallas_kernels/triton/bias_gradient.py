@@ -19,7 +19,7 @@ from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block
 from pallas_kernels.triton.plan import Plan, Static
 from pallas_kernels.triton.tile import (
-    LOWEST,
+    MASKED,
     PRECISION,
     UNREACHABLE,
     gather,
@@ -108,7 +108,7 @@ def lazy_backward_bias(
     columns = tl.arange(0, static.keys)
     table = table_ptr + head * static.pitch + static.lead
     bias = gather((table + distance + rows)[:, None] - columns[None, :])
-    bias = tl.where(rows[:, None] + distance >= columns[None, :], bias, LOWEST)
+    bias = tl.where(rows[:, None] + distance >= columns[None, :], bias, MASKED)
     tiles = tl.arange(0, tiles_pad)
     total = tl.full((static.queries, static.keys), 0, tl.float32)
     for member in tl.range(0, static.batches):

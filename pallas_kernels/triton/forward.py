@@ -21,6 +21,7 @@ from pallas_kernels.triton.plan import Plan
 from pallas_kernels.triton.tile import (
     DEAD_SLACK,
     LOWEST,
+    MASKED,
     PRECISION,
     UNREACHABLE,
     biased,
@@ -83,7 +84,7 @@ def _sum_exponentials(
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
         if CAUSAL or static.packed:
             visible = _visible(column0, row0, document, static, CAUSAL)
-            scores = tl.where(visible, scores, LOWEST)
+            scores = tl.where(visible, scores, MASKED)
         highest = tl.max(scores, 1) + rest
         new_maximum = tl.maximum(maximum, highest)
         exponentials = tl.exp2(scores - (new_maximum - rest)[:, None])
@@ -91,8 +92,8 @@ def _sum_exponentials(
         maximum = new_maximum
         if static.skip_dead:
             # The sum only grows, so this never calls a live tile dead; and a NaN is
-            # not below anything.
-            dead = tl.exp2(highest - maximum) <= total * bar
+            # not below anything, nor is what has no mass yet.
+            dead = tl.exp2(highest - maximum) < total * bar
             farthest = tl.where(dead, farthest, tile)
     return maximum, total, farthest
 
@@ -153,7 +154,7 @@ def _softmax(
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
         if CAUSAL or static.packed:
             visible = _visible(column0, row0, document, static, CAUSAL)
-            scores = tl.where(visible, scores, LOWEST)
+            scores = tl.where(visible, scores, MASKED)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) + rest)
         shrink = tl.exp2(maximum - new_maximum)
         weights = tl.exp2(scores - (new_maximum - rest)[:, None])

@@ -20,8 +20,10 @@ from pallas_kernels.triton import plan
 TABLE = tl.constexpr(plan.TABLE)
 TAIL = tl.constexpr(plan.TAIL)
 
-# A score below any other, finite so that differences stay numbers.
+# A running maximum below any other, finite so that differences stay numbers. Masked scores
+# are -inf themselves: a row that sees nothing else sums up to 0, and is no number then.
 LOWEST = tl.constexpr(-1.0e30)
+MASKED = tl.constexpr(float("-inf"))
 # A threshold, or a log-sum-exp, that no weight passes.
 UNREACHABLE = tl.constexpr(1.0e30)
 # Part of the threshold by which a tile must miss it to be called dead: more than the

@@ -22,6 +22,7 @@ CASES = {
         oracle.Case("softmax", (1, 256, 2, 2, 64), 100, "bumpy", tau=None),
         oracle.Case("sharp", (1, 256, 1, 1, 64), 64, score_scale=4.0),
         oracle.Case("widest", (1, 200, 2, 1, 200), 64, "alibi", True, documents=(100, 30)),
+        oracle.Case("gaps", (1, 200, 2, 1, 64), 40, "gaps", True, (-0.6, 0.4)),
         oracle.Case("positive", (1, 256, 2, 2, 64), 64, "steep", tau=(0.5, -1.0)),
     )
 }
@@ -36,6 +37,9 @@ def check_gradient_of_the_bias_apart() -> None:
 
 
 CHECKS = {
+    "blind": lambda: oracle.check_blind_rows(
+        "mosaic_gpu", dtype="bfloat16", tolerance=0.01, length=256, head_dim=64
+    ),
     "bias_apart": check_gradient_of_the_bias_apart,
     "not_a_number": lambda: suite.check_not_a_number_comes_through(
         "bfloat16", "mosaic_gpu", tile=128

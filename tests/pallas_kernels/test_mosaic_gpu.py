@@ -184,6 +184,8 @@ def test_interpreted():
         "softmax",
         "sharp",
         "positive",
+        "gaps",
+        "blind",
         "widest",
         "bias_apart",
         "not_a_number",

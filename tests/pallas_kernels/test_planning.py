@@ -22,6 +22,8 @@ CASES = [
     oracle.Case("wide", (1, 200, 2, 2, 128), 1030, "alibi", True),
     oracle.Case("packed", (2, 300, 2, 1, 64), 64, "alibi", True, documents=(70, 130, 100)),
     oracle.Case("softmax", (1, 128, 1, 1, 64), 0, tau=None),
+    oracle.Case("gaps", (1, 300, 2, 1, 64), 70, "gaps", True),
+    oracle.Case("blind", (1, 300, 2, 1, 64), 70, "blind", True),
 ]
 
 

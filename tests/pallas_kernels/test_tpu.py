@@ -23,6 +23,7 @@ QUICK = {
     "documents_grouped",
     "one_token",
     "positive_tau_with_steep_bias",
+    "gaps",
 }
 CASES = [
     case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow)
@@ -129,6 +130,12 @@ def test_dead_tiles_do_not_matter(monkeypatch):
 def test_as_every_implementation(test):
     with interpreted():
         test()
+
+
+@pytest.mark.slow
+def test_bias_of_minus_infinity_near_the_diagonal():
+    with interpreted():
+        oracle.check_blind_rows("tpu")
 
 
 def test_not_a_number_comes_through():

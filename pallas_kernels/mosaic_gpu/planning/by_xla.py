@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
-from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, reference
 from pallas_kernels.mosaic_gpu.schedule import Order
 from pallas_kernels.visit import TileSizes, visit_ranges
 
@@ -112,7 +112,9 @@ def visits(
     bound = largest_norm(query) * jnp.repeat(largest_norm(key), heads // key.shape[2], axis=1)
     bound = bound * abs(plan.scale)
     if bias is not None:
-        bound = bound + jnp.max(bias - bias[:, :1], axis=1)
+        # Without a score of its own a row's sum has no lower bound.
+        largest = jnp.max(bias, axis=1) - reference(bias)
+        bound = bound + jnp.where(bias[:, 0] == -jnp.inf, jnp.inf, largest)
     units = jnp.arange(ranges.first.shape[-1], dtype=jnp.int32)
     work = jnp.sum(units - ranges.first + 1, axis=-1, keepdims=True)
     return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32), work)

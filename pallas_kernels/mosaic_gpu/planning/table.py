@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1.0e30)
+_MASKED = tl.constexpr(float("-inf"))
 
 
 @triton.jit
@@ -19,14 +19,21 @@ def _bias(bias_ptr, slope, x, static: tl.constexpr):
 
 
 @triton.jit
+def _reference(bias_ptr):
+    """Returns what entries are less of: b(0), or 0 where that is -inf."""
+    first = tl.load(bias_ptr)
+    return tl.where(first == float("-inf"), 0.0, first)
+
+
+@triton.jit
 def _rising(bias_ptr, slope, n, static: tl.constexpr):
     """Returns entry n of the table of distances rising."""
-    first = tl.load(bias_ptr)
+    first = _reference(bias_ptr)
     values = (_bias(bias_ptr, slope, n - static.lead, static) - first) * _LOG2_E
     ramp = first * -_LOG2_E
     if static.has_slope:
         ramp = (static.near - n).to(tl.float32) * slope * _LOG2_E
-    return tl.where(n < static.lead, _LOWEST, tl.where(n < static.near, values, ramp))
+    return tl.where(n < static.lead, _MASKED, tl.where(n < static.near, values, ramp))
 
 
 @triton.jit
@@ -56,7 +63,7 @@ def lazy_table(
         end = 0.0
         if static.has_slope:
             end = tl.load(bias_ptr + static.reach - 1)
-        end = (end - tl.load(bias_ptr)) * _LOG2_E
+        end = (end - _reference(bias_ptr)) * _LOG2_E
         tl.store(tail_ptr + 2 * head, end)
         tl.store(tail_ptr + 2 * head + 1, slope * _LOG2_E)
     else:

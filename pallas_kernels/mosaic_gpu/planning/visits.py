@@ -104,5 +104,8 @@ def lazy_visits(
             maxima = tl.load(
                 maxima_ptr + head * static.units + tiles, mask=exists, other=float("-inf")
             )
-            largest += tl.max(maxima, 0) - tl.load(bias_ptr + head * static.width)
+            own = tl.load(bias_ptr + head * static.width)
+            # Without a score of its own a row's sum has no lower bound.
+            more = tl.where(own == float("-inf"), float("inf"), tl.max(maxima, 0) - own)
+            largest += more
         tl.store(small_ptr + row, (largest * _LOG2_E <= static.exponent_limit).to(tl.int32))

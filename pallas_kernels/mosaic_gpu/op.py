@@ -87,7 +87,7 @@ def attention(
     leaves = vary_alike(*leaves)
     whole = interpret is not None or bool(jax.typeof(leaves[0]).manual_axis_type.varying)
     plan = dataclasses.replace(plan, fetch_by_warpgroup=whole)
-    out = _attention(*jax.tree.unflatten(tree, leaves), plan)
+    out = _jitted_attention(*jax.tree.unflatten(tree, leaves), plan)
     return out[:, :length, :, :head_dim]
 
 
@@ -112,6 +112,8 @@ def _attention_fwd(
 ) -> tuple[Array, Any]:
     inputs = (query, key, value, distance_bias, distance_slope, offset, visibility)
     table, found = _forward(plan, *inputs, training=True)
+    # Where a scan stacks residuals, XLA would run the kernel twice: once into the stack.
+    found = jax.lax.optimization_barrier(found)
     # With an offset the backward pass asks nothing of the output.
     saved = found | {"out": None} if plan.has_offset else found
     return found["out"], (inputs, table, saved)
@@ -131,6 +133,9 @@ def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+# Layers that call it alike share one lowering of its kernels.
+_jitted_attention = jax.jit(_attention, static_argnums=7)
 
 
 def planning(plan: Plan) -> Any:

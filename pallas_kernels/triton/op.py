@@ -54,7 +54,7 @@ def attention(
     leaves, tree = jax.tree.flatten(
         (query, key, value, distance_bias, distance_slope, offset, visibility)
     )
-    return _attention(*jax.tree.unflatten(tree, vary_alike(*leaves)), plan)
+    return _jitted_attention(*jax.tree.unflatten(tree, vary_alike(*leaves)), plan)
 
 
 def make_plan(
@@ -100,6 +100,9 @@ def _attention_fwd(
     out, value_mean, rounding, log_total, live = inputs.forward(first, training=True)
     if not plan.has_offset:
         live = first
+    # Where a scan stacks residuals, XLA would run the kernel twice: once into the stack.
+    found = jax.lax.optimization_barrier((out, value_mean, rounding, log_total, live))
+    out, value_mean, rounding, log_total, live = found
     saved = (query, key, value, distance_bias, distance_slope, offset, visibility)
     return out, (saved, (first, live, log_total, out, value_mean, rounding))
 
@@ -139,6 +142,9 @@ def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+# Layers that call it alike share one lowering of its kernels.
+_jitted_attention = jax.jit(_attention, static_argnums=7)
 
 
 class Kernels:

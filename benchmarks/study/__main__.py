@@ -1,0 +1,56 @@
+"""The study's commands.
+
+    python -m benchmarks.study run --data=FOLDER --variants=softmax,sharp --seeds=0,1,2 \
+        --tokens=100e6 --workdir=runs/study --cache=runs/compiled
+    python -m benchmarks.study trial --data=FOLDER --variants=sharp --try=model.remat=dots
+"""
+
+import time
+
+_START = time.monotonic()  # before what takes seconds to import
+
+# ruff: noqa: E402
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from lazyattn.errors import InputError, require
+
+_COMMANDS = ("run", "trial")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit status."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        _command(argv)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(argv: Sequence[str]) -> None:
+    command = argv[1] if len(argv) > 1 else ""
+    require(command in _COMMANDS, "the command", command, "one of " + ", ".join(_COMMANDS))
+    values = flags.FlagValues()
+    arguments = [argv[0], *argv[2:]]
+    from benchmarks.study import options, run, trial
+
+    options.define(values)
+    if command == "trial":
+        options.define_trial(values)
+    options.parse(arguments, values)
+    asked = options.read(values, lambda: time.monotonic() - _START)
+    if command == "run":
+        run.run(asked)
+    else:
+        tries = values["try"].value or []
+        require(values.steps >= 1, "--steps", values.steps, "at least 1")
+        require(values.rounds >= 1, "--rounds", values.rounds, "at least 1")
+        trial.trial(asked, tries, steps=values.steps, rounds=values.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -281,8 +281,6 @@ def _fused_unsupported(call: Call) -> str | None:
         return "query_start is given"
     if call.renormalize:
         return "renormalize is True"
-    if call.window is not None:
-        return "window is given"
     return None
 
 
@@ -342,7 +340,7 @@ def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim
         parameter(call.offset),
         visibility,
         AttentionSettings(call.scale, call.skip_mass),
-        packed=call.segment_ids is not None or call.chunk_starts is not None,
+        packed=call.narrowed,
     )
     return placement.take(call, out)
 

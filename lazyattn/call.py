@@ -36,6 +36,12 @@ class Call:
     skip_mass: float
     return_weights: bool
 
+    @property
+    def narrowed(self) -> bool:
+        """Whether some query may not see all keys before it."""
+        limits = (self.segment_ids, self.chunk_starts, self.window)
+        return any(limit is not None for limit in limits)
+
     def position(self) -> Int[Array, "batch length"]:
         """Returns the index of the key at each query's own position."""
         batch, length = self.query.shape[:2]

@@ -279,13 +279,15 @@ def test_bias_of_minus_infinity_near_the_diagonal(implementation):
     oracle.check_blind_rows(implementation)
 
 
-def test_works_under_vmap_scan_and_remat():
+@pytest.mark.parametrize("window", [None, 50])
+def test_works_under_vmap_scan_and_remat(window):
     args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))
     shared = {k: args.pop(k) for k in ("distance_bias", "offset")}
 
     def loss(shared, rows, implementation="xla_chunked"):
         rows = {k: v[None] for k, v in rows.items()}
-        return jnp.sum(lazy_attention(**rows, **shared, implementation=implementation) ** 2)
+        settings = {"window": window, "implementation": implementation}
+        return jnp.sum(lazy_attention(**rows, **shared, **settings) ** 2)
 
     def by_vmap(shared):
         return jax.vmap(lambda rows: loss(shared, rows))(args).sum()

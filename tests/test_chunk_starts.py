@@ -9,6 +9,9 @@ from lazyattn import InputError, lazy_attention
 from tests import oracle
 
 IMPLEMENTATIONS = ("xla", "xla_chunked")
+WINDOW = oracle.Case(
+    "window", (1, 300, 2, 2, 16), documents=(120, 20, 170), settings=(("window", 90),)
+)
 CASES = [
     oracle.Case("several_tiles", shape=(1, 300, 2, 2, 16), width=64, bias="alibi", slope=True),
     oracle.Case("many_tiles", shape=(1, 1100, 2, 1, 16), width=128, bias="steep", slope=True),
@@ -16,7 +19,7 @@ CASES = [
     oracle.Case("positive_tau", tau=(0.5, -0.5), shape=(1, 300, 4, 2, 16), bias="steep"),
     oracle.Case("softmax", tau=None, width=0, shape=(2, 40, 2, 2, 16)),
     oracle.Case("renormalized", settings=(("renormalize", True),), shape=(1, 140, 2, 2, 16)),
-    oracle.Case("window", (1, 300, 2, 2, 16), documents=(120, 20, 170), settings=(("window", 90),)),
+    WINDOW,
 ]
 
 

@@ -12,11 +12,7 @@ from lazyattn import lazy_attention
 from tests import oracle
 
 # Renormalised weights are not supported.
-CASES = [
-    case
-    for case in oracle.CASES
-    if "renormalize" not in dict(case.settings) and case not in oracle.WINDOWED
-]
+CASES = [case for case in oracle.CASES if "renormalize" not in dict(case.settings)]
 
 HEAD_SIZES = [
     oracle.Case(
@@ -28,14 +24,36 @@ HEAD_SIZES = [
 # Some tiles live, some dead, some negligible; near the table's end and past it.
 SPARSE = oracle.Case("sparse", (1, 400, 2, 1, 32), 100, "alibi", True, (-1.0, -0.4))
 
+# As long as to have all kinds of tiles on a device, with a window; the table ends within it.
+LONG_WINDOWED = [
+    oracle.Case(
+        "long_window", (1, 2100, 4, 2, 64), 256, "alibi", True, (-1.0, -0.5),
+        settings=(("window", 600),),
+    ),
+    oracle.Case(
+        "long_window_in_documents", (2, 2048, 2, 2, 128), 512, "alibi", True,
+        documents=(700, 90, 1, 1000), settings=(("window", 256),),
+    ),
+    oracle.Case(
+        "long_window_of_softmax", (1, 1500, 4, 2, 64), 512, tau=None,
+        settings=(("window", 333),),
+    ),
+    oracle.Case(
+        "long_window_positive", (1, 1100, 2, 1, 64), 128, "alibi", True, (0.3, -1.0),
+        settings=(("window", 300),),
+    ),
+]  # fmt: skip
+
 # Half precision rounds weights before it multiplies values, as every fused attention does,
 # and so delta is off by that much; "xla" takes delta from unrounded weights. That shows
 # where one weight holds nearly all of its row's mass.
 HALF_PRECISION_FACTOR = {"sharp_scores": 3.0}
 
 
-# All of the table's one entry's gradient is a sum that is 0 but for rounding.
-HALF_PRECISION_CASES = [case for case in CASES if case.name != "table_of_one"]
+# Of these some gradient, or most, is a sum that is 0 but for rounding.
+HALF_PRECISION_CASES = [
+    case for case in CASES if case.name not in ("table_of_one", "window_of_one")
+]
 
 
 def check_half_precision(case: oracle.Case, dtype: str, implementation: str = "triton") -> None:

@@ -24,6 +24,26 @@ CASES = {
         oracle.Case("widest", (1, 200, 2, 1, 200), 64, "alibi", True, documents=(100, 30)),
         oracle.Case("gaps", (1, 200, 2, 1, 64), 40, "gaps", True, (-0.6, 0.4)),
         oracle.Case("positive", (1, 256, 2, 2, 64), 64, "steep", tau=(0.5, -1.0)),
+        oracle.Case(
+            "window",
+            (1, 320, 2, 1, 64),
+            64,
+            "alibi",
+            True,
+            (-1.0, 0.4),
+            settings=(("window", 200),),
+        ),
+        oracle.Case(
+            "window_of_softmax", (1, 256, 2, 2, 64), 0, tau=None, settings=(("window", 100),)
+        ),
+        oracle.Case(
+            "window_in_documents",
+            (1, 256, 2, 2, 64),
+            100,
+            documents=(150, 30),
+            settings=(("window", 65),),
+            score_scale=4.0,
+        ),
     )
 }
 

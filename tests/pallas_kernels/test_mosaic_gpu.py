@@ -172,8 +172,9 @@ def _interpret(*names):
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
 
 
-def test_interpreted():
-    _interpret("sparse")
+@pytest.mark.parametrize("name", ["sparse", "window"])
+def test_interpreted(name):
+    _interpret(name)
 
 
 @pytest.mark.slow
@@ -186,6 +187,8 @@ def test_interpreted():
         "positive",
         "gaps",
         "blind",
+        "window_of_softmax",
+        "window_in_documents",
         "widest",
         "bias_apart",
         "not_a_number",

@@ -38,7 +38,20 @@ LONG = [
     oracle.Case("softmax_256", (1, 1100, 2, 2, 200), 512, "alibi", True, None),
     # Scores too large for sums without a running maximum.
     oracle.Case("long_sharp", (1, 600, 2, 2, 64), 256, "alibi", score_scale=4.0),
-]
+    oracle.Case(
+        "window_sharp", (1, 600, 2, 2, 64), 256, "alibi", score_scale=4.0,
+        settings=(("window", 200),),
+    ),
+    # A table that leaves dK's kernel no room for the bias's gradient.
+    oracle.Case(
+        "window_of_a_long_table", (1, 1700, 2, 1, 128), 1600, "alibi", True,
+        settings=(("window", 500),),
+    ),
+    oracle.Case(
+        "window_256", (1, 1100, 4, 2, 256), 256, "alibi", True, settings=(("window", 400),)
+    ),
+    *suite.LONG_WINDOWED,
+]  # fmt: skip
 
 
 def _long(*names):
@@ -46,8 +59,8 @@ def _long(*names):
     return [by_name[name] for name in names]
 
 
-_HALF = _long("long", "long_dense", "long_softmax")
-_SAME_BITS = _long("long", "long_softmax", "long_table", "long_packed", "long_256")
+_HALF = _long("long", "long_dense", "long_softmax", "long_window")
+_SAME_BITS = _long("long", "long_softmax", "long_table", "long_packed", "long_256", "long_window")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,7 +85,7 @@ def test_same_bits_every_time(case):
     suite.check_same_bits_every_time(case, "bfloat16", "mosaic_gpu")
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, *_long("long")], ids=str)
+@pytest.mark.parametrize("case", [suite.SPARSE, *_long("long", "long_window")], ids=str)
 def test_dead_tiles_do_not_matter(case):
     suite.check_dead_tiles_do_not_matter(case, "bfloat16", 2**-8, "mosaic_gpu")
 

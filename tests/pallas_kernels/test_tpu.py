@@ -24,6 +24,7 @@ QUICK = {
     "one_token",
     "positive_tau_with_steep_bias",
     "gaps",
+    "window_in_documents",
 }
 CASES = [
     case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow)
@@ -35,6 +36,8 @@ SPARSE = oracle.Case("sparse", (1, 900, 2, 1, 32), 300, "alibi", True, (-1.0, -0
 DOCUMENTS = oracle.Case(
     "more_documents", (2, 500, 2, 1, 16), 64, "alibi", True, documents=(200, 1, 299)
 )
+# Most chunks of keys are of no use to a tile of queries.
+WINDOW = oracle.Case("window", (1, 900, 2, 1, 32), 300, "alibi", True, settings=(("window", 200),))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case))
@@ -72,6 +75,13 @@ def test_every_kind_of_tile_in_every_layout(layout):
 def test_documents_in_chunks(layout):
     with interpreted(**layout):
         oracle.check("tpu", DOCUMENTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"chunked": True}, {"queries": 512}], ids=str)
+def test_window_in_every_layout(layout):
+    with interpreted(**layout):
+        oracle.check("tpu", WINDOW)
 
 
 @pytest.mark.slow
@@ -157,6 +167,11 @@ def test_shard_map():
         suite.check_sharded(mesh, "float32", 1e-5, "tpu")
 
 
-def test_chunks_of_a_sequence():
+@pytest.mark.parametrize(
+    "case",
+    [test_chunk_starts.CASES[0], pytest.param(test_chunk_starts.WINDOW, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_chunks_of_a_sequence(case):
     with interpreted(128, 128):
-        test_chunk_starts.check_chunks("tpu", test_chunk_starts.CASES[0], 4, (0, 3))
+        test_chunk_starts.check_chunks("tpu", case, 4, (0, 3))

@@ -19,6 +19,7 @@ LONG = [
         "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
     ),
     oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+    *suite.LONG_WINDOWED,
 ]
 
 

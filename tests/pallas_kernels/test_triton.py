@@ -58,6 +58,7 @@ def test_not_a_number_comes_through():
         suite.check_a_far_key_that_is_none_comes_through("float32", "triton")
 
 
-def test_chunks_of_a_sequence():
+@pytest.mark.parametrize("case", [suite.SPARSE, test_chunk_starts.WINDOW], ids=str)
+def test_chunks_of_a_sequence(case):
     with interpreter.interpreted(BLOCKS[1]):
-        test_chunk_starts.check_chunks("triton", suite.SPARSE, 4, (0, 3))
+        test_chunk_starts.check_chunks("triton", case, 4, (0, 3))

@@ -32,6 +32,7 @@ LONG = [
         "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
     ),
     oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+    *suite.LONG_WINDOWED,
 ]
 
 
@@ -53,7 +54,9 @@ def test_float16(case):
     suite.check_half_precision(case, "float16")
 
 
-@pytest.mark.parametrize("case", [*suite.CASES[:3], suite.SPARSE, *suite.HEAD_SIZES[1:4]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*suite.CASES[:3], *oracle.WINDOWED[:3], suite.SPARSE, *suite.HEAD_SIZES[1:4]], ids=str
+)
 def test_float32(case):
     oracle.check("triton", case)
 

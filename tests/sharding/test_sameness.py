@@ -19,6 +19,13 @@ def test_one_step_on_each_kind_of_mesh():
     check(report_of(PROGRAM, "lazy", "0", *names), names)
 
 
+@pytest.mark.parametrize(
+    "name", ["fsdp_tensor_sequence", pytest.param("sequence", marks=pytest.mark.slow)]
+)
+def test_a_window_on_a_shared_length(name):
+    assert report_of("tests.sharding.window_program", name)[name] <= 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lazy", "softmax"])
 def test_twenty_steps_on_every_mesh(variant):

@@ -17,7 +17,7 @@ import ml_collections
 
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value, require
-from lazyattn.model.config import ModelConfig
+from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.sharding import MeshConfig
 from lazyattn.training.config import OptimizerConfig, TrainingConfig
 
@@ -160,6 +160,8 @@ def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
+    if cls is AttentionConfig:
+        values = with_bias_kind(values)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise _unknown(unknown[0], where, hints)
@@ -173,6 +175,16 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         else:
             arguments[name] = _checked(value, hint, path)
     return cls(**arguments)
+
+
+def with_bias_kind(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an attention layer's settings with a `bias_kind` where older ones have none.
+
+    Before there was a choice the bias was a table, whose settings were always among them.
+    """
+    if "bias_kind" in attention or "bias_init" not in attention:
+        return dict(attention)
+    return {**attention, "bias_kind": "table"}
 
 
 def _allowed_types(hint: Any) -> tuple[type, ...]:

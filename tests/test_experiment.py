@@ -11,6 +11,7 @@ from lazyattn.experiment import (
     check_override,
     defaults,
     from_config_dict,
+    model_from_dict,
     resumption_changes,
 )
 from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
@@ -51,6 +52,25 @@ def test_a_saved_experiment_may_lack_newer_settings():
     plain = ExperimentConfig().to_dict()
     del plain["training"]["keep_every"], plain["mesh"]
     assert from_config_dict(plain) == ExperimentConfig()
+
+
+def test_settings_from_before_a_bias_had_a_kind_mean_a_table():
+    plain = ExperimentConfig().to_dict()
+    new = ("bias_kind", "global_share", "global_rope", "window", "output_gate")
+    for name in new:
+        del plain["model"]["attention"][name]
+    del plain["optimizer"]["log_slope_factor"]
+    old = from_config_dict(plain)
+    assert old.model.attention == AttentionConfig(**RECIPES["sharp_table"])
+    assert model_from_dict(plain["model"]) == old.model
+    # Such a run goes on as it was, and as nothing else.
+    assert resumption_changes(plain, old) == {}
+    with pytest.raises(InputError, match=r"bias_kind is 'decay', .* made with 'table'"):
+        resumption_changes(plain, ExperimentConfig())
+    # What was not saved, but left out, is the default.
+    assert from_config_dict({"model": {"attention": {"num_heads": 4}}}).model.attention == (
+        AttentionConfig(num_heads=4)
+    )
 
 
 def test_unset_keys_know_their_type():
@@ -131,6 +151,7 @@ def test_good_overrides(key, text):
     [
         (lambda: TrainingConfig(steps=0), "training.steps is 0, but it must be at least 1"),
         (lambda: TrainingConfig(keep_every=-1), "training.keep_every is -1"),
+        (lambda: OptimizerConfig(log_slope_factor=-1.0), "optimizer.log_slope_factor is -1.0"),
         (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate is 0.0"),
         (lambda: OptimizerConfig(schedule="linear"), "optimizer.schedule is 'linear'"),
         (lambda: OptimizerConfig(b2=1.0), "optimizer.b2 is 1.0"),
@@ -181,7 +202,8 @@ def test_a_resumed_run_may_change_how_it_runs_and_how_long():
     [
         ("model.width", 2048),
         ("model.attention.variant", "softmax"),
-        ("model.attention.bias_init", "normal"),
+        ("model.attention.bias_kind", "table"),
+        ("model.attention.global_share", 0.25),
         ("model.scan_layers", False),
         ("data.sequence_length", 128),
         ("data.shuffle_seed", 1),
@@ -214,8 +236,11 @@ def test_attention_by_name_changes_nothing_else(get_config):
     assert from_config_dict(get_config("softmax")).model.attention.variant == "softmax"
     both = from_config_dict(get_config("paper+lazy_no_bias")).model.attention
     assert (both.offset_init, both.variant) == (-1.0, "lazy_no_bias")
+    assert from_config_dict(get_config("paper+sharp")) == plain
 
 
 def test_an_unknown_attention_name():
-    with pytest.raises(InputError, match=r"attention 'sharpp' .* one of paper, sharp, lazy, soft"):
+    with pytest.raises(
+        InputError, match=r"attention 'sharpp' .* one of paper, sharp, sharp_table, lazy"
+    ):
         quickstart.get_config("sharpp")

@@ -42,7 +42,7 @@ def model_card(
         ("rows in training", f"{facts.sequence_length:,} tokens"),
     ]
     if attention.has_bias:
-        tail = "with a learned tail" if attention.bias_tail else "0 past them"
+        tail = "with a learned tail" if attention.has_tail else "0 past them"
         rows.append(("distance bias", f"{attention.bias_width:,} distances, {tail}"))
     if facts.step is not None:
         rows.append(("steps of training", f"{facts.step:,}"))

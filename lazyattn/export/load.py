@@ -118,7 +118,8 @@ def read_safetensors(
       settings: content of its `config.json`, as the authors' code or this one writes it.
 
     Returns:
-      What it is, and its parameters: float32 in the host's memory.
+      What it is, and its parameters: float32 in the host's memory. The bias is a table,
+      of kind "decay" too, which safetensors don't know.
 
     Raises:
       InputError: if there is none or it can't be read; if a tensor is missing, has
@@ -126,6 +127,7 @@ def read_safetensors(
     """
     with tensor_files.opened(local_path("The folder of safetensors", path)) as (shapes, read):
         facts = as_facts(settings, shapes)
+        facts = dataclasses.replace(facts, model=parameters.table_config(facts.model))
         one_table = is_tied(settings) and names.OUTPUT not in shapes and names.INPUT in shapes
         if one_table:
             shapes = shapes | {names.OUTPUT: shapes[names.INPUT]}

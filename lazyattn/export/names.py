@@ -8,7 +8,9 @@
     model.layers.N.attn.q_norm.weight          [head_dim], and k_norm, with `qk_norm`
     model.layers.N.attn.learnable_bias_diagonals   [heads, bias_width]
     model.layers.N.attn.tau                    [heads]
-    model.layers.N.attn.learnable_bias_slope   [heads], with `bias_tail`; ours, theirs has none
+    model.layers.N.attn.learnable_bias_slope   [heads], with a tail; ours, theirs has none
+    model.layers.N.attn.g_proj.weight          [heads * head_dim, width], with `output_gate`;
+                                               ours, theirs has none
     model.layers.N.mlp_norm.weight             [width]
     model.layers.N.mlp.gate_proj.weight        [mlp_width, width], and up_proj
     model.layers.N.mlp.down_proj.weight        [width, mlp_width]
@@ -17,7 +19,8 @@
 
 A PyTorch Linear keeps its matrix as [out, in] and heads are one after the other in its
 rows; ours is [in, out]. Our embedding is multiplied by width^1/2 on the way in and theirs
-is not, so that theirs is ours times that.
+is not, so that theirs is ours times that. A bias of kind "decay" is written as the table
+and the slope that it comes to.
 
 Source of the names: the authors' attention layer in the flash-linear-attention library.
 """
@@ -33,6 +36,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from lazyattn.errors import InputError
+from lazyattn.export.parameters import as_table, table_config
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params, parameter_shapes
 
@@ -48,6 +52,7 @@ _LAYER: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("attention", "output"): ("attn.o_proj.weight", 2),
     ("attention", "query_norm", "scale"): ("attn.q_norm.weight", None),
     ("attention", "key_norm", "scale"): ("attn.k_norm.weight", None),
+    ("attention", "output_gate"): ("attn.g_proj.weight", 1),
     ("attention", "distance_bias"): (BIAS, None),
     ("attention", "distance_slope"): (SLOPE, None),
     ("attention", "offset"): (TAU, None),
@@ -120,6 +125,7 @@ def to_torch(
       config: the model.
     """
     scale = np.float32(config.width**0.5)
+    params, config = as_table(params, config)
     for tensor in _tensors(config):
         array = tensor.to_torch(_gathered(_find(params, tensor)))
         # What is not contiguous, safetensors would write in the order it has in memory.
@@ -135,7 +141,7 @@ def from_torch(
 
     Args:
       read: name -> tensor, of the shape in `tensor_shapes`.
-      config: the model.
+      config: the model, whose bias is a table.
       where: the tensors are from, for messages.
 
     Raises:
@@ -173,6 +179,7 @@ def from_torch(
 @functools.cache
 def _tensors(config: ModelConfig) -> tuple[_Tensor, ...]:
     """Returns a model's tensors, but for the second copy of a tied embedding."""
+    config = table_config(config)
     shapes = parameter_shapes(config)
     stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
 

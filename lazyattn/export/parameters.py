@@ -1,7 +1,7 @@
 """Parameters to and from an Orbax checkpoint, their dtype, and a bias table without a tail."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import orbax.checkpoint as ocp
 from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.distance_bias import NAMES, bias_arguments
 from lazyattn.model.parameters import Params, parameter_shapes, partition_specs
 
 # Float32 in every export: they are small, and bfloat16 would move a bias of -500 by up
 # to 1, and round what p + tau / n hangs on.
-KEPT = ("distance_bias", "distance_slope", "offset", "scale")
+KEPT = (*(name for both in NAMES.values() for name in both), "offset", "scale")
 
 
 def cast(params: Mapping[str, Any], dtype: str) -> Params:
@@ -106,6 +107,40 @@ def _placed(shapes: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None)
     )
 
 
+def table_config(config: ModelConfig) -> ModelConfig:
+    """Returns the model whose bias is a table and a slope, and else is `config`'s."""
+    attention = config.attention
+    if attention.bias_kind == "table":
+        return config
+    attention = dataclasses.replace(attention, bias_kind="table")
+    return dataclasses.replace(config, attention=attention)
+
+
+def as_table(params: Mapping[str, Any], config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """Returns the same function with a bias that is a table and a slope, as others know it.
+
+    Args:
+      params: the model's parameters.
+      config: the model; one whose bias is a table already comes back as it is.
+    """
+    if config.attention.bias_kind == "table" or not config.attention.has_bias:
+        return dict(params), table_config(config)
+
+    def converted(block: Mapping[str, Any]) -> Params:
+        layer = {k: x for k, x in block["attention"].items() if k not in NAMES["decay"]}
+        return {**block, "attention": layer | bias_arguments(block["attention"], config.attention)}
+
+    return _with_blocks(params, converted), table_config(config)
+
+
+def _with_blocks(
+    params: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Params]
+) -> Params:
+    return {
+        name: change(leaf) if name.startswith("blocks") else leaf for name, leaf in params.items()
+    }
+
+
 def without_tail(
     params: Mapping[str, Any], config: ModelConfig, length: int
 ) -> tuple[Params, ModelConfig]:
@@ -122,13 +157,12 @@ def without_tail(
     Raises:
       InputError: if it has no tail, or the table is longer.
     """
-    attention = config.attention
-    if not (attention.has_bias and attention.bias_tail):
+    if not config.attention.has_tail:
         raise InputError(
             f"--bias_length is {length}, but the model's bias has no tail to write out; leave it"
             " out."
         )
-    width = attention.bias_width
+    width = config.attention.bias_width
     require(length >= width, "--bias_length", length, f"at least {width}, the table's own length")
 
     def extended(block: Mapping[str, Any]) -> Params:
@@ -141,8 +175,6 @@ def without_tail(
             "attention": {**layer, "distance_bias": jnp.concatenate([table, tail], axis=-1)},
         }
 
-    changed = {
-        name: extended(leaf) if name.startswith("blocks") else leaf for name, leaf in params.items()
-    }
-    attention = dataclasses.replace(attention, bias_width=length, bias_tail=False)
-    return changed, dataclasses.replace(config, attention=attention)
+    params, config = as_table(params, config)
+    attention = dataclasses.replace(config.attention, bias_width=length, bias_tail=False)
+    return _with_blocks(params, extended), dataclasses.replace(config, attention=attention)

@@ -152,6 +152,7 @@ def _from_theirs(settings: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
         "rope_base": settings.get("rope_theta") or 10_000.0,
         "qk_norm": bool(settings.get("qk_norm")),
         "bias_width": settings.get("max_bias_length", 1024),
+        "bias_kind": "table",
         "bias_init": "normal",
         "bias_tail": _has(tensors, SLOPE),
     }
@@ -185,7 +186,7 @@ def differences(facts: Facts) -> list[str]:
     """
     model, attention = facts.model, facts.model.attention
     found = []
-    if attention.has_bias and attention.bias_tail:
+    if attention.has_tail:
         found.append(
             f"Their bias is 0 from distance {attention.bias_width:,} on; this model's goes on along"
             f" {SLOPE}, which they have no place for (`--bias_length` writes it out)."
@@ -198,6 +199,14 @@ def differences(facts: Facts) -> list[str]:
         found.append("Their learnable_bias_diagonals must be set to 0: this model has none.")
     if not attention.rope:
         found.append("They rotate queries and keys; this model does not.")
+    elif attention.num_global_heads and not attention.global_rope:
+        found.append("They rotate queries and keys of all heads; this model not in global ones.")
+    if attention.window is not None:
+        found.append(
+            f"They have no window; this model's local heads see {attention.window:,} keys."
+        )
+    if attention.output_gate:
+        found.append("They have no gate on the output; this model's is attn.g_proj.weight.")
     if attention.qk_norm:
         found.append(
             f"Their norms of queries and keys have an epsilon of their own, this model's is"

@@ -92,7 +92,7 @@ def check_context(
     """
     require(context >= 1, name, context, "at least 1")
     attention = config.attention
-    if beyond_table or not attention.has_bias or attention.bias_tail:
+    if beyond_table or not attention.has_bias or attention.has_tail:
         return
     longest = max(attention.bias_width, sequence_length)
     if context > longest:

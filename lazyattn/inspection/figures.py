@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -15,6 +14,7 @@ from lazyattn.inspection.sequences import LENGTH, THRESHOLD, InsertedToken, Sink
 from lazyattn.inspection.tiles import SIZES, cost_over_softmax
 from lazyattn.inspection.weights import cell_size
 from lazyattn.model.accounting import parameter_counts
+from lazyattn.model.distance_bias import bias_arguments
 from lazyattn.model.parameters import stack_blocks
 from lazyattn.training.workdir import TrainedModel
 from pallas_kernels import bias as bias_lib
@@ -239,11 +239,12 @@ def _learned(model: TrainedModel, length: int) -> dict[str, Any]:
     if config.attention.has_offset:
         found["offset"] = np.asarray(attention["offset"], np.float64)
     if config.attention.has_bias:
-        table, slope = attention["distance_bias"], attention.get("distance_slope")
+        bias = bias_arguments(attention, config.attention)
+        table, slope = bias["distance_bias"], bias.get("distance_slope")
         far = max(length, model.experiment.data.sequence_length)
         curves = np.stack(
             [
-                np.asarray(bias_lib.expand(jnp.asarray(rows), _layer(slope, i), far))
+                np.asarray(bias_lib.expand(rows, None if slope is None else slope[i], far))
                 for i, rows in enumerate(table)
             ]
         )
@@ -255,10 +256,6 @@ def _learned(model: TrainedModel, length: int) -> dict[str, Any]:
             "tail": slope is not None,
         }
     return found
-
-
-def _layer(slope: Any, layer: int) -> Any:
-    return None if slope is None else jnp.asarray(slope[layer])
 
 
 def _log_spaced(length: int) -> Any:

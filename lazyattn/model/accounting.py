@@ -15,12 +15,15 @@ _GROUPS = {
     "unembedding": "embedding",
     "distance_bias": "distance_bias",
     "distance_slope": "distance_bias",
+    "distance_delta": "distance_bias",
+    "distance_log_slope": "distance_bias",
     "offset": "offset",
     "scale": "norm",
     "query": "attention",
     "key": "attention",
     "value": "attention",
     "output": "attention",
+    "output_gate": "attention",
     "gate": "mlp",
     "up": "mlp",
     "down": "mlp",
@@ -31,7 +34,7 @@ def parameter_group(path: tuple[Any, ...]) -> str:
     """Returns the group of a parameter, given its key path in the tree.
 
     One of embedding, attention, mlp (matrices), norm, distance_bias (tables and
-    slopes) and offset.
+    slopes, of either kind) and offset.
     """
     return _GROUPS[path[-1].key]
 
@@ -88,7 +91,9 @@ def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
     counted as half.
     """
     att = config.attention
-    projections = config.width * config.head_dim * (2 * att.num_heads + 2 * att.kv_heads)
+    query_sized = 3 if att.output_gate else 2
+    heads = query_sized * att.num_heads + 2 * att.kv_heads
+    projections = config.width * config.head_dim * heads
     mlp = 3 * config.width * config.hidden_width
     weights = config.num_layers * (projections + mlp) + config.vocab_size * config.width
     pairs = config.num_layers * att.num_heads * config.head_dim * (length + 1) / 2

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
 from lazyattn.model.config import AttentionConfig, ModelConfig
-from lazyattn.model.distance_bias import slope_init, table_init
+from lazyattn.model.distance_bias import bias_arguments, bias_parameters, global_heads
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
 from lazyattn.model.rope import rotate
 from lazyattn.model.sharded_attention import sharded_attention
@@ -45,9 +46,9 @@ class Attention(nn.Module):
     """Multi-head (or grouped-query) causal attention of the configured variant.
 
     Parameters, all float32: query [width, heads, head_dim], key and value
-    [width, kv_heads, head_dim], output [heads, head_dim, width], and where the
-    variant has them distance_bias [heads, bias_width], distance_slope [heads] and
-    offset [heads]. The projections have no biases.
+    [width, kv_heads, head_dim], output [heads, head_dim, width], and where the layer has
+    them output_gate [width, heads, head_dim], offset [heads] and the distance bias's, which
+    `lazyattn.model.distance_bias` lists. The projections have no biases.
 
     Attributes:
       config: the model.
@@ -95,8 +96,8 @@ class Attention(nn.Module):
             query = RMSNorm(cfg.norm_eps, name="query_norm")(query)
             key = RMSNorm(cfg.norm_eps, name="key_norm")(key)
         if att.rope:
-            query = rotate(query, positions, att.rope_base)
-            key = rotate(key, positions, att.rope_base)
+            query = self._rotated(query, positions)
+            key = self._rotated(key, positions)
         if cache is not None:
             assert query_start is not None
             key = _write(cache[0], key, query_start)
@@ -125,6 +126,9 @@ class Attention(nn.Module):
             out, weights = out
             self._keep(WEIGHTS, "weights", weights)
 
+        if att.output_gate:
+            gate = jax.nn.sigmoid(projection("output_gate", att.num_heads, "heads"))
+            out = out * gate
         kernel = parameter(
             self,
             "output",
@@ -134,6 +138,17 @@ class Attention(nn.Module):
         )
         return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype)), cache
 
+    def _rotated(
+        self, x: Float[Array, "batch length some_heads d"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length some_heads d"]:
+        """Returns queries or keys with RoPE, in the heads that have it."""
+        att = self.config.attention
+        rotated = rotate(x, positions, att.rope_base)
+        if att.global_rope or not att.num_global_heads:
+            return rotated
+        without = global_heads(att).reshape(x.shape[2], -1)[:, :1]
+        return jnp.where(without, x, rotated)
+
     def _keep(self, collection: str, name: str, value: Any) -> None:
         self.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
@@ -141,16 +156,11 @@ class Attention(nn.Module):
         """Returns the op's learned arguments, those the variant has."""
         att = self.config.attention
         heads = (att.num_heads,)
-        found = {}
-        if att.has_bias:
-            shape = (att.num_heads, att.bias_width)
-            found["distance_bias"] = parameter(
-                self, "distance_bias", table_init(att), shape, ("heads", "distance")
-            )
-        if att.has_bias and att.bias_tail:
-            found["distance_slope"] = parameter(
-                self, "distance_slope", slope_init(att), heads, ("heads",)
-            )
+        learned = {
+            name: parameter(self, name, bias.init, bias.shape, bias.axes)
+            for name, bias in bias_parameters(att).items()
+        }
+        found = bias_arguments(learned, att)
         if att.has_offset:
             init = nn.initializers.constant(att.offset_init)
             found["offset"] = parameter(self, "offset", init, heads, ("heads",))

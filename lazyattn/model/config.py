@@ -1,10 +1,10 @@
-"""What a model is: two frozen dataclasses and the two named attention recipes."""
+"""What a model is: two frozen dataclasses and the named attention recipes."""
 
 import dataclasses
 import math
 from typing import Literal
 
-from lazyattn.errors import require
+from lazyattn.errors import bad_value, require
 
 # Each variant changes one thing about `lazy`, so that a comparison is one line.
 VARIANTS = {
@@ -30,10 +30,19 @@ class AttentionConfig:
       rope: rotate queries and keys by position (half-split layout).
       rope_base: RoPE's base; the authors' code has 10,000.
       qk_norm: RMS-normalise each query and key head before RoPE.
+      bias_kind: how the distance bias is learned. "decay": b(x) = -exp(theta) x +
+        delta[min(x, W - 1)] with theta and delta learned, so that it always falls past
+        the table. "table": b(x) is a free table, and past it a free slope.
       bias_width: W, distances with a table entry of their own.
-      bias_init: "alibi" (table[x] = -m x) or "normal" (std `bias_std`).
-      bias_std: standard deviation of the "normal" initialisation.
-      bias_tail: learn a slope past W; otherwise the bias is zero there.
+      bias_init: of a "table": "alibi" (table[x] = -m x) or "normal" (std `bias_std`).
+      bias_std: of a "table": standard deviation of the "normal" initialization.
+      bias_tail: of a "table": learn a slope past W; otherwise the bias is zero there.
+      global_share: share of the heads that are global: they have no slope (b = delta
+        alone, 0 past W) and no window.
+      global_rope: rotate the queries and keys of global heads too.
+      window: local heads see their last `window` keys only; None: all heads see all.
+      output_gate: multiply each head's output by sigmoid(x W_g), elementwise, before the
+        output projection (arXiv 2505.06708).
       offset_init: initial tau of every head; negative suppresses.
       skip_mass: softmax mass a row may lose to skipped tiles; 0 skips none.
       implementation: a name `lazyattn.lazy_attention` knows; None: the best that
@@ -47,10 +56,15 @@ class AttentionConfig:
     rope: bool = True
     rope_base: float = 10_000.0
     qk_norm: bool = False
+    bias_kind: Literal["decay", "table"] = "decay"
     bias_width: int = 1024
     bias_init: Literal["alibi", "normal"] = "alibi"
     bias_std: float = 0.02
     bias_tail: bool = True
+    global_share: float = 0.0
+    global_rope: bool = True
+    window: int | None = None
+    output_gate: bool = False
     offset_init: float = -0.5
     skip_mass: float = 1e-6
     implementation: str | None = None
@@ -85,10 +99,52 @@ class AttentionConfig:
             self.bias_std,
             "non-negative and finite",
         )
+        require(
+            self.bias_kind in ("decay", "table"),
+            where + "bias_kind",
+            self.bias_kind,
+            "decay or table",
+        )
+        if self.bias_kind == "decay":
+            for name in ("bias_init", "bias_std", "bias_tail"):
+                default = type(self).__dataclass_fields__[name].default
+                require(
+                    getattr(self, name) == default,
+                    where + name,
+                    getattr(self, name),
+                    f"left at {default!r} while {where}bias_kind is 'decay': it is a setting of"
+                    " bias_kind 'table' alone",
+                )
+        self._check_global_heads(where)
         require(math.isfinite(self.offset_init), where + "offset_init", self.offset_init, "finite")
         require(
             0 <= self.skip_mass < 1, where + "skip_mass", self.skip_mass, "at least 0 and below 1"
         )
+
+    def _check_global_heads(self, where: str) -> None:
+        share, name = self.global_share, where + "global_share"
+        require(0 <= share <= 1, name, share, "from 0 to 1")
+        require(
+            math.isclose(share * self.num_heads, self.num_global_heads, abs_tol=1e-6),
+            name,
+            share,
+            f"a whole number of the {self.num_heads} heads",
+        )
+        require(
+            self.window is None or self.window >= 1, where + "window", self.window, "at least 1"
+        )
+        # Until the op has one.
+        require(self.window is None, where + "window", self.window, "None in this version")
+        group = self.num_heads // self.kv_heads
+        if self.by_group and self.num_global_heads % group:
+            setting = "window is set" if self.window is not None else "global_rope is False"
+            raise bad_value(
+                name,
+                share,
+                f"a share of the {self.kv_heads} key/value heads while {where}{setting}, since"
+                f" query heads of a key/value head then differ: {self.num_global_heads} global"
+                f" heads are no whole number of groups of {group}",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -96,9 +152,24 @@ class AttentionConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
+    def num_global_heads(self) -> int:
+        """Query heads without a slope and without a window."""
+        return round(self.global_share * self.num_heads)
+
+    @property
+    def by_group(self) -> bool:
+        """Whether global heads see other keys than local ones: then groups are one or the other."""
+        return self.num_global_heads > 0 and (self.window is not None or not self.global_rope)
+
+    @property
     def has_bias(self) -> bool:
         """Whether the variant learns a distance bias."""
         return self.variant not in ("softmax", "lazy_no_bias")
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the bias is learned at every distance, not 0 past its table."""
+        return self.has_bias and (self.bias_kind == "decay" or self.bias_tail)
 
     @property
     def has_offset(self) -> bool:
@@ -106,10 +177,28 @@ class AttentionConfig:
         return self.variant not in ("softmax", "biased_softmax")
 
 
-# What separates the two recipes; docs/lazy_attention.md says why `sharp` is ours.
+# What separates the recipes; docs/lazy_attention.md says why `sharp` is ours. Each names all
+# that any of them changes, so that the last of several joined by "+" is what comes out.
 RECIPES = {
-    "paper": {"bias_init": "normal", "bias_tail": False, "offset_init": -1.0},
-    "sharp": {"bias_init": "alibi", "bias_tail": True, "offset_init": -0.5},
+    "paper": {
+        "bias_kind": "table",
+        "bias_init": "normal",
+        "bias_tail": False,
+        "offset_init": -1.0,
+    },
+    "sharp": {
+        "bias_kind": "decay",
+        "bias_init": "alibi",
+        "bias_tail": True,
+        "offset_init": -0.5,
+    },
+    # `sharp` before it was a decay: kept for comparison, and to go on with old runs.
+    "sharp_table": {
+        "bias_kind": "table",
+        "bias_init": "alibi",
+        "bias_tail": True,
+        "offset_init": -0.5,
+    },
 }
 
 

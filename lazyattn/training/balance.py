@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from lazyattn import sharding
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.sharding.balance import Imbalance, imbalance, visited_tiles
 
 _TILE = 128
@@ -99,14 +100,20 @@ def _by_layer(
     config: ModelConfig, mesh: jax.sharding.Mesh, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Returns what heads have learned, on the host, with a leading axis of layers."""
-    names = ("distance_bias", "distance_slope", "offset")
+    att = config.attention
     if config.scan_layers:
         blocks = [params["blocks"]["attention"]]
     else:
         blocks = [params[f"blocks_{i}"]["attention"] for i in range(config.num_layers)]
-    held: list[dict[str, Array]] = [{n: b[n] for n in names if n in b} for b in blocks]
+    names = {*bias_parameters(att), *(("offset",) if att.has_offset else ())}
+    held: list[dict[str, Array]] = [{name: block[name] for name in names} for block in blocks]
+
+    def arguments(held: list[dict[str, Array]]) -> list[dict[str, Array]]:
+        offsets = [{n: block[n] for n in ("offset",) if n in block} for block in held]
+        return [bias_arguments(b, att) | offset for b, offset in zip(held, offsets, strict=True)]
+
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec())
-    here = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(held))
+    here = jax.device_get(jax.jit(arguments, out_shardings=everywhere)(held))
     if config.scan_layers:
         return dict(here[0])
     return {name: np.stack([block[name] for block in here]) for name in here[0]}

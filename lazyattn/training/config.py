@@ -1,6 +1,7 @@
 """What a training run is, besides its model and its data."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from lazyattn.errors import require
@@ -12,6 +13,8 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: peak of the schedule.
+      log_slope_factor: learning rate of the logarithm of a head's slope
+        (`distance_log_slope`), as a multiple of the common one; 0: it stays.
       schedule: "cosine", "wsd" (warm-up, stable, linear decay) or "constant"; all
         start with a linear warm-up.
       warmup_steps: steps of the warm-up.
@@ -24,6 +27,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-3
+    log_slope_factor: float = 30.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 1024
     decay_fraction: float = 0.2
@@ -43,6 +47,12 @@ class OptimizerConfig:
             where + "schedule",
             self.schedule,
             "cosine, wsd or constant",
+        )
+        require(
+            0 <= self.log_slope_factor < math.inf,
+            where + "log_slope_factor",
+            self.log_slope_factor,
+            "non-negative and finite",
         )
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")

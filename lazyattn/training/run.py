@@ -206,7 +206,8 @@ def _describe(
     total = parameter_counts(params)["total"]
     kind = attention.variant
     if attention.has_bias:
-        kind += f", {attention.bias_init} bias"
+        decay = attention.bias_kind == "decay"
+        kind += ", decaying bias" if decay else f", {attention.bias_init} bias table"
     if attention.has_offset:
         kind += f", offset {attention.offset_init:g}"
     counts = prepared.counts

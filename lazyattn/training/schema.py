@@ -14,7 +14,7 @@ from typing import Any
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 
-SCHEMA = 1
+SCHEMA = 2
 _KEY = "schema"
 
 Settings = dict[str, Any]
@@ -25,8 +25,16 @@ def _from_0(settings: Settings) -> Settings:
     return settings
 
 
+def _from_1(settings: Settings) -> Settings:
+    """Before a bias had a kind, it was a table; what is "decay" now was not there."""
+    attention = settings.get("model", {}).get("attention")
+    if attention is not None:
+        settings["model"]["attention"] = {"bias_kind": "table", **attention}
+    return settings
+
+
 # The n-th brings settings of schema n to n + 1.
-UPGRADES: tuple[Callable[[Settings], Settings], ...] = (_from_0,)
+UPGRADES: tuple[Callable[[Settings], Settings], ...] = (_from_0, _from_1)
 
 
 def stamped(settings: Mapping[str, Any]) -> Settings:

@@ -92,19 +92,26 @@ def test_twins_differ_in_attention_alone():
             assert dataclasses.replace(other, model=model) == lazy
         assert softmax.model.attention.variant == "softmax"
         attention = paper.model.attention
+        assert lazy.model.attention.bias_kind == "decay" and attention.bias_kind == "table"
         assert (attention.bias_init, attention.bias_std) == ("normal", 0.02)
         assert (attention.bias_tail, attention.offset_init) == (False, -1.0)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing_of_any_recipe(name):
-    for attention in ("paper", "sharp"):
+    for attention in ("paper", "sharp", "sharp_table"):
         whole = from_config_dict(recipe("340m", "10b", attention))
         ablated = build(name, attention)
         model = dataclasses.replace(ablated.model, attention=whole.model.attention)
         assert dataclasses.replace(ablated, model=model) == whole
         if attention == "paper":
             assert ablated.model.attention != whole.model.attention
+
+
+def test_the_alibi_ablation_is_a_table_of_any_recipe():
+    for attention in ("paper", "sharp"):
+        found = build("ablations.alibi_bias", attention).model.attention
+        assert (found.bias_kind, found.bias_init, found.bias_tail) == ("table", "alibi", True)
 
 
 def test_unknown_names():

@@ -17,6 +17,7 @@ from tests.evaluation.items import write_items
 from tests.evaluation.runs import make_run
 from tests.training import tiny
 
+RECIPE_WITHOUT_TAIL = {"model.attention.bias_kind": "table", "model.attention.bias_tail": False}
 GREEDY = SamplingConfig(max_new_tokens=5, temperature=0)
 
 
@@ -28,7 +29,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tailless(tmp_path_factory):
     """A model whose bias ends after 8 distances, trained on rows of 16 tokens."""
-    return make_run(tmp_path_factory.mktemp("tailless"), **{"model.attention.bias_tail": False})
+    return make_run(tmp_path_factory.mktemp("tailless"), **RECIPE_WITHOUT_TAIL)
 
 
 @pytest.fixture

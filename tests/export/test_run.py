@@ -17,6 +17,7 @@ import pytest
 from lazyattn.errors import InputError
 from lazyattn.export.load import load_model, load_safetensors
 from lazyattn.export.options import ExportOptions
+from lazyattn.export.parameters import as_table
 from lazyattn.export.run import export
 from lazyattn.training.workdir import load_trained
 from tests.evaluation.runs import make_run
@@ -103,7 +104,7 @@ def test_bfloat16_rounds_matrices_and_keeps_the_rest(run, trained, tmp_path):
         stored = checkpointer.restore(folder / "params")
     attention, expected = stored["blocks"]["attention"], trained.params["blocks"]["attention"]
     assert attention["query"].dtype == jnp.bfloat16
-    for name in ("distance_bias", "distance_slope", "offset"):
+    for name in ("distance_delta", "distance_log_slope", "offset"):
         assert attention[name].dtype == jnp.float32
         np.testing.assert_array_equal(attention[name], expected[name])
     rounded = load_model(folder).params["blocks"]["attention"]["query"]
@@ -114,7 +115,10 @@ def test_bfloat16_rounds_matrices_and_keeps_the_rest(run, trained, tmp_path):
 def test_safetensors_come_back_as_orbax(exported, trained, tmp_path):
     options = ExportOptions(import_from=str(exported), output=str(tmp_path / "back"))
     model = load_model(export(None, options=options))
-    _assert_equal(model.params, trained.params)
+    attention = model.config.attention
+    assert (attention.bias_kind, attention.has_tail) == ("table", True)
+    expected, _ = as_table(trained.params, trained.experiment.model)
+    _assert_equal(model.params, expected)
     assert model.tokenizer is not None
 
 
@@ -122,7 +126,8 @@ def test_a_bias_without_its_tail(run, tmp_path):
     options = ExportOptions(formats=("safetensors",), bias_length=16, output=str(tmp_path / "out"))
     pytest.importorskip("safetensors")
     model = load_model(export(run, options=options))
-    assert not model.config.attention.bias_tail
+    assert model.config.attention.bias_kind == "table"
+    assert not model.config.attention.has_tail
     assert model.params["blocks"]["attention"]["distance_bias"].shape == (1, 2, 16)
     assert "There it is the same function" in (tmp_path / "out" / "README.md").read_text()
 
@@ -222,7 +227,8 @@ np.save(sys.argv[1], logits)
     trained = load_trained(run)
     model = load_model(tmp_path / "mine")
     _assert_equal(model.params, trained.params)
-    _assert_equal(load_safetensors(tmp_path / "mine").params, trained.params)  # gathered
+    gathered, _ = as_table(trained.params, model.config)
+    _assert_equal(load_safetensors(tmp_path / "mine").params, gathered)
     tokens = [[model.tokenizer.bos_id, *model.tokenizer.encode("The ")]]
     expected = model.logits(np.array(tokens))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)

@@ -21,6 +21,8 @@ safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 TOKENS = make_batch()["inputs"]
 LENGTH = TOKENS.shape[1]
+KIND = {"bias_kind": "table"}
+TABLE = make_config(attention=KIND)
 
 
 def _write(folder, params, config, dtype="float32", max_bytes=tensor_files.MAX_BYTES):
@@ -50,11 +52,11 @@ def _bits(params):
 @pytest.mark.parametrize(
     ("config", "max_bytes"),
     [
-        (make_config(), 4_000),  # several files
-        (make_config(tie_embeddings=True, scan_layers=False), 10**9),
+        (TABLE, 4_000),  # several files
+        (make_config(tie_embeddings=True, scan_layers=False, attention=KIND), 10**9),
         (make_config("softmax", attention={"qk_norm": True}), 10**9),
         (make_config("lazy_no_bias", width=24, attention={"num_heads": 6, "head_dim": 6}), 3_000),
-        (make_config("biased_softmax", tie_embeddings=True, width=24), 2_000),
+        (make_config("biased_softmax", tie_embeddings=True, width=24, attention=KIND), 2_000),
     ],
     ids=["lazy", "tied and unrolled", "softmax", "wide heads", "tied, scale inexact"],
 )
@@ -63,9 +65,8 @@ def test_there_and_back_is_the_same_function_to_the_bit(tmp_path, config, max_by
     files = _write(tmp_path / "model", params, config, max_bytes=max_bytes)
     assert (len(files) > 1) == (max_bytes < 10**9)
     model = load_model(tmp_path / "model")
-    assert model.config == dataclasses.replace(
-        config, attention=dataclasses.replace(config.attention, implementation=None)
-    )
+    attention = dataclasses.replace(config.attention, implementation=None, bias_kind="table")
+    assert model.config == dataclasses.replace(config, attention=attention)
     found = dict(model.params)
     # An inexact scale may give a neighbour that is the same when it is multiplied again.
     scale = np.float32(config.width**0.5)
@@ -74,6 +75,41 @@ def test_there_and_back_is_the_same_function_to_the_bit(tmp_path, config, max_by
         np.testing.assert_array_equal(found["embedding"], params["embedding"])
     rest = [{k: v for k, v in tree.items() if k != "embedding"} for tree in (found, params)]
     assert _bits(rest[0]) == _bits(rest[1])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_decay_comes_back_as_its_table(tmp_path, scan):
+    attention = {"global_share": 0.5, "global_rope": False, "output_gate": True}
+    config = make_config(scan_layers=scan, attention=attention)
+    params = make_params(config)
+    _write(tmp_path / "model", params, config)
+    tensors = safetensors_numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert tensors["model.layers.0.attn.learnable_bias_diagonals"].shape == (4, 6)
+    assert tensors["model.layers.1.attn.learnable_bias_slope"].shape == (4,)
+    model = load_model(tmp_path / "model")
+    assert model.config.attention.bias_kind == "table"
+    np.testing.assert_allclose(
+        _logits(model.params, model.config), _logits(params, config), rtol=1e-4, atol=1e-5
+    )
+    said = settings.differences(Facts(config, LENGTH))
+    assert [text.split()[0:2] for text in said] == [
+        ["Their", "bias"],
+        ["They", "rotate"],
+        ["They", "have"],
+    ]
+
+
+def test_an_export_from_before_a_bias_had_a_kind(tmp_path):
+    params = make_params(TABLE)
+    _write(tmp_path / "model", params, TABLE)
+    path = tmp_path / "model" / "config.json"
+    said = json.loads(path.read_text())
+    for name in ("bias_kind", "global_share", "global_rope", "window", "output_gate"):
+        del said["lazyattn"]["model"]["attention"][name]
+    path.write_text(json.dumps(said))
+    model = load_model(tmp_path / "model")
+    assert model.config.attention.bias_kind == "table"
+    np.testing.assert_array_equal(_logits(model.params, TABLE), _logits(params, TABLE))
 
 
 @pytest.mark.parametrize("width", [768, 1536, 5120, 3])
@@ -88,7 +124,7 @@ def test_any_scale_can_be_undone(width):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_there_and_back(tmp_path, dtype):
-    config = make_config(width=24)  # whose square root no float has
+    config = make_config(width=24, attention=KIND)  # whose square root no float has
     params = make_params(config)
     _write(tmp_path / "model", params, config, dtype)
     before, after = _logits(params, config), _logits(load_model(tmp_path / "model").params, config)
@@ -101,7 +137,9 @@ def test_logits_there_and_back(tmp_path, dtype):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_authors_layers_compute_the_same(tmp_path, tied):
     """Matrices are [out, in], heads in the right order, tau's sign and the scale theirs."""
-    config = make_config(attention={"bias_tail": False, "qk_norm": True}, tie_embeddings=tied)
+    config = make_config(
+        attention=KIND | {"bias_tail": False, "qk_norm": True}, tie_embeddings=tied
+    )
     params = make_params(config)
     _write(tmp_path / "model", params, config)
     tensors = safetensors_numpy.load_file(tmp_path / "model" / "model.safetensors")
@@ -112,8 +150,9 @@ def test_the_authors_layers_compute_the_same(tmp_path, tied):
     np.testing.assert_allclose(_logits(params, config), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tail_written_out_is_the_same_function_in_their_layers(tmp_path):
-    config = make_config()
+@pytest.mark.parametrize("kind", ["decay", "table"])
+def test_a_tail_written_out_is_the_same_function_in_their_layers(tmp_path, kind):
+    config = make_config(attention={"bias_kind": kind})
     params = make_params(config)
     longer, without = without_tail(params, config, LENGTH)
     assert settings.differences(Facts(without, LENGTH)) == []
@@ -130,7 +169,7 @@ def test_a_tail_written_out_is_the_same_function_in_their_layers(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_of_the_authors_code(tmp_path, tied):
     """With their config.json alone: the tensors tell the variant."""
-    config = make_config(attention={"bias_tail": False})
+    config = make_config(attention=KIND | {"bias_tail": False})
     _write(tmp_path, make_params(config), config)
     file = tmp_path / "model.safetensors"
     tensors = safetensors_numpy.load_file(file)

@@ -57,7 +57,8 @@ def test_a_checkpoint_without_tokenizer(text, tmp_path):
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_rows_longer_than_the_model_knows(text, tmp_path):
-    run = make_run(tmp_path / "a", text, "lazy", model__attention__bias_tail=False)
+    tailless = {"model__attention__bias_kind": "table", "model__attention__bias_tail": False}
+    run = make_run(tmp_path / "a", text, "lazy", **tailless)
     message = _refused(run, text=str(text), length=90)
     assert "--length is 90, but the model's bias table has 8 distances and no tail" in message
     run = make_run(tmp_path / "b", text, "lazy_length_offset")

@@ -9,6 +9,7 @@ from lazyattn import lazy_attention
 from lazyattn.model import attention_layer, sharded_attention
 from lazyattn.model.attention_layer import Attention, variant_arguments
 from lazyattn.model.config import VARIANTS
+from lazyattn.model.distance_bias import NAMES, global_heads
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.model.transformer import attention_weights
@@ -41,8 +42,16 @@ ARGUMENTS = {
 }
 
 
+# What a layer learns for the op's argument, by kind of bias.
+LEARNED = {
+    kind: {"distance_bias": table, "distance_slope": slope, "offset": "offset"}
+    for kind, (table, slope) in NAMES.items()
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_is_these_arguments_of_the_op(variant, monkeypatch):
+def test_a_variant_is_these_arguments_of_the_op(variant, kind, monkeypatch):
     learned, settings = ARGUMENTS[variant]
     given = {}
 
@@ -51,20 +60,22 @@ def test_a_variant_is_these_arguments_of_the_op(variant, monkeypatch):
         return query
 
     monkeypatch.setattr(sharded_attention, "lazy_attention", op)
-    params = _params(make_config(variant))
-    assert set(params) == {"query", "key", "value", "output"} | learned
-    config = make_config(variant, attention={"skip_mass": 1e-3})
+    config = make_config(variant, attention={"skip_mass": 1e-3, "bias_kind": kind})
+    params = _params(config)
+    names = {LEARNED[kind][name] for name in learned}
+    assert set(params) == {"query", "key", "value", "output"} | names
     jax.eval_shape(lambda p: Attention(config).apply({"params": p}, X, POSITIONS), params)
     assert {name for name in ALL if name in given} == learned
     for name in learned:
-        assert given[name].shape == params[name].shape and given[name].dtype == jnp.float32
+        assert given[name].shape == params[LEARNED[kind][name]].shape
+        assert given[name].dtype == jnp.float32
     expected = {"offset_divisor": "visible", "renormalize": False, **settings}
     expected |= {"skip_mass": 1e-3, "implementation": "xla", "return_weights": False}
     assert {name: given[name] for name in expected} == expected
 
 
 def test_the_layer_by_hand():
-    config = make_config(attention={"rope": False})
+    config = make_config(attention={"rope": False, "bias_kind": "table"})
     params = _params(config)
 
     @jax.jit
@@ -79,8 +90,47 @@ def test_the_layer_by_hand():
     np.testing.assert_allclose(_apply(config, params), expected(params), rtol=1e-5, atol=1e-5)
 
 
+def test_a_decay_is_the_table_it_comes_to():
+    config = make_config()
+    params = _params(config)
+    slope = np.exp(params["distance_log_slope"])
+    table = params["distance_delta"] - slope[:, None] * np.arange(6)
+    rest = {name: params[name] for name in params if not name.startswith("distance_")}
+    same = rest | {"distance_bias": table, "distance_slope": slope}
+    expected = _apply(make_config(attention={"bias_kind": "table"}), same)
+    np.testing.assert_allclose(_apply(config, params), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gate_multiplies_each_entry_of_each_head():
+    config = make_config(attention={"output_gate": True, "rope": False})
+    params = _params(config)
+    assert params["output_gate"].shape == params["query"].shape
+    plain = {name: x for name, x in params.items() if name != "output_gate"}
+    size = config.width  # heads times head size: an output projection that keeps each entry
+    identity = jnp.eye(size).reshape(4, 4, size)
+    heads = _apply(make_config(attention={"rope": False}), plain | {"output": identity})
+    gate = 1 / (1 + np.exp(-np.einsum("blw,whd->blhd", X, params["output_gate"])))
+    gated = heads * gate.reshape(heads.shape)
+    expected = np.einsum("blm,mw->blw", gated, params["output"].reshape(size, -1))
+    np.testing.assert_allclose(_apply(config, params), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_global_heads_may_go_without_rope():
+    config = make_config("lazy_no_bias", attention={"global_share": 0.5, "global_rope": False})
+    params = _params(config)
+    everywhere = global_heads(config.attention)
+    assert everywhere.sum() == 2
+    # A head's part alone, through an output projection that has nothing of the others.
+    for head, is_global in enumerate(everywhere):
+        only = params | {"output": params["output"] * (np.arange(4) == head)[:, None, None]}
+        plain = make_config("lazy_no_bias", attention={"rope": not is_global})
+        np.testing.assert_allclose(_apply(config, only), _apply(plain, only), atol=1e-5)
+        other = make_config("lazy_no_bias", attention={"rope": bool(is_global)})
+        assert np.abs(_apply(config, only) - _apply(other, only)).max() > 1e-3
+
+
 def test_without_a_tail_there_is_no_slope():
-    params = _params(make_config(attention={"bias_tail": False}))
+    params = _params(make_config(attention={"bias_kind": "table", "bias_tail": False}))
     assert "distance_slope" not in params and params["distance_bias"].shape == (4, 6)
 
 
@@ -140,7 +190,7 @@ def test_weights_of_every_layer(scan):
 
 
 def test_weights_are_those_that_gave_the_output():
-    config = make_config(attention={"rope": False})
+    config = make_config(attention={"rope": False, "bias_kind": "table"})
     params, batch = make_params(config), make_batch()
     inputs, segment_ids = batch["inputs"], batch["segment_ids"]
 

@@ -19,6 +19,11 @@ def test_recipes_name_settings_that_exist():
         AttentionConfig(**recipe)
 
 
+def test_a_later_recipe_undoes_an_earlier_one():
+    names = set(RECIPES["paper"])
+    assert all(set(recipe) == names for recipe in RECIPES.values())
+
+
 def test_what_a_variant_learns():
     without_bias = {name for name in VARIANTS if not AttentionConfig(variant=name).has_bias}
     without_offset = {name for name in VARIANTS if not AttentionConfig(variant=name).has_offset}
@@ -45,15 +50,39 @@ def test_derived_sizes():
         ({"num_kv_heads": 0}, "model.attention.num_kv_heads is 0"),
         ({"rope_base": 0.0}, "model.attention.rope_base is 0.0, .* positive"),
         ({"bias_width": 0}, "model.attention.bias_width is 0, .* at least 1"),
-        ({"bias_init": "zeros"}, "model.attention.bias_init is 'zeros', .* alibi or normal"),
-        ({"bias_std": -1.0}, "model.attention.bias_std is -1.0, .* non-negative"),
+        ({"bias_kind": "line"}, "model.attention.bias_kind is 'line', .* decay or table"),
+        (
+            {"bias_init": "normal"},
+            "bias_init is 'normal', .* left at 'alibi' while .*bias_kind is 'decay': it is a",
+        ),
+        ({"bias_std": 0.1}, "bias_std is 0.1, .* left at 0.02 while .* bias_kind 'table' alone"),
+        ({"bias_tail": False}, "bias_tail is False, .* left at True while"),
+        ({"global_share": -0.25}, "model.attention.global_share is -0.25, .* from 0 to 1"),
+        ({"global_share": 1.5}, "model.attention.global_share is 1.5, .* from 0 to 1"),
+        ({"global_share": math.nan}, "model.attention.global_share is nan, .* from 0 to 1"),
+        ({"global_share": 0.1}, "global_share is 0.1, .* a whole number of the 16 heads"),
+        (
+            {"global_share": 0.125, "num_kv_heads": 4, "global_rope": False},
+            "global_share is 0.125, .* a share of the 4 key/value heads while .*global_rope is Fal"
+            ".* 2 global heads are no whole number of groups of 4",
+        ),
+        ({"window": 0}, "model.attention.window is 0, .* at least 1"),
+        (
+            {"bias_init": "zeros", "bias_kind": "table"},
+            "model.attention.bias_init is 'zeros', .* alibi or normal",
+        ),
+        (
+            {"bias_std": -1.0, "bias_kind": "table"},
+            "model.attention.bias_std is -1.0, .* non-negative",
+        ),
         ({"offset_init": math.nan}, "model.attention.offset_init is nan, .* finite"),
         ({"skip_mass": 1.0}, "model.attention.skip_mass is 1.0, .* below 1"),
     ],
 )
 def test_bad_attention_settings(settings, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         AttentionConfig(**settings)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

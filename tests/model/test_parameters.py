@@ -7,7 +7,7 @@ import pytest
 
 from lazyattn import sharding
 from lazyattn.model.config import RECIPES, VARIANTS
-from lazyattn.model.distance_bias import alibi_slopes
+from lazyattn.model.distance_bias import NAMES, alibi_slopes
 from lazyattn.model.parameters import (
     init_params,
     logical_axes,
@@ -18,7 +18,7 @@ from lazyattn.model.parameters import (
 )
 from tests.model.tiny import VOCAB, make_config
 
-CONFIG = make_config(attention={"qk_norm": True})
+CONFIG = make_config(attention={"qk_norm": True, "output_gate": True})
 IS_NAMES = {"is_leaf": lambda node: isinstance(node, tuple)}
 
 
@@ -35,8 +35,9 @@ def test_names_shapes_and_axes():
         "output": ((2, 4, 4, 16), ("layers", "heads", "head_dim", "embed")),
         "query_norm": {"scale": ((2, 4), ("layers", "norm"))},
         "key_norm": {"scale": ((2, 4), ("layers", "norm"))},
-        "distance_bias": ((2, 4, 6), ("layers", "heads", "distance")),
-        "distance_slope": ((2, 4), ("layers", "heads")),
+        "output_gate": ((2, 16, 4, 4), ("layers", "embed", "heads", "head_dim")),
+        "distance_delta": ((2, 4, 6), ("layers", "heads", "distance")),
+        "distance_log_slope": ((2, 4), ("layers", "heads")),
         "offset": ((2, 4), ("layers", "heads")),
     }
     mlp = {
@@ -105,7 +106,7 @@ def test_initial_scales():
 
 
 def _recipe(name):
-    names = {"distance_bias", "distance_slope", "offset"}
+    names = {name for both in NAMES.values() for name in both} | {"offset"}
     return _initial(
         make_config(attention=RECIPES[name]),
         lambda params: {k: v for k, v in params["blocks"]["attention"].items() if k in names},
@@ -115,6 +116,16 @@ def _recipe(name):
 def test_sharp_recipe_is_the_default():
     assert make_config(attention=RECIPES["sharp"]) == make_config()
     att = _recipe("sharp")
+    np.testing.assert_array_equal(att["offset"], -0.5)
+    for layer in range(2):
+        theta = att["distance_log_slope"][layer]
+        np.testing.assert_allclose(theta, np.log(alibi_slopes(4, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(att["distance_delta"], np.zeros((2, 4, 6)))
+    assert set(att) == {"distance_log_slope", "distance_delta", "offset"}
+
+
+def test_sharp_table_recipe():
+    att = _recipe("sharp_table")
     np.testing.assert_array_equal(att["offset"], -0.5)
     for layer in range(2):
         np.testing.assert_array_equal(att["distance_slope"][layer], alibi_slopes(4, 2))

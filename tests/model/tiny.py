@@ -42,6 +42,10 @@ def make_params(config, seed=0):
     def fill(path, leaf):
         noise = rng.normal(size=leaf.shape)
         match path[-1].key:
+            case "distance_delta":
+                return 0.1 * noise
+            case "distance_log_slope":
+                return np.log(0.3) + 0.3 * noise
             case "distance_bias":
                 return 0.1 * noise - 0.3 * np.arange(leaf.shape[-1])
             case "distance_slope":

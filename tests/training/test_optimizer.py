@@ -12,6 +12,7 @@ DECAYED = [
     ("unembedding",),
     ("blocks", "attention", "query", "kernel"),
     ("blocks", "attention", "output"),
+    ("blocks", "attention", "output_gate"),
     ("blocks", "mlp", "gate"),
 ]
 EXEMPT = [
@@ -20,6 +21,8 @@ EXEMPT = [
     ("blocks", "attention", "query_norm", "scale"),
     ("blocks", "attention", "distance_bias"),
     ("blocks", "attention", "distance_slope"),
+    ("blocks", "attention", "distance_delta"),
+    ("blocks", "attention", "distance_log_slope"),
     ("blocks", "attention", "offset"),
 ]
 
@@ -112,12 +115,49 @@ def test_clipping_uses_the_global_norm():
     np.testing.assert_allclose(step(0.0), [3.0, 4.0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [30.0, 1.0, 0.0])
+def test_the_logarithm_of_a_slope_has_a_rate_of_its_own(factor):
+    names = ("query", "offset", "distance_delta", "distance_log_slope")
+    params = {"blocks": {"attention": {name: jnp.ones(3) for name in names}}}
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        log_slope_factor=factor,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.5,
+    )
+    optimizer = make_optimizer(config, 10)
+    gradients = jax.tree.map(lambda x: 0.01 * x, params)
+    state = optimizer.init(params)
+    for _ in range(2):  # the first moments don't know of the factor, nor does the clipping
+        updates, state = optimizer.update(gradients, state, params)
+        moved = {k: x[0] for k, x in updates["blocks"]["attention"].items()}
+        np.testing.assert_allclose(moved["offset"], -0.1, rtol=1e-4)
+        np.testing.assert_allclose(moved["distance_delta"], -0.1, rtol=1e-4)
+        np.testing.assert_allclose(moved["query"], -0.1 - 0.1 * 0.5, rtol=1e-4)
+        np.testing.assert_allclose(moved["distance_log_slope"], -0.1 * factor, rtol=1e-4)
+
+
+def test_state_is_that_of_the_plain_chain():
+    """So that checkpoints from before `log_slope_factor` are read."""
+    params = {"distance_log_slope": jnp.ones(3), "query": jnp.ones(3)}
+    plain = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=decay_mask),
+        optax.scale_by_learning_rate(lambda count: 0.1),
+    )
+    found = make_optimizer(OptimizerConfig(), 10).init(params)
+    assert jax.tree.structure(found) == jax.tree.structure(plain.init(params))
+
+
 def test_state_has_one_structure_for_all_settings():
-    params = {"embedding": jnp.ones(3)}
+    params = {"embedding": jnp.ones(3), "distance_log_slope": jnp.ones(3)}
     structures = {
         jax.tree.structure(make_optimizer(config, steps).init(params))
         for config, steps in [
             (OptimizerConfig(), 10),
+            (OptimizerConfig(log_slope_factor=0.0), 10),
             (OptimizerConfig(clip_norm=0.0, weight_decay=0.0, schedule="wsd"), 20),
         ]
     }

@@ -8,6 +8,7 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict
+from lazyattn.model.config import RECIPES, AttentionConfig
 from lazyattn.training import run, schema
 from tests.training import tiny
 
@@ -25,6 +26,16 @@ def test_a_setting_added_since_gets_its_default():
     settings = ExperimentConfig().to_dict()
     del settings["training"]["max_failed_saves"], settings["data"]["sources"]
     assert from_config_dict(schema.upgraded(settings, WHERE)) == ExperimentConfig()
+
+
+def test_a_bias_without_a_kind_was_a_table():
+    settings = schema.stamped(ExperimentConfig().to_dict()) | {"schema": 1}
+    attention = settings["model"]["attention"]
+    del attention["bias_kind"]
+    found = from_config_dict(schema.upgraded(settings, WHERE))
+    assert found.model.attention == AttentionConfig(**RECIPES["sharp_table"])
+    attention["bias_tail"] = False
+    assert not from_config_dict(schema.upgraded(settings, WHERE)).model.attention.has_tail
 
 
 def test_a_key_that_was_renamed_is_read_by_an_upgrade(monkeypatch):

@@ -10,7 +10,7 @@ Source: docs/lazy_attention.md, "Three kinds of tiles".
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lazyattn.inspection.sums import TILE
 from lazyattn.inspection.walk import LayerInput
@@ -34,23 +34,42 @@ def tile_counts(
     """
     counts = {}
     for size in SIZES:
+        first, last = _ranges(layer, skip_mass, size)
+        of_size = _merge(live, size // TILE)
+        visits = jnp.arange(of_size.shape[-1]) >= first[..., None]
+        rows, heads, _ = first.shape
+        counts[f"causal_{size}"] = jnp.full((rows, heads), (last + 1).sum(), jnp.float32)
+        counts[f"visited_{size}"] = (last - first + 1).sum(axis=-1).astype(jnp.float32)
+        counts[f"live_{size}"] = (of_size & visits).sum(axis=(-2, -1), dtype=jnp.float32)
+    return counts
+
+
+def _ranges(
+    layer: LayerInput, skip_mass: float, size: int
+) -> tuple[Int[Array, "rows heads query_tiles"], Int[Array, " query_tiles"]]:
+    """Returns the first and the last key tile that each query tile visits."""
+    heads, kv_heads = layer.query.shape[2], layer.key.shape[2]
+    found: dict[int, Array] = {}
+    # Heads of a group have one window.
+    for window in dict.fromkeys(layer.windows):
+        groups = [g for g in range(kv_heads) if layer.windows[g * heads // kv_heads] == window]
+        chosen = [head for head in range(heads) if layer.windows[head] == window]
+        first = layer.first
+        if window is not None:
+            first = jnp.maximum(first, jnp.arange(first.shape[1]) - (window - 1))
+        index = np.asarray(chosen)
         ranges = visit_ranges(
-            layer.query,
-            layer.key,
-            layer.bias,
-            layer.offset,
-            layer.first,
+            layer.query[:, :, index],
+            layer.key[:, :, np.asarray(groups)],
+            None if layer.bias is None else layer.bias[index],
+            None if layer.offset is None else layer.offset[index],
+            first,
             scale=layer.query.shape[-1] ** -0.5,
             skip_mass=skip_mass,
             tiles=TileSizes(size, size),
         )
-        of_size = _merge(live, size // TILE)
-        visits = jnp.arange(of_size.shape[-1]) >= ranges.first[..., None]
-        rows, heads, _ = ranges.first.shape
-        counts[f"causal_{size}"] = jnp.full((rows, heads), (ranges.last + 1).sum(), jnp.float32)
-        counts[f"visited_{size}"] = ranges.visited.sum(axis=-1).astype(jnp.float32)
-        counts[f"live_{size}"] = (of_size & visits).sum(axis=(-2, -1), dtype=jnp.float32)
-    return counts
+        found |= {head: ranges.first[:, i] for i, head in enumerate(chosen)}
+    return jnp.stack([found[head] for head in range(heads)], axis=1), ranges.last
 
 
 def _merge(

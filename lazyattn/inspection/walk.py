@@ -12,6 +12,7 @@ from lazyattn.call import document_starts
 from lazyattn.model.attention_layer import OPERANDS, variant_arguments
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.embedding import look_up
+from lazyattn.model.heads import head_windows
 from lazyattn.model.parameters import stack_blocks
 from lazyattn.model.transformer import Block
 from pallas_kernels import bias as bias_lib
@@ -27,8 +28,9 @@ class LayerInput:
       key: likewise.
       bias: b(x) of the distances 0 <= x < length, float32; None: none.
       offset: tau of each head, float32; None: none.
-      first: first key that each query sees.
+      first: first key of each query's document.
       offset_scale: what tau is multiplied by, 1 / n_i or a constant.
+      windows: how many keys each head sees at most, None where all of a document.
       real: False for padding.
     """
 
@@ -37,8 +39,9 @@ class LayerInput:
     bias: Float[Array, "heads length"] | None
     offset: Float[Array, " heads"] | None
     first: Int[Array, "rows length"]
-    offset_scale: Float[Array, "rows length"]
+    offset_scale: Float[Array, "rows length heads"]
     real: Bool[Array, "rows length"]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
 
 
 # Layer's attention, residual stream after the layer, carry -> carry, what to keep.
@@ -106,8 +109,13 @@ def _layer_input(
     bias = None
     if table is not None:
         bias = bias_lib.expand(table, operands.get("distance_slope"), length)
+    windows = head_windows(config.attention)
     divisor = variant_arguments(config.attention, length)["offset_divisor"]
-    scale = 1 / (positions + 1) if divisor == "visible" else jnp.full(first.shape, 1 / divisor)
+    if divisor == "visible":
+        seen = jnp.asarray([length if window is None else window for window in windows])
+        scale = 1 / jnp.minimum(positions[..., None] + 1, seen)
+    else:
+        scale = jnp.full((*first.shape, len(windows)), 1 / divisor)
     return LayerInput(
         operands["query"],
         operands["key"],
@@ -116,4 +124,5 @@ def _layer_input(
         first,
         scale.astype(jnp.float32),
         real,
+        windows,
     )

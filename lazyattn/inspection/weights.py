@@ -26,6 +26,7 @@ class Head:
     first: Int[Array, " padded"]
     offset_scale: Float[Array, " padded"]
     real: Bool[Array, " padded"]
+    window: Int[Array, ""] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,9 @@ def map_heads(
     padded = -(-length // size) * size
     layer = _pad(layer, padded)
     group = heads // layer.key.shape[2]
+    windows = None
+    if any(window is not None for window in layer.windows):
+        windows = jnp.asarray([length if w is None else w for w in layer.windows])
 
     def one(index: Int[Array, ""]) -> Any:
         row, head = index // heads, index % heads
@@ -80,8 +84,9 @@ def map_heads(
                 None if layer.bias is None else layer.bias[head],
                 None if layer.offset is None else layer.offset[head],
                 layer.first[row],
-                layer.offset_scale[row],
+                layer.offset_scale[row, :, head],
                 layer.real[row],
+                None if windows is None else windows[head],
             )
         )
 
@@ -134,6 +139,8 @@ def block_weights(head: Head, renormalize: bool, size: int, start: Int[Array, ""
     keys = jnp.arange(head.key.shape[0])
     distance = start + jnp.arange(size)[:, None] - keys
     visible = (distance >= 0) & (keys >= first[:, None]) & take(head.real)[:, None]
+    if head.window is not None:
+        visible &= distance < head.window
     if head.bias is not None:
         scores += head.bias[jnp.clip(distance, 0)]
     # A finite fill: padding sees nothing, and its rows must not become NaN.
@@ -165,4 +172,5 @@ def _pad(layer: LayerInput, padded: int) -> LayerInput:
         pad(layer.first),
         pad(layer.offset_scale),
         pad(layer.real),
+        layer.windows,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.heads import head_windows
 
 # Which group a parameter belongs to, by the last part of its path that is listed.
 _GROUPS = {
@@ -79,13 +80,14 @@ class FlopsPerToken:
 def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
     """Returns what one token of a row of one document costs, on average.
 
-    What softmax attention would need is counted whatever the variant: tiles that
-    Lazy Attention skips count as done, so that utilisation (MFU) compares by tokens
-    a second. The embedding look-up is not a product and counts nothing.
+    What softmax attention (with the same window) would need is counted whatever the
+    variant: tiles that Lazy Attention skips count as done, so that utilisation (MFU)
+    compares by tokens a second. The embedding look-up is not a product and counts nothing.
 
     Args:
       config: the model.
-      length: tokens a row; a token sees (length + 1) / 2 keys on average.
+      length: tokens a row; a token sees (length + 1) / 2 keys on average, fewer with a
+        window.
 
     Source: Chowdhery et al., arXiv 2204.02311, appendix B, with causal attention
     counted as half.
@@ -96,5 +98,12 @@ def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
     projections = config.width * config.head_dim * heads
     mlp = 3 * config.width * config.hidden_width
     weights = config.num_layers * (projections + mlp) + config.vocab_size * config.width
-    pairs = config.num_layers * att.num_heads * config.head_dim * (length + 1) / 2
+    seen = sum(_mean_keys(length, window) for window in head_windows(att))
+    pairs = config.num_layers * config.head_dim * seen
     return FlopsPerToken(weights=2.0 * weights, attention=4.0 * pairs)
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Returns how many keys a token sees on average."""
+    window = length if window is None else min(window, length)
+    return window - window * (window - 1) / (2 * length)

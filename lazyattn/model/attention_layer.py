@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
 from lazyattn.model.config import AttentionConfig, ModelConfig
-from lazyattn.model.distance_bias import bias_arguments, bias_parameters, global_heads
+from lazyattn.model.distance_bias import bias_arguments, bias_parameters
+from lazyattn.model.heads import global_heads, head_blocks
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
 from lazyattn.model.rope import rotate
 from lazyattn.model.sharded_attention import sharded_attention
@@ -117,6 +118,8 @@ class Attention(nn.Module):
             value,
             {"segment_ids": segment_ids, "query_start": query_start, **head_parameters},
             sequence_shards=self.sequence_shards,
+            window=None if att.num_global_heads == att.num_heads else att.window,
+            blocks=head_blocks(att) if att.by_group else None,
             skip_mass=att.skip_mass,
             implementation=implementation,
             return_weights=observed,

@@ -133,8 +133,6 @@ class AttentionConfig:
         require(
             self.window is None or self.window >= 1, where + "window", self.window, "at least 1"
         )
-        # Until the op has one.
-        require(self.window is None, where + "window", self.window, "None in this version")
         group = self.num_heads // self.kv_heads
         if self.by_group and self.num_global_heads % group:
             setting = "window is set" if self.window is not None else "global_rope is False"

@@ -1,14 +1,17 @@
 """One call of the op on a mesh: each device's rows, heads and part of the length."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lazyattn import sharding
 from lazyattn.attention import lazy_attention
 from lazyattn.errors import require
+from lazyattn.model.heads import HeadBlocks
 
 # Logical axes of the op's arguments and results; "length" only where parts of rows
 # were dealt out.
@@ -56,6 +59,8 @@ def sharded_attention(
     *,
     sequence_shards: int,
     return_weights: bool,
+    window: int | None = None,
+    blocks: HeadBlocks | None = None,
     **settings: Any,
 ) -> Any:
     """Calls `lazy_attention`, on each device's share where there are several.
@@ -72,14 +77,36 @@ def sharded_attention(
       sequence_shards: devices that share a row, in the order of
         `sharding.deal_sequence`; 1: none do.
       return_weights: as there; not with shared rows.
+      window: as there, for local heads.
+      blocks: where global heads lie, which have no window; None: there are none.
       **settings: its other arguments.
+
+    Raises:
+      InputError: if the mesh does not divide the heads, or not the global ones evenly while
+        there is a window.
     """
     given = {"query": query, "key": key, "value": value}
     given |= {name: array for name, array in arrays.items() if array is not None}
-    call: Any = functools.partial(_call, settings | {"return_weights": return_weights})
+    settings |= {"return_weights": return_weights}
     mesh = sharding.active_mesh()
+    split = window is not None and blocks is not None and 0 < blocks.local < blocks.groups
+
+    def on_device(shards: int) -> Any:
+        if not split:
+            return functools.partial(_call, settings | {"window": window})
+        assert blocks is not None
+        require(
+            blocks.number % shards == 0,
+            "model.attention.global_share",
+            (blocks.groups - blocks.local) / blocks.groups,
+            f"a share that gives each of the {shards} devices that share the heads equally many"
+            " global key/value heads, while model.attention.window is set",
+        )
+        mine = dataclasses.replace(blocks, number=blocks.number // shards)
+        return functools.partial(_local_and_global, settings, window, mine)
+
     if mesh is None:
-        return call(given)
+        return on_device(1)(given)
     for axis, heads in (("heads", query.shape[2]), ("kv_heads", key.shape[2])):
         shards = sharding.num_shards(mesh, axis)
         require(
@@ -88,6 +115,7 @@ def sharded_attention(
             heads,
             f"a multiple of {shards}, the devices of the mesh that share the heads",
         )
+    call = on_device(sharding.num_shards(mesh, "heads"))
     shared = sequence_shards > 1
     assert not (shared and return_weights)
 
@@ -111,6 +139,41 @@ def sharded_attention(
 def _call(settings: dict[str, Any], given: dict[str, Array]) -> Any:
     rest: dict[str, Any] = {k: x for k, x in given.items() if k not in ("query", "key", "value")}
     return lazy_attention(given["query"], given["key"], given["value"], **rest, **settings)
+
+
+def _local_and_global(
+    settings: dict[str, Any], window: int | None, blocks: HeadBlocks, given: dict[str, Array]
+) -> Any:
+    """Calls the op for this device's local heads, with the window, and for its global ones."""
+
+    def part(name: str, array: Array, begin: int, end: int) -> Array:
+        axes = _AXES.get(name, ())
+        axis = next((i for i, kind in enumerate(axes) if kind in ("heads", "kv_heads")), None)
+        return array if axis is None else _take(array, axis, blocks, begin, end)
+
+    def call(window: int | None, begin: int, end: int) -> Any:
+        mine = {name: part(name, array, begin, end) for name, array in given.items()}
+        return _call(settings | {"window": window}, mine)
+
+    near = call(window, 0, blocks.local)
+    far = call(None, blocks.local, blocks.groups)
+    if not settings["return_weights"]:
+        return _join(near, far, 2, blocks.number)
+    return _join(near[0], far[0], 2, blocks.number), _join(near[1], far[1], 1, blocks.number)
+
+
+def _take(array: Array, axis: int, blocks: HeadBlocks, begin: int, end: int) -> Array:
+    """Returns the heads of groups `begin` to `end` of every block."""
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    by_group = array.reshape(*before, blocks.number, blocks.groups, -1, *after)
+    return jax.lax.slice_in_dim(by_group, begin, end, axis=axis + 1).reshape(*before, -1, *after)
+
+
+def _join(near: Array, far: Array, axis: int, blocks: int) -> Array:
+    """Returns the heads of both in the order of the model."""
+    before, after = near.shape[:axis], near.shape[axis + 1 :]
+    both = [x.reshape(*before, blocks, -1, *after) for x in (near, far)]
+    return jnp.concatenate(both, axis=axis + 1).reshape(*before, -1, *after)
 
 
 def _on_part_of_length(call: Any, length: int, shards: int, given: dict[str, Array]) -> Any:

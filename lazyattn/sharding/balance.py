@@ -7,6 +7,7 @@ before there are any.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,7 @@ def visited_tiles(
     score_bound: float,
     skip_mass: float,
     tile: int,
+    windows: Sequence[int | None] | None = None,
 ) -> Int[np.ndarray, "heads query_tiles"]:
     """Returns how many key tiles each query tile of a row of one document visits.
 
@@ -32,6 +34,7 @@ def visited_tiles(
         key less the bias.
       skip_mass: as in `lazy_attention`.
       tile: queries, and keys, of a tile.
+      windows: keys that each head sees at most, None where all; None: all heads see all.
     """
     heads, length = bias.shape
     tiles = -(-length // tile)
@@ -46,9 +49,12 @@ def visited_tiles(
     mass = tile * np.exp(np.minimum(score_bound + largest - bias[:, :1], _CERTAIN))
     # sums[:, d]: mass of the tiles nearer than d. Query tile i has tiles 0 ... i.
     sums = np.concatenate([np.zeros((heads, 1)), np.cumsum(mass, axis=1)], axis=1)
-    causal = np.arange(1, tiles + 1)
+    causal = np.broadcast_to(np.arange(1, tiles + 1), (heads, tiles))
+    if windows is not None:
+        most = [tiles if window is None else 1 + -(-(window - 1) // tile) for window in windows]
+        causal = np.minimum(causal, np.asarray(most)[:, None])
     if skip_mass == 0:
-        return np.broadcast_to(causal, (heads, tiles)).copy()
+        return causal.copy()
     visited = np.stack(
         [
             # The nearest tiles after which no more than skip_mass is left.

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from lazyattn import sharding
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
+from lazyattn.model.heads import head_windows
 from lazyattn.sharding.balance import Imbalance, imbalance, visited_tiles
 
 _TILE = 128
@@ -52,6 +53,7 @@ def measure(
             score_bound=math.sqrt(config.head_dim),
             skip_mass=att.skip_mass,
             tile=tile,
+            windows=head_windows(att),
         )
     return imbalance(total, head_shards=sharding.num_shards(mesh, "heads"), sequence_shards=parts)
 

@@ -5,6 +5,7 @@ import pytest
 
 from lazyattn.inspection.measure import ROLLOUT_CELLS, measure
 from lazyattn.inspection.tiles import cost_over_softmax
+from lazyattn.model.heads import head_windows
 from lazyattn.model.transformer import Transformer
 from tests.inspection.models import model, tokens, weights_of
 
@@ -68,6 +69,27 @@ def test_states_are_the_models(measured):
     np.testing.assert_allclose(found.states["cosine"][-1], expected, rtol=1e-3, atol=1e-5)
     assert np.all(found.states["top"][:, 0] >= found.states["top"][:, 2])
     assert np.all(found.states["top"][:, 2] > found.states["median"])
+
+
+@pytest.mark.parametrize("skip_mass", [1e-6, 0.0])
+def test_heads_with_a_window(skip_mass):
+    config, params = model(window=20, global_share=0.25, skip_mass=skip_mass)
+    windows = head_windows(config.attention)
+    assert windows == (20, 20, 20, None)
+    row = tokens(LENGTH)
+    found, (weights,) = measure(params, config, [row]), weights_of(config, params, row[None])[:1]
+    index = np.arange(LENGTH)
+    seen = np.stack([np.minimum(index + 1, LENGTH if w is None else w) for w in windows])
+    np.testing.assert_array_equal(found.sums["pairs"], [seen.sum(axis=1)] * 2)
+    np.testing.assert_allclose(found.sums["mass"][0], weights[0].sum((1, 2)), rtol=1e-5)
+    visible = index - index[:, None]
+    visible = (visible <= 0) & (visible > -np.asarray([20, 20, 20, LENGTH])[:, None, None])
+    zeros = ((weights[0] == 0) & visible).sum((1, 2))
+    np.testing.assert_array_equal(found.sums["zeros"][0], zeros)
+    # Three tiles of queries: 1 + 2 + 2 tiles of keys, or all 6.
+    visited = found.tiles["visited_64"]
+    assert (visited <= [5, 5, 5, 6]).all() and (skip_mass > 0 or (visited == [5, 5, 5, 6]).all())
+    assert (found.tiles["live_64"] <= visited).all()
 
 
 def test_costs_are_those_of_the_specification():

@@ -27,6 +27,44 @@ def difference(found, expected):
     return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-9)) for a, b in pairs)
 
 
+def global_heads_report(batch):
+    """Compares a mesh, which shares rows out too, where some heads have a window."""
+    attention = {"num_kv_heads": 4, "global_share": 0.5, "global_rope": False, "window": 3}
+    attention |= {"output_gate": True, "implementation": "xla_chunked"}
+    config = make_config(vocab_size=32, attention=attention)
+    params = make_params(config)
+    inputs, ids = (jnp.pad(batch[name], ((0, 0), (0, 1))) for name in ("inputs", "segment_ids"))
+
+    def loss(params):
+        hidden = Transformer(config).apply({"params": params}, inputs, ids)
+        return jnp.sum(jnp.sin(hidden) * (ids > 0)[..., None])
+
+    prompt, lengths = np.asarray(inputs[:2, :5]), np.array([4, 5])
+    greedy = {"sampling": SamplingConfig(6, temperature=0.0), "key": jax.random.key(0)}
+
+    def results(params):
+        gradient = jax.jit(jax.value_and_grad(loss))(params)
+        tokens = generate(params, config, prompt, lengths, **greedy).tokens
+        return gradient, tokens, jax.jit(attention_weights, static_argnums=1)(params, config, ids)
+
+    expected = results(params)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2, sequence=2))
+    specs = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), partition_specs(config))
+    with jax.set_mesh(mesh):
+        found = results(jax.device_put(params, specs))
+    report = {
+        "window_gradients": difference(found[0], expected[0]),
+        "window_tokens": bool(jnp.array_equal(found[1], expected[1])),
+        "window_weights": difference(found[2], expected[2]),
+    }
+    try:
+        with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))):
+            jax.eval_shape(loss, params)
+    except InputError as error:
+        report["window_error"] = str(error)
+    return report
+
+
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
@@ -82,6 +120,8 @@ def main() -> None:
         found_weights = jax.jit(attention_weights, static_argnums=1)(placed, config, short)
     report["one_prompt"] = bool(jnp.array_equal(found_tokens.tokens, expected_tokens.tokens))
     report["weights"] = difference(found_weights, expected_weights)
+
+    report |= global_heads_report(batch)
 
     try:
         with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, tensor=8))):

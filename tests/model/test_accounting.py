@@ -68,3 +68,16 @@ def test_flops_by_hand():
     assert flops.attention == 2 * 2 * 2 * 16 * 6  # layers, products, flops, width, mean keys
     assert flops.forward == flops.weights + flops.attention
     assert flops.training == 3 * flops.forward
+
+
+def test_flops_of_a_window_by_counting():
+    attention = {"num_heads": 4, "num_kv_heads": 4, "global_share": 0.25, "window": 3}
+    plain, gated = (
+        flops_per_token(make_config(attention=attention | {"output_gate": gate}), length=11)
+        for gate in (False, True)
+    )
+    seen = [sum(min(i + 1, keys) for i in range(11)) / 11 for keys in (3, 3, 3, 11)]
+    np.testing.assert_allclose(plain.attention, 4 * 2 * 4 * sum(seen))  # layers, head size
+    assert gated.weights == plain.weights + 2 * 2 * 16 * 16
+    wide = flops_per_token(make_config(attention=attention | {"window": 99}), length=11)
+    assert wide == flops_per_token(make_config(attention={"num_kv_heads": 4}), length=11)

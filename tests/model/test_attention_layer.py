@@ -9,9 +9,11 @@ from lazyattn import lazy_attention
 from lazyattn.model import attention_layer, sharded_attention
 from lazyattn.model.attention_layer import Attention, variant_arguments
 from lazyattn.model.config import VARIANTS
-from lazyattn.model.distance_bias import NAMES, global_heads
+from lazyattn.model.distance_bias import NAMES, bias_arguments
+from lazyattn.model.heads import global_heads, head_windows
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
+from lazyattn.model.rope import document_positions, rotate
 from lazyattn.model.transformer import attention_weights
 from tests.model.tiny import make_batch, make_config, make_params
 
@@ -127,6 +129,49 @@ def test_global_heads_may_go_without_rope():
         np.testing.assert_allclose(_apply(config, only), _apply(plain, only), atol=1e-5)
         other = make_config("lazy_no_bias", attention={"rope": bool(is_global)})
         assert np.abs(_apply(config, only) - _apply(other, only)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 3},
+        {"window": 3, "global_share": 1.0},
+        {"window": 1, "global_share": 0.25},
+        {"window": 4, "global_share": 0.5, "num_kv_heads": 4},
+        {"window": 3, "global_share": 0.75, "num_kv_heads": 4, "global_rope": False},
+        {"window": 40, "global_share": 0.5},
+    ],
+    ids=str,
+)
+def test_local_heads_have_a_window_and_global_ones_do_not(settings):
+    """Each head by a call of its own."""
+    heads = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 4}
+    config = make_config(attention=heads | settings)
+    params, att = _params(config), config.attention
+    segment_ids = jnp.array([[1] * 3 + [2] * 6, [1] * 9])
+    positions = document_positions(segment_ids)
+    arguments = bias_arguments(params, att) | {"offset": params["offset"]}
+
+    @jax.jit
+    def expected(params):
+        query, key, value = (
+            jnp.einsum("blw,whd->blhd", X, params[name]) for name in ("query", "key", "value")
+        )
+        found = []
+        for head, (window, far) in enumerate(
+            zip(head_windows(att), global_heads(att), strict=True)
+        ):
+            group = head // (8 // att.kv_heads)
+            q, k, v = query[:, :, [head]], key[:, :, [group]], value[:, :, [group]]
+            if att.global_rope or not far:
+                q, k = rotate(q, positions, 1e4), rotate(k, positions, 1e4)
+            mine = {name: x[head : head + 1] for name, x in arguments.items()}
+            mine |= {"segment_ids": segment_ids, "window": None if far else window}
+            found.append(lazy_attention(q, k, v, **mine, implementation="xla"))
+        return jnp.einsum("blhd,hdw->blw", jnp.concatenate(found, axis=2), params["output"])
+
+    out = jax.jit(lambda p: Attention(config).apply({"params": p}, X, positions, segment_ids)[0])
+    np.testing.assert_allclose(out(params), expected(params), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_tail_there_is_no_slope():

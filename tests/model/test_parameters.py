@@ -7,7 +7,8 @@ import pytest
 
 from lazyattn import sharding
 from lazyattn.model.config import RECIPES, VARIANTS
-from lazyattn.model.distance_bias import NAMES, alibi_slopes
+from lazyattn.model.distance_bias import NAMES
+from lazyattn.model.heads import alibi_slopes
 from lazyattn.model.parameters import (
     init_params,
     logical_axes,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lazyattn.model.distance_bias import alibi_slopes
+from lazyattn.model.heads import alibi_slopes
 from lazyattn.sharding.balance import imbalance, visited_tiles
 from pallas_kernels.visit import TileSizes, visit_ranges
 
@@ -48,6 +48,27 @@ def test_heads_that_skip_nothing():
     some = visited_tiles(bias, positive, score_bound=8.0, skip_mass=1e-6, tile=128)
     np.testing.assert_array_equal(some[[0, 3]], causal[[0, 3]])
     assert (some[1] < causal[1]).any()
+
+
+def test_heads_with_a_window_visit_no_more_than_it():
+    flat = np.zeros((3, 1000))
+    for tile in (64, 100):
+        tiles = -(-1000 // tile)
+        position = np.arange(1000)
+        for window in (1, 2, tile, tile + 1, 5 * tile, 5000):
+            first = np.maximum(position - (window - 1), 0)
+            expected = [i + 1 - first[i * tile] // tile for i in range(tiles)]
+            for skip_mass, positive in ((1e-6, False), (1e-6, True), (0.0, False)):
+                found = visited_tiles(
+                    flat,
+                    np.array([positive] * 3),
+                    score_bound=8.0,
+                    skip_mass=skip_mass,
+                    tile=tile,
+                    windows=(window, None, window),
+                )
+                np.testing.assert_array_equal(found[[0, 2]], [expected] * 2)
+                np.testing.assert_array_equal(found[1], np.arange(1, tiles + 1))
 
 
 def test_an_early_and_a_late_chunk_are_even_where_all_is_visited():

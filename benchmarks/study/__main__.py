@@ -3,6 +3,7 @@
     python -m benchmarks.study run --data=FOLDER --variants=softmax,sharp --seeds=0,1,2 \
         --tokens=100e6 --workdir=runs/study --cache=runs/compiled
     python -m benchmarks.study trial --data=FOLDER --variants=sharp --try=model.remat=dots
+    python -m benchmarks.study report
 """
 
 import time
@@ -17,7 +18,7 @@ from absl import flags, logging
 
 from lazyattn.errors import InputError, require
 
-_COMMANDS = ("run", "trial")
+_COMMANDS = ("run", "trial", "report")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +37,12 @@ def _command(argv: Sequence[str]) -> None:
     require(command in _COMMANDS, "the command", command, "one of " + ", ".join(_COMMANDS))
     values = flags.FlagValues()
     arguments = [argv[0], *argv[2:]]
+    if command == "report":
+        from benchmarks.study import report
+
+        report.define(values)
+        report.main(arguments, values)
+        return
     from benchmarks.study import options, run, trial
 
     options.define(values)

@@ -111,7 +111,7 @@ def learned(found: Mapping[str, np.ndarray]) -> dict[str, list[list[float]] | No
     """Returns what heads have learned, by layer and head; None where a model has none.
 
     Returns:
-      slopes: how much the bias falls a token, at the end of the row; 0 for global heads.
+      slopes: how much the bias falls a token, over the row's second half; 0 for global heads.
       offsets: tau.
       spans: distance from which on the bias stays `SPAN_NATS` below its largest value; the
         row's length where it never does.
@@ -119,7 +119,8 @@ def learned(found: Mapping[str, np.ndarray]) -> dict[str, list[list[float]] | No
     slopes = spans = offsets = None
     if "bias" in found:
         bias = np.asarray(found["bias"], np.float64)
-        slopes = _rounded(bias[..., -2] - bias[..., -1])
+        half = bias.shape[-1] // 2
+        slopes = _rounded((bias[..., half] - bias[..., -1]) / (bias.shape[-1] - 1 - half))
         near = bias >= bias.max(axis=-1, keepdims=True) - SPAN_NATS
         spans = _rounded(near.shape[-1] - np.argmax(near[..., ::-1], axis=-1))
     if "offset" in found:

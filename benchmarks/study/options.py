@@ -80,7 +80,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
         variants=tuple(_parts("--variants", values.variants)),
         seeds=_numbers("--seeds", values.seeds, int),
         learning_rates=_numbers("--learning_rate", values.learning_rate, float),
-        tokens=_whole("--tokens", values.tokens),
+        tokens=whole("--tokens", values.tokens),
         output=Path(values.output),
         log_slope_factors=factors,
         length=values.length,
@@ -112,7 +112,12 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...
         raise bad_value(name, text, "numbers, commas between them") from None
 
 
-def _whole(name: str, text: str) -> int:
+def whole(name: str, text: str) -> int:
+    """Returns a whole number written as 100e6 is.
+
+    Raises:
+      InputError: for anything else.
+    """
     try:
         number = float(text)
     except ValueError:

@@ -34,6 +34,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("deadline", None, "Seconds that the process may take.", **where)
     flags.DEFINE_string("measure", "all", "all, or loss: validation and time alone.", **where)
     flags.DEFINE_bool("cudnn", False, "Time the variant softmax with cuDNN too.", **where)
+    flags.DEFINE_bool(
+        "time_attention", False, "Time attention alone on trained queries and keys.", **where
+    )
     flags.DEFINE_string("commit", None, "Of the code, where there is no .git.", **where)
 
 
@@ -91,6 +94,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
         deadline=values.deadline,
         measure=values.measure,
         cudnn=values.cudnn,
+        time_attention=values.time_attention,
         commit=values.commit,
         elapsed=elapsed,
     )

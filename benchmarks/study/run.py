@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.study import data, measures, train
+from benchmarks.study import attention_speed, data, measures, train
 from benchmarks.study.ledger import Ledger, short_name
 from benchmarks.study.programs import Compiler, Programs, program_key
 from benchmarks.study.settings import Spec, experiment_of
@@ -50,6 +50,7 @@ class Options:
       measure: "all", or "loss" for validation loss and time alone.
       cudnn: time the variant `softmax` with cuDNN too.
       commit: of the code.
+      time_attention: time attention alone on the trained model's own queries and keys.
       elapsed: seconds since the process began.
       checkpoint_every: steps between checkpoints.
     """
@@ -70,6 +71,7 @@ class Options:
     measure: str = "all"
     cudnn: bool = False
     commit: str | None = None
+    time_attention: bool = False
     elapsed: Callable[[], float] = time.monotonic
     checkpoint_every: int = train.CHECKPOINT_EVERY
 
@@ -322,6 +324,8 @@ class Study:
             **measures.measure(programs, state.params, self._found, everything),
         }
         measured = time.perf_counter() - began
+        if options.time_attention and attention_speed.times_alone(experiment.model):
+            line["attention_ms"] = self._attention_times(experiment, state.params)
         line |= self._times(spec, programs, course, state)
         self._measuring = time.perf_counter() - began + 2
         self._ms[spec.variant] = line["ms_per_step"]
@@ -339,6 +343,15 @@ class Study:
             f" measured in {measured:.1f} s"
         )
         return line
+
+    def _attention_times(self, experiment: ExperimentConfig, params: Any) -> dict[str, Any]:
+        with self._compiler.quiet(), jax.set_mesh(self._mesh):
+            return {
+                "x".join(map(str, rows.shape)): attention_speed.times(
+                    params, rows, config=experiment.model
+                )
+                for rows in self._found.looked.values()
+            }
 
     def _stop(self, step: int, seconds: float) -> bool:
         # The steps up to the next point of the curve come before the next question.

@@ -1,5 +1,6 @@
 """One program per row length that says of every token what it costs and whether it is foreseen."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.study.data import packed
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.parameters import stack_blocks
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 
 # Tokens of a batch to score, and positions whose logits are held at once.
@@ -43,6 +45,8 @@ def score(
       context: tokens of its document that the position sees, itself among them; 0 where the
         target doesn't count.
     """
+    if not config.scan_layers:  # one layer compiles faster than all
+        params, config = stack_blocks(params), dataclasses.replace(config, scan_layers=True)
     batch = packed(tokens, eos)
     counts = batch["segment_ids"] > 0
     hidden: Any = Transformer(config).apply(

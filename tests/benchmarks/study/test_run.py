@@ -254,3 +254,23 @@ def test_every_variant_is_a_model_of_46_million(variant):
     assert 45.7e6 + gate < size < 45.9e6 + gate
     assert experiment.training.steps == 1526
     assert experiment.optimizer.warmup_steps == 76
+
+
+def test_unrolled_layers_are_measured_as_scanned_ones_and_attention_is_timed(folder, tmp_path):
+    tokens = 2 * BATCH * LENGTH
+    more = {"variants": ("sharp",), "seeds": (0,), "tokens": tokens}
+    scanned = _options(folder, tmp_path / "scanned", **more)
+    unrolled = (*TINY, ("model.scan_layers", "False"))
+    unrolled = _options(
+        folder, tmp_path / "unrolled", **more, overrides=unrolled, time_attention=True
+    )
+    for options in (scanned, unrolled):
+        options.output.parent.mkdir()
+        assert run.run(options) == 1
+    (first,), (second,) = _lines(scanned), _lines(unrolled)
+    # Seeds are dealt to the layers differently, so that only sizes can be compared.
+    assert first["parameters"] == second["parameters"]
+    assert first["val"] == pytest.approx(second["val"], abs=0.2)
+    assert set(second["attention_ms"]) == {f"1x{LENGTH}", f"1x{4 * LENGTH}"}
+    for found in second["attention_ms"].values():
+        assert min(found["forward"], found["training"], found["softmax_training"]) > 0

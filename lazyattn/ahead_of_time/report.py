@@ -7,6 +7,7 @@ from lazyattn.ahead_of_time.collectives import Collective
 from lazyattn.ahead_of_time.memory import StateBytes
 from lazyattn.ahead_of_time.roofline import ASSUMPTIONS, Roofline
 from lazyattn.ahead_of_time.topology import Topology
+from lazyattn.quantity import quantity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,10 @@ def lines(report: Report) -> list[str]:
     chip = report.topology.chip
     mesh = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
     told = [
-        f"topology     {report.topology}: {report.topology.chips} chips,"
-        f" {report.topology.devices} devices as {mesh or 'one'}",
+        f"topology     {report.topology}: {quantity(report.topology.chips, 'chip')},"
+        f" {quantity(report.topology.devices, 'device')} as {mesh or 'one'}",
         f"step         {report.parameters:,} parameters, {report.tokens:,} tokens,"
-        f" {report.microbatches} microbatches, remat {report.remat},"
+        f" {quantity(report.microbatches, 'microbatch', 'microbatches')}, remat {report.remat},"
         f" attention {report.implementation}",
         f"compiled     in {report.seconds:.0f} s"
         if report.seconds is not None
@@ -140,7 +141,8 @@ def _work_lines(report: Report, traffic: Traffic) -> list[str]:
     ]
     if traffic.unread_loops:
         told.append(
-            f"  NOT COUNTED: all but one round of each of {traffic.unread_loops} loops whose length"
+            f"  NOT COUNTED: all but one round of each of"
+            f" {quantity(traffic.unread_loops, 'loop')} whose length"
             " depends on the data"
         )
     for each in traffic.collectives:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lazyattn.experiment import ExperimentConfig
+from lazyattn.quantity import quantity
 
 
 def suggest(
@@ -45,8 +46,8 @@ def suggest(
     if rows // parts > 1:
         more = next(n for n in range(2 * parts, rows + 1) if rows % n == 0)
         found.append(
-            f"--config.training.microbatches={more}  {rows // more} rows a device at once"
-            f" instead of {rows // parts}"
+            f"--config.training.microbatches={more}  {quantity(rows // more, 'row')} a device at"
+            f" once instead of {rows // parts}"
         )
     if shards < devices and mesh.get("data", 1) > 1:
         found.append(_spread(mesh, devices))

@@ -11,6 +11,7 @@ import jax
 from lazyattn.ahead_of_time import libtpu
 from lazyattn.ahead_of_time.chips import CHIPS, Chip, chip
 from lazyattn.errors import bad_value
+from lazyattn.quantity import quantity
 
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
@@ -73,7 +74,8 @@ def parse(text: str) -> Topology:
         raise bad_value(
             "--topology",
             text,
-            f"a slice of at most {kind.largest} chips; join several, as 2*{kind.name}:...",
+            f"a slice of at most {quantity(kind.largest, 'chip')};"
+            f" join several, as 2*{kind.name}:...",
         )
     if found.slices > 1 and kind.network_bandwidth is None:
         raise bad_value("--topology", text, f"one slice, since {kind.name}'s network is unknown")

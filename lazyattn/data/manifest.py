@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyattn.errors import InputError
+from lazyattn.quantity import quantity
 
 NAME = "manifest.json"
 # Raise it whenever an older reader would misread a newer folder, or the reverse.
@@ -189,8 +190,12 @@ class Manifest:
         write_whole(Path(folder) / NAME, self.to_json().encode())
 
 
-def read(folder: str | os.PathLike[str]) -> Manifest:
+def read(folder: str | os.PathLike[str], name: str | None = None) -> Manifest:
     """Returns the manifest of a folder of tokenised shards.
+
+    Args:
+      folder: the folder.
+      name: of the setting that names the folder, for messages.
 
     Raises:
       InputError: if there is none, it is of another schema version, or damaged.
@@ -200,7 +205,8 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(
-            f"{str(folder)!r} is no folder of tokenised shards: it has no {NAME}; prepare it, or"
+            (f"{name} is {str(folder)!r}, but that" if name else repr(str(folder)))
+            + f" is no folder of tokenised shards: it has no {NAME}; prepare it, or"
             " finish its preparation, with `python -m lazyattn.data.prepare`."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -221,13 +227,16 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         raise InputError(f"{str(path)!r} is damaged ({error}); prepare the data again.") from error
 
 
-def verify(folder: str | os.PathLike[str], *, deep: bool = False) -> Manifest:
+def verify(
+    folder: str | os.PathLike[str], *, deep: bool = False, name: str | None = None
+) -> Manifest:
     """Checks a folder of tokenised shards against its manifest.
 
     Args:
       folder: the folder.
       deep: also read every shard and compare its SHA-256; else sizes alone. The
         tokenizer's SHA-256 is compared either way.
+      name: as in `read`.
 
     Returns:
       The manifest.
@@ -235,7 +244,7 @@ def verify(folder: str | os.PathLike[str], *, deep: bool = False) -> Manifest:
     Raises:
       InputError: if a file is missing or is not what the manifest says.
     """
-    manifest = read(folder)
+    manifest = read(folder, name)
     root = Path(folder).expanduser()
     tokenizer = root / manifest.tokenizer.file
     if _sha256(tokenizer) != manifest.tokenizer.sha256:
@@ -245,7 +254,7 @@ def verify(folder: str | os.PathLike[str], *, deep: bool = False) -> Manifest:
             path = root / shard.file
             size = _size(path)
             if size != shard.size:
-                raise _changed(path, f"it has {size:,} bytes, not {shard.size:,}")
+                raise _changed(path, f"it has {quantity(size, 'byte')}, not {shard.size:,}")
             if deep and _sha256(path) != shard.sha256:
                 raise _changed(path, "its SHA-256 is another")
     return manifest

@@ -12,7 +12,7 @@ from lazyattn.data import pipeline_lanes, pipeline_rows
 from lazyattn.data.config import DataConfig
 from lazyattn.data.lanes import PackingReport, measure_packing
 from lazyattn.data.mixture import DocumentOrder
-from lazyattn.data.pipeline_base import Batch, BatchIterator, local_batch_size
+from lazyattn.data.pipeline_base import Batch, BatchIterator, OtherDataError, local_batch_size
 from lazyattn.data.pipeline_lanes import Gather, merge_states
 from lazyattn.data.pipeline_shards import ShardedData, open_shards
 from lazyattn.data.prepare import PreparedData
@@ -22,6 +22,7 @@ from lazyattn.data.unigram import unigram_entropy
 __all__ = [
     "Batch",
     "BatchIterator",
+    "OtherDataError",
     "PreparedData",
     "ShardedData",
     "TrainingData",

@@ -14,6 +14,10 @@ from lazyattn.errors import InputError, require
 Batch = dict[str, Int32[np.ndarray, "batch length"]]
 
 
+class OtherDataError(InputError):
+    """A checkpoint's position is one in other data."""
+
+
 class BatchIterator(grain.DatasetIterator):
     """One process's share of the endless training batches.
 
@@ -73,10 +77,10 @@ class BatchIterator(grain.DatasetIterator):
         """Continues after `state["step"]` batches.
 
         Raises:
-          InputError: if the state belongs to other data, or to another order of it.
+          OtherDataError: if the state belongs to other data, or to another order of it.
         """
         if state.get("data") != self._data:
-            raise InputError(
+            raise OtherDataError(
                 "The checkpoint was made with other data (source or shards, their weights,"
                 " tokenizer, sequence_length, packing, long_documents, batch_size or shuffle_seed),"
                 " so training cannot resume exactly; restore those settings or start a new workdir."

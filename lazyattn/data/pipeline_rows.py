@@ -11,6 +11,7 @@ from lazyattn.data.packing import FIELDS
 from lazyattn.data.pipeline_base import Batch, BatchIterator, local_batch_size
 from lazyattn.data.prepare import PreparedData
 from lazyattn.errors import InputError
+from lazyattn.quantity import quantity
 
 
 class RowIterator(BatchIterator):
@@ -66,8 +67,8 @@ def train_iterator(
     if rows < config.batch_size:
         raise InputError(
             f"data.batch_size is {config.batch_size}, but data.source {config.source!r} gives only"
-            f" {rows} training rows of {prepared.train.length} tokens; lower data.batch_size or"
-            " data.sequence_length, or give more text."
+            f" {quantity(rows, 'training row')} of {quantity(prepared.train.length, 'token')};"
+            " lower data.batch_size or data.sequence_length, or give more text."
         )
     batches = (
         grain.MapDataset.source(prepared.train)

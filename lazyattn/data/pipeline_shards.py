@@ -72,7 +72,10 @@ def open_shards(config: DataConfig) -> ShardedData:
         says, a split is empty, or tokenizers differ.
     """
     folders = [folder for folder, _ in config.weighted_paths]
-    manifests = [manifest.verify(folder, deep=config.verify_checksums) for folder in folders]
+    name = "data.path" if config.path is not None else "a folder of data.sources"
+    manifests = [
+        manifest.verify(folder, deep=config.verify_checksums, name=name) for folder in folders
+    ]
     manifest.require_same_tokenizer(folders, manifests)
     made_with = manifests[0].tokenizer
     tokenizer = Tokenizer.load(Path(folders[0]).expanduser() / made_with.file)

@@ -18,6 +18,7 @@ from lazyattn.data.pipeline import TrainingData, validation_batches
 from lazyattn.distributed import one_at_a_time
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.config import ModelConfig
+from lazyattn.quantity import quantity
 from lazyattn.training.objective import Batch, LossFn, counted, make_loss_fn
 
 # Batches that may be on their way before the sums of the first of them are waited for.
@@ -123,8 +124,8 @@ def coverage(tokens: int, batches: int = 0) -> str:
       tokens: tokens that counted.
       batches: the first ones were taken; 0: all.
     """
-    part = f"the first {batches:,} batches of the" if batches else "the whole"
-    return f"over {tokens:,} tokens, {part} validation split"
+    part = f"the first {quantity(batches, 'batch', 'batches')} of the" if batches else "the whole"
+    return f"over {quantity(tokens, 'token')}, {part} validation split"
 
 
 def validation_rows(

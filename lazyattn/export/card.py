@@ -6,6 +6,7 @@ from lazyattn.export.parameters import stored_dtypes
 from lazyattn.export.settings import Facts, differences
 from lazyattn.model.accounting import parameter_counts
 from lazyattn.model.config import VARIANTS
+from lazyattn.quantity import quantity
 
 FILE = "README.md"
 
@@ -39,11 +40,11 @@ def model_card(
             "matrices stored in",
             dtype + ("" if dtype == "float32" else "; norms, biases and offsets in float32"),
         ),
-        ("rows in training", f"{facts.sequence_length:,} tokens"),
+        ("rows in training", quantity(facts.sequence_length, "token")),
     ]
     if attention.has_bias:
         tail = "with a learned tail" if attention.has_tail else "0 past them"
-        rows.append(("distance bias", f"{attention.bias_width:,} distances, {tail}"))
+        rows.append(("distance bias", f"{quantity(attention.bias_width, 'distance')}, {tail}"))
     if facts.step is not None:
         rows.append(("steps of training", f"{facts.step:,}"))
     if facts.tokens is not None:

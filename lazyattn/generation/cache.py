@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
+from lazyattn.quantity import quantity
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +98,8 @@ def check_context(
     longest = max(attention.bias_width, sequence_length)
     if context > longest:
         raise InputError(
-            f"{name} is {context}, but the model's bias table has {attention.bias_width} distances"
-            f" and no tail, and its rows had {sequence_length} tokens; it must be at most"
-            f" {longest}, or give --beyond_table to score farther keys with a bias of 0."
+            f"{name} is {context}, but the model's bias table has"
+            f" {quantity(attention.bias_width, 'distance')} and no tail, and its rows had"
+            f" {quantity(sequence_length, 'token')}; it must be at most {longest},"
+            " or give --beyond_table to score farther keys with a bias of 0."
         )

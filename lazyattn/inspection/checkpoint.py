@@ -27,6 +27,7 @@ from lazyattn.inspection.options import InspectionOptions
 from lazyattn.inspection.report import write_report
 from lazyattn.inspection.sequences import LENGTH, cut, inserted_token, sink_metric
 from lazyattn.paths import local_path
+from lazyattn.quantity import quantity
 from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "inspection"
@@ -174,7 +175,7 @@ def _look(model: TrainedModel, documents: _Documents, length: int, rows: int) ->
         )
         sink = sink_metric(model.params, config, sequences, length=only)
         inserted = inserted_token(model.params, config, sequences[:_INSERTED], bos, length=only)
-    print(f"  {len(sequences)} sequences of {LENGTH} tokens", flush=True)
+    print(f"  {quantity(len(sequences), 'sequence')} of {LENGTH} tokens", flush=True)
     tokens = [_shown(model.tokenizer, token) for token in taken[0]]
     return Inspected(measured, sink, inserted, len(taken), length, tokens)
 

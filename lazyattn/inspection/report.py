@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyattn.inspection.sections import SECTIONS, Section
+from lazyattn.quantity import quantity
 
 _PAGE = Path(__file__).parent / "page"
 # Nothing may be fetched: the browser itself refuses.
@@ -76,12 +77,13 @@ def page(data: dict[str, Any]) -> str:
 
 def _about(data: dict[str, Any]) -> str:
     first = data["models"][0]
-    rows = f"{first['rows']} row{'s' if first['rows'] > 1 else ''} of {first['length']} tokens"
+    rows = f"{quantity(first['rows'], 'row')} of {quantity(first['length'], 'token')}"
     entries = "".join(
         f'<li><i class="dot" style="background:var(--series-{number})"></i>'
         f"<span><b>{html.escape(model['label'])}</b><br><small>{html.escape(model['variant'])},"
-        f" step {model['step']:,}, {model['parameters']:,} parameters, {model['layers']} layers of"
-        f" {model['heads']} heads, trained on rows of {model['trained_length']}</small></span></li>"
+        f" step {model['step']:,}, {model['parameters']:,} parameters,"
+        f" {quantity(model['layers'], 'layer')} of {quantity(model['heads'], 'head')},"
+        f" trained on rows of {model['trained_length']}</small></span></li>"
         for number, model in enumerate(data["models"])
     )
     return (

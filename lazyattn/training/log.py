@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lazyattn.training.metrics import JsonLines, Progress, TensorBoard, duration
+from lazyattn.training.workdir import METRICS, TENSORBOARD
 
 
 class RunLog:
@@ -50,8 +51,8 @@ class RunLog:
             device_kind=jax.devices()[0].device_kind,
             devices=jax.device_count(),
         )
-        self._lines = JsonLines(workdir / "metrics.jsonl", step)
-        self._tensorboard = TensorBoard(workdir / "tensorboard", step)
+        self._lines = JsonLines(workdir / METRICS, step)
+        self._tensorboard = TensorBoard(workdir / TENSORBOARD, step)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from lazyattn import sharding
 from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
+from lazyattn.quantity import quantity
 from lazyattn.training.checkpoint import Checkpoints, SaveError
 from lazyattn.training.config import TrainingConfig
 from lazyattn.training.interrupt import StopSignal
@@ -192,9 +193,9 @@ def _fetch(run: Run, number: int, metrics: Metrics) -> dict[str, Any]:
         saved = run.checkpoints.steps()
         where = f"the last checkpoint is of step {saved[0]}" if saved else "there is no checkpoint"
         raise NonFiniteError(
-            f"Stopped at step {number}: the loss or its gradient was not finite in {in_row} steps"
-            f" in a row (training.max_nonfinite_steps), and the parameters are those of step"
-            f" {number - in_row}; {where}. A lower optimizer.learning_rate or a longer"
-            " optimizer.warmup_steps usually helps."
+            f"Stopped at step {number}: the loss or its gradient was not finite in"
+            f" {quantity(in_row, 'step')} in a row (training.max_nonfinite_steps), and the"
+            f" parameters are those of step {number - in_row}; {where}. A lower"
+            " optimizer.learning_rate or a longer optimizer.warmup_steps usually helps."
         )
     return record

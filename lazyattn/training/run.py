@@ -22,9 +22,11 @@ from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
-from lazyattn.training import balance
+from lazyattn.quantity import quantity
+from lazyattn.training import balance, resume_data
 from lazyattn.training import workdir as folders
 from lazyattn.training.checkpoint import Checkpoints, Restored
+from lazyattn.training.claim import claimed
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
@@ -66,9 +68,9 @@ def train(
         training.microbatches,
         experiment.data.sequence_length,
     )
-    workdir = folders.open_workdir(path)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        workdir = stack.enter_context(claimed(path))
         checkpoints = stack.enter_context(
             Checkpoints(
                 workdir,
@@ -77,14 +79,21 @@ def train(
                 max_failed=training.max_failed_saves,
             )
         )
-        changes = _check_resumption(checkpoints, experiment)
+        found = checkpoints.newest_experiment()
+        if found is not None and found[0] > training.steps:
+            _say(
+                f"already at step {found[0]}, past training.steps = {training.steps}: nothing was"
+                " done"
+            )
+            return 0
+        changes = {} if found is None else resumption_changes(found[1], experiment)
+        if found is not None:
+            resume_data.require_same_kind(found[1], experiment)
         factory = folders.make_state_factory(experiment, mesh)
         restored = checkpoints.restore(factory.abstract)
 
-        if jax.process_index() == 0:
-            print(_where_the_data_is(experiment), flush=True)
+        _say(_where_the_data_is(experiment))
         prepared = prepare(experiment.data, cache_dir)
-        folders.check_vocabulary(prepared.tokenizer, experiment)
         share = sharding.batch_share(mesh)
         batches = train_iterator(
             prepared,
@@ -94,12 +103,14 @@ def train(
             gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
         )
         stack.callback(batches.close)
+        if restored is not None:
+            resume_data.resume(batches, restored.data, restored.experiment, experiment)
+        folders.check_vocabulary(prepared.tokenizer, experiment)
+        finished = restored is not None and int(restored.state.step) == training.steps
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
-            folders.write_experiment(workdir, experiment)
-
-        if restored is not None:
-            batches.set_state(restored.data)
+            if not finished:
+                folders.write_experiment(workdir, experiment)
         state = factory.create() if restored is None else restored.state
         evaluator = Evaluator(
             experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
@@ -125,50 +136,48 @@ def train(
                 probe = AttentionProbe(experiment.model, mesh, rows)
             return probe(params)
 
-        start = int(state.step)
-        log = stack.enter_context(
-            RunLog(
-                workdir,
-                step=start,
-                steps=training.steps,
-                log_every=training.log_every,
-                flops_per_token=flops_per_token(
-                    experiment.model, experiment.data.sequence_length
-                ).training,
+        start, length = int(state.step), experiment.data.sequence_length
+        for line in (
+            *_describe(experiment, mesh, factory.abstract.params, prepared),
+            *_where_from(restored, changes, training.steps),
+            *balance.describe(experiment.model, mesh, length, state.params),
+        ):
+            _say(line)
+        record: dict[str, Any] = {}
+        if not finished:
+            log = stack.enter_context(
+                RunLog(
+                    workdir,
+                    step=start,
+                    steps=training.steps,
+                    log_every=training.log_every,
+                    flops_per_token=flops_per_token(experiment.model, length).training,
+                )
             )
-        )
-        for line in _describe(experiment, mesh, factory.abstract.params, prepared):
-            log.line(line)
-        for line in _where_from(restored, changes):
-            log.line(line)
-        length = experiment.data.sequence_length
-        for line in balance.describe(experiment.model, mesh, length, state.params):
-            log.line(line)
-        optimizer = make_optimizer(experiment.optimizer, training.steps)
-        run = Run(
-            config=training,
-            experiment=experiment.to_dict(),
-            mesh=mesh,
-            step_fn=make_train_step(
-                make_loss_fn(experiment.model, training.z_loss),
-                optimizer,
-                make_schedule(experiment.optimizer, training.steps),
+            run = Run(
+                config=training,
+                experiment=experiment.to_dict(),
                 mesh=mesh,
-                shardings=factory.shardings,
-                microbatches=training.microbatches,
-            ),
-            batches=batches,
-            checkpoints=checkpoints,
-            log=log,
-            validate=validate,
-            stop=stop,
-            inspect=inspect,
-        )
-        stop.arm()
-        state, record = fit(run, state)
+                step_fn=make_train_step(
+                    make_loss_fn(experiment.model, training.z_loss),
+                    make_optimizer(experiment.optimizer, training.steps),
+                    make_schedule(experiment.optimizer, training.steps),
+                    mesh=mesh,
+                    shardings=factory.shardings,
+                    microbatches=training.microbatches,
+                ),
+                batches=batches,
+                checkpoints=checkpoints,
+                log=log,
+                validate=validate,
+                stop=stop,
+                inspect=inspect,
+            )
+            stop.arm()
+            state, record = fit(run, state)
         if int(state.step) < training.steps:
             assert stop.received is not None
-            log.line(
+            _say(
                 f"{stop.received.name}: stopped after step {int(state.step)}, which is saved; run"
                 " the same command to go on"
             )
@@ -177,7 +186,7 @@ def train(
         if jax.process_index() > 0:
             return 0
         print_summary(
-            log.line,
+            _say,
             path,
             experiment,
             prepared,
@@ -190,12 +199,10 @@ def train(
     return 0
 
 
-def _check_resumption(
-    checkpoints: Checkpoints, experiment: ExperimentConfig
-) -> dict[str, tuple[Any, Any]]:
-    """Returns what a resumed run does differently; {} if it starts from the beginning."""
-    found = checkpoints.newest_experiment()
-    return {} if found is None else resumption_changes(found[1], experiment)
+def _say(text: str) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _describe(
@@ -213,10 +220,10 @@ def _describe(
     counts = prepared.counts
     devices = {name: size for name, size in mesh.shape.items() if size > 1}
     return [
-        f"model    {total:,} parameters, {model.num_layers} layers of width {model.width},"
-        f" {attention.num_heads} heads, attention: {kind}",
-        f"data     {experiment.data.name}: {counts['train'].documents:,} documents,"
-        f" {counts['train'].targets:,} tokens to train on,"
+        f"model    {total:,} parameters, {quantity(model.num_layers, 'layer')} of width"
+        f" {model.width}, {quantity(attention.num_heads, 'head')}, attention: {kind}",
+        f"data     {experiment.data.name}: {quantity(counts['train'].documents, 'document')},"
+        f" {quantity(counts['train'].targets, 'token')} to train on,"
         f" {counts['validation'].targets:,} to validate on",
         *_packing(experiment, prepared),
         f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
@@ -236,18 +243,24 @@ def _packing(experiment: ExperimentConfig, prepared: TrainingData) -> list[str]:
         return []
     data = experiment.data
     return [
-        f"packing  {folder}: {report.efficiency:.1%} of {report.rows:,} rows filled by"
-        f" {data.packing}, {report.cut_off:.1%} of {report.documents:,} documents' tokens cut off"
+        f"packing  {folder}: {report.efficiency:.1%} of {quantity(report.rows, 'row')} filled by"
+        f" {data.packing}, {report.cut_off:.1%} of the tokens of"
+        f" {quantity(report.documents, 'document')} cut off"
         for (folder, _), report in zip(
             data.weighted_paths, packing_report(prepared, data), strict=True
         )
     ]
 
 
-def _where_from(restored: Restored | None, changes: dict[str, tuple[Any, Any]]) -> list[str]:
+def _where_from(
+    restored: Restored | None, changes: dict[str, tuple[Any, Any]], steps: int
+) -> list[str]:
     """Returns lines on where the run goes on."""
     if restored is None:
         return []
-    lines = [f"resuming after step {int(restored.state.step)}"]
+    step = int(restored.state.step)
+    if step == steps:
+        return [f"already at step {step}, the last (training.steps): nothing is left to train"]
+    lines = [f"resuming after step {step}"]
     lines += [f"  config.{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items()]
     return lines

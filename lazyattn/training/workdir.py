@@ -6,6 +6,7 @@ workdir/config.json     the settings of the last start
         metrics.jsonl   one JSON line a step
         tensorboard/    event files
         checkpoints/    see `lazyattn.training.checkpoint`
+        .lock           see `lazyattn.training.claim`
 """
 
 import dataclasses
@@ -25,6 +26,10 @@ from lazyattn.paths import local_path
 from lazyattn.training.checkpoint import FOLDER, Checkpoints
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.state import Params, StateFactory
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ def open_workdir(path: str | os.PathLike[str]) -> Path:
 
 def write_experiment(workdir: Path, experiment: ExperimentConfig) -> None:
     """Writes `config.json`, for people to read; checkpoints hold their own."""
-    (workdir / "config.json").write_text(json.dumps(experiment.to_dict(), indent=2) + "\n")
+    (workdir / CONFIG).write_text(json.dumps(experiment.to_dict(), indent=2) + "\n")
 
 
 def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:

@@ -68,7 +68,7 @@ def test_the_report_says_all_it_must(small):
     told = "\n".join(report.lines(small))
     for words in (
         "topology     h100:8: 8 chips, 8 devices as fsdp 8",
-        "374,261,504 parameters, 524,288 tokens, 1 microbatches, remat full",
+        "374,261,504 parameters, 524,288 tokens, 1 microbatch, remat full",
         "nothing: all below is estimated by formula",
         "parameters ",
         "optimiser ",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -144,6 +145,24 @@ def test_a_signal_to_one_process_stops_and_saves_all(shell, whole):
     assert (shell.folder / "stopped" / "checkpoints" / str(last)).is_dir()
     shell.run("stopped", 2, "--config.mesh.fsdp=2")
     assert shell.losses("stopped") == shell.losses("whole")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_training_in_the_folder_is_refused(shell, count):
+    """Several processes are one training, and all of a second one are told."""
+    first = shell.start("taken", 2, "--config.mesh.fsdp=2", "--config.training.steps=100000")
+    try:
+        shell.wait_for_step(first, "taken", 2)
+        for process in shell.start("taken", count, "--config.mesh.fsdp=2"):
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 2 and "step " not in out
+            assert "--workdir is " in err and "another training is at work there" in err
+        assert all(process.poll() is None for process in first)
+    finally:
+        for process in first:
+            process.kill()
+            process.communicate()
+        shutil.rmtree(shell.folder / "taken")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ def test_evaluating_another_model(text, trained, cache):
 
 def test_what_a_workdir_holds(trained, text):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    assert names == {
+        *("checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json", ".lock")
+    }
     saved = json.loads((trained / "config.json").read_text())
     assert from_config_dict(saved) == _experiment(text, training__steps=2)
 
@@ -177,12 +179,78 @@ def test_a_trained_model_comes_back(trained, text):
     assert jnp.any(state.params["embedding"] != 0)
 
 
+def _contents(folder):
+    """Returns what is in a folder, and when it was written; but for who had the lock."""
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
 def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, capsys):
-    lines = (trained / "metrics.jsonl").read_text()
-    assert run.train(_experiment(text, training__steps=2), trained, cache) == 0
-    assert (trained / "metrics.jsonl").read_text() == lines
+    before = _contents(trained)
+    changed = _experiment(text, training__steps=2, optimizer__learning_rate=1.0)
+    assert run.train(changed, trained, cache) == 0
+    assert _contents(trained) == before
     out = capsys.readouterr().out
-    assert "resuming after step 2" in out and "validation loss" in out
+    assert "already at step 2, the last (training.steps): nothing is left to train\n" in out
+    assert "resuming" not in out and "validation loss" in out and "go on with" in out
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_fewer_steps_than_were_done_change_nothing(trained, text, cache, capsys):
+    before = _contents(trained)
+    assert run.train(_experiment(text, training__steps=1), trained, cache) == 0
+    assert _contents(trained) == before
+    said = "already at step 2, past training.steps = 1: nothing was done\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("folder", ["new", "new/below/another", "mine"])
+def test_a_run_refused_for_its_data_leaves_nothing(text, cache, tmp_path, folder):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of the user")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("too little. " * 9)
+    Tokenizer.train([tiny.TEXT * 5, "some other words, too"], 320).save(tmp_path / "big.json")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for changes in (
+        {"data__source": str(tmp_path / "nowhere")},
+        {"data__source": str(tmp_path / "short")},
+        {"data__path": str(tmp_path / "nowhere")},
+        {"data__tokenizer": str(tmp_path / "big.json")},
+        {"data__batch_size": 4000, "training__microbatches": 1},
+    ):
+        with pytest.raises(InputError):
+            run.train(_experiment(text, **changes), tmp_path / folder, cache)
+        assert sorted(path for path in tmp_path.rglob("*")) == before, changes
+
+
+def test_data_that_can_not_be_read_at_the_first_step_leaves_nothing(
+    text, cache, tmp_path, monkeypatch
+):
+    def unreadable(*_, **__):
+        raise InputError("it can't be read.")
+
+    monkeypatch.setattr(run, "fit", unreadable)  # its files are open by then
+    with pytest.raises(InputError, match="it can't be read"):
+        run.train(_experiment(text), tmp_path / "run", cache)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_texts_are_named(trained, text, cache, tmp_path):
+    other = shutil.copytree(text, tmp_path / "text")
+    folder = shutil.copytree(trained, tmp_path / "run")
+    experiment = _experiment(other, training__steps=3)
+    saved = next((folder / "checkpoints" / "2" / "experiment").glob("metadata"))
+    saved.write_text(saved.read_text().replace(str(text), str(other)))
+    (other / "000.txt").write_text("attention may look at nothing. " * 9)
+    before = _contents(folder)
+    message = rf"^config.data.source is '{other}', but it does not hold what it held when the che"
+    with pytest.raises(InputError, match=message):
+        run.train(experiment, folder, cache)
+    assert _contents(folder) == before
 
 
 def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):

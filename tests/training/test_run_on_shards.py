@@ -1,6 +1,8 @@
 """A run on tokenised shards that lie elsewhere, vanish and come back."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -64,3 +66,62 @@ def test_a_shard_that_vanishes_stops_the_run_and_loses_nothing(tmp_path, monkeyp
     after = _losses(workdir)
     assert sorted(after) == list(range(1, STEPS + 1))
     assert {step: after[step] for step in before} == before
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Two folders of shards, and the workdir of a run of one step on the first."""
+    root = tmp_path_factory.mktemp("begun")
+    first = write_folder(root / "first", train=120)
+    other = write_folder(root / "other", train=121)
+    assert run.train(_experiment(first, training__steps=1), root / "run", root / "cache") == 0
+    return first, other, root
+
+
+@pytest.mark.parametrize("data", ["other", "none", "nowhere", "sources", "changed"])
+def test_a_resumption_with_other_data_names_data_path(begun, tmp_path, data):
+    first, other, root = begun
+    workdir = shutil.copytree(root / "run", tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    changes, message = {
+        "other": (
+            {"data__path": str(other)},
+            rf"'{other}', which is other data than data.path = '",
+        ),
+        "none": ({"data__path": None}, rf"None, but the checkpoints .* were made with '{first}'"),
+        "nowhere": ({"data__path": f"{tmp_path}/x"}, rf"'{tmp_path}/x', but that is no folder of"),
+        "sources": (
+            {"data__path": None, "data__sources": ((str(other), 1.0),)},
+            rf".*, which is other data than data.path = '{first}'",
+        ),
+        "changed": ({}, rf"'{first}', but it does not hold what it held"),
+    }[data]
+    moved = None
+    if data == "changed":
+        moved = first.rename(tmp_path / "moved")
+        shutil.copytree(other, first)
+    try:
+        experiment = _experiment(first, training__steps=3, **changes)
+        name = "data.sources" if data == "sources" else "data.path"
+        with pytest.raises(InputError, match=rf"^(config\.)?{name} is {message}") as caught:
+            run.train(experiment, workdir, root / "cache")
+        assert "\n" not in str(caught.value)
+    finally:
+        if moved is not None:
+            shutil.rmtree(first)
+            moved.rename(first)
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+
+
+def test_shards_where_text_was_name_data_path(begun, tmp_path):
+    text = tiny.write_text(tmp_path / "text")
+    config = from_config_dict(tiny.get_config(text))
+    small = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
+    assert run.train(small, tmp_path / "run", tmp_path / "cache") == 0
+    first, _, _ = begun
+    on_shards = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(first)))
+    with pytest.raises(InputError, match=rf"^config.data.path is '{first}', but .* with None; set"):
+        run.train(on_shards, tmp_path / "run", tmp_path / "cache")

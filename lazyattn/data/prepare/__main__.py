@@ -15,6 +15,7 @@ from lazyattn import command_line, flag_help, paths
 from lazyattn.data.prepare.run import Preparation, Prepared, prepare_shards
 from lazyattn.data.prepare.selection import Selection
 from lazyattn.errors import InputError
+from lazyattn.quantity import quantity
 
 # A process that only imports this keeps its own flags.
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -76,24 +77,26 @@ def _summary(prepared: Prepared) -> str:
     lines = []
     for name, split in content.splits.items():
         lines.append(
-            f"{name:<12}{split.documents:,} documents, {split.tokens:,} tokens,"
-            f" {split.bytes:,} bytes ({split.bytes / max(1, split.tokens):.3f} a token),"
-            f" {len(split.shards)} shards"
+            f"{name:<12}{quantity(split.documents, 'document')}, {quantity(split.tokens, 'token')},"
+            f" {quantity(split.bytes, 'byte')} ({split.bytes / max(1, split.tokens):.3f} a token),"
+            f" {quantity(len(split.shards), 'shard')}"
         )
     for reason, count in content.skipped.items():
-        lines.append(f"{'skipped':<12}{count:,} documents: {reason}")
+        lines.append(f"{'skipped':<12}{quantity(count, 'document')}: {reason}")
     for source in content.sources:
         if source.error is not None:
             lines.append(f"{'damaged':<12}{source.file}: {source.error}")
     if not content.splits["validation"].documents:
         lines.append("No document was held out for validation, which training needs.")
-    if prepared.seconds and prepared.bytes:
+    if prepared.finished_before:
+        lines.append("It had been prepared before; nothing was done.")
+    elif prepared.bytes:
         lines.append(
             f"{'took':<12}{prepared.seconds:.1f} s: {prepared.bytes / 1e6 / prepared.seconds:.2f}"
             f" MB/s, {prepared.tokens / prepared.seconds:,.0f} tokens/s"
         )
     else:
-        lines.append("It had been prepared before; nothing was done.")
+        lines.append("All pieces were done before; this run finished the folder.")
     lines.append(f"{'read it':<12}--config.data.path={prepared.folder}")
     return "\n".join(lines)
 

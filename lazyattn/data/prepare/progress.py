@@ -5,6 +5,7 @@ import time
 from typing import TextIO
 
 from lazyattn.data.prepare.unit import Progress
+from lazyattn.quantity import quantity
 
 _WIDTH = 24
 _SECONDS_ON_TERMINAL = 0.2
@@ -63,7 +64,8 @@ class ProgressLine:
         bar = ("#" * int(share * _WIDTH)).ljust(_WIDTH)
         return (
             f"prepare  [{bar}] {share:4.0%}  {self.done.bytes / 1e6 / seconds:.1f} MB/s"
-            f"  {self.done.tokens / seconds:,.0f} tokens/s  {self.done.documents:,} documents"
+            f"  {self.done.tokens / seconds:,.0f} tokens/s"
+            f"  {quantity(self.done.documents, 'document')}"
             f"  {_duration(left / rate) if rate else '?'} left"
         )
 

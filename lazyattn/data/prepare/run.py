@@ -27,6 +27,7 @@ from lazyattn.data.shards import token_dtype
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, require
 from lazyattn.paths import check_local, local_path
+from lazyattn.quantity import quantity
 
 TRAIN = "train"  # as a tokenizer: learn one
 
@@ -85,8 +86,9 @@ class Prepared:
     Attributes:
       folder: of the shards.
       manifest: what it says.
-      seconds: this run took for `bytes` and `tokens`; 0 if all had been done before.
-      bytes, tokens: of text tokenised in this run.
+      seconds: this run took for `bytes` and `tokens`.
+      bytes, tokens: of text tokenised in this run; 0 if all pieces were done before.
+      finished_before: the folder was finished already, and this run did nothing.
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class Prepared:
     seconds: float
     bytes: int
     tokens: int
+    finished_before: bool = False
 
 
 def prepare_shards(preparation: Preparation) -> Prepared:
@@ -129,7 +132,7 @@ def _prepare(
     if (folder / manifest.NAME).exists():
         content = workspace.require_finished(folder, identity)
         shutil.rmtree(work)  # what a kill after the manifest left
-        return Prepared(folder, content, 0.0, 0, 0)
+        return Prepared(folder, content, 0.0, 0, 0, finished_before=True)
     workspace.claim(folder, work, identity)
     for path in plan.files:
         if path.error is not None and preparation.on_fault == "fail":
@@ -143,7 +146,8 @@ def _prepare(
         finished=sum(unit.weight for unit in plan.units if unit.index in results),
     )
     if results:
-        line.line(f"prepare  goes on: {len(results)} of {len(plan.units)} pieces are done")
+        pieces = quantity(len(plan.units), "piece was", "pieces were")
+        line.line(f"prepare  goes on: {len(results):,} of {pieces} done before")
     for path in plan.files:
         if path.error is not None:
             line.line(f"skipped  {path.path}: can't be read ({path.error})")
@@ -164,11 +168,12 @@ def _prepare(
     seconds = line.seconds
     line.close()
     ordered = [results[unit.index] for unit in plan.units]
-    splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
-    if not splits["train"].documents:
+    if not any("train" in result.shards for result in ordered):
+        workspace.give_up(work)
         raise InputError(
             f"No training document is left; skipped: {assemble.total_skipped(ordered) or 'none'}."
         )
+    splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
     tokenizer.save(work / tokenizer.file_name)
     os.replace(work / tokenizer.file_name, folder / tokenizer.file_name)
     content = Manifest(
@@ -262,7 +267,7 @@ def _faults(result: UnitResult, plan: Plan) -> Iterator[str]:
     )
     more = sum(one_by_one) - len(result.examples)
     if more:
-        yield f"skipped  {unit.path}: {more:,} more documents"
+        yield f"skipped  {unit.path}: {quantity(more, 'more document')}"
 
 
 def _sources(plan: Plan, results: Sequence[UnitResult]) -> tuple[SourceFile, ...]:

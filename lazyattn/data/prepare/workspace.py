@@ -1,10 +1,9 @@
 """The folder of work in progress: whose it is, and what of it is done."""
 
-import fcntl
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from lazyattn.data.manifest import Manifest
 from lazyattn.data.prepare.inputs import Plan
 from lazyattn.data.prepare.unit import UnitResult, result_path, shard_path
 from lazyattn.errors import InputError
+from lazyattn.file_lock import LockedError
+from lazyattn.file_lock import locked as file_locked
 
 _FOLDER = ".preparation"
 _PLAN = "plan.json"
@@ -21,9 +22,11 @@ _PLAN = "plan.json"
 Identity = dict[str, Any]
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Keeps other processes out of an output folder; the lock goes with this process.
+
+    A folder that was made for it and holds nothing afterwards is removed again.
 
     Yields:
       The folder of work in progress, made if absent.
@@ -32,20 +35,24 @@ def locked(folder: Path) -> Iterator[Path]:
       InputError: if another process has it.
     """
     work = folder / _FOLDER
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(file_locked(work / "lock"))
+        except LockedError as who:
             raise InputError(
-                f"--output is {str(folder)!r}, but another process is preparing it right now; wait"
-                " for it or give another folder."
+                f"--output is {str(folder)!r}, but another process is preparing it right now"
+                f" ({who}); wait for it or give another folder."
             ) from None
         try:
             yield work
         finally:
             if not (work / _PLAN).exists():  # finished, or never begun
                 shutil.rmtree(work, ignore_errors=True)
+                for each in made:
+                    with contextlib.suppress(OSError):  # it holds something
+                        each.rmdir()
 
 
 def identity(settings: dict[str, Any], plan: Plan) -> Identity:
@@ -70,6 +77,11 @@ def claim(folder: Path, work: Path, wanted: Identity) -> None:
             f" preparation was begun; it holds {others[0]}."
         )
     manifest.write_whole(work / _PLAN, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def give_up(work: Path) -> None:
+    """Makes `locked` remove the folder of work in progress: nothing will come of it."""
+    (work / _PLAN).unlink()
 
 
 def require_finished(folder: Path, wanted: Identity) -> Manifest:

@@ -45,7 +45,13 @@ def test_what_is_printed(tmp_path, capsys):
     }
     assert _run(**settings) == 0
     out = capsys.readouterr().out
-    for part in ("train  ", "validation  ", "documents: low_score", " a token), 1 shards", "took "):
+    for part in (
+        "train  ",
+        "validation  ",
+        "documents: low_score",
+        " a token), 1 shard\n",
+        "took ",
+    ):
         assert part in out
     assert f"--config.data.path={tmp_path}/out" in out
     assert _run(**settings) == 0
@@ -55,8 +61,10 @@ def test_what_is_printed(tmp_path, capsys):
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys):
     assert _run(input=[str(tmp_path)], output="x", tokenizer="train") == 2
     assert capsys.readouterr().err.startswith(f"--input is '{tmp_path}', but it must be folders")
-    assert command.main(["prepare", "stray.parquet"]) == 2
-    assert "The argument 'stray.parquet' is not a flag" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        command._parse(["prepare", "stray.parquet"])
+    message = "The argument 'stray.parquet' is not a flag; flags look like --input=PATTERN (with "
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
 def test_it_runs_as_a_module():

@@ -1,0 +1,86 @@
+"""A run's folder while a training has it.
+
+Another training is kept out of it, and one that was refused before its first step leaves
+nothing behind. Several processes of one run are one training: the first has the lock.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from lazyattn.data.tokenizer import FILE_NAMES
+from lazyattn.distributed import tell_all
+from lazyattn.errors import InputError
+from lazyattn.file_lock import LockedError, locked
+from lazyattn.paths import local_path
+from lazyattn.training.checkpoint import FOLDER
+from lazyattn.training.workdir import CONFIG, METRICS, TENSORBOARD, open_workdir
+
+LOCK = ".lock"
+_OURS = (FOLDER, CONFIG, METRICS, TENSORBOARD, *FILE_NAMES)
+_times = itertools.count(1)
+
+
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a run's folder if need be and has it to itself; all processes of a run enter.
+
+    Yields:
+      The folder.
+
+    Raises:
+      InputError: on all processes, if it can't be written to or another training has it.
+    """
+    workdir = local_path("--workdir", path).absolute()
+    made = [each for each in (workdir, *workdir.parents) if not each.exists()]
+    before: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                open_workdir(path)
+                before = set(os.listdir(workdir))
+                stack.enter_context(locked(workdir / LOCK))
+            except InputError as error:
+                problem = str(error)
+            except LockedError as who:
+                problem = (
+                    f"--workdir is {str(path)!r}, but another training is at work there right now"
+                    f" ({who}); wait for it or give another folder."
+                )
+        problem = tell_all(f"workdir {next(_times)}", problem)[0]
+        if problem:
+            raise InputError(problem)
+        if jax.process_index() > 0:
+            open_workdir(path)
+        try:
+            yield workdir
+        except BaseException:
+            if jax.process_index() == 0 and not _begun(workdir):
+                _clear(workdir, before)
+                for folder in made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def _begun(workdir: Path) -> bool:
+    """Returns whether a step was taken there, in this training or in an earlier one."""
+    log, checkpoints = workdir / METRICS, workdir / FOLDER
+    logged = log.is_file() and log.stat().st_size > 0
+    return logged or (checkpoints.is_dir() and any(checkpoints.glob("[0-9]*")))
+
+
+def _clear(workdir: Path, before: set[str]) -> None:
+    """Removes what this training wrote, and nothing else."""
+    for name in {*_OURS, LOCK} - before:
+        with contextlib.suppress(OSError):
+            if (workdir / name).is_dir():
+                shutil.rmtree(workdir / name)
+            else:
+                (workdir / name).unlink()

@@ -48,14 +48,21 @@ def test_every_flag_is_under_its_modes():
     assert "text" in sections["Flags of --mode=inspect"]
     for mode in ("eval", "inspect", "export"):
         assert "output" in sections[f"Flags of --mode={mode}"]
-    assert "seed" not in sections["Flags of --mode=eval"]
+    assert "prompt" not in sections["Flags of --mode=eval"]
+    assert {"seed", "prompt"} <= set(sections["Flags of --mode=sample"])
+    assert sections["Flags of all modes"] == ["config", "config.KEY", "verbosity", "workdir"]
     assert sections["Flags of --mode=compile"] == ["topology"]
 
 
 def test_defaults_are_shown():
     import train
 
-    for expected in ("Seed of the draws (0).", "(16384).", "(float32).", "(orbax)."):
+    for expected in (
+        "Seed of the draws, of --retrieval in eval (0).",
+        "(16384).",
+        "(float32).",
+        "(orbax).",
+    ):
         assert expected in train._help()
     assert "None" not in train._help() and "repeat this option" not in train._help()
 

@@ -26,7 +26,9 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string(
         "stop", [], "sample: text to end before; several times for several.", **where
     )
-    flags.DEFINE_integer("seed", 0, "sample, eval --retrieval: seed of the draws.", **where)
+    flags.DEFINE_integer(
+        "seed", 0, "eval, sample: seed of the draws, of --retrieval in eval.", **where
+    )
 
 
 def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:

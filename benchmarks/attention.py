@@ -5,6 +5,8 @@
 Implementations of `lazy_attention` by their names; peers, which compute plain causal
 softmax: "cudnn" and "xla_softmax" (jax.nn.dot_product_attention), "tokamax" (its Triton
 kernel as it configures itself) and "tokamax_tuned" (the fastest of a few configurations).
+With --window=512 ours see so many keys only, and so does the peer "cudnn_window"; the other
+peers stay causal, so that `x cuDNN` says what the window saves.
 Writes a JSON file and a Markdown table; `--profile` adds each kernel's share. TFLOP/s are
 softmax attention's over our time; "of work done" counts what our kernels really compute, and
 its share of the rate of plain matrix products is of the same run.
@@ -46,6 +48,9 @@ _LEARNED = flags.DEFINE_string(
 )
 _PASSES = flags.DEFINE_list("passes", ["forward", "training"], "training: forward and backward.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Inputs.")
+_WINDOW = flags.DEFINE_integer(
+    "window", None, "Keys that a query sees, in ours and in cudnn_window.", lower_bound=1
+)
 _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _SKIP_MASS = flags.DEFINE_float("skip_mass", 1e-6, "0 visits every tile.")
 _SKIP_DEAD = flags.DEFINE_boolean("skip_dead", True, "False computes dead tiles in full.")
@@ -113,6 +118,7 @@ def _lazy(implementation: str, query: Array, key: Array, value: Array, **paramet
         key,
         value,
         **parameters,
+        window=_WINDOW.value,
         skip_mass=_SKIP_MASS.value,
         implementation=implementation,
     )
@@ -124,7 +130,7 @@ def _jobs(shape: cases.Shape) -> list[tuple[Result, Callable[..., Array]]]:
     for name in _IMPLEMENTATIONS.value:
         for which in _PASSES.value:
             if name in peers.PEERS:
-                for variant, attention in peers.PEERS[name](shape.head_dim):
+                for variant, attention in peers.PEERS[name](shape.head_dim, _WINDOW.value):
                     found.append((Result(str(shape), "", variant, which), attention))
             else:
                 for case in _CASES.value:
@@ -224,12 +230,14 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
     times = timing.rounds_of(runs, calls=_CALLS.value, rounds=_ROUNDS.value)
     query, key = sets[0][:2]
     counted = {
-        case: shares.by_definition(query, key, parameters[case], skip_mass=_SKIP_MASS.value)
+        case: shares.by_definition(
+            query, key, parameters[case], skip_mass=_SKIP_MASS.value, window=_WINDOW.value
+        )
         for case in _CASES.value
     }
     done = [result for n, (result, _) in enumerate(jobs) if str(n) in runs]
     in_full = {
-        case: float(shares.by_triton(sets[0], parameters[case], _SKIP_MASS.value))
+        case: float(shares.by_triton(sets[0], parameters[case], _SKIP_MASS.value, _WINDOW.value))
         for case in {result.case for result in done if result.implementation == "triton"}
         if "offset" in parameters[case]
     }
@@ -318,6 +326,7 @@ def _write(results: list[Result], matmul: float | None) -> None:
         "jax": jax.__version__,
         "dtype": _DTYPE.value,
         "width": _WIDTH.value,
+        "window": _WINDOW.value,
         "skip_mass": _SKIP_MASS.value,
         "skip_dead": _SKIP_DEAD.value,
         "matmul_teraflops": matmul,
@@ -327,6 +336,8 @@ def _write(results: list[Result], matmul: float | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     head = f"{device.device_kind}, {_DTYPE.value}, W = {_WIDTH.value}, jax {jax.__version__}"
+    if _WINDOW.value:
+        head += f", window {_WINDOW.value}"
     if matmul:
         head += f"; products of 8192 x 8192 bfloat16 matrices: {matmul:.0f} TFLOP/s"
     output.with_suffix(".md").write_text(f"{head}\n\n{table(results, matmul)}")
@@ -337,6 +348,8 @@ def main(argv: list[str]) -> None:
     del argv
     for name in _CASES.value:
         require(name in cases.CASES, "--cases", name, "one of " + ", ".join(cases.CASES))
+    if "cudnn_window" in _IMPLEMENTATIONS.value:
+        require(_WINDOW.value is not None, "--window", None, "given for cudnn_window")
     if "learned" in _CASES.value:
         exists = os.path.exists(_LEARNED.value)
         require(exists, "--learned", _LEARNED.value, "a file for the case `learned`")

@@ -32,6 +32,7 @@ _LENGTH = flags.DEFINE_integer("length", 4096, "Sequence length.")
 _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _GROUP = flags.DEFINE_integer("group", 1, "Query heads a key head.")
 _PACKED = flags.DEFINE_boolean("packed", False, "Several documents a row.")
+_WINDOW = flags.DEFINE_integer("window", None, "Keys that a query sees.")
 _OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax.")
 _SLOPE = flags.DEFINE_boolean("slope", True, "The bias goes on past its table.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16"], "Inputs.")
@@ -95,7 +96,8 @@ def main(argv: list[str]) -> None:
 
     def loss(args: dict[str, jax.Array]) -> jax.Array:
         ids = jnp.zeros((1, length), jnp.int32) if _PACKED.value else None
-        out = lazy_attention(**args, segment_ids=ids, implementation="mosaic_gpu")
+        settings = {"window": _WINDOW.value, "implementation": "mosaic_gpu"}
+        out = lazy_attention(**args, segment_ids=ids, **settings)
         return jnp.sum(out.astype(jnp.float32))
 
     with gpu.pretend_capability(90):

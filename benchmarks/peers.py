@@ -14,18 +14,28 @@ Attention = Callable[..., Float[Array, "batch length heads head_dim"]]
 _TUNED = "tokamax_tuned"
 
 
-def _jax_nn(implementation: str, head_dim: int) -> Iterable[tuple[str, Attention]]:
+def _jax_nn(
+    name: str, implementation: str, windowed: bool, head_dim: int, window: int | None
+) -> Iterable[tuple[str, Attention]]:
     del head_dim
+    # Keys before a query, and after it.
+    seen = (window - 1, 0) if windowed and window is not None else None
 
     def attention(query: Array, key: Array, value: Array) -> Array:
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=implementation
+            query,
+            key,
+            value,
+            is_causal=True,
+            local_window_size=seen,
+            implementation=implementation,
         )
 
-    yield "cudnn" if implementation == "cudnn" else "xla_softmax", attention
+    yield name, attention
 
 
-def _splash(head_dim: int) -> Iterable[tuple[str, Attention]]:
+def _splash(head_dim: int, window: int | None) -> Iterable[tuple[str, Attention]]:
+    del window
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )
@@ -59,8 +69,8 @@ def _import_tokamax() -> Any:
     return tokamax
 
 
-def _tokamax(head_dim: int) -> Iterable[tuple[str, Attention]]:
-    del head_dim
+def _tokamax(head_dim: int, window: int | None) -> Iterable[tuple[str, Attention]]:
+    del head_dim, window
 
     def attention(query: Array, key: Array, value: Array) -> Array:
         return _import_tokamax().dot_product_attention(
@@ -70,7 +80,8 @@ def _tokamax(head_dim: int) -> Iterable[tuple[str, Attention]]:
     yield "tokamax", attention
 
 
-def _tokamax_tuned(head_dim: int) -> Iterable[tuple[str, Attention]]:
+def _tokamax_tuned(head_dim: int, window: int | None) -> Iterable[tuple[str, Attention]]:
+    del window
     forward = [(128, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3)]
     backward = [(64, 64, 64, 64, 4, 3 if head_dim <= 64 else 2), (64, 64, 64, 64, 4, 2)]
     if head_dim > 64:
@@ -96,10 +107,11 @@ def _tokamax_tuned(head_dim: int) -> Iterable[tuple[str, Attention]]:
         yield name, functools.partial(attention, ahead, back)
 
 
-# Name -> function of the head size -> (name in the table, attention) pairs.
-PEERS: dict[str, Callable[[int], Iterable[tuple[str, Attention]]]] = {
-    "cudnn": functools.partial(_jax_nn, "cudnn"),
-    "xla_softmax": functools.partial(_jax_nn, "xla"),
+# Name -> function of the head size and the window -> (name in the table, attention) pairs.
+PEERS: dict[str, Callable[[int, int | None], Iterable[tuple[str, Attention]]]] = {
+    "cudnn": functools.partial(_jax_nn, "cudnn", "cudnn", False),
+    "cudnn_window": functools.partial(_jax_nn, "cudnn_window", "cudnn", True),
+    "xla_softmax": functools.partial(_jax_nn, "xla_softmax", "xla", False),
     "tokamax": _tokamax,
     "splash": _splash,
     _TUNED: _tokamax_tuned,

@@ -75,7 +75,7 @@ class Shares(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("skip_mass",),
+    static_argnames=("skip_mass", "window"),
     # Trying kernels for its products would take minutes on a GPU.
     compiler_options={"xla_gpu_autotune_level": 0},
 )
@@ -85,6 +85,7 @@ def by_definition(
     parameters: dict[str, Array],
     *,
     skip_mass: float,
+    window: int | None = None,
 ) -> Shares:
     """Returns what counts of the causal tiles of 128 queries x 64 keys.
 
@@ -95,9 +96,13 @@ def by_definition(
       query: queries of one document a row.
       key: keys.
       parameters: distance_bias, distance_slope, offset, of which each may be missing.
-      skip_mass: as in `lazyattn.lazy_attention`.
+      skip_mass: as in `lazyattn.lazy_attention`, like the next.
+      window: of keys that a query sees.
     """
     batch, length, heads, dim = query.shape
+    visible_keys = length if window is None else min(window, length)
+    place = jnp.arange(length, dtype=jnp.int32)
+    first_visible = jnp.maximum(place - visible_keys + 1, 0)
     table, offset = parameters.get("distance_bias"), parameters.get("offset")
     bias = jnp.zeros((heads, length))
     if table is not None:
@@ -107,7 +112,7 @@ def by_definition(
         key,
         bias,
         offset,
-        jnp.zeros((batch, length), jnp.int32),
+        jnp.broadcast_to(first_visible, (batch, length)),
         scale=dim**-0.5,
         skip_mass=skip_mass,
         tiles=TILES,
@@ -130,9 +135,11 @@ def by_definition(
             rows[b, tile, :, head], of_head.T, preferred_element_type=jnp.float32
         )
         scores += bias[head, jnp.clip(row - column, 0, length - 1)]
-        visible = (column <= row) & (row < length)
+        visible = (column <= row) & (row < length) & (row - column < visible_keys)
         softmax = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
-        threshold = 0.0 if offset is None else -offset[head] / (row + 1)
+        threshold = 0.0
+        if offset is not None:
+            threshold = -offset[head] / jnp.minimum(row + 1, visible_keys)
         live = (softmax > threshold) & visible
         tiles = live.reshape(TILES.queries, -1, TILES.keys).any((0, 2))
         return jnp.stack([tiles.sum(), (tiles & near[tile]).sum()])
@@ -145,10 +152,12 @@ def by_definition(
     return Shares(*(x / causal for x in counts))
 
 
-def by_triton(tensors: Any, parameters: dict[str, Array], skip_mass: float) -> Float[Array, ""]:
+def by_triton(
+    tensors: Any, parameters: dict[str, Array], skip_mass: float, window: int | None = None
+) -> Float[Array, ""]:
     """Returns the share of causal tiles that the Triton kernels compute in full.
 
-    They take live tiles to be one range from the diagonal on.
+    They take live tiles to be one range from the diagonal on. Arguments as above.
     """
     from pallas_kernels.triton import op
     from pallas_kernels.types import AttentionSettings, Visibility
@@ -157,13 +166,15 @@ def by_triton(tensors: Any, parameters: dict[str, Array], skip_mass: float) -> F
     batch, length, heads, dim = query.shape
     bias, slope = parameters.get("distance_bias"), parameters.get("distance_slope")
     settings = AttentionSettings(dim**-0.5, skip_mass)
-    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=False)
+    narrow = window is not None and window < length
+    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=narrow)
 
     @jax.jit
     def count(query, key, value, bias, slope, offset):
-        position = jnp.arange(1, length + 1, dtype=jnp.float32)
-        scale = jnp.broadcast_to(1 / position, (batch, length))
-        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
+        position = jnp.arange(length, dtype=jnp.int32)
+        first = jnp.maximum(position + 1 - (window or length), 0)
+        scale = 1 / (position - first + 1).astype(jnp.float32)
+        visibility = Visibility(*(jnp.broadcast_to(x, (batch, length)) for x in (first, scale)))
         kernels = op.Kernels(query, key, value, bias, slope, offset, visibility, plan)
         live = kernels.forward(kernels.visit_ranges(plan.blocks.forward), training=True)[-1]
         tiles = plan.blocks.forward

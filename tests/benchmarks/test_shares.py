@@ -29,6 +29,22 @@ def test_live_tiles_are_those_with_a_weight():
     assert round(float(share) * causal) == live
 
 
+def test_a_window_counts_what_it_sees():
+    shape = cases.Shape.parse("1x2x520x16")
+    query, key, value, _ = cases.tensors(shape, "float32", seed=0)
+    parameters = cases.parameters("dense", shape, 32)
+    _, weights = lazy_attention(
+        query, key, value, **parameters, window=100, implementation="xla", return_weights=True
+    )
+    weights = np.pad(np.asarray(weights), ((0, 0), (0, 0), (0, 120), (0, 56)))
+    live = (weights.reshape(1, 2, 5, 128, 9, 64) > 0).any((3, 5)).sum()
+    visited, share, *_ = shares.by_definition(query, key, parameters, skip_mass=0.0, window=100)
+    # Tiles of 128 x 64: a tile of queries sees 227 keys, the last one 8 and 99 more.
+    causal, seen = 2 * (2 + 4 + 6 + 8 + 9), 2 * (2 + 4 + 4 + 4 + 3)
+    assert round(float(visited) * causal) == seen
+    assert round(float(share) * causal) == live <= seen
+
+
 def test_everything_is_live_without_an_offset():
     shape = cases.Shape.parse("1x2x200x16")
     query, key, _, _ = cases.tensors(shape, "float32", seed=0)

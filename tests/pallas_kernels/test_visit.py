@@ -23,6 +23,7 @@ CASES = {
     "normal": oracle.Case("", (1, 300, 2, 2, 16), 64, "normal"),
     "no_offset": oracle.Case("", (1, 400, 2, 2, 16), 64, "steep", True, None),
     "documents": oracle.Case("", (2, 500, 2, 2, 16), 64, "steep", True, documents=(70, 9, 200, 1)),
+    "window": oracle.Case("", (1, 500, 2, 2, 16), 64, "alibi", True, settings=(("window", 150),)),
     "sharp_scores": oracle.Case("", (1, 500, 2, 2, 16), 64, "steep", True, score_scale=4.0),
     "no_bias": oracle.Case("", (1, 300, 2, 2, 16), 0, score_scale=5.0),
 }
@@ -38,6 +39,8 @@ def _ranges(args, tiles, skip_mass=SKIP_MASS):
     first = jnp.zeros((batch, length), jnp.int32)
     if "segment_ids" in args:
         first = document_starts(args["segment_ids"])
+    if "window" in args:
+        first = jnp.maximum(first, jnp.arange(length) - args["window"] + 1)
     return visit_ranges(
         args["query"],
         args["key"],
@@ -63,6 +66,7 @@ def _softmax(args):
     if "segment_ids" in args:
         ids = args["segment_ids"]
         visible = visible & (ids[:, :, None] == ids[:, None, :])
+    visible = visible & (i - j < args.get("window", length))
     scores = np.where(visible[:, None], scores, -np.inf)
     softmax = np.exp(scores - scores.max(-1, keepdims=True))
     return softmax / softmax.sum(-1, keepdims=True)
@@ -78,7 +82,7 @@ def _visited(ranges, tiles, length):
 
 
 def _adversarial(kind, args):
-    args = {k: v.copy() for k, v in args.items()}
+    args = {k: np.copy(v) for k, v in args.items()}
     length = args["query"].shape[1]
     if kind == "large_far_key":
         args["key"][:, 3] *= 60
@@ -140,6 +144,14 @@ def test_no_skip_mass_visits_all_but_other_documents():
     for tile in range(first.shape[-1]):
         true = starts[:, tile * 64 : (tile + 1) * 64].min(axis=1) // 64
         np.testing.assert_array_equal(first[:, :, tile], np.tile(true[:, None], (1, 2)))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_a_window_leaves_out_whole_tiles_that_nobody_sees(tiles):
+    args = oracle.inputs(CASES["window"])
+    first = np.asarray(_ranges(args, tiles, skip_mass=0.0).first)
+    for tile in range(first.shape[-1]):
+        assert np.all(first[:, :, tile] == max(0, tile * tiles.queries - 149) // tiles.keys)
 
 
 def test_positive_offsets_visit_everything():

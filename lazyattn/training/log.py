@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lazyattn.training.metrics import JsonLines, Progress, TensorBoard, duration
+from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard, duration
 from lazyattn.training.workdir import METRICS, TENSORBOARD
 
 
@@ -41,6 +41,7 @@ class RunLog:
         self._steps = steps
         self._opened = self._last = time.perf_counter()
         self._first_step: int | None = None
+        self._loss = MeanLoss()
         if not self.enabled:
             return
         self._progress = Progress(
@@ -53,6 +54,7 @@ class RunLog:
         )
         self._lines = JsonLines(workdir / METRICS, step)
         self._tensorboard = TensorBoard(workdir / TENSORBOARD, step)
+        self._tokens = self._lines.tokens
 
     def __enter__(self) -> "RunLog":
         return self
@@ -87,6 +89,9 @@ class RunLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Logs a step.
 
+        The loss on the terminal and in TensorBoard is the mean over the tokens since the
+        last line; `metrics.jsonl` has each step's own.
+
         Args:
           record: the step and its metrics, with "validation_..." where there was a
             validation and "attention_..." where attention was measured.
@@ -94,17 +99,26 @@ class RunLog:
         if not self.enabled:
             return
         now = time.perf_counter()
-        record = {**record, "seconds": max(now - self._last, 0.0)}
+        if self._tokens is not None:
+            self._tokens += record["tokens"]
+        record = {
+            **record,
+            "seconds": max(now - self._last, 0.0),
+            "wall_time": round(time.time(), 3),
+            "tokens_total": self._tokens,
+        }
         self._last = now
+        self._loss.add(record["loss"], record["tokens"])
         step = record["step"]
         if step != self._first_step:
             self._progress.count(record["tokens"])
         scalars: dict[str, Any] = {}
         if step % self._log_every == 0 or step == self._steps:
-            rates = self._progress.report(step, record)
+            since_last_line = record | {"loss": self._loss.take()}
+            rates = self._progress.report(step, since_last_line)
             record |= rates
             names = ("loss", "learning_rate", "gradient_norm", "nonfinite_total", *rates)
-            scalars |= {f"training/{name}": record[name] for name in names}
+            scalars |= {f"training/{name}": (since_last_line | rates)[name] for name in names}
         for group in ("validation", "attention"):
             values = {
                 name.removeprefix(f"{group}_"): value

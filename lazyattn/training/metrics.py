@@ -66,6 +66,10 @@ class JsonLines:
     Opened again at a step, it is first cut back to that step, so that a run which
     was killed and resumed has every step once. Numbers that JSON lacks (NaN,
     infinities) are written as null.
+
+    Attributes:
+      tokens: trained on up to the step the file was opened at, or None where lines of
+        it are missing.
     """
 
     def __init__(self, path: Path, step: int):
@@ -75,7 +79,7 @@ class JsonLines:
           path: the file.
           step: lines of later steps, and a last line cut short, are dropped.
         """
-        _cut_back(path, step)
+        self.tokens = _cut_back(path, step)
         self._file = AppendedFile(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -93,11 +97,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Keeps the whole lines of steps up to `step`, in one atomic replacement."""
+def _cut_back(path: Path, step: int) -> int | None:
+    """Keeps the whole lines of steps up to `step`, in one atomic replacement.
+
+    Returns:
+      Tokens of those steps; None where lines are missing.
+    """
+    last, kept = 0, []
+    tokens: int | None = 0
     if not path.exists():
-        return
-    kept = []
+        return 0 if step == 0 else None
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -107,9 +116,37 @@ def _cut_back(path: Path, step: int) -> None:
                 keep = False
             if keep:
                 kept.append(line)
+                # Lines of an older version have no total.
+                before = tokens if record["step"] == last + 1 else None
+                if "tokens_total" in record:
+                    tokens = record["tokens_total"]
+                else:
+                    tokens = None if before is None else before + record.get("tokens", 0)
+                last = record["step"]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+    return tokens if last == step else None
+
+
+class MeanLoss:
+    """The mean loss of some steps, each weighing what its tokens weigh."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._tokens = 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Adds a step; one whose loss isn't finite was skipped, and is left out."""
+        if math.isfinite(loss):
+            self._sum += loss * tokens
+            self._tokens += tokens
+
+    def take(self) -> float:
+        """Returns the mean since the last call; NaN if there was nothing."""
+        mean = self._sum / self._tokens if self._tokens else math.nan
+        self._sum, self._tokens = 0.0, 0
+        return mean
 
 
 class Progress:
@@ -160,7 +197,7 @@ class Progress:
 
         Args:
           step: steps taken.
-          record: the metrics of that step.
+          record: the metrics of that step, but for "loss", which is the mean of the steps.
 
         Returns:
           tokens_per_second, and mfu where the device's peak is known; empty if there

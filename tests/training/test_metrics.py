@@ -1,9 +1,19 @@
 import io
 import json
+import math
+import time
 
 import pytest
 
-from lazyattn.training.metrics import PEAK_FLOPS, JsonLines, Progress, duration, utilisation
+from lazyattn.training.log import RunLog
+from lazyattn.training.metrics import (
+    PEAK_FLOPS,
+    JsonLines,
+    MeanLoss,
+    Progress,
+    duration,
+    utilisation,
+)
 
 RECORD = {"loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "nonfinite_total": 0}
 
@@ -68,6 +78,56 @@ def test_nothing_to_time_yet():
     out = io.StringIO()
     assert _progress(out).report(1, RECORD) == {}
     assert "loss 2.5000" in out.getvalue() and "tokens/s" not in out.getvalue()
+
+
+def test_the_mean_loss_weighs_tokens_and_leaves_out_skipped_steps():
+    mean = MeanLoss()
+    for loss, tokens in ((2.0, 30), (4.0, 10), (float("nan"), 40), (float("inf"), 40)):
+        mean.add(loss, tokens)
+    assert mean.take() == 2.5
+    mean.add(7.0, 1)
+    assert mean.take() == 7.0  # of what came since
+    assert math.isnan(mean.take())
+
+
+def test_the_terminal_has_the_mean_since_the_last_line(tmp_path, capsys):
+    losses = [8.0, 6.0, 4.0, 3.0, 2.0, 1.0]
+    with RunLog(tmp_path, step=0, steps=6, log_every=3, flops_per_token=1.0) as log:
+        for step, loss in enumerate(losses, 1):
+            log.write({"step": step, **RECORD, "loss": loss, "tokens": 10})
+            if step == 1:
+                log.started(1)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("  ")[1] for line in printed] == ["loss 6.0000", "loss 2.0000"]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in records] == losses
+    assert [record["tokens_total"] for record in records] == [10, 20, 30, 40, 50, 60]
+
+
+def test_the_time_of_day_and_the_tokens_so_far_go_on_after_a_resumption(tmp_path):
+    def run(*steps):
+        settings = {"steps": 9, "log_every": 3, "flops_per_token": 1.0}
+        with RunLog(tmp_path, step=steps[0] - 1, **settings) as log:
+            for step in steps:
+                log.write({"step": step, **RECORD, "tokens": step})
+
+    path, begin = tmp_path / "metrics.jsonl", time.time()
+    run(1, 2, 3, 4)
+    run(3, 4, 5)  # step 4 was killed before it was saved
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["tokens_total"] for record in records] == [1, 3, 6, 10, 15]
+    times = [record["wall_time"] for record in records]
+    assert times == sorted(times) and begin - 0.01 <= times[0] and times[-1] <= time.time() + 0.01
+    # Lines of an older version.
+    for record in records:
+        del record["tokens_total"], record["wall_time"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run(6)
+    assert json.loads(path.read_text().splitlines()[-1])["tokens_total"] == 21
+    # Lines that are lost.
+    path.write_text("")
+    run(7)
+    assert json.loads(path.read_text())["tokens_total"] is None
 
 
 def test_lines_are_there_at_once(tmp_path):

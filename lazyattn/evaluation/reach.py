@@ -13,7 +13,7 @@ from lazyattn.evaluation import retrieval
 from lazyattn.evaluation.by_position import by_position, document_rows, position_edges
 from lazyattn.evaluation.documents import Corpus
 from lazyattn.evaluation.estimates import Estimate, estimate
-from lazyattn.evaluation.retrieval import Encoder, PassKeys, Score
+from lazyattn.evaluation.retrieval import Copied, Encoder, PassKeys, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reach:
 
     corpus: str
     context: int
-    copy: dict[int | None, Estimate]
+    copy: dict[int | None, Copied]
     pass_keys: dict[int, PassKeys]
     position: dict[tuple[int, int], Estimate]
     whole: Estimate
@@ -172,22 +172,26 @@ def as_table(results: Sequence[Reach], plan: Plan, trained: int) -> str:
         return f"{context}{' *' if context > trained else ''}"
 
     lines = [
-        "| text | context | distance | copy, nats a token | pass keys right | key, nats a token |",
-        "|---|---|---|---|---|---|",
+        "| text | context | distance | copy, nats a token | saved by copying | pass keys right"
+        " | key, nats a token |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in results:
         both = {distance for distance in found.copy if distance is not None} | set(found.pass_keys)
         for distance in sorted(both):
-            keys = found.pass_keys.get(distance)
+            copied, keys = found.copy.get(distance), found.pass_keys.get(distance)
             shown = (
                 str(distance),
-                _with_error(found.copy.get(distance)),
+                _with_error(copied),
+                _with_error(None if copied is None else copied.saved),
                 _with_error(None if keys is None else keys.right),
                 _with_error(None if keys is None else keys.nats),
             )
             lines.append(f"| {found.corpus} | {length(found.context)} | {' | '.join(shown)} |")
         nowhere = _with_error(found.copy.get(None))
-        lines.append(f"| {found.corpus} | {length(found.context)} | nowhere | {nowhere} | - | - |")
+        lines.append(
+            f"| {found.corpus} | {length(found.context)} | nowhere | {nowhere} | - | - | - |"
+        )
     parts = ["\n".join(lines)]
     lines = [
         "| text | context | position in the row | nats a token | rows | tokens |",
@@ -227,7 +231,12 @@ def as_data(results: Sequence[Reach], plan: Plan, trained: int) -> dict[str, Any
                 "corpus": found.corpus,
                 "context": found.context,
                 "copy": [
-                    {"distance": distance, **_plain(one)} for distance, one in found.copy.items()
+                    {
+                        "distance": distance,
+                        **_plain(one),
+                        "saved": None if one.saved is None else _plain(one.saved),
+                    }
+                    for distance, one in found.copy.items()
                 ],
                 "pass_keys": [
                     {"distance": distance, "right": _plain(one.right), "nats": _plain(one.nats)}
@@ -248,4 +257,5 @@ def _plain(found: Estimate) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in dataclasses.asdict(found).items()
+        if name != "saved"
     }

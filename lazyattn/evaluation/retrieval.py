@@ -21,7 +21,7 @@ from lazyattn.evaluation.estimates import Estimate, estimate
 # What is measured where nobody asks for something else.
 DISTANCES = (96, 512, 1024, 2048, 3800)
 SPAN = 64
-ROWS = 128
+ROWS = 64
 DIGITS = 5
 
 # Negative log-likelihood in nats, and whether the token is the likeliest one, of every token
@@ -58,6 +58,19 @@ class Rows(NamedTuple):
 
     tokens: Int32[np.ndarray, "rows tokens"]
     mask: Bool[np.ndarray, "rows targets"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied(Estimate):
+    """What a copied token costs, nats.
+
+    Attributes:
+      saved: how much less that is than in the same rows with nothing to copy from. Rows differ
+        less in this than in what they cost, so that its standard error is the one to go by.
+        None: not measured.
+    """
+
+    saved: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,20 +296,31 @@ def measure_copy(
     rows: int,
     seed: int,
     bos: int | None = None,
-) -> dict[int | None, Estimate]:
+) -> dict[int | None, Copied]:
     """Returns what a repeated token costs at each distance, nats.
 
     Args:
       score: the model; rows have length + 1 tokens.
-      distances: as `copy_rows` takes; None among them: without anything to copy from.
+      distances: as `copy_rows` takes. With None among them, which is nothing to copy from,
+        what the others save is measured too.
       stream, length, span, rows, seed, bos: as in `copy_rows`, which says what is raised.
     """
-    found: dict[int | None, Estimate] = {}
+    nats: dict[int | None, np.ndarray] = {}
     for distance in distances:
         made = copy_rows(stream, length, distance, span=span, rows=rows, seed=seed, bos=bos)
         nll, _ = score(made.tokens)
-        found[distance] = estimate(nll, made.mask)
-    return found
+        nats[distance] = np.asarray(nll)[made.mask].reshape(rows, span - 1)
+    every = np.ones((rows, span - 1), bool)
+    # The same seed has planted the same passages, so that rows can be compared.
+    saved: dict[int | None, Estimate] = {
+        distance: estimate(nats[None] - cost, every)
+        for distance, cost in nats.items()
+        if distance is not None and None in nats
+    }
+    return {
+        distance: Copied(**vars(estimate(cost, every)), saved=saved.get(distance))
+        for distance, cost in nats.items()
+    }
 
 
 def measure_passkey(

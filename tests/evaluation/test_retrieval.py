@@ -95,6 +95,23 @@ def test_a_model_that_copies_from_one_distance_gets_that_one_alone():
     assert [found[distance].mean for distance in (32, 96, 128, None)] == [3, 0, 3, 3]
     assert found[96].stderr == 0 and found[96].rows == ROWS
     assert found[96].count == ROWS * (SPAN - 1)
+    assert (found[96].saved.mean, found[96].saved.stderr) == (3, 0)
+    assert found[32].saved.mean == 0 and found[None].saved is None
+
+
+def test_what_copying_saves_is_compared_row_by_row():
+    """Rows of text that costs more or less, of which copying saves a tenth of a nat always."""
+
+    def score(tokens):
+        hit = np.zeros((len(tokens), tokens.shape[1] - 1), bool)
+        hit[:, 95:] = tokens[:, 96:] == tokens[:, :-96]
+        return (tokens[:, 1:] / 1000 - 0.1 * hit).astype(np.float32), hit
+
+    found = measure_copy(score, STREAM, LENGTH, (96, None), span=SPAN, rows=ROWS, seed=0)[96]
+    assert found.saved.mean == pytest.approx(0.1, rel=1e-4)
+    assert found.saved.stderr < 1e-5 < 0.1 < found.stderr
+    alone = measure_copy(score, STREAM, LENGTH, (96,), span=SPAN, rows=ROWS, seed=0)[96]
+    assert alone.saved is None and alone.mean == found.mean
 
 
 @pytest.fixture(scope="module")

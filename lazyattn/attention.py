@@ -248,9 +248,12 @@ def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
     def parameter(x: Array | None) -> Array | None:
         return None if x is None else x.astype(dtype)
 
-    value = call.value
+    value, out_dtype = call.value, None
     if call.renormalize:
-        # A column of ones makes the sum of each row's weights an output like others.
+        # A column of ones makes the sum of each row's weights an output like others. Weights
+        # may be small: float16 has no small numbers, and half precision few digits.
+        out_dtype = str(dtype)
+        value = value.astype(dtype) if value.dtype == jnp.float16 else value
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
     outs = [
         chunked.placed_attention(
@@ -261,7 +264,7 @@ def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
             parameter(call.distance_slope),
             parameter(call.offset),
             visibility,
-            AttentionSettings(call.scale, call.skip_mass),
+            AttentionSettings(call.scale, call.skip_mass, out_dtype),
             start=start,
         )
         for query, visibility, start in placement.chunks(call)
@@ -269,7 +272,7 @@ def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
     if call.renormalize:
         total = out[..., -1:]
-        out = out[..., :-1] / jnp.where(total > 0, total, 1)
+        out = (out[..., :-1] / jnp.where(total > 0, total, 1)).astype(call.query.dtype)
     return out
 
 

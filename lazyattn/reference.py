@@ -3,6 +3,8 @@
 Memory is quadratic in length. Source: arXiv 2601.00919 and docs/lazy_attention.md.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -65,14 +67,39 @@ def lazy_attention(
             total = weights.sum(axis=-1, keepdims=True)
             weights = weights / jnp.where(total > 0, total, 1)
 
-    out = jnp.einsum(
+    return weighted_sum(weights, value).astype(query.dtype), weights
+
+
+@jax.custom_jvp
+def weighted_sum(
+    weights: Float[Array, "batch heads length key_length"],
+    value: Float[Array, "batch key_length heads value_dim"],
+) -> Float[Array, "batch length heads value_dim"]:
+    """Returns sum_j a_ij v_j in the weights' dtype; the product rounds weights to the values'.
+
+    Gradients of weights are not rounded: where values have a large mean, what counts is a
+    small difference of theirs.
+    """
+    return _sum(weights.astype(value.dtype), value, weights.dtype)
+
+
+@weighted_sum.defjvp
+def _weighted_sum_jvp(primals, tangents):
+    weights, value = primals
+    d_weights, d_value = tangents
+    tangent = _sum(d_weights, value.astype(weights.dtype), weights.dtype)
+    tangent += _sum(weights.astype(value.dtype), d_value, weights.dtype)
+    return weighted_sum(weights, value), tangent
+
+
+def _sum(weights: Array, value: Array, dtype: Any) -> Array:
+    return jnp.einsum(
         "bhqk,bkhd->bqhd",
-        weights.astype(value.dtype),
+        weights,
         value,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
-    return out.astype(query.dtype), weights
 
 
 def bias_of(

@@ -38,16 +38,21 @@ class AttentionSettings:
     Attributes:
       scale: factor of the scores, 1 / sqrt(head_dim) as a rule.
       skip_mass: softmax mass a row may lose to negligible tiles; 0 skips none.
+      out_dtype: of the output; None: that of the queries. "xla_chunked" only.
     """
 
     scale: float
     skip_mass: float
+    out_dtype: str | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
     """What the forward pass leaves for the backward pass, linear in length.
+
+    All floats are float32 (float64 for float64 inputs): sums of half-precision values may
+    overflow in their own dtype, and delta takes every rounding of them to all keys alike.
 
     Attributes:
       out: [batch, length, heads, value_dim].

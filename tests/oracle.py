@@ -309,9 +309,9 @@ def check_half_precision(
 ) -> None:
     """Holds errors in half precision to `factor` times those of "xla" in the same dtype.
 
-    And to a part of the dtype's unit more: a fused backward pass takes delta from outputs,
-    which come of rounded weights, where "xla" sums it from unrounded ones. That shows in
-    small cases, and in sums that nearly cancel.
+    And of a part of the dtype's unit more: a fused backward pass takes delta from outputs,
+    which come of rounded weights, and rounds weights' gradients for products, where "xla" does
+    neither. That shows in small cases, and in sums that nearly cancel.
     """
     ours = half_precision_errors(case, dtype, implementation, seed)
     plain = half_precision_errors(case, dtype, "xla", seed)
@@ -319,6 +319,6 @@ def check_half_precision(
     worse = {
         name: (ours[name], plain[name])
         for name in ours
-        if not ours[name] <= factor * plain[name] + unit * (1.5 if name in SUMMED else 0.3)
+        if not ours[name] <= factor * (plain[name] + unit * (1.5 if name in SUMMED else 0.4))
     }
     assert not worse, worse

@@ -160,6 +160,55 @@ def test_half_precision_is_near_float64(implementation, dtype):
     assert lazy_attention(**args, implementation=implementation).dtype == dtype
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("divisor", ["visible", 1.0])
+def test_sums_of_values_do_not_overflow_float16(divisor, implementation):
+    check_large_values(implementation, divisor)
+
+
+def check_large_values(implementation, divisor, length=1800, head_dim=16):
+    """Sums of values are above 65,504, the most that float16 holds; nothing else is."""
+    case = oracle.Case("large", shape=(1, length, 1, 1, head_dim), width=0)
+    args = oracle.inputs(case)
+    args["value"] += 72000 / length
+    args["offset"] = np.array([-0.5 if divisor == "visible" else -0.5 / length], np.float32)
+    args["offset_divisor"] = divisor
+    for name in ("query", "key", "value"):
+        args[name] = np.asarray(jnp.asarray(args[name], jnp.float16))
+    d_out = np.full(args["query"].shape, 1 / length)
+    with jax.enable_x64(True):
+        exact = {
+            name: np.asarray(x, np.float64) if name in oracle.GRADIENTS else x
+            for name, x in args.items()
+        }
+        true = oracle.out_and_gradients(exact, "xla", d_out)
+    found = oracle.out_and_gradients(args, implementation, d_out)
+    errors = {name: oracle.relative_error(found[name], true[name]) for name in true}
+    # dQ and dK are small differences of large numbers.
+    bounds = dict.fromkeys(true, 5e-4) | dict.fromkeys(("query", "key"), 0.02)
+    assert all(error <= bounds[name] for name, error in errors.items()), errors
+
+
+@pytest.mark.parametrize("dtype, bound", [("float16", 6e-4), ("bfloat16", 8e-3)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_renormalized_weights_in_half_precision(implementation, dtype, bound):
+    """Weights are small here: most of them are no normal numbers of float16."""
+    case = oracle.Case("small", shape=(1, 1500, 1, 1, 16), width=0, score_scale=0.5)
+    args = oracle.inputs(case) | {"renormalize": True}
+    for name in ("query", "key", "value"):
+        args[name] = np.asarray(jnp.asarray(args[name], dtype))
+    d_out = np.random.default_rng(1).standard_normal(args["query"].shape)
+    with jax.enable_x64(True):
+        exact = {
+            name: np.asarray(x, np.float64) if name in oracle.GRADIENTS else x
+            for name, x in args.items()
+        }
+        true = oracle.out_and_gradients(exact, "xla", d_out)
+    found = oracle.out_and_gradients(args, implementation, d_out)
+    errors = {name: oracle.relative_error(found[name], true[name]) for name in true}
+    assert all(error <= bound for error in errors.values()), errors
+
+
 def test_threshold_is_not_rounded_to_the_input_dtype():
     """At length 2,000 tau / n is far below bfloat16's spacing at p: it must still count."""
     args = oracle.inputs(oracle.Case("fine", shape=(1, 2000, 1, 1, 8), width=0, score_scale=0.0))

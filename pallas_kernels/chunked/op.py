@@ -37,11 +37,11 @@ def attention(
       query: rotated queries, float32, bfloat16, float16 or float64.
       key: rotated keys of the same dtype; `kv_heads` divides `heads`. How many more
         than queries must be a multiple of `tile_size(length)`.
-      value: values of the same dtype.
+      value: values of the same dtype or, if they are float16, also float32.
       bias: b(x) of every distance 0 <= x < key_length, from `bias.expand`; None: 0.
       offset: tau of each head; None: ordinary softmax.
       visibility: what each query sees, `first` an index into `key`.
-      settings: scale and skip_mass.
+      settings: scale, skip_mass and the output's dtype.
 
     Source: docs/lazy_attention.md, sections "Definition" and "Gradients".
     """
@@ -112,10 +112,11 @@ def _forward(query, key, value, bias, offset, visibility, settings, *, want_valu
     out, log_sum_exp, value_sum, live = jax.lax.map(
         lambda index: run(heads.head(index)), jnp.arange(heads.num_heads)
     )
-    out = _from_tiles(out, length).astype(query.dtype)
+    out = _from_tiles(out, length)
     if value_sum is not None:
-        value_sum = _from_tiles(value_sum, length).astype(query.dtype)
-    return out, Residuals(out, log_sum_exp, value_sum, span, live)
+        value_sum = _from_tiles(value_sum, length)
+    residuals = Residuals(out, log_sum_exp, value_sum, span, live)
+    return out.astype(settings.out_dtype or query.dtype), residuals
 
 
 def _visit_ranges(query, key, bias, offset, first, settings) -> VisitRanges:

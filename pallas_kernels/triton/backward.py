@@ -138,14 +138,19 @@ def lazy_backward_query(
         # half precision's rounding of out would make several times the others'.
         pulled += load_queries(rounding_ptr + at_query, row0, static).to(tl.float32)
     delta = tl.sum(d_out.to(tl.float32) * pulled, 1)
+    document = tl.full((static.queries,), 0, tl.int32)
+    if static.packed:
+        document = load_row(document_ptr + at_batch, row0, 0, static)
     threshold = tl.full((static.queries,), 0, tl.float32)
     if static.has_offset:
+        scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
         value_mean = load_queries(value_mean_ptr + at_query, row0, static).to(tl.float32)
         pull = tl.sum(d_out.to(tl.float32) * value_mean, 1)
+        pull *= scale * (rows - document + 1).to(tl.float32)
         tl.store(d_offset_ptr + at_tile, tl.sum(pull, 0))
         offset = tl.load(offset_ptr + head)
         delta -= offset * pull
-        threshold = thresholds(offset, load_row(offset_scale_ptr + at_batch, row0, 0.0, static))
+        threshold = thresholds(offset, scale)
         tl.store(threshold_ptr + at_row + rows, threshold, mask=inside)
     tl.store(delta_ptr + at_row + rows, delta, mask=inside)
 
@@ -153,9 +158,6 @@ def lazy_backward_query(
     if static.has_slope:
         slope = tl.load(slope_ptr + head)
     bias = (table_ptr + head * static.pitch + static.lead, slope)
-    document = tl.full((static.queries,), 0, tl.int32)
-    if static.packed:
-        document = load_row(document_ptr + at_batch, row0, 0, static)
     query = load_queries(query_ptr + at_query, row0, static)
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
     # Rows past the end have no softmax weight.

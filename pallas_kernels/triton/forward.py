@@ -255,11 +255,14 @@ def lazy_forward(
             start, stop, sums, inputs, log_total, threshold, row0, static, True, near
         )
         if static.training:
-            value_mean = value_sum * scale[:, None]
+            # Not the sum, which float16 may be too small for.
+            visible = (rows - document + 1).to(tl.float32)
+            value_mean = value_sum / visible[:, None]
             store_queries(value_mean_ptr + at_query, row0, value_mean, static)
             if static.keep_rounding:
                 rounding = value_mean - value_mean.to(query.dtype).to(tl.float32)
-                rounding = (out - out.to(query.dtype).to(tl.float32)) - offset * rounding
+                rounding = rounding * (offset * scale * visible)[:, None]
+                rounding = (out - out.to(query.dtype).to(tl.float32)) - rounding
                 store_queries(rounding_ptr + at_query, row0, rounding, static)
             tl.store(live_ptr + at_tile, live)
     else:
@@ -296,8 +299,9 @@ def forward(
       *rest: the other inputs of `lazy_forward`, in its order.
 
     Returns:
-      out [batch, length, heads, head_dim]; the mean of the values of live entries over
-      all visible ones, and what out - offset * mean lost to rounding, the same shape; the
+      out [batch, length, heads, head_dim]; the sum of the values of live entries over the
+      number of all visible ones, and what rounding takes from delta's sum of both, the same
+      shape; the
       log2-sum-exp2 of each row [batch, heads, length]; the first live key tile of each
       query tile [batch, heads, query_tiles]. Dummies for what is not wanted.
     """

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests import oracle, test_attention
 from tests.pallas_kernels import kernel_suite as suite
 
 BLOCKS = interpreter.blocks(64, 64, (64, 32))
@@ -18,6 +18,12 @@ NAMED = {case.name: case for case in suite.CASES}
 def test_half_precision(name, dtype):
     with interpreter.interpreted(BLOCKS):
         suite.check_half_precision(NAMED[name], dtype)
+
+
+@pytest.mark.parametrize("divisor", ["visible", 1.0])
+def test_sums_of_values_do_not_overflow_float16(divisor):
+    with interpreter.interpreted(BLOCKS):
+        test_attention.check_large_values("triton", divisor, length=200)
 
 
 @pytest.mark.parametrize("case", suite.HEAD_SIZES, ids=str)

@@ -12,6 +12,7 @@ from lazyattn.errors import InputError
 
 # An `error` that begins so would come again: such a run is not repeated.
 FOR_GOOD = "non-finite"
+_AHEAD = "ahead"
 
 
 class Ledger:
@@ -54,30 +55,26 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def claim(self, identity: str) -> bool:
-        """Takes a run for this process, unless another that still lives has it."""
+    def claim(self, identity: str, *, ahead: bool = False, steal: bool = False) -> bool:
+        """Takes a run for this process, unless another that still lives has it.
+
+        Args:
+          identity: of the run.
+          ahead: it is only prepared for; another process that has nothing else may take it.
+          steal: take it from one that only prepares for it.
+        """
         if self._claims is None:
             return True
-        path = self._claims / short_name(identity)
-        with path.open("a+") as file:
+        with (self._claims / short_name(identity)).open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            owner = file.read().strip()
-            if owner and int(owner) != os.getpid() and _lives(int(owner)):
+            owner, _, kind = file.read().partition(" ")
+            taken = bool(owner) and int(owner) != os.getpid() and _lives(int(owner))
+            if taken and not (steal and kind == _AHEAD):
                 return False
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {_AHEAD if ahead else ''}")
         return True
-
-    def free(self, identity: str) -> bool:
-        """Returns whether `claim` would succeed."""
-        if self._claims is None:
-            return True
-        try:
-            owner = (self._claims / short_name(identity)).read_text().strip()
-        except FileNotFoundError:
-            return True
-        return not owner or int(owner) == os.getpid() or not _lives(int(owner))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

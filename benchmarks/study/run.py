@@ -98,31 +98,34 @@ def run(options: Options) -> int:
     ledger.finished()
     set_cache(options.cache)
     study = Study(options, ledger, experiments)
-    say(f"{len(specs)} runs, {study.device}, {study.tokens.train.size:,} tokens of text")
-    written = 0
+    before = len(ledger.finished() & set(experiments))
+    text = f"{study.tokens.train.size:,} tokens of text"
+    say(f"{len(specs)} runs, {before} of them finished before; {study.device}, {text}")
+    written, tried = 0, set[str]()
     try:
-        for number, spec in enumerate(specs):
-            if spec.identity in ledger.finished():
-                say(f"{spec.label}: finished before")
-                continue
-            if study.too_late(spec):
-                say(f"{spec.label}: not begun, the deadline is too near")
-                continue
-            if not ledger.claim(spec.identity):
-                say(f"{spec.label}: another process has it")
-                continue
-            rest = specs[number + 1 :]
-            written += study.make(spec, functools.partial(_next, rest, ledger))
-            if study.stopped:
-                break
+        # In the second round also what another process has only prepared for.
+        for steal in (False, True):
+            for number, spec in enumerate(specs):
+                known = spec.identity in tried or spec.identity in ledger.finished()
+                if study.stopped or known:
+                    continue
+                if study.too_late(spec):
+                    say(f"{spec.label}: not begun, the deadline is too near")
+                    continue
+                if ledger.claim(spec.identity, steal=steal):
+                    tried.add(spec.identity)
+                    rest = specs[number + 1 :]
+                    written += study.make(spec, functools.partial(_next, rest, ledger))
     finally:
         study.close()
+    say(f"{written} lines written, {len(ledger.finished())} in {options.output}")
     return written
 
 
 def _next(specs: Sequence[Spec], ledger: Ledger) -> Spec | None:
     done = ledger.finished()
-    return next((s for s in specs if s.identity not in done and ledger.free(s.identity)), None)
+    free = (s for s in specs if s.identity not in done)
+    return next((s for s in free if ledger.claim(s.identity, ahead=True)), None)
 
 
 def set_cache(folder: Path | None) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 class Visibility:
     """What each query may see, and the divisor of its threshold.
 
-    Query i sees keys `first[i] <= j <= i`: causal, within its document.
+    Query i sees keys `first[i] <= j <= i`: causal, within its document and its window.
 
     Attributes:
       first: [batch, length], index of the first key each query sees.

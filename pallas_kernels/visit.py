@@ -12,7 +12,7 @@ moves no row's mass by more. Tiles before the first document of a row are never
 visited, whatever `skip_mass`.
 
 Where tau > 0 every visible key has weight of at least tau / n however little mass it
-has, so such a head visits all that its documents allow.
+has, so such a head visits all that its documents and its window allow.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def visit_ranges(
       key: rotated keys.
       bias: b(x) of every distance 0 <= x < length, any shape of curve; None: 0.
       offset: tau of each head; None: ordinary softmax.
-      first_visible: first key each query sees, in its document.
+      first_visible: first key each query sees, in its document and its window.
       scale: factor of the scores.
       skip_mass: bound on the softmax mass a row may lose in all; 0: visit all that
         documents and causality allow.

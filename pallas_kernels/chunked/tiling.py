@@ -125,7 +125,7 @@ class Diagonal:
         return jax.lax.dynamic_update_slice_in_dim(total, near, start, axis=0)
 
     def visible(self, first: Int[Array, "tiles batch size"]) -> Bool[Array, "rows batch size size"]:
-        """Returns which keys each query sees: causal, in its document."""
+        """Returns which keys each query sees: causal, from `first` on."""
         within = jnp.arange(self.size)
         key_tile = jnp.arange(self.first_row, self.tiles) + self.ahead - self.offset
         key = key_tile[:, None] * self.size + within

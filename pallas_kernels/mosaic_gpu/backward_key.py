@@ -58,8 +58,8 @@ def backward_key(
       rows: what `Rows` says of each query.
       last: last unit of queries that visits each unit of keys.
       live: last one for which it may be live.
-      masked: first one of which some query doesn't see all of the unit, for its document begins
-        later; not read unless `plan.packed`.
+      masked: first one of which some query doesn't see all of the unit, for its document or
+        window begins later; not read unless `plan.packed`.
       numbers: of the pieces, see `order` and `schedule.Order.numbers`.
 
     Returns:

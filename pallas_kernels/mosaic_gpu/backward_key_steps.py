@@ -50,7 +50,7 @@ class Keys:
         begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
         first_masked = None
         if plan.packed:
-            # Documents begin later and later.
+            # Documents and windows begin later and later.
             first_masked = ref["masked"][b, unit] - self.unit0
         self.sums = None
         if kernel.want_bias:

@@ -2,9 +2,9 @@
 
 There the bias is one number, or with a slope affine in the distance. So nothing of it is loaded
 from SMEM, where loads queue behind products, and what only concerns the table, or only its
-tail, is decided when the loop is compiled. Tiles in which documents begin, or whose head has a
-tau above 0, come last and have a loop of their own: a branch for them would keep the compiler
-from putting products beside exponentials.
+tail, is decided when the loop is compiled. Tiles in which documents or windows begin, or whose
+head has a tau above 0, come last and have a loop of their own: a branch for them would keep the
+compiler from putting products beside exponentials.
 """
 
 from typing import Any

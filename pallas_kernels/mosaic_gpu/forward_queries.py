@@ -47,7 +47,7 @@ class Queries(forward_scores.Scores):
             self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
         if plan.packed:
             self.document = self.load_rows("document")
-            # Documents begin later and later: the last query's masks the most.
+            # Documents and windows begin later and later: the last query's masks the most.
             last = lax.min(self.query0 + ROWS, jnp.int32(ref["document"].shape[1])) - 1
             self.document_last = ref["document"][b, last]
         block.queries.wait(block.n)

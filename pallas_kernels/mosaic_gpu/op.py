@@ -331,7 +331,7 @@ class Kernels:
 
         masked = ranges.last
         if self.plan.packed:
-            # Documents begin later and later, so units are masked from some one on.
+            # Documents and windows begin later and later: units are masked from some one on.
             starts = self.document[:, None, UNIT - 1 :: UNIT]
             keys = UNIT * jnp.arange(self.units)
             masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)

@@ -70,7 +70,7 @@ class Plan:
       scale: factor of the scores.
       skip_mass: softmax mass a row may lose to negligible tiles.
       skip_dead: leave dead tiles out of what they don't contribute to.
-      packed: rows hold several documents.
+      packed: some query does not see the first key of its row: documents, or a window.
       width: length of the bias table, at most the sequence's; 0: no bias.
       has_slope: the bias goes on past its table.
       has_offset: Elastic-Softmax rather than softmax.

@@ -129,7 +129,7 @@ def find(piece: Any, unit: Any) -> RowFacts:
     document = document_last = None
     if plan.packed:
         document = row(ref["document"].at[b])
-        # Documents begin later and later: the last query's masks the most.
+        # Documents and windows begin later and later: the last query's masks the most.
         document_last = ref["document"][b, unit * UNIT + UNIT - 1]
     if plan.has_offset:
         offset_scale = row(ref["offset_scale"].at[b])

@@ -27,7 +27,7 @@ class Plan:
       scale: factor of the scores.
       skip_mass: softmax mass a row may lose to negligible tiles.
       skip_dead: leave dead tiles out of what they don't contribute to.
-      packed: rows hold several documents.
+      packed: some query does not see the first key of its row: documents, or a window.
       has_bias, has_offset: whether the call has them.
       heads: of the queries.
       group: query heads a key head.

@@ -31,7 +31,7 @@ class Static:
       lead: of them before b(0).
       has_slope: the bias goes on past its table.
       has_offset: Elastic-Softmax rather than softmax.
-      packed: rows hold several documents.
+      packed: some query does not see the first key of its row: documents, or a window.
       skip_dead: leave dead tiles out of what they don't contribute to.
       training: the forward pass leaves residuals.
       keep_rounding: among them what rounding took from the outputs.

@@ -40,6 +40,10 @@ class AttentionConfig:
       global_share: share of the heads that are global: they have no slope (b = delta
         alone, 0 past W) and no window.
       global_rope: rotate the queries and keys of global heads too.
+      slope_shards: devices among which slopes are dealt out head by head, so that each has
+        equal work even with one or two key/value heads; a divisor of them. 1: heads of a
+        key/value head have neighboring slopes, for the smallest cache
+        (`lazyattn.model.heads`). Where global heads lie hangs on it too.
       window: local heads see their last `window` keys only; None: all heads see all.
       output_gate: multiply each head's output by sigmoid(x W_g), elementwise, before the
         output projection (arXiv 2505.06708).
@@ -63,6 +67,7 @@ class AttentionConfig:
     bias_tail: bool = True
     global_share: float = 0.0
     global_rope: bool = True
+    slope_shards: int = 1
     window: int | None = None
     output_gate: bool = False
     offset_init: float = -0.5
@@ -132,6 +137,12 @@ class AttentionConfig:
         )
         require(
             self.window is None or self.window >= 1, where + "window", self.window, "at least 1"
+        )
+        require(
+            self.slope_shards >= 1 and self.kv_heads % self.slope_shards == 0,
+            where + "slope_shards",
+            self.slope_shards,
+            f"a divisor of the {self.kv_heads} key/value heads",
         )
         group = self.num_heads // self.kv_heads
         if self.by_group and self.num_global_heads % group:

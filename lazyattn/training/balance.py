@@ -15,6 +15,7 @@ from lazyattn.model.heads import head_windows
 from lazyattn.sharding.balance import Imbalance, imbalance, visited_tiles
 
 _TILE = 128
+_EVEN = 0.05
 _LAYERS = 8  # as many as are looked at, evenly spread
 
 
@@ -89,13 +90,23 @@ def describe(
     found = measure(config, mesh, length, _by_layer(config, mesh, params))
     said = []
     if heads > 1:
-        said.append(f"the busiest share of the heads {found.heads:+.1%}")
+        said.append(
+            f"the busiest share of the heads {found.heads:+.1%}" + _remedy(config, heads, found)
+        )
     if parts > 1:
         said.append(
             f"the busiest share of the length {found.sequence:+.1%}"
             f" (contiguous ones: {found.contiguous:+.1%})"
         )
     return ["balance  attention tiles over the mean: " + ", ".join(said)]
+
+
+def _remedy(config: ModelConfig, heads: int, found: Imbalance) -> str:
+    """Returns what would help a new run, if anything."""
+    att = config.attention
+    if found.heads <= _EVEN or not att.has_bias or att.slope_shards % heads == 0:
+        return ""
+    return f" (in a new run less with config.model.attention.slope_shards={heads})"
 
 
 def _by_layer(

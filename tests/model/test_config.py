@@ -66,6 +66,11 @@ def test_derived_sizes():
             "global_share is 0.125, .* a share of the 4 key/value heads while .*global_rope is Fal"
             ".* 2 global heads are no whole number of groups of 4",
         ),
+        ({"slope_shards": 0}, "model.attention.slope_shards is 0, .* divisor of the 16 key/value"),
+        (
+            {"slope_shards": 8, "num_kv_heads": 4},
+            "model.attention.slope_shards is 8, .* a divisor of the 4 key/value heads",
+        ),
         ({"window": 0}, "model.attention.window is 0, .* at least 1"),
         (
             {"bias_init": "zeros", "bias_kind": "table"},

@@ -47,7 +47,7 @@ def test_heads_that_skip_nothing():
     positive = np.array([True, False, False, True])
     some = visited_tiles(bias, positive, score_bound=8.0, skip_mass=1e-6, tile=128)
     np.testing.assert_array_equal(some[[0, 3]], causal[[0, 3]])
-    assert (some[1] < causal[1]).any()
+    assert (some[1:3] < causal[1:3]).any()
 
 
 def test_heads_with_a_window_visit_no_more_than_it():
@@ -81,10 +81,11 @@ def test_an_early_and_a_late_chunk_are_even_where_all_is_visited():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (32, 8), (64, 8)])
 @pytest.mark.parametrize("length", [4096, 16384])
 def test_dealt_slopes_and_chunks_are_about_even(heads, kv_heads, length):
-    visited = _visited(_alibi(heads, kv_heads, length))
-    for shares in (2, 4, 8, 16):
+    for shares in (2, 4, 8):
         if heads // shares < 4:
             continue
+        slopes = alibi_slopes(heads, kv_heads, shares)
+        visited = _visited(-slopes[:, None] * np.arange(length))
         found = imbalance(visited, head_shards=shares, sequence_shards=shares)
         unsorted = imbalance(
             _visited(np.sort(_alibi(heads, kv_heads, length), axis=0)),

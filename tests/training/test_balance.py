@@ -6,6 +6,7 @@ import pytest
 
 from lazyattn import sharding
 from lazyattn.model.parameters import unstack_blocks
+from lazyattn.sharding.balance import Imbalance
 from lazyattn.training import balance
 from tests.model.tiny import make_config, make_params
 
@@ -53,3 +54,13 @@ def test_what_heads_learned_is_read_by_layer(variant, scan):
     assert all(len(array) == config.num_layers for array in heads.values())
     found = balance.measure(config, _abstract(tensor=2, sequence=2), 32, heads)
     assert found.heads >= 0 and found.sequence >= 0
+
+
+def test_uneven_heads_are_said_with_what_would_help(config):
+    heads = dataclasses.replace(config.attention, num_kv_heads=2)
+    few = dataclasses.replace(config, attention=heads)
+    found = Imbalance(heads=0.6, sequence=0.0, contiguous=0.0)
+    assert "slope_shards=2" in balance._remedy(few, 2, found)
+    even = dataclasses.replace(few, attention=dataclasses.replace(heads, slope_shards=2))
+    assert balance._remedy(even, 2, found) == ""
+    assert balance._remedy(few, 2, dataclasses.replace(found, heads=0.04)) == ""

@@ -11,6 +11,7 @@ import time
 _START = time.monotonic()  # before what takes seconds to import
 
 # ruff: noqa: E402
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,4 +61,7 @@ def _command(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    sys.stdout.flush()
+    # A program that is still being compiled for a run that won't come is not waited for.
+    os._exit(status)

@@ -97,17 +97,18 @@ def worth_of_tokens(
 ) -> tuple[float | None, tuple[str, ...]]:
     """Returns the nats gained for each factor of e in tokens, and the variants it is from.
 
-    Between runs of `few` and `many` tokens of one variant and learning rate, mean over both's
-    seeds and then over such pairs.
+    Between runs of `few` and `many` tokens of one variant and its learning rates, mean over
+    both's seeds and then over such pairs.
     """
-    by_kind: dict[tuple[str, float], dict[int, list[float]]] = {}
+    by_kind: dict[tuple[str, float, str], dict[int, list[float]]] = {}
     for line in good(lines, everything=False):
-        if int(line["tokens"]) in (few, many) and not line.get("log_slope_factor"):
-            kind = str(line["variant"]), float(line["learning_rate"])
+        if int(line["tokens"]) in (few, many):
+            factor = line.get("settings", {}).get("optimizer", {}).get("log_slope_factor")
+            kind = str(line["variant"]), float(line["learning_rate"]), str(factor)
             own = by_kind.setdefault(kind, {})
             own.setdefault(int(line["tokens"]), []).append(float(line["val"]))
     gains: dict[str, list[float]] = {}
-    for (variant, _), own in by_kind.items():
+    for (variant, *_), own in by_kind.items():
         if few in own and many in own and few != many:
             fall = sum(own[few]) / len(own[few]) - sum(own[many]) / len(own[many])
             gains.setdefault(variant, []).append(fall / math.log(many / few))

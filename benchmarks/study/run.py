@@ -110,6 +110,7 @@ def run(options: Options) -> int:
                 if study.stopped or known:
                     continue
                 if study.too_late(spec):
+                    tried.add(spec.identity)
                     say(f"{spec.label}: not begun, the deadline is too near")
                     continue
                 if ledger.claim(spec.identity, steal=steal):

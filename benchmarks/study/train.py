@@ -79,7 +79,7 @@ def train(
       looks: count tiles on the way.
       stop: asked at the points of the curve, of the step and the seconds a step; where it
         says so, training ends with a checkpoint.
-      every: steps between checkpoints.
+      every: steps between checkpoints, which are made at points of the curve.
       said: told how it goes.
 
     Raises:
@@ -128,12 +128,13 @@ def _steps(
     losses: list[Any] = []
     waiting: tuple[int, list[Any], Any] | None = None
     counts: list[tuple[int, Any]] = []
-    late = False
+    late, saved = False, begun
+    each: float | None = None  # seconds of a step, lately
     seen = (begun, 0.0)  # step and seconds of the last point that is over
 
-    def finish(point: tuple[int, list[Any], Any]) -> float:
-        """Waits for a point's steps; returns the seconds a step since the one before."""
-        nonlocal seen
+    def finish(point: tuple[int, list[Any], Any]) -> None:
+        """Waits for a point's steps."""
+        nonlocal seen, each
         step, own, metrics = point
         fetched, skipped = jax.device_get((own, metrics["nonfinite_in_row"]))
         seconds = time.perf_counter() - start
@@ -142,7 +143,8 @@ def _steps(
         history.curve.append([step * tokens, before + seconds, float(np.mean(fetched))])
         if int(skipped) >= experiment.training.max_nonfinite_steps:
             raise NonFiniteError(f"non-finite: {int(skipped)} steps in a row at step {step}")
-        return each
+        loss = history.curve[-1][2]
+        said(f"step {step} of {steps}, loss {loss:.4f}, {1e3 * each:.1f} ms")
 
     def settle() -> None:
         nonlocal waiting
@@ -165,22 +167,18 @@ def _steps(
         state, metrics = step_fn(state, batch)
         losses.append(metrics["loss"])
         done = step + 1
-        stopped = False
-        if done in points or done == steps:
-            # The point before is waited for, so that the device always has the next steps.
-            if waiting is not None:
-                each = finish(waiting)
-                loss = history.curve[-1][2]
-                said(f"step {seen[0]} of {steps}, loss {loss:.4f}, {1e3 * each:.1f} ms")
-                stopped = done < steps and stop(done, each)
-            waiting, losses = (done, losses, metrics), []
-        due = checkpoints is not None and done % every == 0 and done < steps
-        if stopped or due:
-            if losses:  # the curve has a point here too, so that nothing of it is lost
-                if waiting is not None:
-                    finish(waiting)
-                waiting, losses = (done, losses, metrics), []
+        if done not in points:
+            continue
+        # The point before is waited for, so that the device always has the next steps.
+        if waiting is not None:
+            finish(waiting)
+        waiting, losses = (done, losses, metrics), []
+        if done == steps:
+            break
+        stopped = each is not None and stop(done, each)
+        if stopped or (checkpoints is not None and done - saved >= every):
             settle()
+            saved = done
             if checkpoints is not None:
                 checkpoints.save(done, state, dataclasses.asdict(history), experiment.to_dict())
             if stopped:

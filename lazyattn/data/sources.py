@@ -7,19 +7,22 @@ from pathlib import Path
 
 from lazyattn.data import manifest
 from lazyattn.data.corpus import Document, stdlib_documents
+from lazyattn.data.text_files import BYTE_ORDER_MARK, read_bytes, read_text
 from lazyattn.errors import InputError, bad_value
 
 # Another kind of text is another branch of `documents` and `identity`.
 STDLIB = "stdlib"
+_NAME = "data.source"  # the setting
 _ALLOWED = f"'{STDLIB}' or an existing folder of .txt files (UTF-8, one document each)"
 
 
-def documents(source: str) -> Iterator[Document]:
+def documents(source: str, name: str = _NAME) -> Iterator[Document]:
     """Yields the documents of a source, always in the same order.
 
     Args:
       source: `DataConfig.source`: "stdlib", or a folder whose `.txt` files, at any
         depth, are one document each; files of nothing but white space are skipped.
+      name: the setting or flag that names it, for errors.
 
     Raises:
       InputError: if the source is unknown, missing, empty, unreadable or not UTF-8.
@@ -27,21 +30,15 @@ def documents(source: str) -> Iterator[Document]:
     if source == STDLIB:
         yield from stdlib_documents()
         return
-    folder = _folder(source)
+    folder = _folder(source, name)
     found = False
-    for path in _text_files(folder):
-        try:
-            text = _read(path).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"data.source: {path} is not valid UTF-8 at byte {error.start}; convert it or"
-                " remove it."
-            ) from error
+    for path in _text_files(folder, name):
+        text = read_text(path, f"A file of {name}")
         if text.strip():
             found = True
             yield Document(path.relative_to(folder).as_posix(), text)
     if not found:
-        raise InputError(f"data.source is {source!r}, but its .txt files hold no text.")
+        raise InputError(f"{name} is {source!r}, but its .txt files hold no text.")
 
 
 def identity(source: str) -> dict[str, str]:
@@ -55,36 +52,30 @@ def identity(source: str) -> dict[str, str]:
     """
     if source == STDLIB:
         return {"kind": STDLIB, "python": sys.version}
-    folder = _folder(source)
+    folder = _folder(source, _NAME)
     digest = hashlib.sha256()
-    for path in _text_files(folder):
-        content = _read(path)
+    for path in _text_files(folder, _NAME):
+        content = read_bytes(path, f"A file of {_NAME}")
+        content = content.removeprefix(BYTE_ORDER_MARK.encode())  # as it is read
         name = path.relative_to(folder).as_posix()
         digest.update(f"{len(name.encode())} {name} {len(content)} ".encode())
         digest.update(content)
     return {"kind": "text", "sha256": digest.hexdigest()}
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str, name: str) -> Path:
     folder = Path(source).expanduser()
     if not source or not folder.is_dir():
-        raise bad_value("data.source", source, _ALLOWED)
+        raise bad_value(name, source, _ALLOWED)
     if (folder / manifest.NAME).is_file():
         raise InputError(
-            f"data.source is {source!r}, a folder of tokenised shards; give it as data.path."
+            f"{name} is {source!r}, a folder of tokenised shards; give it as data.path."
         )
     return folder
 
 
-def _text_files(folder: Path) -> list[Path]:
+def _text_files(folder: Path, name: str) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
     if not paths:
-        raise InputError(f"data.source is {str(folder)!r}, but that folder holds no .txt file.")
+        raise InputError(f"{name} is {str(folder)!r}, but that folder holds no .txt file.")
     return paths
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"data.source: {path} cannot be read ({error.strerror}).") from error

@@ -1,11 +1,9 @@
 """What perplexity is measured on: documents of a file, a folder or a run's own data."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,6 +12,7 @@ from lazyattn.data import manifest, sources
 from lazyattn.data.config import DataConfig
 from lazyattn.data.corpus import is_validation
 from lazyattn.data.shards import Shards
+from lazyattn.data.text_files import json_lines, read_text
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
 
@@ -64,21 +63,22 @@ def read_texts(path: str) -> list[Text]:
         bytes are counted as they stood; so does lm-evaluation-harness.
 
     Raises:
-      InputError: if there is no such file, it has another form, or holds no text.
+      InputError: if there is no such file, it has another form, is no UTF-8 or other
+        Unicode, or holds no text.
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        return [_plain(document.text) for document in sources.documents(str(file))]
+        return [_plain(document.text) for document in sources.documents(str(file), "--text")]
     if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
         raise bad_value(
             "--text", path, "a .txt or .jsonl file, or a folder of .txt files or shards"
         )
     if file.suffix == ".txt":
-        texts = [_plain(_read(file, "--text"))]
+        texts = [_plain(read_text(file, "--text"))]
     else:
         texts = [
-            _page(item["page"]) if "page" in item else _plain(item["text"])
-            for item in json_lines(file, "--text", ("page", "text"))
+            _page(text) if field == "page" else _plain(text)
+            for field, text in json_lines(file, "--text", ("page", "text"))
         ]
     texts = [text for text in texts if text.text.strip()]
     if not texts:
@@ -144,42 +144,24 @@ def read_prepared(
 
 
 def tokenize(name: str, texts: Sequence[Text], tokenizer: Tokenizer) -> Corpus:
-    """Returns the documents as a model reads them."""
-    ids = tokenizer.encode_batch([text.text for text in texts])
-    documents = [np.asarray([tokenizer.bos_id, *one], np.int32) for one in ids]
-    return Corpus(
-        name, documents, sum(text.words for text in texts), sum(text.bytes for text in texts)
-    )
+    """Returns the documents as a model reads them.
 
-
-def json_lines(path: Path, flag: str, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yields the objects of a JSON-lines file that have a string in one of `fields`.
+    One of which the tokenizer leaves nothing, such as a lone zero-width space that it
+    takes away, is left out as blank ones are.
 
     Raises:
-      InputError: naming the first line that has not.
+      InputError: if no document is left.
     """
-    for number, line in enumerate(_read(path, flag).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError:
-            item = None
-        if not isinstance(item, dict) or not any(isinstance(item.get(f), str) for f in fields):
-            raise InputError(
-                f"{flag} is {str(path)!r}, whose line {number} is no JSON object with a string"
-                f" {' or '.join(fields)!s}."
-            )
-        yield item
-
-
-def _read(path: Path, flag: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{flag} is {str(path)!r}, which is not UTF-8 at byte {error.start}."
-        ) from error
+    ids = tokenizer.encode_batch([text.text for text in texts])
+    kept = [(text, one) for text, one in zip(texts, ids, strict=True) if one]
+    if not kept:
+        raise InputError(f"The text {name!r} has no document of which the tokenizer keeps a token.")
+    return Corpus(
+        name,
+        [np.asarray([tokenizer.bos_id, *one], np.int32) for _, one in kept],
+        sum(text.words for text, _ in kept),
+        sum(text.bytes for text, _ in kept),
+    )
 
 
 def _plain(text: str) -> Text:

@@ -64,7 +64,9 @@ class TestErrors:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-        with pytest.raises(InputError, match=r"a\.txt cannot be read \(Permission denied\)"):
+        with pytest.raises(
+            InputError, match=r"a\.txt', which cannot be read \(Permission denied\)"
+        ):
             read(str(tmp_path))
 
 
@@ -76,5 +78,5 @@ def test_files_of_white_space(tmp_path):
 
 def test_invalid_utf8_names_file_and_place(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
-    with pytest.raises(InputError, match=r"a\.txt is not valid UTF-8 at byte 2"):
+    with pytest.raises(InputError, match=r"a\.txt', which is not UTF-8 at byte 2"):
         list(sources.documents(str(tmp_path)))

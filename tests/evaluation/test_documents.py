@@ -6,11 +6,11 @@ import pytest
 from lazyattn.data import manifest
 from lazyattn.data.config import DataConfig
 from lazyattn.data.shards import shard_name, token_dtype, write_shard
+from lazyattn.data.text_files import json_lines
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.evaluation.documents import (
     is_prepared,
-    json_lines,
     read_prepared,
     read_texts,
     tokenize,

@@ -1,7 +1,6 @@
 """Documents of one range of one file, whatever its format, in bounded memory."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lazyattn.data.prepare.selection import INVALID_JSON, INVALID_UNICODE, Selection
+from lazyattn.data.text_files import BLANK, parse_line
 
 _BATCH_ROWS = 64  # of a Parquet file decoded at once
 _BUFFER = 1 << 20  # bytes
@@ -204,10 +204,9 @@ def _lines(unit: Unit, selection: Selection, file: Any, raw: Any) -> Iterator[Ro
         if not size:
             return
         at = raw.tell() if compressed else place + size - unit.start
-        if line.strip():
-            yield _parsed(line if size == len(line) else b"", place, selection)._replace(
-                done=min(1.0, at / max(1, unit.stop - unit.start))
-            )
+        row = _parsed(line if size == len(line) else None, place, selection)
+        if row is not None:
+            yield row._replace(done=min(1.0, at / max(1, unit.stop - unit.start)))
         place += size
 
 
@@ -225,13 +224,22 @@ def _line(file: Any) -> tuple[bytes, int]:
     return line, size
 
 
-def _parsed(line: bytes, place: int, selection: Selection) -> Row:
+def _parsed(line: bytes | None, place: int, selection: Selection) -> Row | None:
+    """Returns what a line holds; None: nothing.
+
+    Args:
+      line: the line; None: it is too long to be read.
+      place: where it begins.
+      selection: what is read.
+    """
     try:
-        content = json.loads(line.decode())
+        content = None if line is None else parse_line(line)
     except UnicodeDecodeError:
         return Row(place, None, None, None, INVALID_UNICODE, 0.0)
     except (ValueError, RecursionError):
         return Row(place, None, None, None, INVALID_JSON, 0.0)
+    if content is BLANK:
+        return None
     if not isinstance(content, dict):
         return Row(place, None, None, None, INVALID_JSON, 0.0)
     text, id, score = (None if field is None else content.get(field) for field in selection.fields)

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ import pytest
 from lazyattn.data.prepare import readers
 from lazyattn.data.prepare.readers import DamagedFileError, Unit, read_unit
 from lazyattn.data.prepare.selection import Selection
+from tests.data.prepare import corpora
 from tests.data.prepare.corpora import jsonl, make_documents, write_jsonl, write_parquet
 
 SELECTION = Selection(min_int_score=1)
@@ -53,6 +55,18 @@ def test_ranges_of_bytes_at_every_place(tmp_path):
         assert parts[0] + parts[1] == expected
     places = [row.place for row in read_unit(_unit(path, "jsonl", 0, size), SELECTION)]
     assert all(path.read_bytes()[place : place + 1] == b"{" for place in places)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz"])
+def test_lines_as_other_systems_write_them(tmp_path, kind, monkeypatch):
+    """A byte-order mark, "\\r\\n", and separators of lines that end none in JSON."""
+    texts = ["one\u2028two\u2029three\u0085four", "b"]
+    items = (json.dumps({"text": t, "id": t}, ensure_ascii=False).encode() for t in texts)
+    lines = b"\xef\xbb\xbf" + b"\r\n\r\n".join(items) + b"\r\n \r\n\xef\xbb\xbf"
+    monkeypatch.setattr(corpora, "jsonl", lambda _: lines)
+    path = write_jsonl(tmp_path / f"a.{kind}", [])
+    rows = list(read_unit(_unit(path, kind, 0, path.stat().st_size), Selection()))
+    assert [(row.text, row.fault) for row in rows] == [(text, None) for text in texts]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz"])

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +40,16 @@ class Codec(Protocol):
         """Returns the ids of each text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens left out."""
+        """Returns the text of ids, special tokens left out, and ids that no token has."""
+
+    def normalized(self, text: str) -> str:
+        """Returns the text that is cut into tokens, its spaces written as spaces."""
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """Returns how many of the last ids may read differently once others follow.
+
+        Not counted is that an unfinished character reads as U+FFFD.
+        """
 
     def sizes(self) -> Int32[np.ndarray, " vocab"]:
         """Returns the bytes of UTF-8 each id stands for, 0 for special tokens."""
@@ -86,6 +95,18 @@ class TokenizerJson:
         """As `Codec`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def normalized(self, text: str) -> str:
+        """As `Codec`."""
+        normalizer = self._tokenizer.normalizer
+        return (text if normalizer is None else normalizer.normalize_str(text)).replace(_SPACE, " ")
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """As `Codec`; a run of single bytes that is no UTF-8 as a whole is lost whole."""
+        run = 0
+        while run < len(ids) and ids[len(ids) - 1 - run] not in self._ends_a_run:
+            run += 1
+        return run
+
     def sizes(self) -> Int32[np.ndarray, " vocab"]:
         """As `Codec`."""
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -100,7 +121,20 @@ class TokenizerJson:
 
     @functools.cached_property
     def _byte_level(self) -> bool:
-        return _contains(json.loads(self.content)["decoder"], "ByteLevel")
+        return self._decodes_by("ByteLevel")
+
+    @functools.cached_property
+    def _ends_a_run(self) -> Container[int]:
+        """Ids after which the text before them is settled."""
+        if not self._decodes_by("ByteFallback"):
+            return range(self.vocab_size)
+        # Special tokens, and ids that no token has, leave no trace between two bytes.
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = set(self.special.values())
+        return {i for token, i in vocabulary.items() if not _is_single_byte(token)} - special
+
+    def _decodes_by(self, kind: str) -> bool:
+        return _contains(json.loads(self.content).get("decoder"), kind)
 
 
 class SentencePiece:
@@ -149,7 +183,17 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Codec`."""
-        return self._model.decode(list(ids))
+        # A model may have room for more ids than there are; the library refuses those.
+        return self._model.decode([index for index in ids if index < self.vocab_size])
+
+    def normalized(self, text: str) -> str:
+        """As `Codec`."""
+        return self._model.normalize(text).replace(_SPACE, " ")
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """As `Codec`; what this library has decoded once stays."""
+        del ids
+        return 0
 
     def sizes(self) -> Int32[np.ndarray, " vocab"]:
         """As `Codec`."""
@@ -180,9 +224,11 @@ def read_codec(content: bytes) -> Codec:
 
 def _piece_size(piece: str) -> int:
     """Returns the bytes that a piece of SentencePiece's kind stands for."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return 1
-    return len(piece.replace(_SPACE, " ").encode())
+    return 1 if _is_single_byte(piece) else len(piece.replace(_SPACE, " ").encode())
+
+
+def _is_single_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _contains(part: Any, kind: str) -> bool:

@@ -11,6 +11,8 @@ from absl import logging
 from jaxtyping import Int32
 
 from lazyattn.data.codecs import Codec, SentencePiece, TokenizerJson, read_codec
+from lazyattn.data.coverage import coverage
+from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError, require
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
@@ -26,6 +28,10 @@ _PADDINGS = (PAD, "<pad>", "<|padding|>", "<|finetune_right_pad_id|>", "[PAD]")
 
 # What a tokenizer that adds a space or normalises gives back changed.
 _PROBE = "Don't  panic:\n\ttab, e\u0301 \u00e9 \ufb01 \u4f60\u597d \U0001f600\r\n <|eos|> end "
+
+# Fingerprints of the tokenizers that this process has warned of: a run reads its own
+# several times.
+_warned: set[str] = set()
 
 
 class Tokenizer:
@@ -45,6 +51,7 @@ class Tokenizer:
         "tokenizer.model".
       changes_text: whether it normalises, so that `decode` gives another text back and
         `bytes_per_token` counts the bytes of that one.
+      change: an example: a text, and what comes back; None: there is none.
     """
 
     def __init__(self, codec: Codec):
@@ -67,14 +74,17 @@ class Tokenizer:
         beginning, padding = _first(_BEGINNINGS, codec.special), _first(_PADDINGS, codec.special)
         self.bos_id = end if beginning is None else beginning
         self.pad_id = end if padding is None else padding
-        ids = self.encode(_PROBE)
-        if codec.unknown_id is not None and codec.unknown_id in ids:
+        tried = coverage(codec)
+        if tried.lost:
             raise InputError(
-                "The tokenizer can't represent every text; it must be byte-level or have tokens"
-                " for single bytes (byte_fallback), so that nothing is lost."
+                f"The tokenizer can't represent every text: it loses {tried.losses()}; it must be"
+                " byte-level and know all 256 bytes, or have tokens for single bytes"
+                " (byte_fallback)."
             )
-        size = int(self.bytes_per_token[ids].sum())
-        self.changes_text = self.decode(ids) != _PROBE or size - len(_PROBE.encode()) not in (0, 1)
+        ids = self.encode(_PROBE)
+        found, size = self.decode(ids), int(self.bytes_per_token[ids].sum())
+        self.change = tried.changed or (None if found == _PROBE else (_PROBE, found))
+        self.changes_text = self.change is not None or size - len(_PROBE.encode()) not in (0, 1)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -124,11 +134,16 @@ class Tokenizer:
                 f"{str(path)!r} is neither a tokenizer.json nor a SentencePiece model ({error})."
             ) from error
         tokenizer = cls(codec)
-        if tokenizer.changes_text:
+        if tokenizer.changes_text and tokenizer.fingerprint not in _warned:
+            _warned.add(tokenizer.fingerprint)
+            example = "its tokens don't add up to the text"
+            if tokenizer.change is not None:
+                example = "{!a} comes back as {!a}".format(*tokenizer.change)
             logging.warning(
-                "The tokenizer %s changes text (it normalises, or adds a space): bits per byte"
-                " count the bytes of what it gives back.",
+                "The tokenizer %s changes text (%s): bits per byte count the bytes of what it"
+                " gives back.",
                 path,
+                example,
             )
         return tokenizer
 
@@ -137,20 +152,38 @@ class Tokenizer:
         Path(path).write_bytes(self._codec.content)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without special tokens."""
+        """Returns the ids of a text, without special tokens.
+
+        Raises:
+          InputError: if it is not valid Unicode.
+        """
+        check_unicode(text, "A text to tokenize")
         return self._codec.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, encoded in parallel where the library can."""
+        """Returns the ids of each text, encoded in parallel where the library can.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        for text in texts:
+            check_unicode(text, "A text to tokenize")
         return self._codec.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens left out.
+        """Returns the text of ids, special tokens left out, and ids that no token has.
 
         Bytes that are no valid UTF-8, as where a sequence ends within a character,
         become U+FFFD.
         """
         return self._codec.decode([int(i) for i in ids])
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """Returns how many of the last ids may read differently once others follow.
+
+        Not counted is that an unfinished character reads as U+FFFD.
+        """
+        return self._codec.unsettled(ids)
 
     @functools.cached_property
     def bytes_per_token(self) -> Int32[np.ndarray, " vocab"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context, trained_cache_length
@@ -40,14 +41,18 @@ def sample(
       experiment: settings to use; None: the checkpoint's own.
 
     Raises:
-      InputError: if there is no checkpoint or tokenizer, or the text would not fit a
-        cache whose length the model fixes, or go past its bias table.
+      InputError: if a text is not valid Unicode, there is no checkpoint or tokenizer, or
+        the text would not fit a cache whose length the model fixes, or go past its bias
+        table.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise InputError("There is no prompt, but there must be at least 1 (it may be empty text).")
     if "" in stop:
         raise InputError("--stop is '', but it must be a text of at least one character.")
+    for flag, texts in (("--prompt", prompts), ("--stop", stop)):
+        for text in texts:
+            check_unicode(text, f"{flag} is {text!r}, which")
     check_tokenizer(path)
     trained = load_trained(path, experiment)
     model, tokenizer = trained.experiment.model, trained.tokenizer

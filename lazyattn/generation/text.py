@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from lazyattn.data.decoding import Decoder, added_text, settled_text
+from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError, require
 from lazyattn.generation.decode import advance, check_prompts, start
 from lazyattn.generation.sampling import SamplingConfig
@@ -20,11 +22,8 @@ _PROMPT_MULTIPLE = 32
 # Tokens drawn between two looks at the text, where nobody waits for it.
 _STRIDE = 16
 
-# What an unfinished UTF-8 sequence decodes to.
-_REPLACEMENT = "\ufffd"
 
-
-class TextTokenizer(Protocol):
+class TextTokenizer(Decoder, Protocol):
     """What this module needs of a tokenizer."""
 
     bos_id: int
@@ -32,9 +31,6 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`."""
 
 
 def generate_text(
@@ -51,7 +47,8 @@ def generate_text(
     """Returns the continuation of each text, without the text itself.
 
     A prompt is the beginning-of-sequence token and the text's tokens, so an empty
-    text asks for a document from its start.
+    text asks for a document from its start. Prompt and continuation together are what
+    all tokens decode to (`decoding.added_text`).
 
     Args:
       params, config, sampling, key, cache_length: as in `decode.generate`.
@@ -60,7 +57,8 @@ def generate_text(
       stop: a continuation ends before the first of these strings.
 
     Raises:
-      InputError: as `decode.generate`, and for an empty stop string.
+      InputError: as `decode.generate`, for an empty stop string, and for a text that is
+        not valid Unicode.
     """
     texts: list[str] = []
     for texts in stream_text(  # noqa: B007
@@ -105,6 +103,8 @@ def stream_text(
     """
     if not prompts:
         raise InputError("There is no prompt, but there must be at least 1 (it may be empty text).")
+    for text in prompts:
+        check_unicode(text, f"The prompt {text!r}")
     encoded = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts]
     yield from stream_ids(
         params,
@@ -117,6 +117,7 @@ def stream_text(
         stop=stop,
         cache_length=cache_length,
         every=every,
+        texts=prompts,
     )
 
 
@@ -132,6 +133,7 @@ def stream_ids(
     stop: Sequence[str] = (),
     cache_length: int | None = None,
     every: int = _STRIDE,
+    texts: Sequence[str | None] | None = None,
 ) -> Iterator[list[str]]:
     """Yields the continuations of prompts that are token ids already.
 
@@ -140,8 +142,12 @@ def stream_ids(
         `stream_text`.
       prompts: token ids of each, at least one.
       width: what the prompts are padded to.
+      texts: the texts that were encoded to `prompts`, None for one that was cut; None:
+        what they decode to.
     """
     require("" not in stop, "a stop string", "", "a text of at least one character")
+    for string in stop:
+        check_unicode(string, f"The stop string {string!r}")
     require(every >= 1, "every", every, "at least 1")
     lengths = np.asarray([len(ids) for ids in prompts], np.int32)
     padded = _pad(prompts, max(width, int(lengths.max())))
@@ -157,25 +163,29 @@ def stream_ids(
         sampling=sampling,
         cache_length=cache_length,
     )
+    whole = [None] * len(prompts) if texts is None else texts
     while True:
         count, tokens, new, ended = jax.device_get(
             (state.count, state.tokens, state.lengths, state.ended)
         )
         last = count >= sampling.max_new_tokens
-        texts, stopped = [], []
-        for row, length, end in zip(tokens, new, ended, strict=True):
-            text = tokenizer.decode(row[:length].tolist())
+        found, stopped = [], []
+        for before, prompt, row, length, end in zip(
+            prompts, whole, tokens, new, ended, strict=True
+        ):
+            read = added_text if end or last else settled_text
+            text = read(tokenizer, before, row[:length].tolist(), prompt)
             cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
             stopped.append(cut is not None)
             if cut is not None:
-                texts.append(text[:cut])
+                found.append(text[:cut])
             else:
-                texts.append(text if end or last else _certain(text, stop))
+                found.append(text if end or last else _certain(text, stop))
         done = ended | stopped
         if last or done.all():
-            yield texts
+            yield found
             return
-        yield texts
+        yield found
         if any(stopped):
             state = dataclasses.replace(state, ended=jnp.asarray(done))
         until = jnp.asarray(min(count + every, sampling.max_new_tokens), jnp.int32)
@@ -190,8 +200,7 @@ def _pad(prompts: Sequence[Sequence[int]], width: int) -> Int32[np.ndarray, "bat
 
 
 def _certain(text: str, stop: Sequence[str]) -> str:
-    """Returns what of `text` will stay, whatever comes next."""
-    text = text.rstrip(_REPLACEMENT)
+    """Returns `text` without an end that may yet become a stop string."""
     held = 0
     for string in stop:
         for size in range(1, min(len(string), len(text) + 1)):

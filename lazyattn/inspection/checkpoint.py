@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lazyattn.data.config import DataConfig
+from lazyattn.data.decoding import added_text
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import require
 from lazyattn.evaluation.documents import (
@@ -176,13 +177,18 @@ def _look(model: TrainedModel, documents: _Documents, length: int, rows: int) ->
         sink = sink_metric(model.params, config, sequences, length=only)
         inserted = inserted_token(model.params, config, sequences[:_INSERTED], bos, length=only)
     print(f"  {quantity(len(sequences), 'sequence')} of {LENGTH} tokens", flush=True)
-    tokens = [_shown(model.tokenizer, token) for token in taken[0]]
+    tokens = _shown(model.tokenizer, taken[0])
     return Inspected(measured, sink, inserted, len(taken), length, tokens)
 
 
-def _shown(tokenizer: Tokenizer, token: int) -> str:
+def _shown(tokenizer: Tokenizer, tokens: Int32[np.ndarray, " length"]) -> list[str]:
+    """Returns what each token adds to the text of those before it."""
     names = {tokenizer.bos_id: "beginning of document", tokenizer.eos_id: "end of document"}
-    return names.get(int(token)) or tokenizer.decode([int(token)])
+    ids = tokens.tolist()
+    return [
+        names.get(token) or added_text(tokenizer, ids[max(0, place - 8) : place], [token])
+        for place, token in enumerate(ids)
+    ]
 
 
 def _heads(options: InspectionOptions, model: TrainedModel) -> tuple[tuple[int, int], ...]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from lazyattn.data import tokenizer as tokenizer_module
 from lazyattn.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lazyattn.errors import InputError
 
@@ -111,10 +112,19 @@ def _normalizer(tokenizer):
     tokenizer.normalizer = tokenizers.normalizers.NFKC()
 
 
-@pytest.mark.parametrize("change", [_prefix_space, _normalizer])
-def test_a_tokenizer_that_changes_text_says_so(tmp_path, change, caplog):
-    assert Tokenizer.load(_foreign(tmp_path, change)).changes_text
-    assert "changes text (it normalises, or adds a space)" in caplog.text
+@pytest.mark.parametrize(
+    ("change", "example"),
+    [
+        (_prefix_space, '"Don\'t" comes back as " Don\'t"'),
+        (_normalizer, r"'e\u0301' comes back as '\xe9'"),
+    ],
+)
+def test_a_tokenizer_that_changes_text_says_so_once(tmp_path, change, example, caplog, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_warned", set())
+    for _ in range(2):
+        assert Tokenizer.load(_foreign(tmp_path, change)).changes_text
+    (record,) = caplog.records
+    assert example in record.getMessage()
 
 
 def test_truncation_and_padding_are_switched_off(tmp_path):

@@ -10,8 +10,9 @@
 Training goes on from the newest checkpoint in --workdir. The modes eval, inspect, sample and
 export read the settings from the checkpoint, so they need no --config. --help lists all flags.
 
-Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop or what
---mode=compile looked at does not fit, 2 when something given is wrong, 130 when stopped by Ctrl-C.
+Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, a task could not
+be measured or what --mode=compile looked at does not fit, 2 when something given is wrong, 130
+when stopped by Ctrl-C.
 """
 
 import sys
@@ -75,12 +76,12 @@ def _train() -> int:
         return 1
 
 
-def _eval() -> None:
+def _eval() -> int:
     """Measures the newest checkpoint: validation loss, texts, context lengths, benchmarks."""
     options, path = evaluation_options.options(), command_line.workdir()
     from lazyattn.evaluation.checkpoint import evaluate
 
-    evaluate(path, command_line.experiment(), _cache_dir(), options)
+    return evaluate(path, command_line.experiment(), _cache_dir(), options)
 
 
 def _inspect() -> None:

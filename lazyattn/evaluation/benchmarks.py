@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from lm_eval.tasks import TaskManager
 
+from lazyattn.data.text_files import check_unicode, json_objects
 from lazyattn.errors import InputError, bad_value
 
 # In the paper's order, by the names of lm-evaluation-harness.
@@ -135,13 +137,17 @@ def _local_settings(name: str, items: Path, manager: TaskManager) -> dict[str, A
     has one, else the validation split. There are no others.
 
     Raises:
-      InputError: if the file has no item, or `name` is a group of tasks.
+      InputError: if the file has no item or a line that is none, or `name` is a group of
+        tasks.
     """
     entry = manager.task_index[name]
     settings = entry.cfg if entry.cfg is not None else {}
     if entry.yaml_path is None or "task" not in settings:
         raise InputError(f"--tasks has {name!r}, which is no single task, so {items} can't be its.")
-    if not any(line.strip() for line in items.read_text(encoding="utf-8").splitlines()):
+    found = list(json_objects(items, "A file of --tasks_dir"))
+    for place, item in found:
+        check_unicode(json.dumps(item, ensure_ascii=False), f"{place} has text that")
+    if not found:
         raise InputError(f"--tasks_dir has {items.name}, but there is no item in it.")
     scored = "test_split" if settings.get("test_split") else "validation_split"
     split = settings[scored]
@@ -199,8 +205,15 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> list[Line]:
     return found
 
 
-def as_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the figures as Markdown, with the paper's beside them; "-": not known."""
+def as_table(
+    results: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str] | None = None
+) -> str:
+    """Returns the figures as Markdown, with the paper's beside them; "-": not known.
+
+    Args:
+      results: as in `lines`.
+      failed: why a task has no figure.
+    """
     rows = [
         "| benchmark | metric | this model | standard error | paper, 340M |",
         "|---|---|---|---|---|",
@@ -216,7 +229,8 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if len(accuracies) == sum(metric == "acc" for _, metric in _LINES):
         mean = sum(accuracies) / len(accuracies)
         rows.append(f"| mean of the eight | acc | {_number(mean)} | - | - |")
-    return "\n".join(rows)
+    notes = [f"- {task} could not be measured: {why}" for task, why in (failed or {}).items()]
+    return "\n".join([*rows, *([""] if notes else []), *notes])
 
 
 def _number(value: float | None) -> str:

@@ -19,7 +19,7 @@ from lazyattn.evaluation.documents import (
     tokenize,
     validation_texts,
 )
-from lazyattn.evaluation.lambada import read_lambada, tokenize_passages
+from lazyattn.evaluation.lambada import Passage, read_lambada, tokenize_passages
 from lazyattn.evaluation.options import EvaluationOptions
 from lazyattn.evaluation.perplexity import Evaluator, coverage, validation_rows
 from lazyattn.evaluation.scoring import Scorer
@@ -38,7 +38,7 @@ def evaluate(
     experiment: ExperimentConfig | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     options: EvaluationOptions | None = None,
-) -> None:
+) -> int:
     """Measures and prints what was asked for; without any, the validation figures.
 
     Args:
@@ -46,6 +46,9 @@ def evaluate(
       experiment: settings to use; None: the checkpoint's own.
       cache_dir: where prepared data is kept; None: the user's cache.
       options: what to measure; None: the validation figures.
+
+    Returns:
+      The exit status: 1 if a task could not be measured, else 0.
 
     Raises:
       InputError: if there is no checkpoint or tokenizer, the data is not what it was,
@@ -86,15 +89,22 @@ def evaluate(
     )
     if options.retrieval:
         reach.check_plan(plan, contexts)
-    _say(f"checkpoint       {trained.checkpoint}")
-    if options.tasks:
-        _print_tasks(trained, options, contexts[0], folder)
     # A list of contexts alone is a question about the run's own text.
     about_text = bool(options.texts or passages)
     alone = not options.tasks and not options.retrieval
-    if about_text or options.retrieval or (options.contexts and alone):
+    rows = about_text or options.retrieval or (options.contexts and alone)
+    if rows:
         names = options.texts if about_text else (VALIDATION,)
         corpora = [_corpus(trained, name, texts, options.limit) for name in names]
+        tokens = tokenize_passages(passages, trained.tokenizer)
+        extrapolation.check(tokens, contexts, options.stride)
+        if options.retrieval:
+            sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
+            for corpus in sources:
+                reach.check_corpus(corpus, plan, contexts)
+    _say(f"checkpoint       {trained.checkpoint}")
+    all_measured = not options.tasks or _print_tasks(trained, options, contexts[0], folder)
+    if rows:
         scorer = Scorer(
             trained.params,
             trained.experiment.model,
@@ -102,16 +112,13 @@ def evaluate(
             batch_tokens=options.batch_tokens,
             exact=options.precision == "float32",
         )
-        if options.retrieval:
-            sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
-            for corpus in sources:
-                reach.check_corpus(corpus, plan, contexts)
         if about_text or not options.retrieval:
-            _print_texts(trained, options, scorer, corpora, passages, contexts, folder)
+            _print_texts(trained, options, scorer, corpora, tokens, contexts, folder)
         if options.retrieval:
             _print_retrieval(trained, scorer, sources, plan, contexts, folder)
     elif alone:
         _print_validation(trained, cache_dir)
+    return 0 if all_measured else 1
 
 
 def _say(text: str) -> None:
@@ -172,13 +179,12 @@ def _print_texts(
     options: EvaluationOptions,
     scorer: Scorer,
     corpora: list[Corpus],
-    passages: list[str],
+    passages: list[Passage],
     contexts: tuple[int, ...],
     folder: Path,
 ) -> None:
     """Measures texts at every context; prints a table and writes it, data and plot."""
-    tokens = tokenize_passages(passages, trained.tokenizer)
-    texts, lambada = extrapolation.extrapolate(scorer, corpora, tokens, contexts, options.stride)
+    texts, lambada = extrapolation.extrapolate(scorer, corpora, passages, contexts, options.stride)
     length = trained.experiment.data.sequence_length
     table = extrapolation.as_table(texts, lambada, length)
     _say(f"\n{table}\n\n{_compiled(scorer)}")
@@ -241,9 +247,13 @@ def _check_tasks(options: EvaluationOptions) -> None:
 
 def _print_tasks(
     trained: TrainedModel, options: EvaluationOptions, context: int, folder: Path
-) -> None:
-    """Runs the harness; prints the table and writes it beside the harness's results."""
-    from lazyattn.evaluation import benchmarks, harness
+) -> bool:
+    """Runs the harness; prints the table and writes it beside the harness's results.
+
+    Returns:
+      Whether every task could be measured.
+    """
+    from lazyattn.evaluation import benchmarks, harness, tasks
 
     harness.quiet()
     lm = harness.LazyAttentionLM.from_trained(
@@ -253,7 +263,7 @@ def _print_tasks(
         batch_tokens=options.batch_tokens,
         exact=options.precision == "float32",
     )
-    results, written = harness.run_tasks(
+    found = tasks.run_tasks(
         lm,
         options.tasks,
         tasks_dir=options.tasks_dir,
@@ -262,7 +272,12 @@ def _print_tasks(
         name=f"{Path(trained.checkpoint).parents[1].name}-{trained.step}",
         output=folder,
     )
-    table = benchmarks.as_table(results["results"])
+    table = benchmarks.as_table(found.results["results"], found.failed)
     print(f"\n{table}\n\n{_compiled(lm.scorer)}")
-    (folder / "benchmarks.md").write_text(table + "\n")
-    print(f"Written to {folder}: benchmarks.md, and the harness's own {written}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks.md").write_text(table + "\n", encoding="utf-8")
+    if found.written is None:
+        print(f"Written to {folder}: benchmarks.md; the harness wrote no file of its own.")
+    else:
+        print(f"Written to {folder}: benchmarks.md, and the harness's own {found.written}.")
+    return not found.failed

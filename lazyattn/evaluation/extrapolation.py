@@ -10,7 +10,7 @@ import numpy as np
 
 from lazyattn.errors import require
 from lazyattn.evaluation.documents import Corpus
-from lazyattn.evaluation.lambada import Passage, score_lambada
+from lazyattn.evaluation.lambada import Passage, check_words, score_lambada
 from lazyattn.evaluation.scoring import Scorer
 from lazyattn.evaluation.windows import rolling_windows
 
@@ -100,6 +100,23 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
+def check(passages: Sequence[Passage], contexts: Sequence[int], stride: int | None) -> None:
+    """Checks what `extrapolate` is asked for.
+
+    Raises:
+      InputError: for a stride or a last word that is longer than a context.
+    """
+    shortest = min(contexts)
+    require(
+        stride is None or 1 <= stride <= shortest,
+        "--stride",
+        stride,
+        f"from 1 to the shortest context, {shortest}",
+    )
+    if passages:
+        check_words(passages, shortest)
+
+
 def extrapolate(
     scorer: Scorer,
     corpora: Sequence[Corpus],
@@ -117,15 +134,10 @@ def extrapolate(
       stride: as in `rolling_windows`; None: the context, for each.
 
     Raises:
-      InputError: for a stride that is longer than a context.
+      InputError: as `check`, before anything is scored.
     """
+    check(passages, contexts, stride)
     contexts = sorted(set(contexts))
-    require(
-        stride is None or 1 <= stride <= contexts[0],
-        "--stride",
-        stride,
-        f"from 1 to the shortest context, {contexts[0]}",
-    )
     texts = [
         score_corpus(scorer, corpus, context, stride or context)
         for corpus in corpora

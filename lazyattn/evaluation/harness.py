@@ -1,23 +1,18 @@
 """A model as EleutherAI's lm-evaluation-harness sees it."""
 
-import contextlib
 import logging
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.utils import normalize_gen_kwargs
 
+from lazyattn.data.text_files import check_unicode
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, require
-from lazyattn.evaluation import benchmarks
+from lazyattn.evaluation.generation_settings import Generation, read_settings
 from lazyattn.evaluation.scoring import Scorer
 from lazyattn.evaluation.windows import rolling_windows
 from lazyattn.generation.cache import check_context, trained_cache_length
@@ -26,8 +21,8 @@ from lazyattn.generation.text import stream_ids
 from lazyattn.model.config import ModelConfig
 from lazyattn.training.workdir import TrainedModel
 
-# What a task's generation settings may say besides when to stop.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# A prompt's tokens, and its text unless it was cut.
+_Prompt = tuple[list[int], str | None]
 
 
 class LazyAttentionLM(TemplateLM):
@@ -147,6 +142,25 @@ class LazyAttentionLM(TemplateLM):
         bos = self.add_bos if add_special_tokens is None else add_special_tokens
         return [self.tokenizer.bos_id] * bos + self.tokenizer.encode(string)
 
+    def check(self, requests: Sequence[Instance]) -> None:
+        """Checks that every request can be answered.
+
+        Raises:
+          InputError: naming the first one that can't be, and why.
+        """
+        settings: dict[str, str] = {}  # those looked at, and of which request
+        for number, request in enumerate(requests):
+            where = _called(request, number)
+            for text in request.args:
+                if isinstance(text, str):
+                    check_unicode(text, f"A text in {where}")
+            if request.request_type == "loglikelihood":
+                self._encode_request(request, where)
+            elif request.request_type == "generate_until":
+                how = repr(request.args[1])
+                if settings.setdefault(how, where) == where:
+                    self._how(request.args[1], where)
+
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -156,12 +170,33 @@ class LazyAttentionLM(TemplateLM):
         log-likelihoods are.
 
         Raises:
-          InputError: for an empty continuation.
+          InputError: for a continuation that adds no token to its context.
         """
-        for request in requests:
-            if not request.args[1]:
-                raise InputError("A continuation to score is empty text, but it must have a token.")
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return self._loglikelihood_tokens(
+            [
+                (request.args, *self._encode_request(request, _called(request, number)))
+                for number, request in enumerate(requests)
+            ]
+        )
+
+    def _encode_request(self, request: Instance, where: str) -> tuple[list[int], list[int]]:
+        """Returns the tokens of both, cut as the harness's own models cut them.
+
+        Raises:
+          InputError: if the continuation has no token, so that there is nothing to score.
+        """
+        context, continuation = request.args
+        if context:
+            before, new = self._encode_pair(context, continuation)
+        else:
+            before, new = [], self.tok_encode(continuation, add_special_tokens=False)
+        if not new:
+            why = "the tokenizer merges it into its context" if continuation else "it is empty"
+            raise InputError(
+                f"The continuation {continuation!r} of {context[-40:]!r} in {where} has no token to"
+                f" score: {why}."
+            )
+        return before or [self.prefix_token_id], new
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
@@ -187,17 +222,13 @@ class LazyAttentionLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, window by window.
-
-        Raises:
-          InputError: for an empty text.
-        """
+        """Returns the log-likelihood of each text, window by window; 0 of an empty one."""
         rows, skipped, owners = [], [], []
         for owner, request in enumerate(requests):
             (text,) = request.args
-            if not text:
-                raise InputError("A text to score is empty, but it must have a token.")
             tokens = [self.prefix_token_id, *self.tokenizer.encode(text)]
+            if len(tokens) == 1:
+                continue
             for window in rolling_windows(len(tokens), self.max_length, self.max_length):
                 rows.append(tokens[window.start : window.stop])
                 skipped.append(window.first - window.start - 1)
@@ -221,55 +252,60 @@ class LazyAttentionLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        how = {
+            name: self._how(requests[first].args[1], _called(requests[first], first))
+            for name, (first, *_) in groups.items()
+        }
         answers = [""] * len(requests)
-        for members in groups.values():
-            sampling, stop = self._how(requests[members[0]].args[1])
+        for name, members in groups.items():
+            sampling, stop, seed = how[name]
             room = self.max_length - sampling.max_new_tokens
-            require(
-                room >= 1,
-                "the tokens to generate",
-                sampling.max_new_tokens,
-                f"below {self.max_length}, the context",
-            )
+            key = self._key if seed is None else jax.random.PRNGKey(seed)
             prompts = {i: self._prompt(requests[i].args[0], room) for i in members}
-            members = sorted(members, key=lambda i: -len(prompts[i]))
+            members = sorted(members, key=lambda i: -len(prompts[i][0]))
             while members:
                 batch, members = self._next_batch(members, prompts, room)
-                width = _width(len(prompts[batch[0]]), room)
-                texts = self._continue([prompts[i] for i in batch], width, sampling, stop)
-                for index, text in zip(batch, texts, strict=False):
+                width = _width(len(prompts[batch[0]][0]), room)
+                # The same question asked again is to get another answer.
+                draws = jax.random.fold_in(key, len(members))
+                texts = self._continue([prompts[i] for i in batch], width, sampling, stop, draws)
+                for index, text in zip(batch, texts, strict=True):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return answers
 
-    def _how(self, settings: Mapping[str, Any]) -> tuple[SamplingConfig, list[str]]:
-        """Returns how to draw and where to stop."""
-        given = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
-        until = given.pop("until", None) or []
-        length = given.pop("max_gen_toks")
-        if not given.pop("do_sample", False):
-            given["temperature"] = 0.0
-        unknown = sorted(set(given) - set(_SAMPLING))
-        if unknown:
-            raise InputError(
-                f"A task's generation setting {unknown[0]} is unknown; it must be one of until,"
-                f" max_gen_toks, do_sample, {', '.join(_SAMPLING)}."
-            )
-        stop = [until] if isinstance(until, str) else list(until)
-        return SamplingConfig(max_new_tokens=length, **given), [s for s in stop if s]
+    def _how(self, settings: Mapping[str, Any], where: str) -> Generation:
+        """Returns how to draw and where to stop.
 
-    def _prompt(self, text: str, room: int) -> list[int]:
+        Raises:
+          InputError: for settings that are not known, or no room for any context.
+        """
+        found = read_settings(settings, self.max_gen_toks, where)
+        require(
+            found.sampling.max_new_tokens < self.max_length,
+            f"In {where} the tokens to generate",
+            found.sampling.max_new_tokens,
+            f"below {self.max_length}, the context",
+        )
+        return found
+
+    def _prompt(self, text: str, room: int) -> _Prompt:
         tokens = self.tok_encode(text) or [self.prefix_token_id]
-        return tokens[-room:]
+        return tokens[-room:], text if len(tokens) <= room else None
 
     def _next_batch(
-        self, members: list[int], prompts: Mapping[int, list[int]], room: int
+        self, members: list[int], prompts: Mapping[int, _Prompt], room: int
     ) -> tuple[list[int], list[int]]:
-        rows = self.scorer.rows(_width(len(prompts[members[0]]), room))
+        rows = self.scorer.rows(_width(len(prompts[members[0]][0]), room))
         return members[:rows], members[rows:]
 
     def _continue(
-        self, prompts: list[list[int]], width: int, sampling: SamplingConfig, stop: Sequence[str]
+        self,
+        prompts: list[_Prompt],
+        width: int,
+        sampling: SamplingConfig,
+        stop: Sequence[str],
+        key: jax.Array,
     ) -> list[str]:
         # A last batch that isn't full has the shape of the others all the same.
         full = prompts + [prompts[-1]] * (self.scorer.rows(width) - len(prompts))
@@ -279,10 +315,11 @@ class LazyAttentionLM(TemplateLM):
                 self._params,
                 self._config,
                 self.tokenizer,
-                full,
+                [tokens for tokens, _ in full],
+                texts=[text for _, text in full],
                 width=width,
                 sampling=sampling,
-                key=self._key,
+                key=key,
                 stop=stop,
                 cache_length=trained_cache_length(self._config, self.max_length)
                 or width + sampling.max_new_tokens,
@@ -296,71 +333,11 @@ def _width(tokens: int, room: int) -> int:
     return min(room, max(32, 1 << (tokens - 1).bit_length()))
 
 
-def run_tasks(
-    lm: LazyAttentionLM,
-    tasks: Sequence[str],
-    *,
-    tasks_dir: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    name: str = "lazyattn",
-    output: str | os.PathLike[str] | None = None,
-    bootstrap_iters: int = 1000,
-) -> tuple[dict[str, Any], Path | None]:
-    """Measures a model on tasks of the harness.
-
-    Args:
-      lm: the model.
-      tasks, tasks_dir: as `tasks` and `folder` in `benchmarks.find_tasks`.
-      num_fewshot: solved examples in a prompt; None: the task's own number.
-      limit: items a task; None: all.
-      name: what the results call the model.
-      output: folder that gets the results as the harness writes them; None: none does.
-      bootstrap_iters: resamplings behind the standard error of a perplexity.
-
-    Returns:
-      What `lm_eval.simple_evaluate` returns, and the file written.
-
-    Raises:
-      InputError: as `benchmarks.find_tasks`.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        names, manager = benchmarks.find_tasks(tasks, tasks_dir, Path(work))
-        tracker = EvaluationTracker(output_path=None if output is None else str(output))
-        with _one_process():
-            results = simple_evaluate(
-                model=lm,
-                model_args={"pretrained": name},
-                tasks=list(names),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=bootstrap_iters,
-                log_samples=True,
-                evaluation_tracker=tracker,
-                task_manager=manager,
-            )
-    samples = results.pop("samples")
-    if output is None:
-        return results, None
-    before = set(Path(output).rglob("results_*.json"))
-    tracker.save_results_aggregated(results=results, samples=samples)
-    (written,) = set(Path(output).rglob("results_*.json")) - before
-    return results, written
-
-
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Keeps the harness from forking to resample: JAX has threads, so a fork may hang."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def _called(request: Instance, number: int) -> str:
+    """Returns what to call a request: by its task, and its item as the harness counts."""
+    if request.task_name is None:
+        return f"request {number}"
+    return f"item {request.doc_id} of task {request.task_name} (counted from 0)"
 
 
 def quiet() -> None:

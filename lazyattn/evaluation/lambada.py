@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lazyattn.data.text_files import json_lines
 from lazyattn.data.tokenizer import Tokenizer
-from lazyattn.errors import InputError, bad_value
-from lazyattn.evaluation.documents import json_lines
+from lazyattn.errors import InputError, bad_value, require
 from lazyattn.evaluation.scoring import Scorer
 
 
@@ -50,7 +50,7 @@ def read_lambada(path: str) -> list[str]:
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix != ".jsonl":
         raise bad_value("--lambada", path, 'a .jsonl file with a passage a line, {"text": ...}')
-    passages = [item["text"].strip() for item in json_lines(file, "--lambada", ("text",))]
+    passages = [text.strip() for _, text in json_lines(file, "--lambada", ("text",))]
     if not passages:
         raise InputError(f"--lambada is {path!r}, but there is no passage in it.")
     for passage in passages:
@@ -63,12 +63,38 @@ def read_lambada(path: str) -> list[str]:
 
 
 def tokenize_passages(passages: Sequence[str], tokenizer: Tokenizer) -> list[Passage]:
-    """Returns passages as tokens; context and last word meet as they do in whole text."""
+    """Returns passages as tokens; context and last word meet as they do in whole text.
+
+    Raises:
+      InputError: naming the first passage whose last word adds no token to its context:
+        there is nothing to score. A tokenizer that merges across spaces can do that.
+    """
     contexts = tokenizer.encode_batch([passage.rsplit(" ", 1)[0] for passage in passages])
-    return [
+    found = [
         Passage([tokenizer.bos_id, *whole], len(whole) - len(context))
         for context, whole in zip(contexts, tokenizer.encode_batch(passages), strict=True)
     ]
+    for number, (text, passage) in enumerate(zip(passages, found, strict=True), 1):
+        if passage.word < 1:
+            raise InputError(
+                f"Passage {number} of --lambada ends in {text[-40:]!r}, whose last word the"
+                " tokenizer merges into what comes before it, so there is nothing to score."
+            )
+    return found
+
+
+def check_words(passages: Sequence[Passage], context: int) -> None:
+    """Checks that every last word can be scored with some context.
+
+    Raises:
+      InputError: if one has no token, or more than the context.
+    """
+    longest = max(passage.word for passage in passages)
+    require(
+        longest <= context, "the context", context, f"at least {longest}, the longest last word"
+    )
+    shortest = min(passage.word for passage in passages)
+    require(shortest >= 1, "the tokens of a passage's last word", shortest, "at least 1")
 
 
 def score_lambada(scorer: Scorer, passages: Sequence[Passage], context: int) -> LambadaResult:
@@ -81,11 +107,9 @@ def score_lambada(scorer: Scorer, passages: Sequence[Passage], context: int) -> 
       context: tokens a prediction may look at.
 
     Raises:
-      InputError: if a last word alone is longer than the context.
+      InputError: as `check_words`.
     """
-    longest = max(passage.word for passage in passages)
-    if longest > context:
-        raise bad_value("the context", context, f"at least {longest}, the longest last word")
+    check_words(passages, context)
     rows = [passage.tokens[-(context + 1) :] for passage in passages]
     scores = scorer(rows, context=context, label=f"LAMBADA, context {context}")
     words = list(zip(scores, (passage.word for passage in passages), strict=True))

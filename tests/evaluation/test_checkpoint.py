@@ -51,7 +51,7 @@ def test_texts_at_several_contexts_are_shown_and_written(trained, tmp_path, caps
         output=str(tmp_path / "out"),
         batch_tokens=1024,
     )
-    evaluate(trained, options=options)
+    assert evaluate(trained, options=options) == 0
     shown = capsys.readouterr().out
     assert "| validation | 16 | 16 |" in shown and "| other | 64 * | 64 |" in shown
     assert "2 shapes were compiled" in shown
@@ -243,3 +243,44 @@ def test_tasks_without_the_harness(tmp_path, monkeypatch):
 def test_no_prompt_at_all(trained):
     with pytest.raises(InputError, match="There is no prompt"):
         sample(trained, [], GREEDY)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("bad", ["caf\udce9", "\ud800"])
+def test_bytes_of_the_command_line_that_are_no_text(tmp_path, bad):
+    with pytest.raises(
+        InputError, match=r"--prompt is 'caf.*', which is not valid|--prompt is '.u"
+    ):
+        sample(tmp_path, ["a", bad], GREEDY)
+    with pytest.raises(InputError, match=r"--stop is '.*', which is not valid Unicode: character "):
+        sample(tmp_path, ["a"], GREEDY, stop=[bad])
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_last_word_longer_than_a_context_comes_out_before_anything_is_compiled(trained, tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"text": "a w\u00e9i\u00dfzxqvzxqvzxqv"}\n')
+    options = EvaluationOptions(lambada=str(tmp_path / "l.jsonl"), contexts=(4,))
+    with pytest.raises(InputError, match="the context is 4, but it must be at least"):
+        evaluate(trained, options=options)
+
+
+def test_a_task_that_fails_is_told_and_ends_with_status_1(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lazyattn.evaluation import tasks
+
+    def run(*_, **__):
+        return tasks.TaskResults({"results": {}}, None, {"piqa": "OSError: no network"})
+
+    monkeypatch.setattr(tasks, "run_tasks", run)
+    options = EvaluationOptions(
+        tasks=("piqa",),
+        tasks_dir=str(write_items(tmp_path / "items")),
+        lambada=str(tmp_path / "l.jsonl"),
+        output=str(tmp_path / "out"),
+    )
+    (tmp_path / "l.jsonl").write_text('{"text": "no word is worth the weight"}\n')
+    assert evaluate(trained, options=options) == 1
+    shown = capsys.readouterr().out
+    assert "- piqa could not be measured: OSError: no network" in shown
+    assert "| LAMBADA, context |" in shown  # what else was asked for is measured all the same
+    assert "could not be measured" in (tmp_path / "out" / "benchmarks.md").read_text()

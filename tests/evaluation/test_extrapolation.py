@@ -9,10 +9,11 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.evaluation.documents import Text, tokenize
-from lazyattn.evaluation.extrapolation import as_data, as_table, draw, extrapolate
+from lazyattn.evaluation.extrapolation import as_data, as_table, check, draw, extrapolate
 from lazyattn.evaluation.lambada import Passage, read_lambada, score_lambada, tokenize_passages
 from lazyattn.evaluation.scoring import Scorer
 from lazyattn.sharding import MeshConfig, make_mesh
+from tests.data import real_tokenizers
 from tests.evaluation.letters import Letters
 from tests.model.tiny import make_config, make_params
 
@@ -129,3 +130,30 @@ def test_bad_lambada_files(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         read_lambada(str(tmp_path / name))
+
+
+def test_a_last_word_that_merges_into_its_context_is_refused():
+    tokenizer = real_tokenizers.across_spaces()
+    passages = ["the door by", "Attention. the cat sat on"]
+    assert len(tokenizer.encode(passages[1])) <= len(tokenizer.encode("Attention. the cat sat"))
+    with pytest.raises(InputError) as error:
+        tokenize_passages(passages, tokenizer)
+    assert str(error.value) == (
+        "Passage 2 of --lambada ends in 'Attention. the cat sat on', whose last word the tokenizer"
+        " merges into what comes before it, so there is nothing to score."
+    )
+    none = Passage([0, 2, 3], 0)
+    for measure in (lambda: score_lambada(_scorer(), [none], 8), lambda: check([none], [8], None)):
+        with pytest.raises(InputError, match="tokens of a passage's last word is 0, but it must"):
+            measure()
+
+
+def test_documents_of_which_nothing_is_left_are_left_out():
+    """SentencePiece's defaults take a zero-width space away."""
+    tokenizer = real_tokenizers.sentencepiece_tokenizer()
+    empty, some = Text("\u200b", 1, 3), Text("the cat", 2, 7)
+    assert tokenizer.encode(empty.text) == []
+    corpus = tokenize("x", [empty, some, empty], tokenizer)
+    assert len(corpus.documents) == 1 and (corpus.words, corpus.bytes) == (2, 7)
+    with pytest.raises(InputError, match="The text 'x' has no document of which the tokenizer kee"):
+        tokenize("x", [empty], tokenizer)

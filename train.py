@@ -160,6 +160,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell all they do at INFO
+    paths.print_any_name()
     mode, coordinator = _MODE.value, flags.FLAGS.coordinator
     try:
         require(mode in _MODES, "--mode", mode, f"one of {', '.join(_MODES)}")

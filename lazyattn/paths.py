@@ -1,7 +1,9 @@
 """Files and folders that a user names: on this machine, as buckets can't be used yet."""
 
+import io
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,16 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def print_any_name() -> None:
+    """Lets standard output show names that are no text, "caf\\udce9.txt", as errors do.
+
+    A file system allows bytes that are no UTF-8; printing such a name would end in an
+    error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _PathParser(flags.ArgumentParser[str]):

@@ -166,7 +166,7 @@ def test_one_prompt_streams_into_what_several_print(trained, capsys):
     sample(trained, ["no word", "a"], GREEDY)
     together = capsys.readouterr().out
     assert alone.startswith("no word") and alone.endswith("\n")
-    assert together.startswith(alone + "\na")
+    assert together.startswith(f"=== sample 1 of 2 ===\n{alone}=== sample 2 of 2 ===\na")
     text = alone.removeprefix("no word")
     sample(trained, ["no word"], GREEDY, stop=[text[1:3]])
     assert capsys.readouterr().out == "no word" + text.partition(text[1:3])[0] + "\n"

@@ -140,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    paths.print_any_name()
     try:
         return _prepare()
     except InputError as error:

@@ -1,6 +1,7 @@
 """Documents of one range of one file, whatever its format, in bounded memory."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,8 +97,10 @@ def open_parquet(path: str) -> pq.ParquetFile:
       DamagedFileError: if it is none or has lost its end.
     """
     try:
+        # By its bytes: a name may be no UTF-8, which the library would want it to be.
+        file = pa.OSFile(os.fsencode(path), "rb")
         return pq.ParquetFile(
-            path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
+            file, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
         )
     except (pa.ArrowException, OSError) as error:
         raise DamagedFileError(_reason(error)) from error

@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,20 @@ def _run(**settings):
         return command.main(["prepare"])
     finally:
         flagsaver.restore_flag_values(saved, command.FLAGS)
+
+
+def test_names_that_are_no_text_are_printed(tmp_path, monkeypatch):
+    """Standard output of most people is strict: it refuses bytes that are no UTF-8."""
+    write_parquet(tmp_path / "in" / "a.parquet", make_documents(200))
+    broken = os.fsencode(tmp_path) + b"/in/caf\xe9.parquet"
+    with open(broken, "wb") as file:
+        file.write(b"PAR1 and no end")
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    settings = {"tokenizer": "train", "vocab_size": 300, "num_workers": 1}
+    assert _run(input=[f"{tmp_path}/in"], output=f"{tmp_path}/out", **settings) == 0
+    stdout.flush()
+    assert b"caf\\udce9.parquet: " in stdout.buffer.getvalue()
 
 
 def test_what_is_printed(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The two libraries that turn text into token ids, behind one interface."""
 
+import codecs
 import functools
 import json
 from collections.abc import Container, Sequence
@@ -68,7 +69,7 @@ class TokenizerJson:
           ValueError: if it is no tokenizer.
         """
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(str(error)) from error
         self.content = content
@@ -217,7 +218,7 @@ def read_codec(content: bytes) -> Codec:
       ValueError: if it is none.
       InputError: if its library isn't installed.
     """
-    if content.lstrip()[:1] == b"{":
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
         return TokenizerJson(content)
     return SentencePiece(content)
 

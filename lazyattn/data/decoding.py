@@ -23,38 +23,52 @@ class Decoder(Protocol):
 _REPLACEMENT = "\ufffd"
 
 
-def added_text(
-    tokenizer: Decoder, before: Sequence[int], new: Sequence[int], prompt: str | None = None
-) -> str:
-    """Returns the text that tokens add to those before them.
+# Tokens of a prompt that are decoded again with each continuation: a long prompt's text is
+# not needed whole to see what comes after it.
+_TAIL = 64
 
-    The prompt and what is returned are together the decoding of all ids. Only where a
+
+class Continuation:
+    """What follows one prompt.
+
+    The prompt and its continuation are together the decoding of all ids. Only where a
     tokenizer has changed the prompt, by a normalizer, that is true of the prompt's
     decoding instead.
-
-    Args:
-      tokenizer: of the ids.
-      before: the prompt's ids.
-      new: the ids that follow.
-      prompt: the text that was encoded to `before`; None: what `before` decodes to. It
-        may end in white space that the tokenizer left out.
     """
-    whole = tokenizer.decode([*before, *new])
-    if prompt is not None:
-        if whole.startswith(prompt):
-            return whole[len(prompt) :]
-        if prompt.startswith(whole):  # so far it repeats the white space that was left out
+
+    def __init__(self, tokenizer: Decoder, before: Sequence[int], prompt: str | None = None):
+        """Looks at a prompt.
+
+        Args:
+          tokenizer: of the ids.
+          before: the prompt's ids.
+          prompt: the text that was encoded to `before`; None: what `before` decodes to. It
+            may end in white space that the tokenizer left out.
+        """
+        self._tokenizer = tokenizer
+        decoded = tokenizer.decode(before)
+        self._left_out = ""
+        if prompt is not None and prompt.startswith(decoded):
+            self._left_out = prompt[len(decoded) :]
+        cut = max(0, len(before) - _TAIL)
+        while run := tokenizer.unsettled(before[:cut]):
+            cut -= run
+        self._before, self._start = before[cut:], tokenizer.decode(before[cut:])
+        if not self._start.strip():  # the space of what follows would be taken for the first
+            self._before, self._start = before, decoded
+
+    def text(self, new: Sequence[int]) -> str:
+        """Returns the text that ids add to the prompt's."""
+        whole = self._tokenizer.decode([*self._before, *new])
+        if not whole.startswith(self._start):
+            # Bytes that are no character have made the prompt's last one unreadable.
+            return self._tokenizer.decode(new)
+        added = whole[len(self._start) :]
+        if self._left_out.startswith(added):  # so far it only repeats the white space
             return ""
-    start = tokenizer.decode(before)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    # Bytes that are no character have made the prompt's last one unreadable.
-    return tokenizer.decode(new)
+        return added.removeprefix(self._left_out)
 
-
-def settled_text(
-    tokenizer: Decoder, before: Sequence[int], new: Sequence[int], prompt: str | None = None
-) -> str:
-    """Returns what of `added_text` stays as it is, whatever ids follow."""
-    settled = new[: len(new) - tokenizer.unsettled(new)]
-    return added_text(tokenizer, before, settled, prompt).rstrip(_REPLACEMENT)
+    def settled(self, new: Sequence[int]) -> str:
+        """Returns what of the text stays as it is, whatever ids follow."""
+        settled = new[: len(new) - self._tokenizer.unsettled(new)]
+        return self.text(settled).rstrip(_REPLACEMENT)

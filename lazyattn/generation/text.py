@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from lazyattn.data.decoding import Decoder, added_text, settled_text
+from lazyattn.data.decoding import Continuation, Decoder
 from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError, require
 from lazyattn.generation.decode import advance, check_prompts, start
@@ -48,7 +48,7 @@ def generate_text(
 
     A prompt is the beginning-of-sequence token and the text's tokens, so an empty
     text asks for a document from its start. Prompt and continuation together are what
-    all tokens decode to (`decoding.added_text`).
+    all tokens decode to (`data.decoding`).
 
     Args:
       params, config, sampling, key, cache_length: as in `decode.generate`.
@@ -163,24 +163,25 @@ def stream_ids(
         sampling=sampling,
         cache_length=cache_length,
     )
-    whole = [None] * len(prompts) if texts is None else texts
+    rows = [
+        Continuation(tokenizer, before, text)
+        for before, text in zip(prompts, texts or [None] * len(prompts), strict=True)
+    ]
     while True:
         count, tokens, new, ended = jax.device_get(
             (state.count, state.tokens, state.lengths, state.ended)
         )
         last = count >= sampling.max_new_tokens
         found, stopped = [], []
-        for before, prompt, row, length, end in zip(
-            prompts, whole, tokens, new, ended, strict=True
-        ):
-            read = added_text if end or last else settled_text
-            text = read(tokenizer, before, row[:length].tolist(), prompt)
+        for row, ids, length, end in zip(rows, tokens, new, ended, strict=True):
+            whole = end or last
+            text = (row.text if whole else row.settled)(ids[:length].tolist())
             cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
             stopped.append(cut is not None)
             if cut is not None:
                 found.append(text[:cut])
             else:
-                found.append(text if end or last else _certain(text, stop))
+                found.append(text if whole else _certain(text, stop))
         done = ended | stopped
         if last or done.all():
             yield found

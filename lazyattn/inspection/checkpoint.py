@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lazyattn.data.config import DataConfig
-from lazyattn.data.decoding import added_text
+from lazyattn.data.decoding import Continuation
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import require
 from lazyattn.evaluation.documents import (
@@ -186,7 +186,7 @@ def _shown(tokenizer: Tokenizer, tokens: Int32[np.ndarray, " length"]) -> list[s
     names = {tokenizer.bos_id: "beginning of document", tokenizer.eos_id: "end of document"}
     ids = tokens.tolist()
     return [
-        names.get(token) or added_text(tokenizer, ids[max(0, place - 8) : place], [token])
+        names.get(token) or Continuation(tokenizer, ids[max(0, place - 8) : place]).text([token])
         for place, token in enumerate(ids)
     ]
 

@@ -7,7 +7,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from lazyattn.data.decoding import added_text, settled_text
+from lazyattn.data import decoding
+from lazyattn.data.decoding import Continuation
 from tests.data import real_tokenizers as real
 
 IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -26,14 +27,26 @@ def _tokenizer(kind):
     return KINDS[kind]()
 
 
+def _added(tokenizer, before, new, prompt=None):
+    return Continuation(tokenizer, before, prompt).text(new)
+
+
+@pytest.fixture(scope="module", params=[1, 64], autouse=True)
+def tail(request):
+    """Tokens of a prompt that are looked at again."""
+    before, decoding._TAIL = decoding._TAIL, request.param
+    yield request.param
+    decoding._TAIL = before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_space_stays(kind):
     tokenizer = _tokenizer(kind)
     before = [tokenizer.bos_id, *tokenizer.encode("the door")]
     new = tokenizer.encode("the door sat")[len(before) - 1 :]
-    assert added_text(tokenizer, before, new, "the door") == " sat"
-    assert added_text(tokenizer, before, new) == " sat"
-    assert added_text(tokenizer, [tokenizer.bos_id], tokenizer.encode("the door")) == "the door"
+    assert _added(tokenizer, before, new, "the door") == " sat"
+    assert _added(tokenizer, before, new) == " sat"
+    assert _added(tokenizer, [tokenizer.bos_id], tokenizer.encode("the door")) == "the door"
 
 
 def test_white_space_that_the_tokenizer_left_out_is_not_repeated():
@@ -41,8 +54,8 @@ def test_white_space_that_the_tokenizer_left_out_is_not_repeated():
     before = [tokenizer.bos_id, *tokenizer.encode("the cat ")]
     ids = tokenizer.encode("the cat sat")[len(before) - 1 :]
     assert tokenizer.decode([*before, *ids]) == "the cat sat"
-    assert added_text(tokenizer, before, ids, "the cat ") == "sat"
-    assert added_text(tokenizer, before, [], "the cat ") == ""
+    assert _added(tokenizer, before, ids, "the cat ") == "sat"
+    assert _added(tokenizer, before, [], "the cat ") == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,12 +70,13 @@ def test_together_they_are_the_decoding_of_all_ids(kind, data):
     new = data.draw(st.lists(ids | single, max_size=12))
     before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     whole = tokenizer.decode([*before, *new])
-    final = added_text(tokenizer, before, new, prompt)
+    follows = Continuation(tokenizer, before, prompt)
+    final = follows.text(new)
     if whole.startswith(prompt):
         assert prompt + final == whole
     elif whole.startswith(start := tokenizer.decode(before)) and not prompt.startswith(whole):
         assert start + final == whole
-    shown = [settled_text(tokenizer, before, new[:n], prompt) for n in range(len(new) + 1)]
+    shown = [follows.settled(new[:n]) for n in range(len(new) + 1)]
     for short, long in itertools.pairwise([*shown, final]):
         assert long.startswith(short)
 
@@ -73,9 +87,9 @@ def test_bytes_that_may_become_unreadable_are_held_back():
     before = [tokenizer.bos_id, *tokenizer.encode("the")]
     word = tokenizer.encode("\u00e9")[-2:]
     assert tokenizer.unsettled([*before, *word]) == 2
-    assert settled_text(tokenizer, before, word) == ""
-    assert added_text(tokenizer, before, word) == "\u00e9"
-    assert added_text(tokenizer, before, [*word, word[0]]) == "\ufffd" * 3
+    assert Continuation(tokenizer, before).settled(word) == ""
+    assert _added(tokenizer, before, word) == "\u00e9"
+    assert _added(tokenizer, before, [*word, word[0]]) == "\ufffd" * 3
     after = tokenizer.encode("the cat")[1:]
-    assert settled_text(tokenizer, before, [*word, *after]) == "\u00e9 cat"
+    assert Continuation(tokenizer, before).settled([*word, *after]) == "\u00e9 cat"
     assert _tokenizer("sentencepiece").unsettled(word) == 0

@@ -82,6 +82,16 @@ def test_save_and_load(tokenizer, tmp_path):
     assert Tokenizer.train(TEXTS[:1], 320).fingerprint != tokenizer.fingerprint
 
 
+def test_a_byte_order_mark_is_skipped_and_kept(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "a.json")
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    marked = Tokenizer.load(tmp_path / "b.json")
+    assert marked.encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
+    assert marked.bytes_per_token.tolist() == tokenizer.bytes_per_token.tolist()
+    marked.save(tmp_path / "c.json")
+    assert Tokenizer.load(tmp_path / "c.json").fingerprint == marked.fingerprint
+
+
 def test_a_small_vocabulary_has_no_room():
     with pytest.raises(InputError, match=r"^vocab_size is 258, but it must be at least 259\.$"):
         Tokenizer.train(TEXTS, 258)

@@ -17,6 +17,7 @@ import pytest
 from lazyattn import InputError, lazy_attention
 from tests import oracle
 from tests.naive import naive_attention
+from tests.pallas_kernels import kernel_suite
 
 IMPLEMENTATIONS = ("xla", "xla_chunked")
 GOLDEN = ("paper_init", "positive_tau", "sharp_scores")
@@ -354,6 +355,12 @@ def test_works_under_vmap_scan_and_remat(window):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, true
         )
+
+
+def test_shard_map_with_and_without_its_check():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
+    for implementation in IMPLEMENTATIONS:
+        kernel_suite.check_sharded(mesh, "float32", 1e-5, implementation)
 
 
 def test_length_16384_trains_in_two_gibibytes():

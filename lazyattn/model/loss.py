@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lazyattn import sharding
 from lazyattn.errors import require
+from pallas_kernels.varying import vary_alike
 
 
 @jax.tree_util.register_dataclass
@@ -243,7 +244,7 @@ def _with_gradients(
             return d_table, (found.nll, found.log_z, split.sum_vocab(d_h).astype(h.dtype))
 
         parts, join = _chunks((hidden, targets, weights), chunk)
-        zeros = jnp.zeros(table.shape, jnp.float32)
+        (zeros,) = vary_alike(jnp.zeros(table.shape, jnp.float32), like=(hidden, table))
         d_table, (nll, log_z, d_hidden) = jax.lax.scan(step, zeros, parts)
         return join(nll), join(log_z), join(d_hidden), split.sum_tokens(d_table)
 
@@ -336,13 +337,11 @@ def _per_device(
         split = dataclasses.replace(split, width=_axis_names(rows[1]))
     vocab = jax.sharding.PartitionSpec(rows[0])
     specs = {"tokens": tokens, "d_table": rows if split.width else vocab}
-    # check_vma=False: the scans start from constants, which that check takes for a
-    # mistake. Nothing is differentiated through here: all sums are written out.
+    # Nothing is differentiated through here: all sums are written out.
     return jax.shard_map(
         functools.partial(share, split),
         in_specs=(tokens, vocab, *(tokens for _ in by_token)),
         out_specs=tuple(specs[output] for output in outputs),
-        check_vma=False,
     )(hidden, table, *by_token)
 
 

@@ -40,6 +40,7 @@ _MOVES = frozenset(
         "expand_dims",
         "gather",
         "pad",
+        "pvary",
         "reshape",
         "rev",
         "select_n",
@@ -131,9 +132,7 @@ def sharded_attention(
     if shared:
         whole = functools.partial(_on_part_of_length, call, query.shape[1], sequence_shards)
         call = jax.checkpoint(whole, policy=_may_be_saved)
-    # check_vma=False: the op's loops start from constants, which that check takes
-    # for a mistake.
-    return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs, check_vma=False)(given)
+    return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs)(given)
 
 
 def _call(settings: dict[str, Any], given: dict[str, Array]) -> Any:

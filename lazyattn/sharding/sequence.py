@@ -49,10 +49,7 @@ def _exchange(x, share):
     if shards == 1 or mesh is None:
         return x
     place = fitting_spec(mesh, x.shape, "batch", "length", *[None] * (x.ndim - 2))
-    # check_vma=False, as everywhere: what varies is written out.
-    return jax.shard_map(
-        lambda part: share(part, shards), in_specs=place, out_specs=place, check_vma=False
-    )(x)
+    return jax.shard_map(lambda part: share(part, shards), in_specs=place, out_specs=place)(x)
 
 
 def _axis() -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.chunked.forward import HeadInputs, elastic_softmax, masked_scores, matmul
 from pallas_kernels.chunked.tiling import Diagonal, drop_lead, over_diagonals, pad_lead
+from pallas_kernels.varying import vary_alike
 
 
 @jax.tree_util.register_dataclass
@@ -97,18 +98,16 @@ def backward(
         return d_query, d_key, d_value, d_bias
 
     d_bias = None if head.bias is None else jnp.zeros(size - 1 + key_tiles * size, dtype)
+    zeros = (
+        jnp.zeros((tiles, batch, size, head_dim), dtype),
+        jnp.zeros(key.shape, dtype),
+        jnp.zeros(value.shape, dtype),
+        d_bias,
+    )
+    leaves, tree = jax.tree.flatten(zeros)
+    state = jax.tree.unflatten(tree, vary_alike(*leaves, like=(head.query,)))
     d_query, d_key, d_value, d_bias = over_diagonals(
-        head.span,
-        tiles,
-        head.ahead,
-        size,
-        step,
-        (
-            jnp.zeros((tiles, batch, size, head_dim), dtype),
-            jnp.zeros(key.shape, dtype),
-            jnp.zeros(value.shape, dtype),
-            d_bias,
-        ),
+        head.span, tiles, head.ahead, size, step, state
     )
     if head.bias is not None:
         d_bias = d_bias[size - 1 :][: head.bias.shape[0]].astype(head.bias.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.chunked.tiling import Diagonal, over_diagonals, pad_lead
+from pallas_kernels.varying import vary_alike
 
 # A tile counts as dead only if it is so by this much, in nats: more than the
 # rounding of its scores.
@@ -109,6 +110,8 @@ def forward(
     total = jnp.zeros((tiles, batch, size), dtype)
     out = jnp.zeros((tiles, batch, size, head.value.shape[-1]), dtype)
     live = jnp.zeros(tiles + head.ahead, bool)
+    # Loops want what goes in to be as varied as what comes out.
+    maximum, total, out, live = vary_alike(maximum, total, out, live, like=(head.query,))
 
     def accumulate(diagonal: Diagonal, state: Any, *, with_values: bool) -> Any:
         maximum, total, out, live = state

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels.chunked.backward import HeadGradients, backward
 from pallas_kernels.chunked.forward import HeadInputs, forward
 from pallas_kernels.types import AttentionSettings, Residuals, Visibility
+from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import TileSizes, VisitRanges, visit_ranges
 
 # Large enough that a tile's matrix products outweigh the loop around them.
 _TILE_SIZE = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch key_length kv_heads head_dim"],
@@ -45,6 +45,14 @@ def attention(
 
     Source: docs/lazy_attention.md, sections "Definition" and "Gradients".
     """
+    leaves, tree = jax.tree.flatten((query, key, value, bias, offset, visibility))
+    return _attention(*jax.tree.unflatten(tree, vary_alike(*leaves)), settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(
+    query, key, value, bias, offset, visibility, settings
+) -> Float[Array, "batch length heads value_dim"]:
     out, _ = _forward(query, key, value, bias, offset, visibility, settings, want_value_sum=False)
     return out
 
@@ -190,4 +198,4 @@ def _attention_bwd(settings, saved, d_out):
     )
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)

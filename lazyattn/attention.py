@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from lazyattn import placement, reference
+from lazyattn import explicit_mesh, placement, reference
 from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
 from lazyattn.errors import InputError, require
 from pallas_kernels import chunked
@@ -120,7 +120,8 @@ def lazy_attention(
 
     Returns:
       out [batch, length, heads, value_dim] in the dtype of `query`, or
-      (out, weights [batch, heads, length, key_length]).
+      (out, weights [batch, heads, length, key_length]). Where arrays are sharded over Explicit
+      axes of a mesh, these are over those of rows and heads.
 
     Raises:
       InputError: (a ValueError) for shapes, dtypes or settings that don't fit, or an
@@ -174,10 +175,28 @@ def lazy_attention(
         float(skip_mass),
         return_weights,
     )
-    result, poison = choose(call, implementation).run(call), call.poison()
+    return explicit_mesh.on_own_share(Run(implementation), call)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Does a call by the named implementation, or the best.
+
+    Attributes:
+      name: as `implementation` of `lazy_attention`.
+    """
+
+    name: str | None
+
+    def __call__(self, call: Call) -> Any:
+        return _run(call, self.name)
+
+
+def _run(call: Call, name: str | None) -> Any:
+    result, poison = choose(call, name).run(call), call.poison()
     if poison is None:
         return result
-    if not return_weights:
+    if not call.return_weights:
         return result * poison[:, :, None, None].astype(result.dtype)
     out, weights = result
     out = out * poison[:, :, None, None].astype(out.dtype)

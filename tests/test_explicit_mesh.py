@@ -1,0 +1,41 @@
+"""Arrays on a mesh of Explicit axes, which is what `jax.make_mesh` makes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import explicit_mesh_program as program
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What the program found; devices are fixed when a process starts."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-m", program.__name__],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*program.CALLS, "definition"])
+def test_output_and_gradients(report, name):
+    assert report[name]["error"] < 1e-5
+
+
+def test_weights(report):
+    assert report["weights"] < 1e-5
+
+
+def test_each_device_keeps_its_own_rows_and_heads(report):
+    for name in ("rows_and_heads", "one_key_head", "two_key_heads", "keys_alone"):
+        assert report[name]["out"] == "float32[8@rows,40,4@heads,16]"
+    assert report["both_axes_for_rows"]["out"] == "float32[8@(rows,heads),40,4,16]"

@@ -35,9 +35,9 @@ _TILE = 128
 # Shares of the heads that are made even, and how even each at least, where it can be.
 _SHARES = range(2, 9)
 _EVEN = 0.04
-# Orders of the groups that swapping starts from, at most; and so many groups that one is
-# enough, and swapping ends as soon as it is even.
-_STARTS = 24
+# Orders of the groups that swapping starts from: at least, if one is even then, and at most.
+# With so many groups one is enough, and swapping ends as soon as it is even.
+_FEW, _STARTS = 6, 24
 _MANY = 24
 
 
@@ -162,7 +162,7 @@ def _even_order(
     """Returns which group stands where, so that equal shares of them have about equal work.
 
     Groups stay in their shard, and those with global heads where they are. Pairs are swapped
-    as long as that helps, from a few starts, the first that is even enough being taken.
+    as long as that helps, from a few starts, of which the best is taken.
     """
     count = int(groups[-1]) + 1
     work = {length: _work(slopes, length).reshape(count, -1).sum(axis=1) for length in _LENGTHS}
@@ -195,10 +195,10 @@ def _even_order(
     if count > _MANY:
         return _swapped(order, pairs, cost, even)[1]
     found = []
-    for _ in range(_STARTS):
+    for start in range(_STARTS if pairs else 1):
         found.append(_swapped(order, pairs, cost))
-        if even(found[-1][1]):
-            return found[-1][1]
+        if start + 1 >= _FEW and even(min(found)[1]):
+            break
         order = list(range(count))
         for shard in sorted(set(shard_of[free].tolist())):
             places = [place for place in free if shard_of[place] == shard]

@@ -79,7 +79,7 @@ def test_there_and_back_is_the_same_function_to_the_bit(tmp_path, config, max_by
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_decay_comes_back_as_its_table(tmp_path, scan):
-    attention = {"global_share": 0.5, "global_rope": False, "output_gate": True}
+    attention = {"global_share": 0.5, "global_rope": False, "output_gate": True, "window": 4}
     config = make_config(scan_layers=scan, attention=attention)
     params = make_params(config)
     _write(tmp_path / "model", params, config)
@@ -96,7 +96,9 @@ def test_a_decay_comes_back_as_its_table(tmp_path, scan):
         ["Their", "bias"],
         ["They", "rotate"],
         ["They", "have"],
+        ["They", "have"],
     ]
+    assert "4 keys" in said[2] and "gate" in said[3]
 
 
 def test_an_export_from_before_a_bias_had_a_kind(tmp_path):

@@ -10,6 +10,7 @@ from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import RECIPES, AttentionConfig
 from lazyattn.training import run, schema
+from lazyattn.training.workdir import load_trained
 from tests.training import tiny
 
 WHERE = Path("runs/old/checkpoints/7")
@@ -74,9 +75,10 @@ def test_runs_of_older_and_newer_versions(tmp_path):
     """The settings in a real checkpoint are changed to those of other versions."""
     text, cache = tiny.write_text(tmp_path / "text"), tmp_path / "cache"
 
-    def experiment(steps):
+    def experiment(steps, recipe="sharp_table"):
         config = tiny.get_config(text)
         config.training.steps = steps
+        config.model.attention.update(RECIPES[recipe])
         return from_config_dict(config)
 
     assert run.train(experiment(1), tmp_path / "first", cache) == 0
@@ -91,9 +93,23 @@ def test_runs_of_older_and_newer_versions(tmp_path):
         return folder
 
     def before_the_stamp(settings):
+        before_a_bias_had_a_kind(settings)
         del settings["schema"], settings["training"]["inspect_every"]
 
+    def before_a_bias_had_a_kind(settings):
+        settings["schema"] = 1
+        new = ("bias_kind", "global_share", "global_rope", "slope_shards", "window", "output_gate")
+        for name in new:
+            del settings["model"]["attention"][name]
+        del settings["optimizer"]["log_slope_factor"]
+
     assert run.train(experiment(2), rewritten("old", before_the_stamp), cache) == 0
+    # `sharp` was a table then. Such a run goes on as what it is now called, not as a decay.
+    table = rewritten("table", before_a_bias_had_a_kind)
+    assert run.train(experiment(2), table, cache) == 0
+    assert load_trained(table).experiment.model == experiment(2).model
+    with pytest.raises(InputError, match=r"attention.bias_kind is 'decay', .* made with 'table'"):
+        run.train(experiment(3, "sharp"), table, cache)
 
     removed = rewritten("removed", lambda settings: settings["model"].update(depth=3))
     newer = rewritten("newer", lambda settings: settings.update(schema=99))

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ def _load(manager: TaskManager, spec: Any, failed: dict[str, str]) -> _Loaded:
         found = manager.load([spec])
     except Exception as error:  # a task is anybody's code and data
         name = spec if isinstance(spec, str) else str(spec.get("task") or spec.get("group"))
-        failed[name] = _reason(error)
+        _fail(failed, [name], error)
         loaded = _Loaded({}, {})
         for part in _members(manager, name):
             loaded.tasks.update(_load(manager, part, failed).tasks)
@@ -148,7 +148,7 @@ def _checked(
         except InputError:
             raise
         except Exception as error:  # as above
-            failed[task_name] = _reason(error)
+            _fail(failed, [task_name], error)
         else:
             good[task_name] = task
     if len(good) == len(loaded.tasks):
@@ -181,11 +181,10 @@ def _parts(
     try:
         return [measure(loaded)]
     except Exception as error:  # as above
-        reason = _reason(error)
-    if len(loaded.tasks) == 1 and not loaded.groups:
-        failed.update(dict.fromkeys(loaded.tasks, reason))
+        alone = len(loaded.tasks) == 1 and not loaded.groups
+        _fail(failed, loaded.tasks if alone else loaded.groups, error)
+    if alone:
         return []
-    failed.update(dict.fromkeys(loaded.groups, reason))
     return [
         part
         for name, task in loaded.tasks.items()
@@ -205,11 +204,14 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _reason(error: BaseException) -> str:
-    """Returns an error as one line."""
-    logging.info("a task failed", exc_info=error)
+def _fail(failed: dict[str, str], names: Iterable[str], error: Exception) -> None:
+    """Notes why tasks or groups have no result, and says so at once: others may take hours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    for name in names:
+        failed[name] = reason
+        logging.warning("%s could not be measured: %s", name, reason)
+    logging.info("The whole of it:", exc_info=error)
 
 
 class _LoadedManager:

@@ -394,7 +394,7 @@ def test_what_a_task_can_not_ask_is_refused_before_anything_runs(tmp_path, asked
     assert asked == []
 
 
-def test_a_task_that_fails_costs_no_other(tmp_path):
+def test_a_task_that_fails_costs_no_other(tmp_path, caplog):
     folder = _own_tasks(
         tmp_path,
         good=_generating({"num_beams": 1, "num_return_sequences": 1, "seed": 3}),
@@ -409,6 +409,7 @@ def test_a_task_that_fails_costs_no_other(tmp_path):
     )
     assert set(found.results["results"]) == {"good", "piqa"}
     assert set(found.failed) == {"no_items", "no_column", "no_metric", "together"}
+    assert "no_items could not be measured: FileNotFoundError: " in caplog.text
     assert set(json.loads(found.written.read_text())["results"]) == {"good", "piqa"}
     table = benchmarks.as_table(found.results["results"], found.failed)
     assert "- no_items could not be measured: " in table and "| piqa | acc |" in table

@@ -47,6 +47,33 @@ def llama_like(vocab_size=400):
     return _made(tokenizer)
 
 
+def gemma_like():
+    """Returns the same without a space in front, as Gemma's."""
+    tokenizer = tokenizers.Tokenizer.from_str(llama_like()._codec.content.decode())
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return _made(tokenizer)
+
+
+def split_by_pattern():
+    """Returns byte-level BPE as Llama 3's: a pattern cuts words, which may be tokens as a whole."""
+    tokenizer = tokenizers.Tokenizer.from_str(across_spaces()._codec.content.decode())
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer.model = models.BPE(model["vocab"], merges, ignore_merges=True)
+    words = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return _made(tokenizer)
+
+
 def across_spaces(vocab_size=400):
     """Returns byte-level BPE that merges across spaces: nothing splits a text beforehand."""
     tokenizer = tokenizers.Tokenizer(models.BPE())

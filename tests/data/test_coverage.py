@@ -125,7 +125,9 @@ def test_normalizers_change_text_but_lose_nothing(normalizer):
     "make",
     [
         real.llama_like,
+        real.gemma_like,
         real.across_spaces,
+        real.split_by_pattern,
         lambda: real.sentencepiece_tokenizer(**IDENTITY),
         lambda: real.sentencepiece_tokenizer(model_type="unigram", **IDENTITY),
     ],

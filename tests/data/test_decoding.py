@@ -14,6 +14,7 @@ from tests.data import real_tokenizers as real
 IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 KINDS = {
     "llama": real.llama_like,
+    "gemma": real.gemma_like,
     "byte-level": real.across_spaces,
     "sentencepiece": lambda: real.sentencepiece_tokenizer(**IDENTITY),
     "sentencepiece unigram": lambda: real.sentencepiece_tokenizer(model_type="unigram", **IDENTITY),

@@ -28,7 +28,7 @@ from absl import app, flags
 from jaxtyping import Array
 
 from benchmarks import cases, peers, shares, timing
-from lazyattn import lazy_attention
+from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
 from pallas_kernels.mosaic_gpu import config
 
@@ -41,7 +41,7 @@ _SHAPES = flags.DEFINE_list(
     "Batch x heads x length x head size, and x key heads where they are fewer.",
 )
 _CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "Of " + ", ".join(cases.CASES))
-_LEARNED = flags.DEFINE_string(
+_LEARNED = paths.define(
     "learned",
     os.path.join(os.environ.get("LAZYATTN_TEST_DATA", ""), "learned", "alibi_4096.npz"),
     "File of the case `learned`: bias [layers, heads, width] and tau [layers, heads].",
@@ -58,7 +58,7 @@ _CALLS = flags.DEFINE_integer("calls", 40, "Calls in a row.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Times each is timed; the median counts.")
 _JOBS = flags.DEFINE_integer("jobs", 4, "Programs compiled at once.")
 _PROFILE = flags.DEFINE_boolean("profile", False, "Also list the kernels of our own.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/attention", "Without suffix.")
+_OUTPUT = paths.define("output", "benchmarks/results/attention", "Without suffix.")
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from lazyattn import paths
 from lazyattn.ahead_of_time import topology
 from lazyattn.ahead_of_time.report import Report
 from lazyattn.ahead_of_time.run import examine
@@ -187,7 +188,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "Where rows are kept.", required=True)
+    paths.define("output", None, "Where rows are kept.", required=True)
     flags.DEFINE_list("chips", list(SLICES), "Kinds of chips.")
     flags.DEFINE_list("configs", list(RUNS), "Recipes.")
     app.run(main)

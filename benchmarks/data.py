@@ -20,6 +20,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from lazyattn import paths
 from lazyattn.data import manifest, shards
 from lazyattn.data.config import DataConfig
 from lazyattn.data.manifest import Manifest, Split, TokenizerRecord
@@ -28,7 +29,7 @@ from lazyattn.data.tokenizer import Tokenizer
 
 # A process that only imports this keeps its own flags.
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_PATH = flags.DEFINE_string(
+_PATH = paths.define(
     "path", None, "Folder of tokenised shards; default: made-up ones.", flag_values=FLAGS
 )
 _TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "Of made-up shards.", flag_values=FLAGS)
@@ -43,9 +44,7 @@ _READ = flags.DEFINE_integer(
     "read", 20_000_000, "Tokens to read in each measurement.", flag_values=FLAGS
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements; the median counts.", flag_values=FLAGS)
-_OUTPUT = flags.DEFINE_string(
-    "output", "benchmarks/results/data", "Without suffix.", flag_values=FLAGS
-)
+_OUTPUT = paths.define("output", "benchmarks/results/data", "Without suffix.", flag_values=FLAGS)
 
 _VOCABULARY = 32_000
 _SHARDS = 8

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from lazyattn import lazy_attention
+from lazyattn import lazy_attention, paths
 from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import op
 
@@ -37,7 +37,7 @@ _OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax.")
 _SLOPE = flags.DEFINE_boolean("slope", True, "The bias goes on past its table.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16"], "Inputs.")
 _SASS = flags.DEFINE_boolean("sass", False, "Also print the machine code.")
-_CUDA_ROOT = flags.DEFINE_string("cuda_root", None, "Folder whose bin has nvdisasm.")
+_CUDA_ROOT = paths.define("cuda_root", None, "Folder whose bin has nvdisasm.")
 
 # What XLA wants to know of an H100 SXM.
 _H100 = """

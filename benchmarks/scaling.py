@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from lazyattn import distributed, sharding
+from lazyattn import distributed, paths, sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.parameters import init_params, partition_specs
@@ -48,7 +48,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("variant", "lazy", "As model.attention.variant.", **where)
     flags.DEFINE_integer("steps", 10, "Steps a round.", **where)
     flags.DEFINE_integer("rounds", 5, "Rounds, of which the median counts.", **where)
-    flags.DEFINE_string("output", None, "File to add a JSON line a measurement to.", **where)
+    paths.define("output", None, "File to add a JSON line a measurement to.", **where)
     distributed.define(values)
 
 

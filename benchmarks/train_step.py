@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import softmax_by_jax
-from lazyattn import command_line, sharding
+from lazyattn import command_line, paths, sharding
 from lazyattn.ahead_of_time.chips import CHIPS
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
@@ -372,7 +372,7 @@ def define(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("microbatches", None, "Default: the config's.", **where)
     flags.DEFINE_integer("steps", 10, "Steps in a row.", **where)
     flags.DEFINE_integer("rounds", 5, "Times each is timed; the median counts.", **where)
-    flags.DEFINE_string("output", "benchmarks/results/train_step", "Without suffix.", **where)
+    paths.define("output", "benchmarks/results/train_step", "Without suffix.", **where)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from absl import app, flags
 from jaxtyping import Array
 
 from benchmarks import cases, timing, triton_static
+from lazyattn import paths
 from pallas_kernels import gpu
 from pallas_kernels.triton import blocks as table
 from pallas_kernels.triton import config, op
@@ -278,7 +279,7 @@ _HEAD_DIMS = flags.DEFINE_list("head_dims", ["32", "64", "128", "256"], "Head si
 _SIZES = flags.DEFINE_string("sizes", "4x16x4096", "Batch x heads x length to time with.")
 _TRIED = flags.DEFINE_integer("tried", 8, "Candidates a kernel, of those that may be best.")
 _JOBS = flags.DEFINE_integer("jobs", 8, "Kernels compiled at once.")
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = paths.define(
     "output", str(pathlib.Path(table.__file__)), "Table to update, or a new file."
 )
 

@@ -86,25 +86,30 @@ class _PathListParser(flags.ListParser):
 
 
 def define(
-    name: str, default: str | None, help: str, values: flags.FlagValues = flags.FLAGS
+    name: str,
+    default: str | None,
+    help: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    required: bool = False,
 ) -> flags.FlagHolder[Any]:
     """Defines a flag whose value is a path; a URL is refused when it is parsed."""
-    return flags.DEFINE(_PathParser(name), name, default, help, flag_values=values)
+    parser = _PathParser(name)
+    return flags.DEFINE(parser, name, default, help, flag_values=flag_values, required=required)
 
 
 def define_list(
-    name: str, default: Sequence[str], help: str, values: flags.FlagValues = flags.FLAGS
+    name: str, default: Sequence[str], help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder[Any]:
     """Defines a flag of paths with commas between them."""
     serializer = flags.CsvListSerializer(",")
     parser = _PathListParser(name)
     return flags.DEFINE(
-        parser, name, list(default), help, flag_values=values, serializer=serializer
+        parser, name, list(default), help, flag_values=flag_values, serializer=serializer
     )
 
 
 def define_multi(
-    name: str, default: Sequence[str], help: str, values: flags.FlagValues = flags.FLAGS
+    name: str, default: Sequence[str], help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder[Any]:
     """Defines a flag whose value is a path, and which may be given several times."""
     return flags.DEFINE_multi(
@@ -113,5 +118,5 @@ def define_multi(
         name,
         list(default),
         help,
-        flag_values=values,
+        flag_values=flag_values,
     )

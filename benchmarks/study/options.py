@@ -34,6 +34,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("deadline", None, "Seconds that the process may take.", **where)
     flags.DEFINE_string("measure", "all", "all, or loss: validation and time alone.", **where)
     flags.DEFINE_bool("cudnn", False, "Time the variant softmax with cuDNN too.", **where)
+    flags.DEFINE_string(
+        "first", "variants", "variants or seeds: what to go through first.", **where
+    )
     flags.DEFINE_bool(
         "time_attention", False, "Time attention alone on trained queries and keys.", **where
     )
@@ -71,6 +74,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
       InputError: for a bad value.
     """
     require(bool(values.data), "--data", values.data, "a folder of tokens")
+    require(values.first in ("variants", "seeds"), "--first", values.first, "variants or seeds")
     require(values.measure in ("all", "loss"), "--measure", values.measure, "all or loss")
     require(
         values.deadline is None or values.deadline > 0, "--deadline", values.deadline, "positive"
@@ -95,6 +99,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
         measure=values.measure,
         cudnn=values.cudnn,
         time_attention=values.time_attention,
+        first=values.first,
         commit=values.commit,
         elapsed=elapsed,
     )

@@ -51,6 +51,8 @@ class Options:
       cudnn: time the variant `softmax` with cuDNN too.
       commit: of the code.
       time_attention: time attention alone on the trained model's own queries and keys.
+      first: "variants": a seed of all variants before the next seed; "seeds": all seeds of a
+        variant before the next variant, so that less is compiled while others train.
       elapsed: seconds since the process began.
       checkpoint_every: steps between checkpoints.
     """
@@ -72,17 +74,21 @@ class Options:
     cudnn: bool = False
     commit: str | None = None
     time_attention: bool = False
+    first: str = "variants"
     elapsed: Callable[[], float] = time.monotonic
     checkpoint_every: int = train.CHECKPOINT_EVERY
 
     def specs(self) -> list[Spec]:
-        """Returns the runs, a seed of all variants before the next seed."""
-        return [
+        """Returns the runs in their order."""
+        found = [
             Spec(variant, seed, self.tokens, rate, factor, self.batch, self.length, self.overrides)
             for seed, rate, factor, variant in itertools.product(
                 self.seeds, self.learning_rates, self.log_slope_factors, self.variants
             )
         ]
+        if self.first == "seeds":
+            found.sort(key=lambda spec: self.variants.index(spec.variant))
+        return found
 
 
 def run(options: Options) -> int:

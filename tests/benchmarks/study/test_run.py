@@ -292,3 +292,13 @@ def test_unrolled_layers_are_measured_as_scanned_ones_and_attention_is_timed(fol
     assert set(second["attention_ms"]) == {f"1x{LENGTH}", f"1x{4 * LENGTH}"}
     for found in second["attention_ms"].values():
         assert min(found["forward"], found["training"], found["softmax_training"]) > 0
+
+
+def test_seeds_or_variants_come_first(folder, tmp_path):
+    asked = {"variants": ("sharp", "paper"), "seeds": (0, 1)}
+    order = [(s.variant, s.seed) for s in _options(folder, tmp_path, **asked).specs()]
+    assert order == [("sharp", 0), ("paper", 0), ("sharp", 1), ("paper", 1)]
+    order = [
+        (s.variant, s.seed) for s in _options(folder, tmp_path, **asked, first="seeds").specs()
+    ]
+    assert order == [("sharp", 0), ("sharp", 1), ("paper", 0), ("paper", 1)]

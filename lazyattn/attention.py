@@ -21,6 +21,7 @@ from lazyattn.call import Call, check_arrays, checked_window, document_starts, i
 from lazyattn.errors import InputError, require
 from pallas_kernels import chunked
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
+from pallas_kernels.own_settings import own_settings
 from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
 from pallas_kernels.types import AttentionSettings
@@ -189,7 +190,8 @@ class Run:
     name: str | None
 
     def __call__(self, call: Call) -> Any:
-        return _run(call, self.name)
+        with own_settings():
+            return _run(call, self.name)
 
 
 def _run(call: Call, name: str | None) -> Any:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.own_settings import traced_by_own_settings
+
 
 def over_batch(
     run: Callable[..., Any], parameters: Sequence[bool], groups: int = 1
@@ -23,10 +25,12 @@ def over_batch(
     """
 
     @jax.custom_batching.custom_vmap
+    @traced_by_own_settings(narrow=True)
     def call(*arrays: Array) -> Any:
         return run(groups, *arrays)
 
     @call.def_vmap
+    @traced_by_own_settings(narrow=True)
     def _rule(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
         if any(is_mapped and shared for is_mapped, shared in zip(mapped, parameters, strict=True)):
             # Parameters differ from one to the next.

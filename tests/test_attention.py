@@ -363,6 +363,12 @@ def test_shard_map_with_and_without_its_check():
         kernel_suite.check_sharded(mesh, "float32", 1e-5, implementation)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strict_settings_and_64_bits(implementation, dtype):
+    kernel_suite.check_settings(dtype, implementation)
+
+
 def test_length_16384_trains_in_two_gibibytes():
     run = subprocess.run(
         [sys.executable, "-m", "tests.memory_program", "16384", "sharp"],

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.chunked.backward import HeadGradients, backward
 from pallas_kernels.chunked.forward import HeadInputs, forward
+from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.types import AttentionSettings, Residuals, Visibility
 from pallas_kernels.varying import vary_alike
 from pallas_kernels.visit import TileSizes, VisitRanges, visit_ranges
@@ -20,6 +21,7 @@ from pallas_kernels.visit import TileSizes, VisitRanges, visit_ranges
 _TILE_SIZE = 128
 
 
+@traced_by_own_settings
 def attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch key_length kv_heads head_dim"],
@@ -50,6 +52,7 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@traced_by_own_settings
 def _attention(
     query, key, value, bias, offset, visibility, settings
 ) -> Float[Array, "batch length heads value_dim"]:
@@ -147,6 +150,7 @@ def _visit_ranges(query, key, bias, offset, first, settings) -> VisitRanges:
     return VisitRanges(ranges.first[..., ahead:], ranges.last[ahead:])
 
 
+@traced_by_own_settings
 def _attention_fwd(query, key, value, bias, offset, visibility, settings):
     out, residuals = _forward(
         query,
@@ -163,6 +167,7 @@ def _attention_fwd(query, key, value, bias, offset, visibility, settings):
     return out, (query, key, value, bias, offset, visibility, residuals)
 
 
+@traced_by_own_settings
 def _attention_bwd(settings, saved, d_out):
     query, key, value, bias, offset, visibility, residuals = saved
     heads = _Heads(query, key, value, bias, offset, visibility, residuals.span)

@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.row_facts import Residuals
+from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.types import AttentionSettings, Visibility
 from pallas_kernels.varying import vary_alike
 
@@ -31,6 +32,7 @@ skip_dead_tiles = True
 interpret: Any = None
 
 
+@traced_by_own_settings(narrow=True)
 def attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
@@ -100,6 +102,7 @@ def _pad_rows(x: Float[Array, "batch length *axes"], missing: int, **how: Any) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+@traced_by_own_settings(narrow=True)
 def _attention(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> Float[Array, "batch length heads head_dim"]:
@@ -107,6 +110,7 @@ def _attention(
     return _forward(plan, *inputs, training=False)[1]["out"]
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_fwd(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> tuple[Array, Any]:
@@ -119,6 +123,7 @@ def _attention_fwd(
     return found["out"], (inputs, table, saved)
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     inputs, table, saved = residuals
     query, key, value, distance_bias, distance_slope, offset, visibility = inputs

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import over_batch
+from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.backward import backward
 from pallas_kernels.tpu.forward import forward
@@ -22,6 +23,7 @@ from pallas_kernels.visit import visit_ranges
 skip_dead_tiles = True
 
 
+@traced_by_own_settings(narrow=True)
 def attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
@@ -102,6 +104,7 @@ def make_plan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@traced_by_own_settings(narrow=True)
 def _attention(
     query, key, value, bias, offset, visibility, plan
 ) -> Float[Array, "batch length heads head_dim"]:
@@ -109,6 +112,7 @@ def _attention(
     return plan.from_kernel(inputs.forward(inputs.visit_ranges(), training=False)[0])
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_fwd(query, key, value, bias, offset, visibility, plan) -> tuple[Array, Any]:
     inputs = Kernels(query, key, value, bias, offset, visibility, plan)
     first = inputs.visit_ranges()
@@ -118,6 +122,7 @@ def _attention_fwd(query, key, value, bias, offset, visibility, plan) -> tuple[A
     return out, (saved, (first, live, log_sum), out, (mean, rounding))
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     saved, (first, live, log_sum), out, (mean, rounding) = residuals
     inputs = Kernels(*(*saved, plan))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.batching import over_batch
 from pallas_kernels.gpu import compute_capability
+from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton import config
 from pallas_kernels.triton.backward import backward_key, backward_query
 from pallas_kernels.triton.bias_gradient import backward_bias
@@ -23,6 +24,7 @@ from pallas_kernels.visit import VisitRanges, visit_ranges
 skip_dead_tiles = True
 
 
+@traced_by_own_settings(narrow=True)
 def attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
@@ -84,6 +86,7 @@ def make_plan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+@traced_by_own_settings(narrow=True)
 def _attention(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> Float[Array, "batch length heads head_dim"]:
@@ -92,6 +95,7 @@ def _attention(
     return inputs.forward(ranges, training=False)[0]
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_fwd(
     query, key, value, distance_bias, distance_slope, offset, visibility, plan
 ) -> tuple[Array, Any]:
@@ -107,6 +111,7 @@ def _attention_fwd(
     return out, (saved, (first, live, log_total, out, value_mean, rounding))
 
 
+@traced_by_own_settings(narrow=True)
 def _attention_bwd(plan: Plan, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     saved, (first, live, log_total, *outputs) = residuals
     inputs = Kernels(*(*saved, plan))

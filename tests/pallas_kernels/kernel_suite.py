@@ -145,6 +145,36 @@ def check_transformations(
             assert error <= tolerance, (form.__name__, error)
 
 
+def check_settings(dtype: str, implementation: str, *, remat: bool = True) -> None:
+    """JAX's strictest settings and 64-bit numbers: the same bits, or as good as."""
+    case = oracle.Case("", (2, 70, 2, 1, 16), 32, "alibi", True, documents=(50, 20))
+    args, _ = _arrays(case, dtype)
+    ids = args.pop("segment_ids")
+
+    def loss(args, ids):
+        out = lazy_attention(**args, segment_ids=ids, implementation=implementation)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    def by_vmap(args, ids):
+        rows = {name: args.pop(name)[:, None] for name in ("query", "key", "value")}
+        of_row = jax.checkpoint(lambda rows, ids: loss(rows | args, ids)) if remat else loss
+        return jnp.sum(jax.vmap(lambda rows, ids: of_row(args | rows, ids))(rows, ids[:, None]))
+
+    true = jax.jit(jax.value_and_grad(loss))(args, ids)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.enable_x64(True),
+    ):
+        for form in (loss, by_vmap):
+            # Differentiated after it was traced, as in libraries.
+            found = jax.jit(jax.value_and_grad(jax.jit(form)))(dict(args), ids)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+                assert a.dtype == b.dtype
+                error = oracle.relative_error(np.asarray(a, np.float64), np.asarray(b, np.float64))
+                assert error <= (1e-5 if dtype == "float32" else 2**-7), (form.__name__, error)
+
+
 def check_sharded(
     mesh: jax.sharding.Mesh, dtype: str, tolerance: float, implementation: str = "triton"
 ) -> None:

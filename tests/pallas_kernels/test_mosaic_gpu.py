@@ -117,6 +117,18 @@ def test_lowers_under_vmap_scan_remat_and_shard_map():
         assert "mosaic_gpu_v2" in text, form.__name__
 
 
+def test_lowers_under_strict_settings_and_64_bits():
+    case = oracle.Case("", (1, 300, 2, 1, 96), 100, "alibi", True, documents=(70, 30))
+    args, settings = _arrays(case)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.enable_x64(True),
+    ):
+        text = _lower(jax.grad(jax.jit(lambda args: _loss(args, **settings))), args)
+    assert text.count("custom_call @mosaic_gpu_v2") == 3
+
+
 def _refusal(capability, case, **changes):
     args, settings = _arrays(case)
     with gpu.pretend_capability(capability), pytest.raises(InputError) as error:

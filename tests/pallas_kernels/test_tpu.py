@@ -161,6 +161,12 @@ def test_vmap_and_scan():
 
 
 @pytest.mark.slow
+def test_strict_settings_and_64_bits():
+    with interpreted():
+        suite.check_settings("float32", "tpu", remat=False)
+
+
+@pytest.mark.slow
 def test_shard_map():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
     with interpreted():

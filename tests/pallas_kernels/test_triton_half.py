@@ -37,6 +37,11 @@ def test_vmap_scan_and_remat():
         suite.check_transformations("float32", 1e-5)
 
 
+def test_strict_settings_and_64_bits():
+    with interpreter.interpreted(BLOCKS):
+        suite.check_settings("bfloat16", "triton")
+
+
 def test_shard_map():
     # Callbacks of several CPU devices at once crash XLA; the types are those of any mesh.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))

@@ -8,7 +8,8 @@
     python train.py --mode=compile --config=configs/lazy_7b_100b.py --topology=v5p:4x4x4
 
 Training goes on from the newest checkpoint in --workdir. The modes eval, inspect, sample and
-export read the settings from the checkpoint, so they need no --config. --help lists all flags.
+export read the settings from the checkpoint, so they need no --config; --step=N or --step=best
+chooses another than the newest. --help lists all flags.
 
 Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, a task could not
 be measured or what --mode=compile looked at does not fit, 2 when something given is wrong, 130
@@ -38,6 +39,12 @@ config_flags.DEFINE_config_file(
 paths.define("workdir", None, "Folder of the run: checkpoints, logs, settings.")
 _MODE = flags.DEFINE_string(
     "mode", "train", "What to do: train, eval, inspect, sample, export or compile."
+)
+flags.DEFINE_string(
+    "step",
+    None,
+    "eval, inspect, sample, export: which checkpoint, by its step; 'best': the lowest validation"
+    " loss; default: the newest.",
 )
 _CACHE_DIR = paths.define(
     "cache_dir",
@@ -77,11 +84,11 @@ def _train() -> int:
 
 
 def _eval() -> int:
-    """Measures the newest checkpoint: validation loss, texts, context lengths, benchmarks."""
+    """Measures a checkpoint: validation loss, texts, context lengths, benchmarks."""
     options, path = evaluation_options.options(), command_line.workdir()
     from lazyattn.evaluation.checkpoint import evaluate
 
-    return evaluate(path, command_line.experiment(), _cache_dir(), options)
+    return evaluate(path, command_line.experiment(), _cache_dir(), options, command_line.step())
 
 
 def _inspect() -> None:
@@ -89,17 +96,18 @@ def _inspect() -> None:
     options, path = inspection_options.options(), command_line.workdir()
     from lazyattn.inspection.checkpoint import inspect
 
-    inspect(path, command_line.experiment(), options)
+    inspect(path, command_line.experiment(), options, command_line.step())
 
 
 def _sample() -> None:
-    """Continues prompts with the newest checkpoint."""
+    """Continues prompts with a checkpoint."""
     sampling, path = generation_options.sampling_config(), command_line.workdir()
     from lazyattn.generation.checkpoint import sample
 
     given = flags.FLAGS
     how = {"seed": given.seed, "stop": given.stop, "beyond_table": given.beyond_table}
-    sample(path, given.prompt, sampling, experiment=command_line.experiment(), **how)
+    experiment, step = command_line.experiment(), command_line.step()
+    sample(path, given.prompt, sampling, experiment=experiment, step=step, **how)
 
 
 def _export() -> None:
@@ -108,7 +116,7 @@ def _export() -> None:
     path = None if options.import_from else command_line.workdir()
     from lazyattn.export.run import export
 
-    export(path, command_line.experiment(), options)
+    export(path, command_line.experiment(), options, command_line.step())
 
 
 def _compile() -> int:

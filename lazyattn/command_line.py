@@ -61,6 +61,20 @@ def workdir(values: flags.FlagValues = flags.FLAGS) -> str:
     return values.workdir
 
 
+def step(values: flags.FlagValues = flags.FLAGS) -> int | str | None:
+    """Returns which checkpoint is chosen: a step, "best", or None for the newest.
+
+    Raises:
+      InputError: for anything else.
+    """
+    text: str | None = values.step
+    if text is None or text == "best":
+        return text
+    if not text.isascii() or not text.isdecimal():
+        raise bad_value("--step", text, "the step of a checkpoint, or best")
+    return int(text)
+
+
 def experiment(values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig | None:
     """Returns the settings of the config file and its overrides; None: no config file is given.
 

@@ -260,6 +260,10 @@ def test_mistakes_are_one_sentence(story):
             ["--mode=eval", "--workdir=w", "--retrieval", "--retrieval_rows=1"],
             "--retrieval_rows is 1, but it must be at least 2",
         ),
+        (
+            ["--mode=sample", "--workdir=w", "--step=last"],
+            "--step is 'last', but it must be the step of a checkpoint, or best",
+        ),
         (["--mode=export"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=export", "--workdir=w", "--dtype=int4"], "--dtype is 'int4', but it must be flo"),
     ],

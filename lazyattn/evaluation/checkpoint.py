@@ -1,4 +1,4 @@
-"""`--mode=eval`: a run's newest checkpoint, measured as the flags say."""
+"""`--mode=eval`: a run's checkpoint, measured as the flags say."""
 
 import json
 import os
@@ -38,6 +38,7 @@ def evaluate(
     experiment: ExperimentConfig | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     options: EvaluationOptions | None = None,
+    step: int | str | None = None,
 ) -> int:
     """Measures and prints what was asked for; without any, the validation figures.
 
@@ -46,6 +47,7 @@ def evaluate(
       experiment: settings to use; None: the checkpoint's own.
       cache_dir: where prepared data is kept; None: the user's cache.
       options: what to measure; None: the validation figures.
+      step: which checkpoint, as `load_trained` has it.
 
     Returns:
       The exit status: 1 if a task could not be measured, else 0.
@@ -70,7 +72,7 @@ def evaluate(
         )
         _check_tasks(options)
     check_tokenizer(path)
-    trained = load_trained(path, experiment)
+    trained = load_trained(path, experiment, step)
     folder = local_path("--output", options.output or Path(path) / _FOLDER)
     contexts = options.contexts or (trained.experiment.data.sequence_length,)
     for context in contexts:

@@ -23,8 +23,8 @@ class ExportOptions:
       layout: of the Orbax checkpoint, one of `LAYOUTS`.
       bias_length: distances to write the bias table out to, in place of its tail;
         None: as it is.
-      import_from: folder of safetensors to read the model from; None: the run's
-        newest checkpoint.
+      import_from: folder of safetensors to read the model from; None: a checkpoint
+        of the run.
       output: folder to make; None: `export` in the run's.
     """
 

@@ -1,4 +1,4 @@
-"""`--mode=export`: a run's newest checkpoint, or safetensors, as a folder for others."""
+"""`--mode=export`: a run's checkpoint, or safetensors, as a folder for others."""
 
 import contextlib
 import dataclasses
@@ -31,6 +31,7 @@ def export(
     path: str | os.PathLike[str] | None,
     experiment: ExperimentConfig | None = None,
     options: ExportOptions | None = None,
+    step: int | str | None = None,
 ) -> Path:
     """Writes a folder with a model's parameters, settings, tokenizer and card.
 
@@ -38,6 +39,7 @@ def export(
       path: the run's folder; None with `import_from`.
       experiment: settings of that run to use, its mesh too; None: the checkpoint's own.
       options: what to write.
+      step: which checkpoint, as `load_trained` has it.
 
     Returns:
       The folder. It is there when all of it is.
@@ -52,13 +54,18 @@ def export(
         if options.output
         else local_path("--workdir", path or "") / _FOLDER
     ).absolute()
+    if step is not None and options.import_from is not None:
+        raise InputError(
+            f"--step is {step!r}, but --import_from has no checkpoints to choose from; leave one"
+            " out."
+        )
     _check_output(output)
     if "safetensors" in options.formats or options.import_from is not None:
         tensor_files.require_library()
     model = (
         _imported(options)
         if options.import_from is not None
-        else _trained(path or "", experiment, options)
+        else _trained(path or "", experiment, options, step)
     )
     if options.bias_length is not None:
         params, config = parameters.without_tail(model.params, model.config, options.bias_length)
@@ -83,13 +90,16 @@ def _check_output(output: Path) -> None:
 
 
 def _trained(
-    path: str | os.PathLike[str], experiment: ExperimentConfig | None, options: ExportOptions
+    path: str | os.PathLike[str],
+    experiment: ExperimentConfig | None,
+    options: ExportOptions,
+    step: int | str | None,
 ) -> ExportedModel:
-    """Returns the model of a run's newest checkpoint, on the devices it is exported from."""
+    """Returns the model of a run's checkpoint, on the devices it is exported from."""
     check_tokenizer(path)
     if experiment is None and options.layout == "sharded":
         experiment = _over_all_devices(path)
-    trained = load_trained(path, experiment)
+    trained = load_trained(path, experiment, step)
     experiment, workdir = trained.experiment, Path(path).expanduser()
     data = experiment.data
     loss, over = _validation(workdir / "metrics.jsonl", trained.step)

@@ -1,4 +1,4 @@
-"""`--mode=sample`: text from a run's newest checkpoint."""
+"""`--mode=sample`: text from a run's checkpoint."""
 
 import os
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ def sample(
     stop: Sequence[str] = (),
     beyond_table: bool = False,
     experiment: ExperimentConfig | None = None,
+    step: int | str | None = None,
 ) -> None:
     """Prints each prompt and its continuation.
 
@@ -39,6 +40,7 @@ def sample(
       stop: a continuation ends before the first of these strings.
       beyond_table: go on where a bias table without a tail ends.
       experiment: settings to use; None: the checkpoint's own.
+      step: which checkpoint, as `load_trained` has it.
 
     Raises:
       InputError: if a text is not valid Unicode, there is no checkpoint or tokenizer, or
@@ -54,7 +56,7 @@ def sample(
         for text in texts:
             check_unicode(text, f"{flag} is {text!r}, which")
     check_tokenizer(path)
-    trained = load_trained(path, experiment)
+    trained = load_trained(path, experiment, step)
     model, tokenizer = trained.experiment.model, trained.tokenizer
     trained_length = trained.experiment.data.sequence_length
     longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in prompts)

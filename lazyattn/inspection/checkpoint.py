@@ -44,6 +44,7 @@ def inspect(
     path: str | os.PathLike[str],
     experiment: ExperimentConfig | None = None,
     options: InspectionOptions | None = None,
+    step: int | str | None = None,
 ) -> Path:
     """Looks inside and writes the report.
 
@@ -51,6 +52,7 @@ def inspect(
       path: the run's folder.
       experiment: settings of that run to use; None: the checkpoint's own.
       options: what to look at.
+      step: which checkpoint of each run, as `load_trained` has it.
 
     Returns:
       The report's folder, which has `report.html` and `report.json`.
@@ -66,9 +68,9 @@ def inspect(
     check_tokenizer(path)
     if options.against is not None:
         check_tokenizer(options.against)
-    runs = {str(path): load_trained(path, experiment)}
+    runs = {str(path): load_trained(path, experiment, step)}
     if options.against is not None:
-        runs[str(options.against)] = load_trained(options.against)
+        runs[str(options.against)] = load_trained(options.against, step=step)
     models = list(runs.values())
     name = text or "the run's validation text"
     documents = [_read(text, models[0].experiment.data, model.tokenizer) for model in models]

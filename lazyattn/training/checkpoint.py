@@ -1,7 +1,8 @@
 """Checkpoints of a run: written in the background, read back even if the last is torn.
 
     workdir/checkpoints/<step>/state        parameters, optimiser, counters, rng (arrays)
-                              /data         state of the data iterator (JSON)
+                              /data         state of the data iterator; where there was a
+                                            validation, its loss (JSON)
                               /experiment   the settings (JSON)
     workdir/damaged/<step>-<n>              what could not be read back, moved aside
 
@@ -10,14 +11,16 @@ that a killed process leaves no half of one. Truncated files are still possible 
 full disk, a power cut); a step that can't be read is then passed over.
 
 A checkpoint that can't be written leaves those before as they are: they are deleted
-only when a later one is whole.
+only when a later one is whole. The one with the lowest validation loss is never deleted.
 """
 
 import dataclasses
 import gc
+import json
 import logging as standard_logging
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ from lazyattn.training.save_agreement import brief as _brief
 from lazyattn.training.state import TrainState
 
 FOLDER = "checkpoints"
+BEST = "best"
+_LOSS = "validation_loss"
 
 
 class SaveError(RuntimeError):
@@ -89,6 +94,7 @@ class Checkpoints:
         logging.get_absl_logger().addFilter(_no_traceback)
         standard_logging.getLogger("asyncio").addFilter(_retrieved)
         self._keep, self._keep_every = keep, keep_every
+        self._losses: dict[int, float | None] = {}
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -115,7 +121,62 @@ class Checkpoints:
         """Returns the steps there are checkpoints of, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step: int, state: TrainState, data: Any, experiment: dict[str, Any]) -> None:
+    def best(self) -> tuple[int, float] | None:
+        """Returns step and validation loss of the best checkpoint; of equals the latest.
+
+        Returns:
+          None if no checkpoint is of a step that was validated.
+        """
+        losses = [(loss, -step) for step in self.steps() if (loss := self._loss(step)) is not None]
+        if not losses:
+            return None
+        loss, negative = min(losses)
+        return -negative, loss
+
+    def choose(self, step: int | str | None) -> int | None:
+        """Returns the step that `--step` means: a number, "best", or None for the newest.
+
+        Raises:
+          InputError: if there is no such checkpoint.
+        """
+        if step is None:
+            return None
+        if step == BEST:
+            best = self.best()
+            if best is None:
+                raise InputError(
+                    f"--step is 'best', but no checkpoint in {self.folder} is of a step that was"
+                    " validated (training.eval_every); give a number."
+                )
+            return best[0]
+        steps = self.steps()
+        if step not in steps:
+            raise InputError(
+                f"--step is {step}, but the checkpoints in {self.folder} are of"
+                f" {'steps' if len(steps) > 1 else 'step'} {', '.join(map(str, steps[::-1]))}."
+            )
+        return int(step)
+
+    def _loss(self, step: int) -> float | None:
+        """Returns the validation loss at a checkpoint's step; None: it has none to read."""
+        if step not in self._losses:
+            try:
+                loss = json.loads((self.folder / str(step) / "data" / "metadata").read_text())[
+                    _LOSS
+                ]
+            except (OSError, ValueError, KeyError):
+                loss = None
+            self._losses[step] = loss if isinstance(loss, float) and math.isfinite(loss) else None
+        return self._losses[step]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: Any,
+        experiment: dict[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
         """Starts writing a checkpoint, having waited for the one before.
 
         The arrays are copied first, so the state may be donated as soon as this
@@ -126,6 +187,7 @@ class Checkpoints:
           state: to save.
           data: state of the data iterator after `step` batches, fit for JSON.
           experiment: the settings, fit for JSON.
+          validation_loss: at this step; None: it was not validated.
 
         Raises:
           SaveError: if the last `max_failed` saves have failed.
@@ -144,11 +206,14 @@ class Checkpoints:
         self._under_way = step
         self._failed.discard(step)
         self._agreement.begin()
+        finite = validation_loss is not None and math.isfinite(validation_loss)
+        self._losses[step] = validation_loss if finite else None
+        measured = {_LOSS: validation_loss} if finite else {}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state),
-                data=ocp.args.JsonSave({"iterator": data}),
+                data=ocp.args.JsonSave({"iterator": data, **measured}),
                 experiment=ocp.args.JsonSave(schema.stamped(experiment)),
             ),
             force=True,
@@ -156,6 +221,7 @@ class Checkpoints:
 
     def reload(self) -> None:
         """Looks again which checkpoints there are."""
+        self._losses.clear()
         self._manager.reload()
 
     def wait(self) -> str | None:
@@ -192,8 +258,11 @@ class Checkpoints:
             logging.warning("%s", problem)
         return problem
 
-    def newest_experiment(self) -> tuple[int, dict[str, Any]] | None:
+    def newest_experiment(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Returns step and settings of the newest checkpoint whose settings can be read.
+
+        Args:
+          step: the only checkpoint to look at; None: all.
 
         Returns:
           None if there is no checkpoint, or none of them can be read.
@@ -201,16 +270,16 @@ class Checkpoints:
         Raises:
           InputError: if its settings are of a schema that this version can't read.
         """
-        for step in self.steps():
+        for number in self.steps() if step is None else [step]:
             try:
-                saved = self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
+                saved = self._restore(number, experiment=ocp.args.JsonRestore())["experiment"]
             except Exception as error:
-                logging.warning("checkpoint %d: settings not readable (%s)", step, _brief(error))
+                logging.warning("checkpoint %d: settings not readable (%s)", number, _brief(error))
                 continue
-            return step, schema.upgraded(saved, self.folder / str(step))
+            return number, schema.upgraded(saved, self.folder / str(number))
         return None
 
-    def restore(self, abstract: TrainState) -> Restored | None:
+    def restore(self, abstract: TrainState, step: int | None = None) -> Restored | None:
         """Returns the newest checkpoint that can be read whole.
 
         Those that can't are reported, and moved aside so that their steps can be
@@ -219,19 +288,26 @@ class Checkpoints:
         Args:
           abstract: the state's shapes, dtypes and shardings; None in place of a
             field (say, `opt_state`) leaves it unread.
+          step: the only checkpoint to read; None: the newest that can be.
 
         Returns:
           None if there is no checkpoint.
 
         Raises:
-          InputError: if there are checkpoints but none can be read.
+          InputError: if there are checkpoints but none can be read, or not that of `step`.
         """
         problems: list[tuple[int, str]] = []
-        for step in self.steps():
+        wanted = step
+        for step in self.steps() if wanted is None else [wanted]:
             try:
                 restored = self._restore_step(step, abstract)
             except Exception as error:
                 problems.append((step, _brief(error)))
+                if wanted is not None:
+                    raise InputError(
+                        f"the checkpoint of step {step} in {self.folder} can't be read"
+                        f" ({_brief(error)}); choose another with --step."
+                    ) from None
                 logging.warning(
                     "checkpoint %d in %s can't be read (%s); trying the one before",
                     *(step, self.folder, _brief(error)),
@@ -275,7 +351,10 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def _open(self) -> ocp.CheckpointManager:
-        policies: list[Any] = [checkpoint_managers.preservation_policy.LatestN(self._keep)]
+        policies: list[Any] = [
+            checkpoint_managers.preservation_policy.LatestN(self._keep),
+            _KeepBest(self),
+        ]
         if self._keep_every:
             policies.append(checkpoint_managers.preservation_policy.EveryNSteps(self._keep_every))
         return ocp.CheckpointManager(
@@ -314,6 +393,25 @@ class Checkpoints:
         wait_for_all("damaged checkpoints are moved")
         self.reload()
         logging.warning("moved the unreadable checkpoint %d to %s", step, target)
+
+
+class _KeepBest(checkpoint_managers.preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint with the lowest validation loss.
+
+    Orbax's own `BestN` reads losses from an item that keeps the manager from opening when
+    it is torn; ours are beside the data iterator's state, and one that is torn counts for none.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each of Orbax's checkpoints whether it stays."""
+        del context
+        losses = [self._checkpoints._loss(info.step) for info in checkpoints]
+        known = [(loss, -index) for index, loss in enumerate(losses) if loss is not None]
+        best = -min(known)[1] if known else None
+        return [index == best for index in range(len(checkpoints))]
 
 
 def _registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:

@@ -76,7 +76,8 @@ class TrainingConfig:
       max_nonfinite_steps: steps in a row with a non-finite loss or gradient that
         are skipped before the run stops.
       log_every: steps between lines on the terminal.
-      eval_every: steps between validations; 0: only at the end.
+      eval_every: steps between validations; 0: only at the end. Of the checkpoints whose
+        step was validated the best is kept, so let it divide `checkpoint_every`.
       eval_batches: first batches of the split that a validation takes; 0: the whole
         split, as `--mode=eval` always does.
       inspect_every: steps between measurements of attention (zeros, mass, sink, offsets)
@@ -84,7 +85,7 @@ class TrainingConfig:
       checkpoint_every: steps between checkpoints; the last step always has one.
       max_failed_saves: checkpoints in a row that can't be written (a full disk) before the
         run stops; 1: it stops at the first, noticed when the next is due.
-      keep: newest checkpoints kept.
+      keep: newest checkpoints kept, besides the one with the lowest validation loss.
       keep_every: checkpoints at multiples of this are kept for good; 0: none.
     """
 

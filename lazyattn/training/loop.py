@@ -155,7 +155,8 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         if saving and (last or not record["nonfinite_in_row"]):
             begin = time.perf_counter()
             # The data iterator stands behind this very step: the next batch comes later.
-            run.checkpoints.save(number, state, batches.get_state(), run.experiment)
+            loss = record.get("validation_loss")
+            run.checkpoints.save(number, state, batches.get_state(), run.experiment, loss)
             run.log.pause(time.perf_counter() - begin)
         if last:
             break

@@ -192,6 +192,7 @@ def train(
             prepared,
             state,
             checkpoint=checkpoints.folder / str(int(state.step)),
+            best=checkpoints.best(),
             loss=record["validation_loss"],
             bits_per_byte=record["validation_bits_per_byte"],
             tokens=int(record["validation_tokens"]),

@@ -31,6 +31,7 @@ def print_summary(
     state: TrainState,
     *,
     checkpoint: Path,
+    best: tuple[int, float] | None,
     loss: float,
     bits_per_byte: float,
     tokens: int,
@@ -44,6 +45,7 @@ def print_summary(
       prepared: the data.
       state: the last state.
       checkpoint: its checkpoint.
+      best: step and validation loss of the best checkpoint, if one is known.
       loss: validation loss, nats a token.
       bits_per_byte: of the same tokens.
       tokens: tokens that both are over.
@@ -59,6 +61,11 @@ def print_summary(
     if jax.process_count() == 1:  # else no process holds the model
         _show_attention_and_sample(say, experiment, prepared, state)
     say(f"checkpoint                 {checkpoint}")
+    if best is not None:
+        say(
+            f"best checkpoint            {checkpoint.with_name(str(best[0]))}"
+            f" (validation loss {best[1]:.4f}; --step=best)"
+        )
     say("go on with")
     train = f"{_python()} train.py"
     say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")

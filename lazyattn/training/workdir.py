@@ -144,17 +144,21 @@ def make_state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) ->
 
 
 def load_trained(
-    path: str | os.PathLike[str], experiment: ExperimentConfig | None = None
+    path: str | os.PathLike[str],
+    experiment: ExperimentConfig | None = None,
+    step: int | str | None = None,
 ) -> TrainedModel:
-    """Returns the newest checkpoint's model.
+    """Returns a checkpoint's model.
 
     Args:
       path: the run's folder.
       experiment: settings to use; None: the checkpoint's own, on all devices.
+      step: the checkpoint's step; "best": that with the lowest validation loss; None: the
+        newest that can be read.
 
     Raises:
-      InputError: if there is no checkpoint, none can be read, or it is of another
-        model than `experiment`'s.
+      InputError: if there is no checkpoint, none or not that of `step` can be read, or it
+        is of another model than `experiment`'s.
     """
     workdir = local_path("--workdir", path).absolute()
     missing = bad_value(
@@ -163,9 +167,10 @@ def load_trained(
     if not (workdir / FOLDER).is_dir():
         raise missing
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        found = checkpoints.newest_experiment()
-        if found is None and not checkpoints.steps():
+        if not checkpoints.steps():
             raise missing
+        chosen = checkpoints.choose(step)
+        found = checkpoints.newest_experiment(chosen)
         if found is not None and experiment is not None:
             resumption_changes(found[1], experiment)
         if experiment is None:
@@ -173,16 +178,17 @@ def load_trained(
             experiment = dataclasses.replace(saved, mesh=sharding.MeshConfig())
         mesh = sharding.make_mesh(experiment.mesh)
         factory = make_state_factory(experiment, mesh)
-        restored = checkpoints.restore(dataclasses.replace(factory.abstract, opt_state=None))
+        abstract = dataclasses.replace(factory.abstract, opt_state=None)
+        restored = checkpoints.restore(abstract, chosen)
         if restored is None:
             raise missing
-        step = int(restored.state.step)
+        reached = int(restored.state.step)
         return TrainedModel(
             experiment=experiment,
-            step=step,
+            step=reached,
             params=restored.state.params,
             param_shardings=factory.shardings.params,
             mesh=mesh,
             tokenizer=Tokenizer.load(find_tokenizer(workdir) or workdir / FILE_NAMES[0]),
-            checkpoint=checkpoints.folder / str(step),
+            checkpoint=checkpoints.folder / str(reached),
         )

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from lazyattn.errors import InputError
 from lazyattn.sharding import MeshConfig, make_mesh
 from lazyattn.training.checkpoint import Checkpoints
 from lazyattn.training.config import TrainingConfig
@@ -172,6 +174,66 @@ def test_a_saved_step_is_in_the_log_already(tmp_path, toy_step, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", check_then_save)
     _train(tmp_path, toy_step, checkpoint_every=1, steps=3)
     assert _steps(tmp_path) == [3, 2, 1]
+
+
+def _validated(tmp_path, toy_step, losses, **settings):
+    """Trains 12 steps with a checkpoint and a validation every 2, of these losses."""
+    factory, step_fn = toy_step
+    config = TrainingConfig(steps=12, log_every=4, checkpoint_every=2, eval_every=2, **settings)
+    left = iter(losses)
+    with (
+        Checkpoints(tmp_path, keep=config.keep) as checkpoints,
+        RunLog(tmp_path, step=0, steps=12, log_every=4, flops_per_token=1.0) as log,
+    ):
+        run = Run(
+            config=config,
+            experiment={},
+            mesh=MESH,
+            step_fn=step_fn,
+            batches=toy.Batches(),
+            checkpoints=checkpoints,
+            log=log,
+            validate=lambda _: {"validation_loss": next(left)},
+            stop=SimpleNamespace(received=None),
+        )
+        fit(run, factory.create())
+
+
+def test_the_best_checkpoint_by_validation_is_kept_whatever_keep_says(tmp_path, toy_step):
+    _validated(tmp_path, toy_step, [5.0, 3.0, float("nan"), 3.5, 4.0, 4.5], keep=2)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [12, 10, 4]
+        assert checkpoints.best() == (4, 3.0)
+        assert checkpoints.choose("best") == 4 and checkpoints.choose(None) is None
+        assert checkpoints.choose(10) == 10
+        with pytest.raises(InputError, match=r"--step is 7, but .* are of steps 4, 10, 12\."):
+            checkpoints.choose(7)
+        # A later session knows of it too, and lets go of it for a better one only.
+        state = checkpoints.restore(toy_step[0].abstract).state
+        for step, loss in ((14, None), (16, 3.0)):
+            later = dataclasses.replace(state, step=state.step - 12 + step)
+            checkpoints.save(step, later, {"index": step}, {}, loss)
+            checkpoints.wait()
+            assert checkpoints.steps() == ([14, 4] if step == 14 else [16])
+
+
+def test_a_torn_loss_is_none(tmp_path, toy_step):
+    _validated(tmp_path, toy_step, [5.0, 3.0, 3.2, 3.5, 4.0, 4.5], keep=9)
+    path = tmp_path / "checkpoints" / "4" / "data" / "metadata"
+    path.write_text(path.read_text()[:-9])
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.best() == (6, 3.2)
+        with pytest.raises(InputError, match=r"the checkpoint of step 4 in .* can't be read"):
+            checkpoints.restore(toy_step[0].abstract, 4)
+        assert int(checkpoints.restore(toy_step[0].abstract, 8).state.step) == 8
+
+
+def test_no_checkpoint_is_the_best_without_a_validation(tmp_path, toy_step):
+    _train(tmp_path, toy_step, stop_after=6)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.best() is None
+        with pytest.raises(InputError, match=r"--step is 'best', but no checkpoint .* validated"):
+            checkpoints.choose("best")
 
 
 def test_rates_leave_the_first_step_out(tmp_path, toy_step, capsys):

@@ -14,6 +14,8 @@ from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.evaluation.checkpoint import evaluate
 from lazyattn.experiment import from_config_dict
+from lazyattn.export.options import ExportOptions
+from lazyattn.export.run import export
 from lazyattn.generation.checkpoint import sample
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.sharding import MeshConfig
@@ -177,6 +179,25 @@ def test_a_trained_model_comes_back(trained, text):
         state = checkpoints.restore(abstract).state
     np.testing.assert_array_equal(found.params["embedding"], state.params["embedding"])
     assert jnp.any(state.params["embedding"] != 0)
+
+
+def test_a_step_is_chosen_in_every_mode(text, cache, tmp_path, capsys):
+    experiment = _experiment(text, training__steps=3, training__checkpoint_every=1)
+    assert run.train(experiment, tmp_path, cache) == 0
+    best = tmp_path / "checkpoints" / "3"
+    assert f"best checkpoint            {best} (validation loss" in capsys.readouterr().out
+    models = {step: workdir.load_trained(tmp_path, step=step) for step in (None, 1, "best")}
+    assert [model.step for model in models.values()] == [3, 1, 3]
+    first = np.asarray(models[1].params["embedding"])
+    assert np.any(first != np.asarray(models[None].params["embedding"]))
+    with pytest.raises(InputError, match=r"--step is 9, but the checkpoints .* steps 1, 2, 3\."):
+        sample(tmp_path, "may", SamplingConfig(), step=9)
+    assert evaluate(tmp_path, cache_dir=cache, step=1) == 0
+    assert f"checkpoint       {tmp_path / 'checkpoints' / '1'}\n" in capsys.readouterr().out
+    folder = export(tmp_path, options=ExportOptions(output=str(tmp_path / "out")), step=2)
+    assert json.loads((folder / "config.json").read_text())["lazyattn"]["step"] == 2
+    with pytest.raises(InputError, match="--step is 2, but --import_from has no checkpoints"):
+        export(None, options=ExportOptions(import_from=str(folder), output="new"), step=2)
 
 
 def _contents(folder):

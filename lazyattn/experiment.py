@@ -87,7 +87,13 @@ def resumption_changes(
       InputError: naming the first key that may not.
     """
     before, now = _flat(from_config_dict(saved).to_dict()), _flat(experiment.to_dict())
-    changes = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
+    # Without a distance bias its settings say nothing; their defaults have changed before.
+    unused = () if experiment.model.attention.has_bias else ("model.attention.bias_",)
+    changes = {
+        key: (before[key], now[key])
+        for key in now
+        if before[key] != now[key] and not key.startswith(unused)
+    }
     for key, (old, new) in changes.items():
         may_change = any(
             key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in CHANGEABLE

@@ -67,6 +67,14 @@ def test_settings_from_before_a_bias_had_a_kind_mean_a_table():
     assert resumption_changes(plain, old) == {}
     with pytest.raises(InputError, match=r"bias_kind is 'decay', .* made with 'table'"):
         resumption_changes(plain, ExperimentConfig())
+    # Where no bias is learned its kind says nothing, and the command of before goes on.
+    for variant in ("softmax", "lazy_no_bias"):
+        plain["model"]["attention"]["variant"] = variant
+        now = _changed(model__attention__variant=variant)
+        assert now.model.attention.bias_kind == "decay"
+        assert resumption_changes(plain, now) == {}
+        with pytest.raises(InputError, match=r"attention.variant is 'lazy', .* made with '"):
+            resumption_changes(plain, ExperimentConfig())
     # What was not saved, but left out, is the default.
     assert from_config_dict({"model": {"attention": {"num_heads": 4}}}).model.attention == (
         AttentionConfig(num_heads=4)

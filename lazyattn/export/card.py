@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lazyattn.export.parameters import stored_dtypes
 from lazyattn.export.settings import Facts, differences
 from lazyattn.model.accounting import parameter_counts
-from lazyattn.model.config import VARIANTS
+from lazyattn.model.config import VARIANTS, AttentionConfig
 from lazyattn.quantity import quantity
 
 FILE = "README.md"
@@ -43,8 +43,21 @@ def model_card(
         ("rows in training", quantity(facts.sequence_length, "token")),
     ]
     if attention.has_bias:
-        tail = "with a learned tail" if attention.has_tail else "0 past them"
-        rows.append(("distance bias", f"{quantity(attention.bias_width, 'distance')}, {tail}"))
+        rows.append(("distance bias", _bias(attention)))
+    if attention.window is not None and attention.num_global_heads < attention.num_heads:
+        rows.append(("window", quantity(attention.window, "key")))
+    if attention.num_global_heads:
+        number = f"{attention.num_global_heads} of {attention.num_heads}"
+        lack = ["no slope"] * attention.has_bias + ["no window"] * (attention.window is not None)
+        lack += ["no RoPE"] * (attention.rope and not attention.global_rope)
+        rows.append(("global heads", ", ".join([number, *lack])))
+    further = {
+        "no RoPE": not attention.rope,
+        "norms of queries and keys": attention.qk_norm,
+        "a gate on the output": attention.output_gate,
+    }
+    if any(further.values()):
+        rows.append(("also", ", ".join(name for name, there in further.items() if there)))
     if facts.step is not None:
         rows.append(("steps of training", f"{facts.step:,}"))
     if facts.tokens is not None:
@@ -79,6 +92,15 @@ def model_card(
         " measured by nothing beyond what the table says.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _bias(attention: AttentionConfig) -> str:
+    """Returns which kind of bias it is, and how it goes on."""
+    distances = quantity(attention.bias_width, "distance")
+    if attention.bias_kind == "decay":
+        return f"`decay`: -exp(theta) x + delta, delta of {distances}; it falls past them"
+    tail = "with a learned tail" if attention.has_tail else "0 past them"
+    return f"`table`: {distances}, {tail}"
 
 
 def _use(tokenizer: bool) -> str:

@@ -121,14 +121,18 @@ def as_table(params: Mapping[str, Any], config: ModelConfig) -> tuple[Params, Mo
 
     Args:
       params: the model's parameters.
-      config: the model; one whose bias is a table already comes back as it is.
+      config: the model; one whose bias is a table already comes back as it is, but for the
+        entries that its global heads don't use, which are 0 then.
     """
-    if config.attention.bias_kind == "table" or not config.attention.has_bias:
+    attention = config.attention
+    as_it_is = attention.bias_kind == "table" and not attention.num_global_heads
+    if as_it_is or not attention.has_bias:
         return dict(params), table_config(config)
+    names = NAMES[attention.bias_kind]
 
     def converted(block: Mapping[str, Any]) -> Params:
-        layer = {k: x for k, x in block["attention"].items() if k not in NAMES["decay"]}
-        return {**block, "attention": layer | bias_arguments(block["attention"], config.attention)}
+        layer = {k: x for k, x in block["attention"].items() if k not in names}
+        return {**block, "attention": layer | bias_arguments(block["attention"], attention)}
 
     return _with_blocks(params, converted), table_config(config)
 

@@ -15,12 +15,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lazyattn.errors import InputError
+from lazyattn.export.card import model_card
 from lazyattn.export.load import load_model, load_safetensors
 from lazyattn.export.options import ExportOptions
 from lazyattn.export.parameters import as_table
 from lazyattn.export.run import export
+from lazyattn.export.settings import Facts
 from lazyattn.training.workdir import load_trained
 from tests.evaluation.runs import make_run
+from tests.model.tiny import make_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,6 +92,7 @@ def test_the_card_says_what_is_known_and_no_folder_of_this_machine(run, exported
         "| steps of training | 1 |",
         "| tokens in training | 64 |",
         "| text | text |",
+        "| distance bias | `decay`: -exp(theta) x + delta, delta of 8 distances; it falls past",
         "| validation loss | 3.2500 nats a token, over 20,480 tokens held out |",
         "`params/` is an Orbax checkpoint",
         "There it is not the same function:",
@@ -96,6 +100,28 @@ def test_the_card_says_what_is_known_and_no_folder_of_this_machine(run, exported
     ):
         assert expected in text
     assert str(run.parent) not in text + (exported / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("attention", "rows"),
+    [
+        ({"bias_kind": "table"}, ["distance bias | `table`: 6 distances, with a learned tail"]),
+        ({"bias_kind": "table", "bias_tail": False}, ["`table`: 6 distances, 0 past them"]),
+        (
+            {"global_share": 0.5, "global_rope": False, "window": 3},
+            ["| window | 3 keys |", "| global heads | 2 of 4, no slope, no window, no RoPE |"],
+        ),
+        ({"global_share": 0.25}, ["| global heads | 1 of 4, no slope |"]),
+        ({"qk_norm": True, "output_gate": True}, ["norms of queries and keys, a gate on the"]),
+    ],
+    ids=str,
+)
+def test_the_card_says_which_attention_it_is(attention, rows):
+    facts = Facts(make_config(attention=attention), sequence_length=8)
+    text = model_card(
+        "x", facts, dtype="float32", layout="unsharded", formats=["orbax"], tokenizer=False
+    )
+    assert all(row in text for row in rows), text
 
 
 def test_bfloat16_rounds_matrices_and_keeps_the_rest(run, trained, tmp_path):

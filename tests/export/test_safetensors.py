@@ -152,9 +152,19 @@ def test_the_authors_layers_compute_the_same(tmp_path, tied):
     np.testing.assert_allclose(_logits(params, config), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["decay", "table"])
-def test_a_tail_written_out_is_the_same_function_in_their_layers(tmp_path, kind):
-    config = make_config(attention={"bias_kind": kind})
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"bias_kind": "decay"},
+        {"bias_kind": "table"},
+        # Global heads have no tail, whatever their unused parameters are.
+        {"bias_kind": "decay", "global_share": 0.5},
+        {"bias_kind": "table", "global_share": 0.5},
+    ],
+    ids=str,
+)
+def test_a_tail_written_out_is_the_same_function_in_their_layers(tmp_path, attention):
+    config = make_config(attention=attention)
     params = make_params(config)
     longer, without = without_tail(params, config, LENGTH)
     assert settings.differences(Facts(without, LENGTH)) == []

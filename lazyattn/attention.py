@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn import explicit_mesh, placement, reference
 from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
+from lazyattn.derivatives import first_order_reverse_mode
 from lazyattn.errors import InputError, require
 from pallas_kernels import chunked
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
@@ -116,7 +117,7 @@ def lazy_attention(
         than this share of a row's softmax mass, certainly and for any input. 0: none.
       implementation: "xla" (the definition, quadratic memory), "xla_chunked" (linear
         memory), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA GPUs) or "tpu"; None: the
-        best that applies.
+        best that applies. Only "xla" has forward mode and higher derivatives.
       return_weights: also return the weights, float32; "xla" only.
 
     Returns:
@@ -125,8 +126,9 @@ def lazy_attention(
       axes of a mesh, these are over those of rows and heads.
 
     Raises:
-      InputError: (a ValueError) for shapes, dtypes or settings that don't fit, or an
-        implementation asked for by name that can't do the call.
+      InputError: (a ValueError) for shapes, dtypes or settings that don't fit, an
+        implementation asked for by name that can't do the call, or derivatives that the
+        implementation does not have.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     distance_bias, distance_slope, offset, segment_ids = (
@@ -195,7 +197,11 @@ class Run:
 
 
 def _run(call: Call, name: str | None) -> Any:
-    result, poison = choose(call, name).run(call), call.poison()
+    chosen, poison = choose(call, name), call.poison()
+    if chosen.name == "xla":
+        result = chosen.run(call)
+    else:
+        result = first_order_reverse_mode(chosen.name, chosen.run, call)
     if poison is None:
         return result
     if not call.return_weights:
@@ -260,6 +266,8 @@ def _chunked_unsupported(call: Call) -> str | None:
         return "return_weights is True and only 'xla' holds the weights"
     if call.query_start is not None:
         return "query_start is given"
+    if call.symbolic_axes not in ([], ["batch"]):
+        return _symbolic(call)
     return None
 
 
@@ -297,12 +305,18 @@ def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
     return out
 
 
+def _symbolic(call: Call) -> str:
+    return f"{' and '.join(call.symbolic_axes)} of its arrays are symbolic, unlike with 'xla'"
+
+
 def _fused_unsupported(call: Call) -> str | None:
     """Returns what no fused kernel does."""
     if call.return_weights:
         return "return_weights is True and only 'xla' holds the weights"
     if call.query_start is not None:
         return "query_start is given"
+    if call.symbolic_axes:
+        return _symbolic(call)
     if call.renormalize:
         return "renormalize is True"
     return None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float, Int
 
 from lazyattn.errors import InputError, bad_value, require
@@ -49,8 +50,15 @@ class Call:
             within = jnp.arange(length // self.chunk_starts.shape[0], dtype=jnp.int32)
             places = jnp.asarray(self.chunk_starts)[:, None] + within
             return jnp.broadcast_to(places.reshape(-1), (batch, length))
-        start = np.zeros(batch, np.int32) if self.query_start is None else self.query_start
+        start = jnp.zeros(batch, jnp.int32) if self.query_start is None else self.query_start
         return jnp.asarray(start)[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    @property
+    def symbolic_axes(self) -> list[str]:
+        """Returns the axes whose sizes are no numbers yet, as in exports with symbolic shapes."""
+        axes = ("batch", "length", "heads", "head_dim")
+        pairs = zip(axes, self.query.shape, self.key.shape, strict=True)
+        return [axis for axis, *sizes in pairs if any(map(export.is_symbolic_dim, sizes))]
 
     def poison(self) -> Float[Array, "batch length"] | None:
         """Returns NaN for each query without a key of its own and 1 for the others.
@@ -115,7 +123,8 @@ def checked_window(window: Any, key_length: int) -> int | None:
         return None
     is_integer = isinstance(window, numbers.Integral) and not isinstance(window, bool)
     require(is_integer and window >= 1, "window", window, "None or an integer of at least 1")
-    return int(window) if window < key_length else None
+    whole = not export.is_symbolic_dim(key_length) and window >= key_length
+    return None if whole else int(window)
 
 
 def check_arrays(

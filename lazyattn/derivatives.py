@@ -51,7 +51,13 @@ def _raise(*args: Any, name: str) -> Any:
 _reverse_only.def_impl(_raise)
 _reverse_only.def_abstract_eval(lambda x, name: x)
 mlir.register_lowering(_reverse_only, _raise)
-ad.deflinear2(_reverse_only, lambda cotangent, x, name: [_once(name)(cotangent)])
+
+
+def _transpose(cotangent: Any, x: Any, name: str) -> list[Any]:
+    return [_once(name)(cotangent)]
+
+
+ad.deflinear2(_reverse_only, _transpose)
 
 
 def _batch(arrays: Any, axes: Any, name: str) -> tuple[Any, Any]:

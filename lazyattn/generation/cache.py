@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.heads import head_windows
 from lazyattn.quantity import quantity
 
 
@@ -79,7 +80,8 @@ def check_context(
     """Checks that a model knows what to do with a context of this length.
 
     A bias table without a tail says nothing of distances past its end. There the
-    bias is 0, which a model trained on shorter rows never met.
+    bias is 0, which a model trained on shorter rows never met. Nor will it where all
+    heads have a window that ends before.
 
     Args:
       context: tokens a prediction may look at.
@@ -96,7 +98,8 @@ def check_context(
     if beyond_table or not attention.has_bias or attention.has_tail:
         return
     longest = max(attention.bias_width, sequence_length)
-    if context > longest:
+    farthest = max(window or context for window in head_windows(attention))
+    if min(context, farthest) > longest:
         raise InputError(
             f"{name} is {context}, but the model's bias table has"
             f" {quantity(attention.bias_width, 'distance')} and no tail, and its rows had"

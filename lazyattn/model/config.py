@@ -136,6 +136,13 @@ class AttentionConfig:
             f"a whole number of the {self.num_heads} heads",
         )
         require(
+            self.global_rope or self.num_global_heads > 0,
+            where + "global_rope",
+            self.global_rope,
+            f"True while {where}global_share is 0, since there are no global heads"
+            f" ({where}rope is for all heads)",
+        )
+        require(
             self.window is None or self.window >= 1, where + "window", self.window, "at least 1"
         )
         require(

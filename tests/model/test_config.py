@@ -62,6 +62,10 @@ def test_derived_sizes():
         ({"global_share": math.nan}, "model.attention.global_share is nan, .* from 0 to 1"),
         ({"global_share": 0.1}, "global_share is 0.1, .* a whole number of the 16 heads"),
         (
+            {"global_rope": False},
+            "global_rope is False, but it must be True while model.attention.global_share is 0",
+        ),
+        (
             {"global_share": 0.125, "num_kv_heads": 4, "global_rope": False},
             "global_share is 0.125, .* a share of the 4 key/value heads while .*global_rope is Fal"
             ".* 2 global heads are no whole number of groups of 4",

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
+from lazyattn import flag_help
 from lazyattn.errors import InputError, require
 
 _COMMANDS = ("run", "trial", "report")
@@ -33,8 +34,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _help(values: flags.FlagValues) -> None:
+    print(f"{__doc__}\n{values.get_help()}")
+
+
 def _command(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) > 1 else ""
+    asked_for_help = flag_help.is_asked(argv)
+    if asked_for_help and command not in _COMMANDS:
+        print(__doc__, end="")
+        return
     require(command in _COMMANDS, "the command", command, "one of " + ", ".join(_COMMANDS))
     values = flags.FlagValues()
     arguments = [argv[0], *argv[2:]]
@@ -42,6 +51,9 @@ def _command(argv: Sequence[str]) -> None:
         from benchmarks.study import report
 
         report.define(values)
+        if asked_for_help:
+            _help(values)
+            return
         report.main(arguments, values)
         return
     from benchmarks.study import options, run, trial
@@ -49,6 +61,9 @@ def _command(argv: Sequence[str]) -> None:
     options.define(values)
     if command == "trial":
         options.define_trial(values)
+    if asked_for_help:
+        _help(values)
+        return
     options.parse(arguments, values)
     asked = options.read(values, lambda: time.monotonic() - _START)
     if command == "run":

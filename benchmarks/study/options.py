@@ -74,6 +74,8 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
       InputError: for a bad value.
     """
     require(bool(values.data), "--data", values.data, "a folder of tokens")
+    output = Path(values.output)
+    require(not output.is_dir(), "--output", values.output, "a file of lines, not a folder")
     require(values.first in ("variants", "seeds"), "--first", values.first, "variants or seeds")
     require(values.measure in ("all", "loss"), "--measure", values.measure, "all or loss")
     require(
@@ -88,7 +90,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
         seeds=_numbers("--seeds", values.seeds, int),
         learning_rates=_numbers("--learning_rate", values.learning_rate, float),
         tokens=whole("--tokens", values.tokens),
-        output=Path(values.output),
+        output=output,
         log_slope_factors=factors,
         length=values.length,
         batch=values.batch,
@@ -131,5 +133,5 @@ def whole(name: str, text: str) -> int:
         number = float(text)
     except ValueError:
         raise bad_value(name, text, "a number such as 100e6") from None
-    require(number >= 1 and number == int(number), name, text, "a whole number such as 100e6")
+    require(number >= 1 and number.is_integer(), name, text, "a whole number such as 100e6")
     return int(number)

@@ -114,8 +114,8 @@ def experiment_of(spec: Spec) -> ExperimentConfig:
     return from_config_dict(base)
 
 
-def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Returns ("model.remat=dots", ...) as pairs.
+def parse_overrides(texts: Sequence[str], flag: str = "--set") -> tuple[tuple[str, str], ...]:
+    """Returns ("model.remat=dots", ...) as pairs; `flag` is where they were given.
 
     Raises:
       InputError: for one that has no "=".
@@ -124,7 +124,7 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not (name and sign):
-            raise bad_value("--set", text, "like model.remat=dots")
+            raise bad_value(flag, text, "like model.remat=dots")
         pairs.append((name, value))
     return tuple(pairs)
 

@@ -68,7 +68,7 @@ def trial(options: Options, settings: Sequence[str], *, steps: int, rounds: int)
 
 def _spec(options: Options, variant: str, text: str) -> Spec:
     overrides, batch = dict(options.overrides), options.batch
-    for name, value in parse_overrides(text.split()):
+    for name, value in parse_overrides(text.split(), "--try"):
         if name == "batch":
             if not value.isdigit():
                 raise bad_value("--try's batch", value, "a whole number")

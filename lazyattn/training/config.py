@@ -41,7 +41,8 @@ class OptimizerConfig:
     def __post_init__(self):
         where = "optimizer."
         for name in ("learning_rate", "eps"):
-            require(getattr(self, name) > 0, where + name, getattr(self, name), "positive")
+            value = getattr(self, name)
+            require(0 < value < math.inf, where + name, value, "positive and finite")
         require(
             self.schedule in ("cosine", "wsd", "constant"),
             where + "schedule",

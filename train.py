@@ -16,6 +16,7 @@ be measured or what --mode=compile looked at does not fit, 2 when something give
 when stopped by Ctrl-C.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,6 +47,12 @@ flags.DEFINE_string(
     "eval, inspect, sample, export: which checkpoint, by its step; 'best': the lowest validation"
     " loss; default: the newest.",
 )
+_INIT_FROM = paths.define(
+    "init_from",
+    None,
+    "train: start from the weights of a run (RUN, RUN/checkpoints/STEP) or of an export; sets"
+    " config.training.init_from.",
+)
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
@@ -72,6 +79,9 @@ def _train() -> int:
     """Trains a model; goes on from the newest checkpoint in --workdir."""
     experiment, path = command_line.required_experiment(), command_line.workdir()
     cache_dir = _cache_dir()
+    if _INIT_FROM.value is not None:
+        training = dataclasses.replace(experiment.training, init_from=_INIT_FROM.value)
+        experiment = dataclasses.replace(experiment, training=training)
     from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train

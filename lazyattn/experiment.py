@@ -68,7 +68,9 @@ CHANGEABLE = (
     "model.loss_chunk",
     "model.attention.implementation",
 )
-FIXED = ("training.seed",)
+FIXED = ("training.seed", "training.init_from")
+# Left out when resuming, they are what they were.
+REMEMBERED = ("training.init_from",)
 
 
 def resumption_changes(
@@ -94,6 +96,9 @@ def resumption_changes(
         for key in now
         if before[key] != now[key] and not key.startswith(unused)
     }
+    for key in REMEMBERED:
+        if now[key] is None:
+            changes.pop(key, None)
     for key, (old, new) in changes.items():
         may_change = any(
             key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in CHANGEABLE

@@ -72,6 +72,8 @@ class TrainingConfig:
     Attributes:
       steps: optimizer steps in all.
       seed: seed of the parameters.
+      init_from: folder of a run, of one of its checkpoints or of an export whose weights
+        the run starts from (`--init_from`); None: fresh ones. A resumed run need not name it.
       microbatches: parts a batch is split into, gradients accumulated exactly.
       z_loss: weight of log(Z)^2 in the loss.
       max_nonfinite_steps: steps in a row with a non-finite loss or gradient that
@@ -92,6 +94,7 @@ class TrainingConfig:
 
     steps: int = 20_480
     seed: int = 0
+    init_from: str | None = None
     microbatches: int = 1
     z_loss: float = 0.0
     max_nonfinite_steps: int = 10

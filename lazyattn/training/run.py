@@ -1,6 +1,7 @@
 """A training run from its settings: check, prepare, resume, train, sum up."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -19,7 +20,7 @@ from lazyattn.data.pipeline import (
 )
 from lazyattn.distributed import gather_rows
 from lazyattn.evaluation.perplexity import Evaluator, validation_rows
-from lazyattn.experiment import ExperimentConfig, resumption_changes
+from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
@@ -27,6 +28,7 @@ from lazyattn.training import balance, resume_data
 from lazyattn.training import workdir as folders
 from lazyattn.training.checkpoint import Checkpoints, Restored
 from lazyattn.training.claim import claimed
+from lazyattn.training.initialize import Weights, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
@@ -89,8 +91,14 @@ def train(
         changes = {} if found is None else resumption_changes(found[1], experiment)
         if found is not None:
             resume_data.require_same_kind(found[1], experiment)
+            before = from_config_dict(found[1]).training.init_from
+            training = dataclasses.replace(training, init_from=before)
+            experiment = dataclasses.replace(experiment, training=training)
         factory = folders.make_state_factory(experiment, mesh)
         restored = checkpoints.restore(factory.abstract)
+        weights: Weights | None = None
+        if restored is None and training.init_from is not None:
+            weights = read_weights(experiment, mesh, factory.shardings.params)
 
         _say(_where_the_data_is(experiment))
         prepared = prepare(experiment.data, cache_dir)
@@ -106,12 +114,19 @@ def train(
         if restored is not None:
             resume_data.resume(batches, restored.data, restored.experiment, experiment)
         folders.check_vocabulary(prepared.tokenizer, experiment)
+        if weights is not None:
+            weights.check_tokenizer(prepared.tokenizer)
         finished = restored is not None and int(restored.state.step) == training.steps
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
             if not finished:
                 folders.write_experiment(workdir, experiment)
-        state = factory.create() if restored is None else restored.state
+        started = () if weights is None else weights.said
+        if restored is not None:
+            state = restored.state
+        else:
+            state = factory.create(None if weights is None else weights.params)
+            weights = None  # consumed
         evaluator = Evaluator(
             experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
         )
@@ -139,6 +154,7 @@ def train(
         start, length = int(state.step), experiment.data.sequence_length
         for line in (
             *_describe(experiment, mesh, factory.abstract.params, prepared),
+            *started,
             *_where_from(restored, changes, training.steps),
             *balance.describe(experiment.model, mesh, length, state.params),
         ):

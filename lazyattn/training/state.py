@@ -65,9 +65,9 @@ class StateFactory:
           InputError: if the mesh doesn't divide a parameter.
         """
 
-        def create() -> TrainState:
+        def create(params: Params | None = None) -> TrainState:
             init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
-            params = init_params(init_key)
+            params = init_params(init_key) if params is None else params
             zero = jnp.zeros((), jnp.int32)
             return TrainState(
                 step=zero,
@@ -102,6 +102,12 @@ class StateFactory:
         )
         self._create = create
 
-    def create(self) -> TrainState:
-        """Returns the initial state, each shard made where it belongs."""
-        return jax.jit(self._create, out_shardings=self.shardings)()
+    def create(self, params: Params | None = None) -> TrainState:
+        """Returns the initial state, each shard made where it belongs.
+
+        Args:
+          params: to start from, on their devices, which are consumed; None: fresh ones.
+        """
+        if params is None:
+            return jax.jit(self._create, out_shardings=self.shardings)()
+        return jax.jit(self._create, out_shardings=self.shardings, donate_argnums=0)(params)

@@ -1,0 +1,251 @@
+"""A run that starts from the weights of another: of a run's checkpoint or of an export."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError, bad_value
+from lazyattn.experiment import ExperimentConfig, from_config_dict
+from lazyattn.export.load import load_model
+from lazyattn.export.settings import FILE
+from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES, bias_arguments
+from lazyattn.model.heads import global_heads
+from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
+from lazyattn.paths import local_path
+from lazyattn.training.checkpoint import FOLDER, Checkpoints
+from lazyattn.training.workdir import load_trained
+
+_WHERE = "--init_from"
+# How it is computed, which changes nothing that has been learned.
+_SAME = (
+    *("compute_dtype", "remat", "scan_layers", "loss_chunk"),
+    *("attention.implementation", "attention.skip_mass", "attention.offset_init"),
+    *("attention.bias_init", "attention.bias_std"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters to start from, as this run's model has them.
+
+    Attributes:
+      params: float32, on the mesh.
+      tokenizer: theirs; None: none came with them.
+      said: lines on what they are.
+    """
+
+    params: Params
+    tokenizer: Tokenizer | None
+    said: tuple[str, ...]
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Checks that the data is tokenized as theirs was.
+
+        Raises:
+          InputError: if it is not: no embedding would mean what it meant.
+        """
+        if self.tokenizer is not None and self.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"{_WHERE} has another tokenizer than this run's data; prepare the data with it, or"
+                " give its file as --config.data.tokenizer."
+            )
+
+
+def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, shardings: Any) -> Weights:
+    """Returns the weights in `training.init_from`.
+
+    That is the folder of a run (its newest checkpoint is taken), of one of its checkpoints,
+    `RUN/checkpoints/STEP`, or of an export. A distance bias of another width or kind comes
+    out as the same function of the distance.
+
+    Args:
+      experiment: of the run that starts.
+      mesh: its devices.
+      shardings: of its parameters.
+
+    Raises:
+      InputError: if there are no weights, or they are not of this model; the first parameter
+        that does not fit is named.
+    """
+    folder = local_path(_WHERE, str(experiment.training.init_from)).absolute()
+    is_step = folder.parent.name == FOLDER and folder.name.isdecimal()
+    source: Any
+    if is_step or (folder / FOLDER).is_dir():
+        run, step = (folder.parents[1], int(folder.name)) if is_step else (folder, None)
+        source = _of_run(run, step, experiment)
+        model, name = source.experiment.model, f"step {source.step} of {run}"
+    elif (folder / FILE).is_file():
+        source = load_model(folder, mesh)
+        model, name = source.config, str(folder)
+    else:
+        raise bad_value(
+            _WHERE,
+            str(experiment.training.init_from),
+            "the folder of a run with a checkpoint, RUN/checkpoints/STEP or an export",
+        )
+    _check_shapes(model, experiment.model)
+    params = _fitted(source.params, model, experiment.model, shardings)
+    lines = [f"starting from the weights of {name}, with a fresh optimizer"]
+    before, now = (_flat(config) for config in (model, experiment.model))
+    lines += [
+        f"  config.model.{key}: {before[key]!r} there, {value!r} here"
+        for key, value in now.items()
+        if before[key] != value and key not in _SAME
+    ]
+    return Weights(params, source.tokenizer, tuple(lines))
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    plain = dataclasses.asdict(model)
+    plain["mlp_width"] = model.hidden_width
+    plain["attention"] |= {
+        "num_kv_heads": model.attention.kv_heads,
+        "head_dim": model.head_dim,
+        "bias_tail": model.attention.has_tail,
+    }
+    return traverse_util.flatten_dict(plain, sep=".")
+
+
+def _of_run(run: Path, step: int | None, experiment: ExperimentConfig) -> Any:
+    """Returns a run's model on this run's devices."""
+    with Checkpoints(run, read_only=True) as checkpoints:
+        if not checkpoints.steps() or (step is not None and step not in checkpoints.steps()):
+            raise bad_value(
+                _WHERE, str(experiment.training.init_from), "a run with a checkpoint, or one of its"
+            )
+        found = checkpoints.newest_experiment(step)
+    if found is None:
+        raise InputError(f"{_WHERE}: no checkpoint in {run / FOLDER} has settings to be read.")
+    saved = dataclasses.replace(from_config_dict(found[1]), mesh=experiment.mesh)
+    return load_trained(run, saved, step)
+
+
+def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
+    """Compares all parameters but those of the bias by name and shape, then the bias."""
+    names = {name for both in NAMES.values() for name in both}
+
+    def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        scanned = dataclasses.replace(config, scan_layers=True)
+        flat = traverse_util.flatten_dict(parameter_shapes(scanned), sep="/")
+        return {k: x.shape for k, x in flat.items() if k.split("/")[-1] not in names}
+
+    theirs, ours = shapes(source), shapes(target)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise InputError(
+                f"{_WHERE}: the parameter {name} is {_shape(theirs.get(name))} there, but"
+                f" {_shape(ours.get(name))} in this run's model; give the settings it was made with"
+                " (config.json there has them)."
+            )
+    _check_bias(source.attention, target.attention)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
+
+
+def _check_bias(source: AttentionConfig, target: AttentionConfig) -> None:
+    """Refuses what can't be the same function of the distance."""
+    where = "model.attention."
+    if source.has_bias != target.has_bias:
+        raise InputError(
+            f"{_WHERE}: the parameter {NAMES[source.bias_kind][0]} of the distance bias is"
+            f" {'there' if source.has_bias else 'missing there'}, but {where}variant ="
+            f" {target.variant!r} has {'one' if target.has_bias else 'none'}."
+        )
+    if not source.has_bias:
+        return
+    if not np.array_equal(global_heads(source), global_heads(target)):
+        raise bad_value(
+            where + "global_share",
+            target.global_share,
+            f"such that the same heads are global as in {_WHERE} ({source.global_share:g}, with"
+            f" slope_shards = {source.slope_shards})",
+        )
+    if source.has_tail != target.has_tail:
+        tail = "goes on past its table" if source.has_tail else "is 0 past its table"
+        asked = "bias_tail=True" if source.has_tail else "bias_kind='table' and bias_tail=False"
+        raise InputError(
+            f"{_WHERE}: the distance bias there {tail}, so this run's must too; set {where}{asked}."
+        )
+    if target.bias_width < source.bias_width:
+        raise bad_value(
+            where + "bias_width",
+            target.bias_width,
+            f"at least {source.bias_width}, the width of distance_delta or distance_bias in"
+            f" {_WHERE}",
+        )
+
+
+def _fitted(params: Any, source: ModelConfig, target: ModelConfig, shardings: Any) -> Params:
+    """Returns the parameters as the target has them, on its devices."""
+
+    def convert(params: Any) -> tuple[Params, Array]:
+        if not source.scan_layers:
+            params = stack_blocks(params)
+        layer = params["blocks"]["attention"]
+        bias, falls = converted_bias(layer, source.attention, target.attention)
+        names = {name for both in NAMES.values() for name in both}
+        layer = {name: leaf for name, leaf in layer.items() if name not in names} | bias
+        params = {**params, "blocks": {**params["blocks"], "attention": layer}}
+        return (params if target.scan_layers else unstack_blocks(params)), falls
+
+    everywhere = jax.sharding.NamedSharding(
+        jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec()
+    )
+    fitted, falls = jax.jit(convert, out_shardings=(shardings, everywhere))(params)
+    if not falls:
+        raise InputError(
+            f"{_WHERE}: the slope of a head's distance bias there rises or is flat, which"
+            " model.attention.bias_kind = 'decay' can't be; set it to 'table' (recipe sharp_table)."
+        )
+    return fitted
+
+
+def converted_bias(
+    layer: Mapping[str, Any], source: AttentionConfig, target: AttentionConfig
+) -> tuple[dict[str, Float[Array, "..."]], Array]:
+    """Returns a layer's bias as the target learns it: the same function of the distance.
+
+    Args:
+      layer: attention parameters of the source, with or without an axis of layers.
+      source: of these.
+      target: as wide or wider, with a tail if the source has one.
+
+    Returns:
+      The bias's parameters, and whether every slope can be the target's.
+    """
+    if not source.has_bias:
+        return {}, jnp.array(True)
+    more = target.bias_width - source.bias_width
+    table_name, slope_name = NAMES[target.bias_kind]
+    function = bias_arguments(layer, source)
+    table = function["distance_bias"]
+    ends = [(0, 0)] * (table.ndim - 1) + [(0, more)]
+    if not source.has_tail:
+        return {table_name: jnp.pad(table, ends)}, jnp.array(True)
+    slope, apart = function["distance_slope"], global_heads(source)
+    if source.bias_kind == target.bias_kind == "decay":
+        # Not through the table: theta and delta stay what they are, to the bit.
+        delta = jnp.asarray(layer[table_name])
+        if more and source.num_global_heads:  # past its last entry such a head's bias is 0
+            delta = jnp.where(apart[:, None], table, delta)
+        wide = jnp.pad(delta, ends, mode="edge")
+        return {table_name: wide, slope_name: jnp.asarray(layer[slope_name])}, jnp.array(True)
+    beyond = jnp.arange(1, more + 1, dtype=table.dtype)
+    wide = jnp.concatenate([table, table[..., -1:] - slope[..., None] * beyond], axis=-1)
+    if target.bias_kind == "table":
+        return {table_name: wide, slope_name: slope}, jnp.array(True)
+    falls = jnp.all((slope > np.exp(LOG_SLOPE_RANGE[0])) | apart)
+    theta = jnp.where(apart, 0.0, jnp.log(jnp.where(apart | (slope <= 0), 1.0, slope)))
+    distance = jnp.arange(target.bias_width, dtype=table.dtype)
+    return {table_name: wide + slope[..., None] * distance, slope_name: theta}, falls

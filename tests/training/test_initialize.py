@@ -1,0 +1,213 @@
+"""Runs that start from the weights of another."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError
+from lazyattn.experiment import from_config_dict
+from lazyattn.export.options import ExportOptions
+from lazyattn.export.run import export
+from lazyattn.model.config import AttentionConfig
+from lazyattn.model.distance_bias import bias_arguments, bias_parameters
+from lazyattn.model.parameters import parameter_shapes
+from lazyattn.training import run, workdir
+from lazyattn.training.initialize import converted_bias
+from tests.training import tiny
+
+KINDS = {
+    "decay": {},
+    "table": {"bias_kind": "table"},
+    "no tail": {"bias_kind": "table", "bias_tail": False},
+}
+
+
+def _bias(layer, config, length=40):
+    """Returns b(x) for every distance below `length`, as the op is defined."""
+    found = bias_arguments(layer, config)
+    table = np.asarray(found["distance_bias"])
+    width = table.shape[-1]
+    whole = np.zeros((*table.shape[:-1], length), np.float32)
+    whole[..., :width] = table
+    if "distance_slope" in found:
+        slope = np.asarray(found["distance_slope"])[..., None]
+        whole[..., width:] = table[..., -1:] - slope * np.arange(1, length - width + 1)
+    return whole
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [
+        (a, b)
+        for a, b in itertools.product(KINDS, KINDS)
+        if len({a, b} - {"no tail"}) != 1 or a == b
+    ],
+)
+@pytest.mark.parametrize("width", [6, 17])
+def test_a_bias_of_another_width_or_kind_is_the_same_function(kind, to, width, share):
+    source = AttentionConfig(num_heads=4, bias_width=6, global_share=share, **KINDS[kind])
+    target = AttentionConfig(num_heads=4, bias_width=width, global_share=share, **KINDS[to])
+    rng = np.random.default_rng(0)
+    layer = {
+        name: jnp.asarray(rng.normal(size=(3, *one.shape)), jnp.float32)
+        for name, one in bias_parameters(source).items()
+    }
+    if "distance_slope" in layer:
+        layer["distance_slope"] = jnp.abs(layer["distance_slope"])
+    found, falls = converted_bias(layer, source, target)
+    assert falls
+    shapes = {name: (3, *one.shape) for name, one in bias_parameters(target).items()}
+    assert {name: leaf.shape for name, leaf in found.items()} == shapes
+    exact = kind == to and (width == 6 or kind == "no tail")
+    tolerance = 0 if exact else 1e-5
+    np.testing.assert_allclose(
+        _bias(found, target), _bias(layer, source), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_a_slope_that_rises_can_not_become_a_decay():
+    source = AttentionConfig(num_heads=2, bias_width=3, bias_kind="table")
+    layer = {"distance_bias": jnp.zeros((1, 2, 3)), "distance_slope": jnp.array([[1.0, -1e-3]])}
+    assert not converted_bias(layer, source, AttentionConfig(num_heads=2, bias_width=3))[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def source(text, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    experiment = _experiment(text, training__steps=2, training__checkpoint_every=1)
+    assert run.train(experiment, folder, cache) == 0
+    return folder
+
+
+@pytest.fixture
+def first_state(monkeypatch, cache, tmp_path):
+    """Returns the state with which a run would take its first step."""
+
+    class CaughtError(Exception):
+        pass
+
+    caught = []
+
+    def fit(_, state):
+        caught.append(state)
+        raise CaughtError
+
+    monkeypatch.setattr(run, "fit", fit)
+
+    def start(experiment):
+        with pytest.raises(CaughtError):
+            run.train(experiment, tmp_path / "new", cache)
+        return caught.pop()
+
+    return start
+
+
+def _experiment(text, **changes):
+    config = tiny.get_config(text)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(config)
+
+
+def test_a_run_starts_from_a_checkpoint_or_an_export(source, text, first_state, tmp_path, capsys):
+    folder = export(source, options=ExportOptions(output=str(tmp_path / "export")))
+    for given, step in ((source, 2), (source / "checkpoints" / "1", 1), (folder, 2)):
+        state = first_state(_experiment(text, training__init_from=str(given)))
+        expected = workdir.load_trained(source, step=step).params
+        jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+        assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
+        where = folder if given == folder else f"step {step} of {source}"
+        said = f"starting from the weights of {where}, with a fresh optimizer\ndevices"
+        assert said.split("\n")[0] in capsys.readouterr().out
+
+
+def test_a_longer_context_is_the_same_function(source, text, first_state, capsys):
+    from lazyattn.model.transformer import Transformer
+
+    wide = _experiment(
+        text,
+        training__init_from=str(source),
+        data__sequence_length=32,
+        model__attention__bias_width=32,
+        model__scan_layers=False,
+    )
+    params = first_state(wide).params
+    assert "  config.model.attention.bias_width: 8 there, 32 here\n" in capsys.readouterr().out
+    before = workdir.load_trained(source)
+    tokens = jnp.arange(48)[None] % 200
+    results = [
+        Transformer(model).apply({"params": values}, tokens)
+        for model, values in ((before.experiment.model, before.params), (wide.model, params))
+    ]
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+    shapes = jax.tree.map(lambda x: x.shape, params)
+    assert shapes == jax.tree.map(lambda x: x.shape, parameter_shapes(wide.model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__mlp_width": 32},
+            r"blocks/mlp/down is of shape \[1, 16, 16\] there, but of shape \[1, 32, 16\] in this",
+        ),
+        ({"model__tie_embeddings": False}, "parameter unembedding is missing there, but of shape"),
+        ({"model__attention__variant": "softmax"}, "blocks/attention/offset is of shape .* missin"),
+        ({"model__attention__bias_width": 4}, "bias_width is 4, but it must be at least 8"),
+        (
+            {"model__attention__bias_kind": "table", "model__attention__bias_tail": False},
+            "the distance bias there goes on past its table, .*attention.bias_tail=True",
+        ),
+        ({"model__attention__global_share": 0.5}, "global_share is 0.5, but it must be such"),
+        ({"training__init_from": "/nowhere"}, "--init_from is '/nowhere', but it must be the fold"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    source, text, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
+    experiment = _experiment(text, **({"training__init_from": str(source)} | changes))
+    with pytest.raises(InputError, match=message):
+        run.train(experiment, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_tokenizer_are_refused(source, text, cache, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "run")
+    Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
+    with pytest.raises(InputError, match="--init_from has another tokenizer than this run's data"):
+        run.train(_experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
+
+
+def test_a_resumed_run_does_not_start_again(source, text, cache, tmp_path, capsys):
+    from_ = shutil.copytree(source, tmp_path / "from")
+    new, changes = tmp_path / "new", {"training__checkpoint_every": 1}
+    first = _experiment(text, training__steps=1, training__init_from=str(from_), **changes)
+    assert run.train(first, new, cache) == 0
+    shutil.rmtree(from_)
+    assert "starting from the weights" in capsys.readouterr().out
+    assert run.train(_experiment(text, training__steps=2, **changes), new, cache) == 0
+    out = capsys.readouterr().out
+    assert "resuming after step 1" in out and "starting from" not in out and "init_from" not in out
+    assert json.loads((new / "config.json").read_text())["training"]["init_from"] == str(from_)
+    assert workdir.load_trained(new).experiment.training.init_from == str(from_)
+    training = dataclasses.replace(first.training, steps=3, init_from=str(source))
+    with pytest.raises(InputError, match=r"config.training.init_from is '.*source.*', but the ch"):
+        run.train(dataclasses.replace(first, training=training), new, cache)

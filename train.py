@@ -27,6 +27,7 @@ from lazyattn import command_line, distributed, flag_help, paths
 from lazyattn.ahead_of_time import options as ahead_of_time_options
 from lazyattn.errors import InputError, require
 from lazyattn.evaluation import options as evaluation_options
+from lazyattn.experiment import ExperimentConfig
 from lazyattn.export import options as export_options
 from lazyattn.generation import options as generation_options
 from lazyattn.inspection import options as inspection_options
@@ -53,6 +54,11 @@ _INIT_FROM = paths.define(
     "train: start from the weights of a run (RUN, RUN/checkpoints/STEP) or of an export; sets"
     " config.training.init_from.",
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config",
+    False,
+    "train, compile: print the settings that --config and its overrides make, and do nothing.",
+)
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
@@ -73,15 +79,21 @@ def _cache_dir() -> str:
     return _CACHE_DIR.value or str(default_cache_dir())
 
 
+def _experiment() -> ExperimentConfig:
+    """Returns the settings of the config file with all that flags make of them."""
+    experiment = command_line.required_experiment()
+    if _INIT_FROM.value is None:
+        return experiment
+    training = dataclasses.replace(experiment.training, init_from=_INIT_FROM.value)
+    return dataclasses.replace(experiment, training=training)
+
+
 # Each mode imports what it needs after its flags are read, so that mistakes in them come
 # out at once.
 def _train() -> int:
     """Trains a model; goes on from the newest checkpoint in --workdir."""
-    experiment, path = command_line.required_experiment(), command_line.workdir()
+    experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
-    if _INIT_FROM.value is not None:
-        training = dataclasses.replace(experiment.training, init_from=_INIT_FROM.value)
-        experiment = dataclasses.replace(experiment, training=training)
     from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train
@@ -186,6 +198,9 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(
                 f"--coordinator is {coordinator!r}, but --mode={mode} is one process; leave it out."
             )
+        if _PRINT_CONFIG.value:
+            print(_experiment().as_text(), end="")
+            return 0
         distributed.initialize()
         return _MODES[mode]() or 0
     except InputError as error:

@@ -52,6 +52,12 @@ class ExperimentConfig:
         """Returns nested plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
+    def as_text(self) -> str:
+        """Returns one line `config.KEY = VALUE` for each setting."""
+        return "".join(
+            f"config.{key} = {value!r}\n" for key, value in _flat(self.to_dict()).items()
+        )
+
 
 # What a resumed run may do differently; all else decides what has been learned so
 # far or which batch comes next, and must stay. A dot at the end means the group.

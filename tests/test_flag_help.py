@@ -51,7 +51,7 @@ def test_every_flag_is_under_its_modes():
     assert "prompt" not in sections["Flags of --mode=eval"]
     assert {"seed", "prompt"} <= set(sections["Flags of --mode=sample"])
     assert sections["Flags of all modes"] == ["config", "config.KEY", "verbosity", "workdir"]
-    assert sections["Flags of --mode=compile"] == ["topology"]
+    assert sections["Flags of --mode=compile"] == ["print_config", "topology"]
 
 
 def test_defaults_are_shown():

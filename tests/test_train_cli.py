@@ -278,6 +278,27 @@ def test_missing_and_bad_flags(arguments, message, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_the_settings_are_printed_as_they_come_out(monkeypatch, capsys):
+    import train
+
+    arguments = ["--config=configs/quickstart.py:softmax", "--config.training.steps=7"]
+    arguments += ["--print_config", "--init_from=runs/a", "--config.mesh.fsdp=2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with flagsaver.flagsaver():
+        train._parse(sys.argv)
+        assert train.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "config.training.steps = 7",
+        "config.training.init_from = 'runs/a'",
+        "config.model.attention.variant = 'softmax'",
+        "config.mesh.fsdp = 2",
+        "config.data.tokenizer = None",
+    ):
+        assert lines.count(line) == 1
+    assert all(re.fullmatch(r"config\.[\w.]+ = .+", line) for line in lines)
+
+
 def test_ctrl_c_before_training_shows_no_traceback(monkeypatch, capsys):
     import train
 

@@ -46,30 +46,35 @@ class Case:
         return self.name
 
 
+# Of several tiles. Cases whose shape isn't their subject share one, so that what is compiled
+# for the first of them serves the others.
+TILES: dict[str, Any] = {"shape": (1, 300, 2, 2, 16), "width": 64}
+PACKED: dict[str, Any] = {"shape": (2, 150, 4, 2, 16)}
+
 CASES = [
     Case("paper"),
-    Case("sharp", bias="alibi", slope=True, tau=(-0.5,)),
-    Case("several_tiles", shape=(1, 300, 2, 2, 32), width=64, bias="alibi", slope=True),
+    Case("sharp", bias="alibi", slope=True, tau=(-0.5,), **TILES),
+    Case("several_tiles", bias="alibi", slope=True, **TILES),
     Case("many_tiles", shape=(1, 1100, 2, 1, 16), width=128, bias="steep", slope=True),
-    Case("learned_tau_of_both_signs", tau=(-0.7, 0.3), shape=(2, 150, 4, 4, 16)),
+    Case("learned_tau_of_both_signs", tau=(-0.7, 0.3), **TILES),
     Case("tau_zero", tau=(0.0,)),
-    Case("positive_tau_with_steep_bias", tau=(0.5, 1.0), shape=(1, 300, 2, 2, 16), bias="steep"),
+    Case("positive_tau_with_steep_bias", tau=(0.5, 1.0), bias="steep", **TILES),
     Case("table_longer_than_sequence", width=100, bias="bumpy"),
     Case("table_of_one", width=1, slope=True),
-    Case("no_tail", width=8, shape=(1, 200, 2, 2, 16), bias="bumpy"),
+    Case("no_tail", bias="bumpy", **TILES),
     Case("bumpy_bias", shape=(1, 300, 2, 2, 16), width=300, bias="bumpy"),
     Case("no_bias", width=0),
     Case("no_offset", tau=None, bias="alibi", slope=True, shape=(2, 150, 2, 2, 16)),
     Case("plain_softmax", tau=None, width=0),
     Case("grouped_query", shape=(2, 70, 6, 2, 16)),
     Case("multi_query", shape=(2, 140, 4, 1, 16), tau=(-0.5, -2.0)),
-    Case("documents", documents=(17, 3, 1, 40, 1), shape=(2, 150, 2, 2, 16)),
-    Case("documents_grouped", documents=(130, 60), shape=(1, 300, 4, 2, 16), bias="alibi"),
-    Case("one_token_documents", documents=(1,), shape=(1, 20, 2, 2, 16)),
+    Case("documents", documents=(17, 3, 1, 40, 1), **PACKED),
+    Case("documents_grouped", documents=(130, 60), bias="alibi", **PACKED),
+    Case("one_token_documents", documents=(1,), **PACKED),
     Case("one_token", shape=(2, 1, 2, 2, 16)),
     Case("two_tokens", shape=(1, 2, 2, 1, 16)),
     Case("odd_length", shape=(1, 131, 2, 2, 16)),
-    Case("sharp_scores", score_scale=3.0, shape=(1, 200, 2, 2, 16)),
+    Case("sharp_scores", score_scale=3.0, **TILES),
     Case("constant_offset", settings=(("offset_divisor", 1.0),), tau=(-0.05,)),
     Case("length_offset", settings=(("offset_divisor", 40.0),)),
     Case("renormalized", settings=(("renormalize", True),), shape=(1, 140, 2, 2, 16)),
@@ -171,21 +176,34 @@ def out_and_gradients(args: dict[str, Any], implementation: str, d_out: Any) -> 
     """Returns out and the gradient of every float input, as float64 numpy arrays."""
     arrays = {name: jnp.asarray(args[name]) for name in GRADIENTS if name in args}
     rest = {name: x for name, x in args.items() if name not in arrays}
-
-    @jax.jit
-    def run(arrays, d_out):
-        def call(arrays):
-            return lazy_attention(**arrays, **rest, implementation=implementation)
-
-        out, vjp = jax.vjp(call, arrays)
-        return out, vjp(d_out.astype(out.dtype))[0]
-
-    out, gradients = run(arrays, jnp.asarray(d_out))
+    ids = rest.pop("segment_ids", None)
+    make = _shared_program if implementation in ("xla", "xla_chunked") else _program
+    out, gradients = make(implementation, tuple(rest.items()))(arrays, ids, jnp.asarray(d_out))
     result = {"out": out} | gradients
     return {
         name: np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x, np.float64)
         for name, x in result.items()
     }
+
+
+def _program(implementation: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    """Returns a function of arrays, segment ids and a cotangent that is compiled by itself."""
+
+    @jax.jit
+    def run(arrays, ids, d_out):
+        def call(arrays):
+            return lazy_attention(
+                **arrays, **dict(settings), segment_ids=ids, implementation=implementation
+            )
+
+        out, vjp = jax.vjp(call, arrays)
+        return out, vjp(d_out.astype(out.dtype))[0]
+
+    return run
+
+
+# Kernels are not among those shared: tests change how they are made.
+_shared_program = functools.cache(_program)
 
 
 def relative_error(x: np.ndarray, true: np.ndarray) -> float:

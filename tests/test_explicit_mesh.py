@@ -14,7 +14,11 @@ from tests import explicit_mesh_program as program
 @pytest.fixture(scope="module")
 def report():
     """What the program found; devices are fixed when a process starts."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
     done = subprocess.run(
         [sys.executable, "-m", program.__name__],
         cwd=pathlib.Path(__file__).parents[1],

@@ -28,16 +28,13 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 @dataclasses.dataclass
 class Shell:
-    """Runs train.py with one cache for data and one for compiled functions."""
+    """Runs train.py with one cache for data; compiled functions are in that of the tests."""
 
     folder: Path
 
     def start(self, *arguments, **environment):
         environment = os.environ | {
             "LAZYATTN_CACHE": str(self.folder / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "JAX_PLATFORMS": "cpu",
             **environment,
         }
@@ -102,9 +99,10 @@ def story(tmp_path_factory):
     draw = random.Random(1)
     whole = _finish(shell.train("whole"))
 
-    # Saves are under way nearly all the time here, so most kills hit one.
+    # Saves are under way nearly all the time here, so most kills hit one. The whole run has
+    # compiled all that these do: nothing is written into the cache when they are killed.
     step, kills = 0, []
-    for _ in range(3):
+    for _ in range(2):
         process = shell.train("killed")
         step += draw.randint(6, 15)
         shell.wait_for_step(process, "killed", step)

@@ -62,6 +62,9 @@ def _as_llama(params, config):
     return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Returns ours and the peer's answers to the same questions."""

@@ -14,6 +14,7 @@ def data(report):
     return json.loads((report / "report.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 420])
 def test_the_page_draws_every_figure_and_asks_nothing_of_anyone(report, tmp_path, width):
     seen = browser.open_page((report / "report.html").read_text(), tmp_path, width)
@@ -28,6 +29,7 @@ def test_the_page_draws_every_figure_and_asks_nothing_of_anyone(report, tmp_path
         assert not figure["overflow"], name
 
 
+@pytest.mark.slow
 def test_one_model_without_offsets_or_bias(data, tmp_path):
     (softmax,) = (m for m in data["models"] if m["variant"] == "softmax")
     seen = browser.open_page(page(data | {"models": [softmax]}), tmp_path)
@@ -35,6 +37,7 @@ def test_one_model_without_offsets_or_bias(data, tmp_path):
     assert set(seen["figures"]) == FIGURES - {"offsets", "bias"}
 
 
+@pytest.mark.slow
 def test_what_the_browser_would_refuse_is_noticed(data, tmp_path):
     html = page(data).replace("<main>", '<main><img src="https://example.org/x.png">')
     seen = browser.open_page(html, tmp_path)

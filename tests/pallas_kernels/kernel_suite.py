@@ -7,12 +7,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lazyattn import lazy_attention
 from tests import oracle
 
 # Renormalised weights are not supported.
 CASES = [case for case in oracle.CASES if "renormalize" not in dict(case.settings)]
+
+# What interpreters run wherever the suite runs: a case for each branch of the kernels. The
+# rest is slow there, and runs on devices.
+QUICK = {
+    "many_tiles",
+    "positive_tau_with_steep_bias",
+    "no_bias",
+    "no_offset",
+    "documents_grouped",
+    "one_token",
+    "gaps",
+    "window_in_documents",
+}
+
+
+def in_interpreters(cases: list[oracle.Case]) -> list[Any]:
+    """Returns the cases with all but `QUICK` marked as slow."""
+    return [
+        case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in cases
+    ]
+
 
 HEAD_SIZES = [
     oracle.Case(

@@ -11,25 +11,6 @@ from tests.pallas_kernels.tpu_interpreter import interpreted
 
 # Queries and keys of a tile: equal, or two and four key tiles to a query tile.
 BLOCKS = [(128, 128), (256, 128), (256, 256), (512, 128)]
-# What runs wherever the suite runs; the rest is slow.
-QUICK = {
-    "paper",
-    "many_tiles",
-    "learned_tau_of_both_signs",
-    "no_bias",
-    "no_offset",
-    "plain_softmax",
-    "grouped_query",
-    "documents_grouped",
-    "one_token",
-    "positive_tau_with_steep_bias",
-    "gaps",
-    "window_in_documents",
-}
-CASES = [
-    case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow)
-    for case in suite.CASES
-]
 NAMED = {case.name: case for case in suite.CASES}
 # Tiles of every kind at tiles of 128: live, dead, negligible.
 SPARSE = oracle.Case("sparse", (1, 900, 2, 1, 32), 300, "alibi", True, (-1.0, -0.4))
@@ -40,7 +21,7 @@ DOCUMENTS = oracle.Case(
 WINDOW = oracle.Case("window", (1, 900, 2, 1, 32), 300, "alibi", True, settings=(("window", 200),))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case))
+@pytest.mark.parametrize("case", suite.in_interpreters(suite.CASES), ids=str)
 def test_output_and_gradients(case):
     with interpreted(*BLOCKS[suite.CASES.index(case) % len(BLOCKS)]):
         oracle.check("tpu", case)
@@ -51,8 +32,8 @@ def test_output_and_gradients(case):
     [
         {},
         pytest.param({"tiles_a_step": 1}, marks=pytest.mark.slow),
-        {"chunked": True, "queries": 256},
         {"generation": "v6e", "queries": 256},
+        pytest.param({"chunked": True, "queries": 256}, marks=pytest.mark.slow),
         pytest.param({"chunked": True, "turned": False}, marks=pytest.mark.slow),
         pytest.param({"turned": False, "queries": 256}, marks=pytest.mark.slow),
         pytest.param({"queries": 512}, marks=pytest.mark.slow),

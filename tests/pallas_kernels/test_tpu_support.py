@@ -125,6 +125,7 @@ def _run(*arguments):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_compiles_for_one_tpu():
     _run("benchmarks.tpu_static", "--compile", "--generations=v5e")
 

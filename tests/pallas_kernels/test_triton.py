@@ -17,24 +17,29 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("case", suite.CASES, ids=str)
+@pytest.mark.parametrize("case", suite.in_interpreters(suite.CASES), ids=str)
 def test_output_and_gradients(case):
     blocks = BLOCKS[suite.CASES.index(case) % len(BLOCKS)]
     with interpreter.interpreted(blocks):
         oracle.check("triton", case)
 
 
-@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
+@pytest.mark.parametrize(
+    "number",
+    [1, *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, len(BLOCKS)))],
+)
 def test_every_kind_of_tile_with_all_blocks(number):
     with interpreter.interpreted(BLOCKS[number]):
         oracle.check("triton", suite.SPARSE)
 
 
+@pytest.mark.slow
 def test_dead_tiles_do_not_matter():
     with interpreter.interpreted(BLOCKS[1]):
         suite.check_dead_tiles_do_not_matter(suite.SPARSE, "float32", 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "test",
     [
@@ -58,7 +63,11 @@ def test_not_a_number_comes_through():
         suite.check_a_far_key_that_is_none_comes_through("float32", "triton")
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, test_chunk_starts.WINDOW], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [suite.SPARSE, pytest.param(test_chunk_starts.WINDOW, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_chunks_of_a_sequence(case):
     with interpreter.interpreted(BLOCKS[1]):
         test_chunk_starts.check_chunks("triton", case, 4, (0, 3))

@@ -13,20 +13,40 @@ BLOCKS = interpreter.blocks(64, 64, (64, 32))
 NAMED = {case.name: case for case in suite.CASES}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["paper", "no_offset", "documents_grouped", "sharp_scores"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("documents_grouped", "bfloat16"),
+        ("paper", "float16"),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.slow)
+            for name, dtype in (
+                *(("documents_grouped", "float16"), ("paper", "bfloat16")),
+                *(("no_offset", "bfloat16"), ("no_offset", "float16")),
+                *(("sharp_scores", "bfloat16"), ("sharp_scores", "float16")),
+            )
+        ),
+    ],
+)
 def test_half_precision(name, dtype):
     with interpreter.interpreted(BLOCKS):
         suite.check_half_precision(NAMED[name], dtype)
 
 
-@pytest.mark.parametrize("divisor", ["visible", 1.0])
+@pytest.mark.parametrize("divisor", ["visible", pytest.param(1.0, marks=pytest.mark.slow)])
 def test_sums_of_values_do_not_overflow_float16(divisor):
     with interpreter.interpreted(BLOCKS):
         test_attention.check_large_values("triton", divisor, length=200)
 
 
-@pytest.mark.parametrize("case", suite.HEAD_SIZES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if "96" in case.name else pytest.param(case, marks=pytest.mark.slow)
+        for case in suite.HEAD_SIZES
+    ],
+    ids=str,
+)
 def test_head_sizes(case):
     with interpreter.interpreted(BLOCKS):
         oracle.check("triton", case)

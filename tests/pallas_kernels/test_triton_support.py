@@ -104,12 +104,16 @@ def _compile(*arguments):
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("capability, kernel", [(80, "inference"), (90, "backward_bias")])
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [(80, "inference"), pytest.param(90, "backward_bias", marks=pytest.mark.slow)],
+)
 def test_compiles_without_spilling(capability, kernel):
     pytest.importorskip("triton")
     _compile(f"--capability={capability}", f"--only={kernel}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--packed", "--group=4", "--nooffset", "--noslope")])
 def test_planning_of_the_hopper_kernels_compiles(arguments):
     pytest.importorskip("jax_triton")

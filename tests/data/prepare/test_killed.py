@@ -59,6 +59,7 @@ def heeds_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
 def test_the_command_is_ended_and_goes_on(tmp_path, heeds_interrupts):
     """As a user does it: Ctrl-C, then kill -9 of the parent alone, then no more."""

@@ -64,7 +64,7 @@ class Shell:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def wait_for_step(self, process, name, step):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             records = self.lines(name)
             if records and records[-1]["step"] >= step:
@@ -75,7 +75,7 @@ class Shell:
 
 
 def _finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 

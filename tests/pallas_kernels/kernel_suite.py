@@ -29,10 +29,10 @@ QUICK = {
 }
 
 
-def in_interpreters(cases: list[oracle.Case]) -> list[Any]:
-    """Returns the cases with all but `QUICK` marked as slow."""
+def in_interpreters(cases: list[oracle.Case], quick: set[str] = QUICK) -> list[Any]:
+    """Returns the cases with all but `quick` marked as slow."""
     return [
-        case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in cases
+        case if case.name in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases
     ]
 
 

@@ -11,6 +11,9 @@ from tests.pallas_kernels.tpu_interpreter import interpreted
 
 # Queries and keys of a tile: equal, or two and four key tiles to a query tile.
 BLOCKS = [(128, 128), (256, 128), (256, 256), (512, 128)]
+# What runs wherever the suite runs, at ten seconds each: documents, key heads that are shared, a
+# window, positive offsets and none. The layouts below have a slope and tiles of every kind.
+QUICK = {"documents_grouped", "window_in_documents", "no_offset", "positive_tau_with_steep_bias"}
 NAMED = {case.name: case for case in suite.CASES}
 # Tiles of every kind at tiles of 128: live, dead, negligible.
 SPARSE = oracle.Case("sparse", (1, 900, 2, 1, 32), 300, "alibi", True, (-1.0, -0.4))
@@ -21,7 +24,7 @@ DOCUMENTS = oracle.Case(
 WINDOW = oracle.Case("window", (1, 900, 2, 1, 32), 300, "alibi", True, settings=(("window", 200),))
 
 
-@pytest.mark.parametrize("case", suite.in_interpreters(suite.CASES), ids=str)
+@pytest.mark.parametrize("case", suite.in_interpreters(suite.CASES, QUICK), ids=str)
 def test_output_and_gradients(case):
     with interpreted(*BLOCKS[suite.CASES.index(case) % len(BLOCKS)]):
         oracle.check("tpu", case)
@@ -30,7 +33,7 @@ def test_output_and_gradients(case):
 @pytest.mark.parametrize(
     "layout",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"tiles_a_step": 1}, marks=pytest.mark.slow),
         {"generation": "v6e", "queries": 256},
         pytest.param({"chunked": True, "queries": 256}, marks=pytest.mark.slow),
@@ -78,16 +81,8 @@ def test_head_sizes(case):
         oracle.check("tpu", case)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "documents_grouped",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("paper", "no_offset", "sharp_scores")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["documents_grouped", "paper", "no_offset", "sharp_scores"])
 def test_bfloat16(name):
     factor = suite.HALF_PRECISION_FACTOR.get(name, 1.2)
     with interpreted(256, 128):
@@ -129,6 +124,7 @@ def test_bias_of_minus_infinity_near_the_diagonal():
         oracle.check_blind_rows("tpu")
 
 
+@pytest.mark.slow
 def test_not_a_number_comes_through():
     with interpreted():
         suite.check_not_a_number_comes_through("float32", "tpu")
@@ -154,11 +150,8 @@ def test_shard_map():
         suite.check_sharded(mesh, "float32", 1e-5, "tpu")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [test_chunk_starts.CASES[0], pytest.param(test_chunk_starts.WINDOW, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [test_chunk_starts.CASES[0], test_chunk_starts.WINDOW], ids=str)
 def test_chunks_of_a_sequence(case):
     with interpreted(128, 128):
         test_chunk_starts.check_chunks("tpu", case, 4, (0, 3))

@@ -5,11 +5,9 @@ outputs pass through an identity that says it in one sentence.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -26,11 +24,9 @@ def first_order_reverse_mode(name: str, run: Callable[[Call], Array], call: Call
     Raises:
       InputError: when it is differentiated otherwise; inside `jax.jit`, when that is compiled.
     """
-    guard = _guard(name)
-    floats: dict[str, Any] = {
-        x: guard(getattr(call, x)) for x in _FLOATS if getattr(call, x) is not None
-    }
-    return guard(run(dataclasses.replace(call, **floats)))
+    given = {x: getattr(call, x) for x in _FLOATS if getattr(call, x) is not None}
+    guarded: dict[str, Any] = {x: _guarded.bind(array, name=name) for x, array in given.items()}
+    return _guarded.bind(run(dataclasses.replace(call, **guarded)), name=name)
 
 
 def _refuse(name: str) -> InputError:
@@ -40,56 +36,50 @@ def _refuse(name: str) -> InputError:
     )
 
 
-# A linear identity on tangents, which can be transposed but not computed.
-_reverse_only = Primitive("lazy_attention_reverse_only")
+def _identity(kind: str) -> Primitive:
+    """Returns a primitive that returns its argument, and has no derivative yet.
+
+    Such primitives are free; `IDENTITIES` are their names, for policies of `jax.checkpoint`.
+    """
+    primitive = Primitive(f"lazy_attention_{kind}")
+    primitive.def_impl(lambda x, name: x)
+    primitive.def_abstract_eval(lambda x, name: x)
+    mlir.register_lowering(primitive, lambda context, x, name: [x])
+
+    def batch(arrays: Any, axes: Any, name: str) -> tuple[Any, Any]:
+        return primitive.bind(arrays[0], name=name), axes[0]
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
 
 
-def _raise(*args: Any, name: str) -> Any:
+# For what goes in and out; for that once it is differentiated; and for its tangents.
+_guarded, _once, _tangent = map(_identity, ("guarded", "once", "tangent"))
+IDENTITIES = frozenset(primitive.name for primitive in (_guarded, _once))
+
+
+def _guarded_jvp(primals: Any, tangents: Any, name: str) -> tuple[Any, Any]:
+    (x,), (tangent,) = primals, tangents
+    if not isinstance(tangent, ad.Zero):
+        tangent = _tangent.bind(tangent, name=name)
+    return _once.bind(x, name=name), tangent
+
+
+def _once_jvp(primals: Any, tangents: Any, name: str) -> Any:
     raise _refuse(name)
 
 
-_reverse_only.def_impl(_raise)
-_reverse_only.def_abstract_eval(lambda x, name: x)
-mlir.register_lowering(_reverse_only, _raise)
+def _not_computed(*args: Any, name: str) -> Any:
+    raise _refuse(name)
 
 
-def _transpose(cotangent: Any, x: Any, name: str) -> list[Any]:
-    return [_once(name)(cotangent)]
+def _transposed(cotangent: Any, x: Any, name: str) -> list[Any]:
+    return [_once.bind(cotangent, name=name)]
 
 
-ad.deflinear2(_reverse_only, _transpose)
-
-
-def _batch(arrays: Any, axes: Any, name: str) -> tuple[Any, Any]:
-    return _reverse_only.bind(arrays[0], name=name), axes[0]
-
-
-batching.primitive_batchers[_reverse_only] = _batch
-
-
-@functools.cache
-def _guard(name: str) -> Callable[[Array], Array]:
-    @jax.custom_jvp
-    def guard(x: Array) -> Array:
-        return x
-
-    @guard.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        return _once(name)(primals[0]), _reverse_only.bind(tangents[0], name=name)
-
-    return guard
-
-
-@functools.cache
-def _once(name: str) -> Callable[[Array], Array]:
-    """Returns the identity of what can't be differentiated again."""
-
-    @jax.custom_jvp
-    def once(x: Array) -> Array:
-        return x
-
-    @once.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        raise _refuse(name)
-
-    return once
+ad.primitive_jvps[_guarded] = _guarded_jvp
+ad.primitive_jvps[_once] = _once_jvp
+# Tangents are transposed in reverse mode, and computed in forward mode.
+ad.deflinear2(_tangent, _transposed)
+_tangent.def_impl(_not_computed)
+mlir.register_lowering(_tangent, _not_computed)

@@ -59,6 +59,11 @@ _PRINT_CONFIG = flags.DEFINE_bool(
     False,
     "train, compile: print the settings that --config and its overrides make, and do nothing.",
 )
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "train: steps to trace, such as 100:105, into WORKDIR/profile for TensorBoard and xprof.",
+)
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
@@ -94,12 +99,14 @@ def _train() -> int:
     """Trains a model; goes on from the newest checkpoint in --workdir."""
     experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
+    from lazyattn.training import profile
     from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train
 
+    traced = profile.parse(_PROFILE.value, experiment.training.steps)
     try:
-        return train(experiment, path, cache_dir)
+        return train(experiment, path, cache_dir, traced)
     except (NonFiniteError, SaveError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,6 +18,7 @@ from lazyattn.training.checkpoint import Checkpoints, SaveError
 from lazyattn.training.config import TrainingConfig
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
+from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import Positioned, ReadAhead
 from lazyattn.training.state import Params, TrainState
 from lazyattn.training.step import Metrics, StepFn
@@ -56,6 +57,7 @@ class Run:
       validate: parameters -> scalars that join the step's metrics.
       stop: asks the loop to end early.
       inspect: parameters -> scalars on attention, every `config.inspect_every` steps.
+      profile: traces some of the steps; None: none.
     """
 
     config: TrainingConfig
@@ -68,6 +70,7 @@ class Run:
     validate: Callable[[Params], dict[str, float]]
     stop: StopSignal
     inspect: Callable[[Params], dict[str, float]] = lambda params: {}
+    profile: StepProfile | None = None
 
 
 def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -101,6 +104,8 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     if jax.process_count() > 1 and start < config.steps:
         batches = ReadAhead(cast(Positioned, run.batches), config.steps - start)
     for number in range(start + 1, config.steps + 1):
+        if run.profile is not None:
+            run.log.pause(run.profile.before(number, pending))
         try:
             rows = next(batches)
         except InputError as error:  # with several processes, see below
@@ -110,12 +115,15 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
                 record = _fetch(run, *pending)
                 run.log.write(record)
             raise _saved(run, state, record, batches, str(error)) from error
-        batch = sharding.shard_batch(rows, run.mesh)
-        state, metrics = run.step_fn(state, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            batch = sharding.shard_batch(rows, run.mesh)
+            state, metrics = run.step_fn(state, batch)
         # Only now wait for the step before, so that the device always has work.
         if pending is not None:
             run.log.write(_fetch(run, *pending))
         pending = number, metrics
+        if run.profile is not None:
+            run.log.pause(run.profile.after(number, metrics))
         if number == start + 1:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here

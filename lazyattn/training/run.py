@@ -34,6 +34,7 @@ from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
 from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import read_together
 from lazyattn.training.state import Params
 from lazyattn.training.step import make_train_step
@@ -44,6 +45,7 @@ def train(
     experiment: ExperimentConfig,
     path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Trains, going on from the newest checkpoint if the folder has one.
 
@@ -51,6 +53,7 @@ def train(
       experiment: all settings.
       path: the run's folder (`--workdir`).
       cache_dir: where prepared data is kept; None: the user's cache.
+      profile: first and last step of a trace; None: none.
 
     Returns:
       The program's exit status: 0 when training is complete or SIGTERM ended it,
@@ -188,6 +191,7 @@ def train(
                 validate=validate,
                 stop=stop,
                 inspect=inspect,
+                profile=stack.enter_context(StepProfile(workdir, profile)),
             )
             stop.arm()
             state, record = fit(run, state)

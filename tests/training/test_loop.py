@@ -13,6 +13,7 @@ from lazyattn.training.checkpoint import Checkpoints
 from lazyattn.training.config import TrainingConfig
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import NonFiniteError, Run, fit
+from lazyattn.training.profile import StepProfile
 from tests.training import toy
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -23,7 +24,7 @@ def toy_step():
     return toy.make(MESH)
 
 
-def _train(workdir, toy_step, poison=(), stop_after=None, **settings):
+def _train(workdir, toy_step, poison=(), stop_after=None, profile=None, **settings):
     """Trains in `workdir`, going on from its checkpoint; returns (state, record)."""
     factory, step_fn = toy_step
     config = TrainingConfig(**(dict(steps=12, log_every=4, checkpoint_every=5) | settings))
@@ -63,7 +64,8 @@ def _train(workdir, toy_step, poison=(), stop_after=None, **settings):
                 validate=lambda params: {"validation_loss": float(params["final_norm"][0])},
                 stop=stop,
             )
-            return fit(run, state)
+            with StepProfile(workdir, profile) as steps:
+                return fit(dataclasses.replace(run, profile=steps), state)
 
 
 def _records(workdir):

@@ -12,7 +12,8 @@ TPU_REPORT ?= build/tpu_report
 
 help:
 	@echo "make train     train a small Lazy Attention model on English every Python carries"
-	@echo "make test      check style and types, run the tests (minutes, CPU)"
+	@echo "make check     check style and types"
+	@echo "make test      the same, and the tests that are not slow (minutes, CPU)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the fused kernels' tests, on an NVIDIA GPU (BUILD.md says what to install)"
 	@echo "make test-tpu  the TPU kernels interpreted and compiled for every TPU, without one"
@@ -31,11 +32,15 @@ check: setup
 	@$(PYTHON_BIN) -m ruff format --check --quiet .
 	@$(PYTHON_BIN) -m mypy
 
+# In the order of their names, files end with short ones, so that no worker waits for another.
+TESTS := $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+  -p tests.cpu_seconds
+
 test: check
-	@$(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	@$(TESTS) -m "not slow"
 
 test-all: check
-	@$(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	@$(TESTS)
 
 # By file: in a process that also has the interpreter's tests, kernels would be interpreted.
 test-gpu: setup

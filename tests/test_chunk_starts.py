@@ -22,6 +22,8 @@ CASES = [
     WINDOW,
 ]
 
+SLOW = ("many_tiles", "softmax", "renormalized")
+
 
 def part(case, number, taken):
     """Returns (rows of the chunks `taken`, their starts) where there are `number` chunks."""
@@ -77,7 +79,14 @@ def check_chunks(implementation, case, number, taken):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("taken", [(0, 3), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case.name not in SLOW else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_output_and_gradients(case, taken, implementation):
     check_chunks(implementation, case, 4, taken)
 

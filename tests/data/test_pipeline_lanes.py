@@ -224,7 +224,11 @@ class Vanishing(FakeDocuments):
         return super().read(indices)
 
 
-@pytest.mark.parametrize("reader", [{}, {"prefetch": 2}, {"num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "reader",
+    [{}, {"prefetch": 2}, pytest.param({"num_workers": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_what_a_reader_cannot_read_is_said_by_the_iterator(reader):
     iterator = train_iterator(_data(Vanishing([20] * 40)), _config(**reader))
     with pytest.raises(InputError, match=r"^The data shard .* is gone\.$"):

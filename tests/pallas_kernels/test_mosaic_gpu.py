@@ -45,23 +45,41 @@ def _lower(function, *args):
     "case, dtype, kernels",
     [
         (oracle.Case("lazy", (1, 300, 2, 1, 64), 100, "alibi", True), "bfloat16", 3),
-        (oracle.Case("softmax", (1, 300, 2, 2, 64), 100, tau=None), "bfloat16", 3),
-        (oracle.Case("wide", (1, 300, 2, 1, 128), 100, "alibi", True), "float16", 3),
         (oracle.Case("packed", (1, 300, 2, 1, 96), 0, documents=(70, 30)), "bfloat16", 3),
         # dK and dV have a kernel each, and so has the gradient of the table.
         (oracle.Case("widest", (1, 300, 2, 1, 256), 100, "alibi", True), "bfloat16", 5),
+    ],
+    ids=str,
+)
+def test_lowers_for_a_gpu(case, dtype, kernels):
+    check_lowering(case, dtype, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, dtype, kernels",
+    [
+        (oracle.Case("softmax", (1, 300, 2, 2, 64), 100, tau=None), "bfloat16", 3),
+        (oracle.Case("wide", (1, 300, 2, 1, 128), 100, "alibi", True), "float16", 3),
         # The gradient of a long table takes a kernel of its own.
         (oracle.Case("long_table", (1, 1700, 2, 1, 128), 1700, "alibi", True), "bfloat16", 4),
     ],
     ids=str,
 )
-def test_lowers_for_a_gpu(case, dtype, kernels):
+def test_lowers_for_a_gpu_too(case, dtype, kernels):
+    check_lowering(case, dtype, kernels)
+
+
+def check_lowering(case, dtype, kernels):
     args, settings = _arrays(case, dtype)
     text = _lower(jax.grad(lambda args: _loss(args, **settings)), args)
     assert text.count("custom_call @mosaic_gpu_v2") == kernels
 
 
-@pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (96, 2), (128, 1), (256, 2)])
+@pytest.mark.parametrize(
+    "head_dim, kv_heads",
+    [(128, 1), *(pytest.param(n, 2, marks=pytest.mark.slow) for n in (64, 96, 256))],
+)
 def test_widest_table_leaves_room_for_the_tiles(head_dim, kv_heads):
     width = config.widest_table(head_dim)
     case = oracle.Case("", (1, width, 2, kv_heads, head_dim), width, documents=(700, 90))

@@ -56,8 +56,12 @@ def _same(ours, expected, tolerance=0.0):
         np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("skip_mass", [0.0, 1e-4])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("skip_mass", [pytest.param(0.0, marks=pytest.mark.slow), 1e-4])
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name != "wide" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_tables_and_visits(case, skip_mass):
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
     plan, length, heads = _plan(case, args, skip_mass)
@@ -156,7 +160,7 @@ def test_order_of_pieces():
     assert items[12:14] == [(1, 0, 2), (1, 1, 2)]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize(
     "length, width, has_slope", [(300, 100, True), (300, 100, False), (190, 1100, True)]

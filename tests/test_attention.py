@@ -163,7 +163,7 @@ def test_half_precision_is_near_float64(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("divisor", ["visible", 1.0])
+@pytest.mark.parametrize("divisor", ["visible", pytest.param(1.0, marks=pytest.mark.slow)])
 def test_sums_of_values_do_not_overflow_float16(divisor, implementation):
     check_large_values(implementation, divisor)
 
@@ -191,7 +191,9 @@ def check_large_values(implementation, divisor, length=1800, head_dim=16):
     assert all(error <= bounds[name] for name, error in errors.items()), errors
 
 
-@pytest.mark.parametrize("dtype, bound", [("float16", 6e-4), ("bfloat16", 8e-3)])
+@pytest.mark.parametrize(
+    "dtype, bound", [("float16", 6e-4), pytest.param("bfloat16", 8e-3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_renormalized_weights_in_half_precision(implementation, dtype, bound):
     """Weights are small here: most of them are no normal numbers of float16."""

@@ -8,13 +8,14 @@ GPU_TEST_WORKERS ?= 4
 LIBTPU ?= build/libtpu
 TPU_REPORT ?= build/tpu_report
 
-.PHONY: help setup train test test-all test-gpu test-tpu test-tpu-device libtpu check format clean
+.PHONY: help setup train test test-all test-jax test-gpu test-tpu test-tpu-device libtpu check format clean
 
 help:
 	@echo "make train     train a small Lazy Attention model on English every Python carries"
 	@echo "make check     check style and types"
 	@echo "make test      the same, and the tests that are not slow (minutes, CPU)"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-jax  what another JAX can break, with the oldest and the newest it runs with"
 	@echo "make test-gpu  the fused kernels' tests, on an NVIDIA GPU (BUILD.md says what to install)"
 	@echo "make test-tpu  the TPU kernels interpreted and compiled for every TPU, without one"
 	@echo "make libtpu    get the TPU compiler for \`train.py --mode=compile\` (700 MB, into build/)"
@@ -41,6 +42,9 @@ test: check
 
 test-all: check
 	@$(TESTS)
+
+test-jax: setup
+	@TEST_WORKERS=$(TEST_WORKERS) tools/test_jax
 
 # By file: in a process that also has the interpreter's tests, kernels would be interpreted.
 test-gpu: setup

@@ -67,7 +67,7 @@ def print_summary(
             f" (validation loss {best[1]:.4f}; --step=best)"
         )
     say("go on with")
-    train = f"{_python()} train.py"
+    train = _program()
     say(f"    {train} --mode=sample --workdir={path} --prompt='{_PROMPT.strip()}'")
     say(f"    {train} --mode=eval --workdir={path}")
     say(f"    {train} --mode=inspect --workdir={path}")
@@ -111,8 +111,9 @@ def _continuation(experiment: ExperimentConfig, prepared: TrainingData, state: T
     return text
 
 
-def _python() -> str:
-    """Returns how to call this Python: one below the current folder by its path."""
+def _program() -> str:
+    """Returns how to call the program: with a Python below the current folder by its path."""
     path = Path(sys.executable)
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else "python"
+    python = str(path.relative_to(here)) if path.is_relative_to(here) else "python"
+    return f"{python} {'train.py' if Path('train.py').is_file() else '-m train'}"

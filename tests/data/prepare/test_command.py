@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from lazyattn.data.manifest import Manifest
 from lazyattn.data.prepare import __main__ as command
 from lazyattn.data.prepare.progress import ProgressLine
 from lazyattn.data.prepare.unit import Progress
@@ -71,6 +73,46 @@ def test_what_is_printed(tmp_path, capsys):
     assert f"--config.data.path={tmp_path}/out" in out
     assert _run(**settings) == 0
     assert "It had been prepared before; nothing was done." in capsys.readouterr().out
+
+
+def test_what_is_printed_after_the_disk_was_full_at_the_very_end(tmp_path, capsys, monkeypatch):
+    write_parquet(tmp_path / "in" / "a.parquet", make_documents(60))
+    settings = {
+        "input": [f"{tmp_path}/in"],
+        "output": f"{tmp_path}/out",
+        "tokenizer": "train",
+        "vocab_size": 300,
+        "validation_fraction": 0.1,
+        "num_workers": 1,
+    }
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Manifest, "write", full)
+    assert _run(**settings) == 2
+    message = f"--output is '{tmp_path}/out', but nothing can be written there (No space left on"
+    assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert _run(**settings) == 0
+    printed = capsys.readouterr()
+    assert "prepare  goes on: 1 of 1 piece was done before\n" in printed.err
+    assert "All pieces were done before; this run finished the folder.\n" in printed.out
+    assert "nothing was done" not in printed.out
+    assert _run(**settings) == 0
+    printed = capsys.readouterr()
+    assert "It had been prepared before; nothing was done.\n" in printed.out
+    assert "goes on" not in printed.err
+
+
+@pytest.mark.parametrize("parents", ["new", "new/below"])
+def test_no_training_document_leaves_nothing(tmp_path, capsys, parents):
+    write_parquet(tmp_path / "in" / "a.parquet", make_documents(20))
+    settings = {"input": [f"{tmp_path}/in"], "tokenizer": "train", "num_workers": 1}
+    settings |= {"output": f"{tmp_path}/{parents}", "min_int_score": 99, "vocab_size": 300}
+    assert _run(**settings) == 2
+    assert "No training document is left" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """A run on tokenised shards that lie elsewhere, vanish and come back."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import run
+from lazyattn.training import resume_data, run
 from lazyattn.training.log import RunLog
 from tests.data.shard_folders import write_folder
 from tests.training import tiny
@@ -116,12 +115,10 @@ def test_a_resumption_with_other_data_names_data_path(begun, tmp_path, data):
     }
 
 
-def test_shards_where_text_was_name_data_path(begun, tmp_path):
-    text = tiny.write_text(tmp_path / "text")
-    config = from_config_dict(tiny.get_config(text))
-    small = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
-    assert run.train(small, tmp_path / "run", tmp_path / "cache") == 0
-    first, _, _ = begun
-    on_shards = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(first)))
-    with pytest.raises(InputError, match=rf"^config.data.path is '{first}', but .* with None; set"):
-        run.train(on_shards, tmp_path / "run", tmp_path / "cache")
+def test_shards_where_text_was_name_data_path():
+    text = from_config_dict(tiny.get_config("text"))
+    on_shards = _experiment("shards")
+    with pytest.raises(InputError, match=r"^config.data.path is 'shards', but .* with None; set"):
+        resume_data.require_same_kind(text.to_dict(), on_shards)
+    resume_data.require_same_kind(on_shards.to_dict(), _experiment("moved"))
+    resume_data.require_same_kind(text.to_dict(), text)

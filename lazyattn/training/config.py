@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from lazyattn.errors import require
+from lazyattn.paths import check_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,8 @@ class TrainingConfig:
     keep_every: int = 0
 
     def __post_init__(self):
+        if self.init_from is not None:
+            check_local("training.init_from", self.init_from)
         where = "training."
         for name in (
             "steps",

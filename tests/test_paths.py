@@ -29,7 +29,7 @@ REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and g
 
 # Flags of text that are no paths; a new one belongs here or is defined by `lazyattn.paths`.
 NO_PATHS = {
-    *("mode", "step", "coordinator", "precision", "topology", "dtype", "layout"),
+    *("mode", "step", "profile", "coordinator", "precision", "topology", "dtype", "layout"),
     *("formats", "heads"),
     *("tasks", "contexts", "retrieval_distances", "prompt", "stop", "config"),
     *("text_field", "id_field", "score_field", "on_fault"),

@@ -18,7 +18,6 @@ from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.file_lock import LockedError, locked
 from lazyattn.paths import local_path
-from lazyattn.training import profile
 from lazyattn.training.checkpoint import FOLDER
 from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.workdir import CONFIG, METRICS, TENSORBOARD, open_workdir

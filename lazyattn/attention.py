@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn import explicit_mesh, placement, reference
 from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
+from lazyattn.compile_target import check_platform
 from lazyattn.derivatives import first_order_reverse_mode
 from lazyattn.errors import InputError, require
-from pallas_kernels import chunked
+from pallas_kernels import chunked, target
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.tpu import support as tpu_support
@@ -198,6 +199,8 @@ class Run:
 
 def _run(call: Call, name: str | None) -> Any:
     chosen, poison = choose(call, name), call.poison()
+    if name is None:
+        call = check_platform(call)
     if chosen.name == "xla":
         result = chosen.run(call)
     else:
@@ -223,7 +226,7 @@ def choose(call: Call, name: str | None = None) -> Implementation:
         if reason is not None:
             raise InputError(f"implementation {name!r} can't do this call, since {reason}.")
         return IMPLEMENTATIONS[name]
-    platform = jax.default_backend()
+    platform = target.platform()
     for candidate in IMPLEMENTATIONS.values():
         if candidate.platforms is not None and platform not in candidate.platforms:
             continue

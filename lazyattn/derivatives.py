@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
 from jaxtyping import Array
 
 from lazyattn.call import Call
 from lazyattn.errors import InputError
+from lazyattn.identity import identity
 
 _FLOATS = ("query", "key", "value", "distance_bias", "distance_slope", "offset")
 
@@ -36,26 +36,8 @@ def _refuse(name: str) -> InputError:
     )
 
 
-def _identity(kind: str) -> Primitive:
-    """Returns a primitive that returns its argument, and has no derivative yet.
-
-    Such primitives are free; `IDENTITIES` are their names, for policies of `jax.checkpoint`.
-    """
-    primitive = Primitive(f"lazy_attention_{kind}")
-    primitive.def_impl(lambda x, name: x)
-    primitive.def_abstract_eval(lambda x, name: x)
-    mlir.register_lowering(primitive, lambda context, x, name: [x])
-
-    def batch(arrays: Any, axes: Any, name: str) -> tuple[Any, Any]:
-        return primitive.bind(arrays[0], name=name), axes[0]
-
-    batching.primitive_batchers[primitive] = batch
-    return primitive
-
-
 # For what goes in and out; for that once it is differentiated; and for its tangents.
-_guarded, _once, _tangent = map(_identity, ("guarded", "once", "tangent"))
-IDENTITIES = frozenset(primitive.name for primitive in (_guarded, _once))
+_guarded, _once, _tangent = map(identity, ("guarded", "once", "tangent"))
 
 
 def _guarded_jvp(primals: Any, tangents: Any, name: str) -> tuple[Any, Any]:

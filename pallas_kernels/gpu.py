@@ -1,28 +1,22 @@
 """Which NVIDIA GPU there is."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import jax
 
-_pretended: int | None = None
+from pallas_kernels import target
 
 
-@contextlib.contextmanager
-def pretend_capability(capability: int) -> Iterator[None]:
+def pretend_capability(capability: int) -> AbstractContextManager[None]:
     """Takes the GPU to be of this compute capability, to lower for it without one."""
-    global _pretended
-    before, _pretended = _pretended, capability
-    try:
-        yield
-    finally:
-        _pretended = before
+    return target.compile_for(f"sm{capability}")
 
 
 def compute_capability() -> int | None:
     """Returns the compute capability of the NVIDIA GPU in use, e.g. 90; None: none."""
-    if _pretended is not None:
-        return _pretended
+    named = target.named()
+    if named is not None:
+        return named.capability
     device = jax.local_devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or not str(capability).replace(".", "").isdigit():

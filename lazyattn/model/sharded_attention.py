@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lazyattn import sharding
+from lazyattn import identity, sharding
 from lazyattn.attention import lazy_attention
-from lazyattn.derivatives import IDENTITIES
 from lazyattn.errors import require
 from lazyattn.model.heads import HeadBlocks
 
@@ -187,4 +186,4 @@ def _on_part_of_length(call: Any, length: int, shards: int, given: dict[str, Arr
 
 
 def _may_be_saved(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _MOVES | IDENTITIES
+    return primitive.name not in _MOVES | identity.NAMES

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import jax
-
+from pallas_kernels import target
 from pallas_kernels.gpu import compute_capability
 from pallas_kernels.mosaic_gpu import config
 
@@ -22,7 +21,7 @@ def unsupported(head_dim: int, value_dim: int, dtype: Any, length: int, width: i
     """
     capability = compute_capability()
     if capability is None:
-        return f"it needs an NVIDIA Hopper GPU and JAX runs on {jax.default_backend()!r}"
+        return f"it needs an NVIDIA Hopper GPU and JAX runs on {target.platform()!r}"
     if capability != 90:
         return f"the GPU's compute capability is {capability / 10}, not 9.0"
     if head_dim > MAX_HEAD_DIM:

@@ -1,37 +1,30 @@
 """What these kernels can do, decided without compiling anything."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 
+from pallas_kernels import target
 from pallas_kernels.tpu import config
 
-GENERATIONS = ("v4", "v5e", "v5p", "v6e", "7x")
+GENERATIONS = target.TPU_GENERATIONS
 
 MAX_HEAD_DIM = 256
 
-_pretended: str | None = None
 
-
-@contextlib.contextmanager
-def pretend_generation(generation: str) -> Iterator[None]:
+def pretend_generation(generation: str) -> AbstractContextManager[None]:
     """Takes the device to be a TPU of this generation, to compile for it without one."""
-    global _pretended
     assert generation in GENERATIONS
-    before, _pretended = _pretended, generation
-    try:
-        yield
-    finally:
-        _pretended = before
+    return target.compile_for(generation)
 
 
 def generation() -> str | None:
     """Returns the generation of the TPU in use, one of `GENERATIONS`; None: none of them."""
-    if _pretended is not None:
-        return _pretended
+    named = target.named()
+    if named is not None:
+        return named.generation
     device = jax.local_devices()[0]
     if device.platform != "tpu":
         return None
@@ -64,9 +57,9 @@ def unsupported(shape: tuple[int, ...], key_heads: int, value_dim: int, dtype: A
     """
     tpu = generation()
     if tpu is None:
-        if jax.default_backend() == "tpu":
+        if target.platform() == "tpu":
             return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
-        return f"it needs a TPU and JAX runs on {jax.default_backend()!r}"
+        return f"it needs a TPU and JAX runs on {target.platform()!r}"
     batch, length, heads, head_dim = shape
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"

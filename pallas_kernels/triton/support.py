@@ -3,8 +3,7 @@
 import importlib.util
 from typing import Any
 
-import jax
-
+from pallas_kernels import target
 from pallas_kernels.gpu import compute_capability
 
 MAX_HEAD_DIM = 256
@@ -14,7 +13,7 @@ def unsupported(head_dim: int, value_dim: int, dtype: Any) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
     capability = compute_capability()
     if capability is None:
-        return f"it needs an NVIDIA GPU and JAX runs on {jax.default_backend()!r}"
+        return f"it needs an NVIDIA GPU and JAX runs on {target.platform()!r}"
     if capability < 80:
         return f"the GPU's compute capability is {capability / 10}, below 8.0"
     for package in ("triton", "jax_triton"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lazyattn.training.goodput import Goodput
 from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard, duration
 from lazyattn.training.workdir import METRICS, TENSORBOARD
 
@@ -26,6 +27,7 @@ class RunLog:
         steps: int,
         log_every: int,
         flops_per_token: float,
+        began: float | None = None,
     ):
         """Opens the files, cutting back what an earlier run wrote past `step`.
 
@@ -35,6 +37,7 @@ class RunLog:
           steps: steps in all.
           log_every: steps between lines on the terminal and points in TensorBoard.
           flops_per_token: of a training step, for utilisation.
+          began: `time.perf_counter` when the program began, for goodput; None: now.
         """
         self.enabled = jax.process_index() == 0
         self._log_every = log_every
@@ -42,6 +45,8 @@ class RunLog:
         self._opened = self._last = time.perf_counter()
         self._first_step: int | None = None
         self._loss = MeanLoss()
+        self.goodput = Goodput(self._opened if began is None else began)
+        self._began = self._opened if began is None else began
         if not self.enabled:
             return
         self._progress = Progress(
@@ -76,13 +81,16 @@ class RunLog:
         """
         self._last = time.perf_counter()
         self._first_step = step
+        self.goodput.lose("start", self._last - self._began)
         self.line(f"first step after {duration(self._last - self._opened)}, compilation included")
         if self.enabled:
             self._progress.restart(step)
 
-    def pause(self, seconds: float) -> None:
-        """Leaves time spent on validation and checkpoints out of the rates."""
+    def pause(self, seconds: float, reason: str) -> None:
+        """Leaves time spent on one of `goodput.REASONS` out of the rates."""
         self._last += seconds
+        if self._first_step is not None:  # else it is part of the start
+            self.goodput.lose(reason, seconds)
         if self.enabled:
             self._progress.pause(seconds)
 
@@ -108,6 +116,9 @@ class RunLog:
             "tokens_total": self._tokens,
         }
         self._last = now
+        timed = record["step"] != self._first_step
+        skipped = bool(record.get("skipped", False))
+        self.goodput.step(record["seconds"], skipped=skipped, timed=timed)
         self._loss.add(record["loss"], record["tokens"])
         step = record["step"]
         if step != self._first_step:
@@ -115,7 +126,7 @@ class RunLog:
         scalars: dict[str, Any] = {}
         if step % self._log_every == 0 or step == self._steps:
             since_last_line = record | {"loss": self._loss.take()}
-            rates = self._progress.report(step, since_last_line)
+            rates = self._progress.report(step, since_last_line) | self.goodput.numbers()
             record |= rates
             names = ("loss", "learning_rate", "gradient_norm", "nonfinite_total", *rates)
             scalars |= {f"training/{name}": (since_last_line | rates)[name] for name in names}

@@ -105,7 +105,8 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         batches = ReadAhead(cast(Positioned, run.batches), config.steps - start)
     for number in range(start + 1, config.steps + 1):
         if run.profile is not None:
-            run.log.pause(run.profile.before(number, pending))
+            run.log.pause(run.profile.before(number, pending), "profile")
+        begin, idle = time.perf_counter(), _is_done(pending)
         try:
             rows = next(batches)
         except InputError as error:  # with several processes, see below
@@ -115,6 +116,9 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
                 record = _fetch(run, *pending)
                 run.log.write(record)
             raise _saved(run, state, record, batches, str(error)) from error
+        # At most so long had the device nothing to do.
+        if pending is not None and (idle or _is_done(pending)):
+            run.log.goodput.wait(time.perf_counter() - begin)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = sharding.shard_batch(rows, run.mesh)
             state, metrics = run.step_fn(state, batch)
@@ -123,7 +127,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             run.log.write(_fetch(run, *pending))
         pending = number, metrics
         if run.profile is not None:
-            run.log.pause(run.profile.after(number, metrics))
+            run.log.pause(run.profile.after(number, metrics), "profile")
         if number == start + 1:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here
@@ -151,9 +155,11 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
                 record |= run.validate(state.params)
             except InputError as error:
                 unreadable = error
+            run.log.pause(time.perf_counter() - begin, "validation")
         if inspecting and unreadable is None:
+            begin = time.perf_counter()
             record |= run.inspect(state.params)
-        run.log.pause(time.perf_counter() - begin)
+            run.log.pause(time.perf_counter() - begin, "inspection")
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)
         if unreadable is not None:
@@ -165,12 +171,20 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             # The data iterator stands behind this very step: the next batch comes later.
             loss = record.get("validation_loss")
             run.checkpoints.save(number, state, batches.get_state(), run.experiment, loss)
-            run.log.pause(time.perf_counter() - begin)
+            run.log.pause(time.perf_counter() - begin, "checkpoints")
         if last:
             break
-    if problem := run.checkpoints.wait():
+    begin = time.perf_counter()
+    problem = run.checkpoints.wait()
+    run.log.pause(time.perf_counter() - begin, "checkpoints")
+    if problem:
         raise SaveError(f"Stopped at step {int(state.step)}, but {problem}.")
     return state, record
+
+
+def _is_done(pending: tuple[int, Metrics] | None) -> bool:
+    """Returns whether a step that was dispatched is over; where there is none, True."""
+    return pending is None or all(array.is_ready() for array in jax.tree.leaves(pending[1]))
 
 
 def _saved(

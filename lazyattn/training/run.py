@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import time
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ def train(
       NonFiniteError: if too many steps in a row weren't finite.
       SaveError: if too many checkpoints in a row, or the last, couldn't be written.
     """
+    began = time.perf_counter()
     training = experiment.training
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch(
@@ -163,6 +165,7 @@ def train(
         ):
             _say(line)
         record: dict[str, Any] = {}
+        spent: list[str] = []
         if not finished:
             log = stack.enter_context(
                 RunLog(
@@ -171,6 +174,7 @@ def train(
                     steps=training.steps,
                     log_every=training.log_every,
                     flops_per_token=flops_per_token(experiment.model, length).training,
+                    began=began,
                 )
             )
             run = Run(
@@ -195,6 +199,7 @@ def train(
             )
             stop.arm()
             state, record = fit(run, state)
+            spent = log.goodput.lines()
         if int(state.step) < training.steps:
             assert stop.received is not None
             _say(
@@ -213,6 +218,7 @@ def train(
             state,
             checkpoint=checkpoints.folder / str(int(state.step)),
             best=checkpoints.best(),
+            spent=spent,
             loss=record["validation_loss"],
             bits_per_byte=record["validation_bits_per_byte"],
             tokens=int(record["validation_tokens"]),

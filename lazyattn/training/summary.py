@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -32,6 +32,7 @@ def print_summary(
     *,
     checkpoint: Path,
     best: tuple[int, float] | None,
+    spent: Sequence[str],
     loss: float,
     bits_per_byte: float,
     tokens: int,
@@ -46,6 +47,7 @@ def print_summary(
       state: the last state.
       checkpoint: its checkpoint.
       best: step and validation loss of the best checkpoint, if one is known.
+      spent: lines on time and memory.
       loss: validation loss, nats a token.
       bits_per_byte: of the same tokens.
       tokens: tokens that both are over.
@@ -60,6 +62,8 @@ def print_summary(
     say(f"bits per byte              {bits_per_byte:.4f}")
     if jax.process_count() == 1:  # else no process holds the model
         _show_attention_and_sample(say, experiment, prepared, state)
+    for line in spent:
+        say(line)
     say(f"checkpoint                 {checkpoint}")
     if best is not None:
         say(

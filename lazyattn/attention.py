@@ -84,6 +84,10 @@ def lazy_attention(
     one; they may all be zero. With neither bias nor offset this is ordinary causal
     softmax attention.
 
+    NaN stays NaN: in a query, a key or a value it reaches all queries that see it. In a key
+    ("mosaic_gpu") or a value (every kernel) it may reach earlier queries too, those of its
+    tile of up to 128 keys: what they do not see is multiplied by 0, and 0 times NaN is NaN.
+
     Args:
       query: queries, rotated by RoPE if the model uses it; float32, bfloat16,
         float16 or float64. Scores, softmax and threshold are float32 (float64 for

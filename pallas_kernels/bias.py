@@ -74,17 +74,6 @@ def sum_diagonals(
     )
 
 
-def sum_tiles(
-    sums: Float[Array, "*axes heads distances size size"],
-) -> Float[Array, "*axes heads near"]:
-    """Returns the sum over each distance x >= 0, from square tiles `size` apart.
-
-    Args:
-      sums: for each distance of tiles from the diagonal on, a tile of one value an entry.
-    """
-    return join_diagonals(sum_diagonals(sums))
-
-
 def join_diagonals(
     diagonals: Float[Array, "*axes heads distances 2*size-1"],
 ) -> Float[Array, "*axes heads near"]:

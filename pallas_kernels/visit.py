@@ -56,22 +56,6 @@ class VisitRanges:
         """How many key tiles each query tile visits."""
         return self.last - self.first + 1
 
-    def fraction(self) -> Float[Array, ""]:
-        """Visited tiles as a share of the causal ones."""
-        batch, heads, _ = self.first.shape
-        return self.visited.sum() / (batch * heads * (self.last + 1).sum())
-
-    def last_query_tile(self, key_tiles: int) -> Int[Array, "batch heads key_tiles"]:
-        """Returns the last query tile that visits each key tile.
-
-        The query tiles from the diagonal up to it are a superset of those that visit
-        the key tile: test `first` on each.
-        """
-        tiles = jnp.arange(key_tiles)
-        visits = (self.first[..., None] <= tiles) & (tiles <= self.last[:, None])
-        query_tiles = jnp.arange(self.first.shape[-1])[:, None]
-        return jnp.max(jnp.where(visits, query_tiles, 0), axis=-2)
-
 
 def visit_ranges(
     query: Float[Array, "batch length heads head_dim"],

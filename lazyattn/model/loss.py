@@ -80,22 +80,6 @@ def cross_entropy(
     )
 
 
-def token_nll(
-    hidden: Float[Array, "batch length width"],
-    embedding: Float[Array, "vocab width"],
-    targets: Int[Array, "batch length"],
-    *,
-    chunk: int,
-) -> Float[Array, "batch length"]:
-    """Returns each target's negative log-likelihood in nats, float32; not differentiable.
-
-    For evaluation by token or document; arguments as in `cross_entropy`.
-    """
-    _check(hidden, embedding, targets, chunk)
-    nll, _ = _by_token(hidden, embedding.astype(hidden.dtype), targets, chunk)
-    return jax.lax.stop_gradient(nll)
-
-
 def _check(hidden: Array, embedding: Array, targets: Array, chunk: int) -> None:
     require(chunk >= 1, "chunk", chunk, "at least 1")
     require(hidden.ndim == 3, "hidden's shape", hidden.shape, "[batch, length, width]")

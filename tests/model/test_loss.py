@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.model.loss import LossSums, cross_entropy, token_nll
+from lazyattn.model.loss import LossSums, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 14, 8, 29
 
@@ -62,14 +62,6 @@ def test_only_the_objective_has_gradients_and_they_scale():
     (single,), (triple,) = (pull(LossSums(x, zero, one, zero)) for x in (one, three))
     assert np.any(single != 0)
     np.testing.assert_allclose(triple, 3 * single, rtol=1e-6)
-
-
-def test_token_nll():
-    hidden, embedding, targets, _ = _inputs()
-    logits = jnp.einsum("blw,vw->blv", hidden, embedding)
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    found = jax.jit(functools.partial(token_nll, chunk=12))(hidden, embedding, targets)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_large_logits_stay_finite():

@@ -33,7 +33,6 @@ def report():
 def test_a_mesh_gives_one_device_s_loss_and_gradients(report):
     assert report["loss"] < 1e-5
     assert report["gradients"] < 1e-4
-    assert report["token_nll"] < 1e-5
 
 
 def test_activations_are_split_by_rows(report):

@@ -127,16 +127,6 @@ def test_steep_heads_visit_few_tiles(tiles):
     assert visited[1] * tiles.keys < 400
 
 
-def test_fraction_counts_causal_tiles():
-    args = oracle.inputs(CASES["normal"])
-    assert float(_ranges(args, TileSizes(64, 64)).fraction()) == 1.0
-    steep = oracle.inputs(CASES["steep"])
-    ranges = _ranges(steep, TileSizes(64, 64))
-    causal = 2 * sum(range(1, 11))
-    assert float(ranges.fraction()) == pytest.approx(int(ranges.visited.sum()) / causal)
-    assert float(ranges.fraction()) < 0.5
-
-
 def test_no_skip_mass_visits_all_but_other_documents():
     args = oracle.inputs(CASES["documents"])
     tiles = TileSizes(64, 64)
@@ -178,18 +168,3 @@ def test_bias_maxima_bound_every_entry(tiles):
     entries = bias[:, np.clip(i - j, 0, None)]
     bound = maxima[:, i // tiles.queries, j // tiles.keys]
     assert np.all((bound >= entries) | ~causal)
-
-
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_last_query_tile_is_the_transpose(tiles):
-    args = oracle.inputs(CASES["alibi"])
-    ranges = _ranges(args, tiles)
-    key_tiles = tiles.count(args["query"].shape[1])[1]
-    found = np.asarray(ranges.last_query_tile(key_tiles))
-    first, last = np.asarray(ranges.first), np.asarray(ranges.last)
-    for key_tile in range(key_tiles):
-        visits = (first <= key_tile) & (key_tile <= last)
-        np.testing.assert_array_equal(
-            found[..., key_tile],
-            np.where(visits, np.arange(first.shape[-1]), 0).max(-1),
-        )

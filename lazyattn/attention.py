@@ -84,9 +84,10 @@ def lazy_attention(
     one; they may all be zero. With neither bias nor offset this is ordinary causal
     softmax attention.
 
-    NaN stays NaN: in a query, a key or a value it reaches all queries that see it. In a key
-    ("mosaic_gpu") or a value (every kernel) it may reach earlier queries too, those of its
-    tile of up to 128 keys: what they do not see is multiplied by 0, and 0 times NaN is NaN.
+    NaN stays NaN: in a query, a key or a value it reaches all queries that see it. It may reach
+    earlier queries too, since what they do not see is multiplied by 0, and 0 times NaN is NaN:
+    from a value with every implementation, from a key with "mosaic_gpu". These are the
+    queries of its tile of keys, up to 255 of them; with "xla" all.
 
     Args:
       query: queries, rotated by RoPE if the model uses it; float32, bfloat16,

@@ -117,6 +117,8 @@ def truth(args: dict[str, Any], d_out: np.ndarray, unit: float) -> Truth:
         weights = np.where(live, shifted, 0.0)
         slack = np.where(live, np.abs(threshold), 0.0)
         near = np.abs(shifted) <= 8 * unit * (softmax + np.abs(threshold))
+        # Weights too small for float32 are 0 there.
+        near |= np.abs(shifted) < (1e-300 if unit < 1e-10 else 1e-30)
         unsure = (seen & near & (count[:, None, :, None] > 1)).any(axis=-1)
     else:
         unsure = np.zeros((batch, heads, length), bool)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lazyattn import InputError, lazy_attention
+from pallas_kernels.chunked.forward import HeadInputs, elastic_softmax
 from tests import oracle
 from tests.naive import naive_attention
 from tests.pallas_kernels import kernel_suite
@@ -127,6 +128,17 @@ def test_first_token_attends_to_nothing(implementation):
     out = lazy_attention(**args, implementation=implementation)
     np.testing.assert_array_equal(out[:, [0, 30]], 0)
     assert np.all(np.any(np.asarray(out[:, 40:50]) != 0, axis=(2, 3)))
+
+
+def test_rounding_leaves_nothing_of_a_first_weight():
+    """Of a softmax weight just above 1, that is; renormalization would make it 1 again."""
+    rest = dict.fromkeys(("query", "key", "value", "bias", "first", "span"))
+    scale = jnp.array([1.0, 0.5, np.nan])
+    head = HeadInputs(**rest, offset=jnp.float32(-1.0), offset_scale=scale)
+    softmax = jnp.full((3, 1), np.nextafter(np.float32(1), np.float32(2)))
+    weights, live = elastic_softmax(softmax, head.threshold, jnp.ones((3, 1), bool))
+    np.testing.assert_array_equal(live[:, 0], [False, True, True])
+    assert weights[0] == 0 and weights[1] > 0.4 and np.isnan(weights[2])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -51,9 +51,15 @@ class HeadInputs:
 
     @property
     def threshold(self) -> Float[Array, "tiles batch size"]:
-        """Returns tau / n_i, what is added to each softmax weight."""
+        """Returns tau / n_i, what is added to each softmax weight.
+
+        No weight exceeds 1. Said outright, since the only weight of a document's first query
+        is 1, and tau / n_i is -1 where tau is: rounding must not leave anything of it, which
+        renormalization would make 1 again.
+        """
         assert self.offset is not None
-        return self.offset * self.offset_scale
+        threshold = self.offset * self.offset_scale
+        return jnp.where(threshold <= -1, -2, threshold)
 
 
 def matmul(subscripts: str, a: Array, b: Array) -> Array:

@@ -112,9 +112,9 @@ def lazy_attention(
         query whose key does not exist are NaN.
       chunk_starts: for a part of a sequence that others hold the rest of: the queries are
         equal chunks, one after the other, and chunk c of every row stands at keys
-        `chunk_starts[c]` and on, all of which must exist. Keys are those of the whole
-        sequence. May be traced: then the outputs of a chunk that does not lie within the
-        keys are NaN. Not with query_start.
+        `chunk_starts[c]` and on, all of which must exist; chunks must not overlap. Keys are
+        those of the whole sequence. May be traced: then the outputs of a chunk that does not
+        lie within the keys, or overlaps another, are NaN. Not with query_start.
       window: a query sees the last `window` keys of its document only, its own included,
         and n_i counts those. Work grows with the window then, not with the length (but
         "xla" always does it all). Static, at least 1. None: all of its document.

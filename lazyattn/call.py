@@ -78,8 +78,20 @@ class Call:
         else:
             size, starts = length // starts.shape[0], jnp.asarray(starts)
             exists = (starts >= 0) & (starts <= key_length - size)
+            # Kernels have one place a key: chunks that would share some are no good either.
+            places = jnp.stack(self.places())
+            near = jnp.abs(places[:, None] - places) < size
+            exists &= near.sum(axis=1) == 1
             exists = jnp.broadcast_to(jnp.repeat(exists, size), (batch, length))
         return jnp.where(exists, 1.0, jnp.nan)
+
+    def places(self) -> list[Any]:
+        """Returns where each chunk stands; the nearest place within the keys if it is outside."""
+        assert self.chunk_starts is not None
+        last = self.key.shape[1] - self.query.shape[1] // self.chunk_starts.shape[0]
+        if _is_known(self.chunk_starts):
+            return list(self.chunk_starts)
+        return list(jnp.clip(self.chunk_starts, 0, last))
 
     def visibility(self) -> Visibility:
         """Returns the first key each query sees, and its factor of tau."""
@@ -209,6 +221,7 @@ def check_arrays(
             last >= 0, "key length", key_length, f"at least that of a chunk, {key_length - last}"
         )
         _check_places("chunk_starts", chunk_starts, last)
+        _check_apart(chunk_starts, key_length - last)
     elif query_start is not None:
         last = key_length - length
         require(last >= 0, "key length", key_length, f"at least the query length {length}")
@@ -232,6 +245,19 @@ def _check_places(name: str, starts: Int[Array | np.ndarray, " n"], last: int) -
         name,
         places.tolist(),
         f"from 0 to {last}, so that every query has its key",
+    )
+
+
+def _check_apart(starts: Int[Array | np.ndarray, " n"], size: int) -> None:
+    """Raises InputError if chunks are known to overlap."""
+    if not _is_known(starts):
+        return
+    places = np.sort(np.asarray(starts))
+    require(
+        bool((np.diff(places) >= size).all()),
+        "chunk_starts",
+        np.asarray(starts).tolist(),
+        f"at least {size} apart, the length of a chunk",
     )
 
 

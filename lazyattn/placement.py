@@ -30,7 +30,7 @@ def chunks(
     ]
     return [
         (query, Visibility(first, scale), start)
-        for query, first, scale, start in zip(*parts, list(call.chunk_starts), strict=True)
+        for query, first, scale, start in zip(*parts, call.places(), strict=True)
     ]
 
 
@@ -57,7 +57,7 @@ def take(
     if call.chunk_starts is None:
         return out
     size = call.query.shape[1] // call.chunk_starts.shape[0]
-    parts = [jax.lax.dynamic_slice_in_dim(out, start, size, 1) for start in call.chunk_starts]
+    parts = [jax.lax.dynamic_slice_in_dim(out, start, size, 1) for start in call.places()]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -69,6 +69,6 @@ def _put(
     """Returns `whole` with the chunks of `x` where they stand."""
     assert call.chunk_starts is not None
     parts = jnp.split(x, call.chunk_starts.shape[0], axis=1)
-    for part, start in zip(parts, list(call.chunk_starts), strict=True):
+    for part, start in zip(parts, call.places(), strict=True):
         whole = jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
     return whole

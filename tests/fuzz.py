@@ -259,8 +259,10 @@ def values(program: Program, call: int) -> tuple[dict[str, np.ndarray], np.ndarr
         ids = np.cumsum(rng.random((rows, keys)) < rng.choice([0.02, 0.1, 0.6]), axis=1)
         arrays["segment_ids"] = ids.astype(np.int32)
     if program.chunks:
-        last = keys - length // program.chunks
-        arrays["chunk_starts"] = rng.integers(0, last + 1, program.chunks).astype(np.int32)
+        size = length // program.chunks
+        gaps = np.sort(rng.integers(0, keys - length + 1, program.chunks))
+        starts = rng.permutation(gaps + size * np.arange(program.chunks))
+        arrays["chunk_starts"] = starts.astype(np.int32)
     if program.cache:
         arrays["query_start"] = rng.integers(0, keys - length + 1, rows).astype(np.int32)
     return arrays, normal(rows, length, heads, head_dim).astype(dtype)

@@ -107,6 +107,8 @@ def test_what_chunk_starts_may_be():
         call([0, 1, 2, 3])
     with pytest.raises(InputError, match=r"chunk_starts is \[0, 10\], .* from 0 to 9"):
         call([0, 10])
+    with pytest.raises(InputError, match=r"chunk_starts is \[5, 3\], .* at least 3 apart"):
+        call([5, 3])
     with pytest.raises(InputError, match=r"chunk_starts.dtype is 'float64', .* integer"):
         call([0.0, 3.0])
     with pytest.raises(InputError, match="query_start and chunk_starts are both given"):
@@ -126,6 +128,15 @@ def test_a_chunk_outside_the_keys_is_not_attention(start, implementation):
     out, vjp = jax.vjp(jax.jit(call), jnp.array([4, start]), jnp.asarray(args["key"]))
     assert np.all(np.isfinite(out[:, :3])) and np.all(np.isnan(out[:, 3:]))
     assert np.any(np.isnan(vjp(jnp.ones_like(out))[1]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("starts", [(4, 5), (6, 4), (8, 30)])
+def test_chunks_that_overlap_are_not_attention(starts, implementation):
+    args = oracle.inputs(oracle.Case("overlap", shape=(1, 12, 2, 2, 4)))
+    args["query"] = args["query"][:, :6]
+    call = jax.jit(lambda x: lazy_attention(**args, chunk_starts=x, implementation=implementation))
+    assert np.all(np.isnan(call(jnp.array(starts))))
 
 
 def test_known_starts_are_checked_inside_jit():

@@ -43,23 +43,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lazyattn import InputError, lazy_attention
 from tests import fuzz_definition
 
-_PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu", "tpu"], "Where to run.")
-_FIRST = flags.DEFINE_integer("first", 0, "Seed of the first program.")
-_PROGRAMS = flags.DEFINE_integer("programs", 300, "Programs to draw.")
-_CALLS = flags.DEFINE_integer("calls", 20, "Calls of each compiled program.")
-_SECONDS = flags.DEFINE_float("seconds", 0, "Draw no more programs after so long; 0: all.")
+# Its own: tests import this module beside train.py's flags, and some names are the same.
+_FLAGS = flags.FlagValues()
+_OWN: dict[str, Any] = {"flag_values": _FLAGS}
+_PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu", "tpu"], "Where to run.", **_OWN)
+_FIRST = flags.DEFINE_integer("first", 0, "Seed of the first program.", **_OWN)
+_PROGRAMS = flags.DEFINE_integer("programs", 300, "Programs to draw.", **_OWN)
+_CALLS = flags.DEFINE_integer("calls", 20, "Calls of each compiled program.", **_OWN)
+_SECONDS = flags.DEFINE_float("seconds", 0, "Draw no more programs after so long; 0: all.", **_OWN)
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations",
     [],
     "To try; none named: all that this platform has. On a CPU, triton and tpu are interpreted.",
+    **_OWN,
 )
-_OUTPUT = flags.DEFINE_string("output", "", "File for the counts, as JSON.")
+_OUTPUT = flags.DEFINE_string("output", "", "File for the counts, as JSON.", **_OWN)
 
 FLOATS = ("query", "key", "value", "distance_bias", "distance_slope", "offset")
 PARAMETERS = ("distance_bias", "distance_slope", "offset")
@@ -574,4 +578,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(_FLAGS(sys.argv))

@@ -274,6 +274,7 @@ def test_every_variant_is_a_model_of_46_million(variant):
     assert experiment.optimizer.warmup_steps == 76
 
 
+@pytest.mark.slow
 def test_unrolled_layers_are_measured_as_scanned_ones_and_attention_is_timed(folder, tmp_path):
     tokens = 2 * BATCH * LENGTH
     more = {"variants": ("sharp",), "seeds": (0,), "tokens": tokens}

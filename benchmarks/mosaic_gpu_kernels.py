@@ -135,7 +135,7 @@ def measure(shape: cases.Shape) -> None:
                 found["out"] = None
             residuals = op.Residuals(*(found[name] for name in op.Residuals._fields))
             _, rows, *_ = kernels.backward_query(
-                residuals, visits.first, live, visits.small, ranges, d_out
+                residuals, visits.first, live, visits.no_overflow, ranges, d_out
             )
             return residuals, rows, visits, live, d_out, table
 
@@ -164,7 +164,7 @@ def measure(shape: cases.Shape) -> None:
             ranges = kernels.key_ranges(visits.first, live, visits.work)
             if job.kernel == "backward_query":
                 return kernels.backward_query(
-                    residuals, visits.first, live, visits.small, ranges, d_out
+                    residuals, visits.first, live, visits.no_overflow, ranges, d_out
                 )
             if job.kernel in ("backward_key", "backward_value"):
                 # Both, where there are two.

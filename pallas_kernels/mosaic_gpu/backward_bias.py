@@ -2,10 +2,10 @@
 
 All tiles of a head at one distance from the diagonal share one bias tile, so dS is summed
 over these tiles elementwise first, in registers, and the diagonals of the sum are added up
-at the end. A block takes piece after piece: a run of queries down which it walks, each of its
-warpgroups at a distance of its own, one unit further from the diagonal than the one before:
-the keys that one warpgroup has used
-are the next one's at the next step, so that each step fetches but one tile of each operand.
+at the end. A block takes work tile after work tile: a run of queries down which it walks. Each
+of its warpgroups has a distance of its own, one unit further from the diagonal than the one
+before: the keys that one warpgroup has used are the next one's at the next step, so that each
+step fetches only one tile of each operand.
 """
 
 import functools
@@ -18,21 +18,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, launch, memory, rings, schedule
+from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline, scheduler
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, Rows
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
 
-# Pieces wanted, so that uneven ones share out well over the largest GPUs, and query units
-# that a piece should at least have.
-_PIECES = 2048
-_UNITS_A_PIECE = 16
+# Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query units
+# that a work tile should at least have.
+_WORK_TILES = 2048
+_UNITS_A_WORK_TILE = 16
 
 
 def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     """Returns into how many runs of queries a row is cut."""
     groups = -(-plan.distances(units) // _block(plan).warpgroups)
-    wanted = -(-_PIECES // (batch * heads * groups))
-    return max(1, min(wanted, units // _UNITS_A_PIECE))
+    wanted = -(-_WORK_TILES // (batch * heads * groups))
+    return max(1, min(wanted, units // _UNITS_A_WORK_TILE))
 
 
 def backward_bias(
@@ -44,7 +44,7 @@ def backward_bias(
     table: Float[Array, "heads rows 128"],
     rows: Float[Array, "batch heads units kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
-    numbers: Int[Array, " pieces+1"],
+    tile_order: Int[Array, " work_tiles+1"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
 
@@ -55,12 +55,12 @@ def backward_bias(
       key: keys.
       value: values.
       table: from `plan.table`.
-      rows: what `Rows` says of each query.
+      rows: what `RowStat` says of each query.
       ranges: for each distance, a multiple of the warpgroups, the first query unit of the
         chunk that visits the tile there, the first for which it may be live, and the one
         after the last that visits it; live ones are taken to be those from there on. Where
         nothing is visited the last is not above the first.
-      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
+      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
       for each distance the sums of dS over the diagonals of its tiles, the top right corner's
@@ -70,17 +70,17 @@ def backward_bias(
     shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, 2 * UNIT)
     (sums,) = kernel.launch(
         [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        query, d_out, key, value, table, rows, ranges, numbers,
+        query, d_out, key, value, table, rows, ranges, tile_order,
     )  # fmt: skip
     return sums
 
 
-def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> schedule.Order:
-    """Returns the order of the kernel's pieces, for ranges of that shape."""
+def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> scheduler.TileOrder:
+    """Returns the order of the kernel's work tiles, for ranges of that shape."""
     batch, _, heads, _ = query.shape
     chunks, distances = ranges[2:4]
     tiles = chunks * distances // _block(plan).warpgroups
-    return schedule.Order.by_head(batch, heads, heads // key.shape[2], tiles)
+    return scheduler.TileOrder.by_head(batch, heads, heads // key.shape[2], tiles)
 
 
 def _block(plan: Plan) -> config.Block:
@@ -103,16 +103,16 @@ class _Kernel(launch.Kernel):
         self.table_shape = table_shape[1:]
         self.chunks, self.distances = ranges_shape[2:4]
         self.order = order(plan, query, key, ranges_shape)
-        super().__init__(plan, block, self.order.pieces)
+        super().__init__(plan, block, self.order.work_tiles)
         tiles = config.bias_tiles(self.block, self.head_dim)
         self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
-        tile = rings.tiled((block.stages, UNIT, d), self.dtype)
+        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
         # Warpgroups lag behind each other by one tile of keys.
-        keys = rings.tiled((self.key_stages, UNIT, d), self.dtype)
+        keys = pipeline.tiled((self.key_stages, UNIT, d), self.dtype)
         scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
@@ -122,9 +122,9 @@ class _Kernel(launch.Kernel):
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
             "sums_smem": plgpu.SMEM((block.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
         }
-        scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=3)
-        scratch |= rings.barriers("key", self.key_stages, block.warpgroups, copies=2)
-        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", block.stages, block.warpgroups, copies=3)
+        scratch |= pipeline.barriers("key", self.key_stages, block.warpgroups, copies=2)
+        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
         return scratch
 
     @property
@@ -134,34 +134,34 @@ class _Kernel(launch.Kernel):
 
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
-        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "numbers", "sums"]
+        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "tile_order", "sums"]
 
     def slots(self) -> dict[str, int]:
-        """Returns how many slots each ring has: of queries and d_out, of keys and values."""
+        """Returns how many slots each pipeline has: of queries and d_out, of keys and values."""
         return {"query": self.block.stages, "key": self.key_stages, "table": self.tables}
 
-    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each ring so many pieces took."""
-        return {"query": done[0], "key": done[1], "table": pieces}
+    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each pipeline so many work tiles took."""
+        return {"query": tiles_consumed[0], "key": tiles_consumed[1], "table": work_tiles}
 
-    def piece(self, *args: Any) -> "_Piece":
-        """Returns a piece."""
-        return _Piece(*args)
+    def work_tile(self, *args: Any) -> "_WorkTile":
+        """Returns a work tile."""
+        return _WorkTile(*args)
 
 
-class _Piece:
+class _WorkTile:
     """A few distances of one head, for one run of queries.
 
     Args:
       blocks: what works on it.
-      number: which piece it is.
-      n: how many pieces came before it here.
-      done: tiles of queries, and of keys, that those took.
+      number: which work tile it is.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles of queries, and of keys, that those took.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
         kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
+        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = blocks.warpgroup
@@ -180,42 +180,42 @@ class _Piece:
         self.steps = self.stop - self.start
         behind = jnp.int32(block.warpgroups - 1)
         self.key_tiles = lax.select(self.steps > 0, self.steps + behind, jnp.int32(0))
-        self.queries = blocks.rings["query"].after(done[0])
-        self.keys = blocks.rings["key"].after(done[1])
-        self.tables = blocks.rings["table"]
+        self.queries = blocks.pipelines["query"].after(tiles_consumed[0])
+        self.keys = blocks.pipelines["key"].after(tiles_consumed[1])
+        self.tables = blocks.pipelines["table"]
 
     def range_of(self, distance: Any) -> tuple[Any, Any, Any]:
         """Returns where the visited, and the live, tiles at a distance begin and end."""
         ref = self.ref["ranges"]
         return tuple(ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
 
-    def next_done(self) -> tuple[Any, Any]:
-        """Returns `done` of the next piece."""
-        return self.done[0] + self.steps, self.done[1] + self.key_tiles
+    def next_consumed(self) -> tuple[Any, Any]:
+        """Returns `tiles_consumed` of the next work tile."""
+        return self.tiles_consumed[0] + self.steps, self.tiles_consumed[1] + self.key_tiles
 
     def fetch(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `done` of the next piece.
+        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile.
 
         Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
         """
         ref, b, h = self.ref, self.batch, self.head
         behind = self.block.warpgroups - 1
 
-        def copy(ring, slot, name, rows, head):
+        def copy(pipe, slot, name, rows, head):
             plgpu.copy_gmem_to_smem(
-                ref[name].at[b, rows, head], ref[f"{name}_smem"].at[slot], ring.full.at[slot]
+                ref[name].at[b, rows, head], ref[f"{name}_smem"].at[slot], pipe.full.at[slot]
             )
 
         def copy_keys(n):
             # Tile n is the nearest warpgroup's at step n - behind.
             unit = lax.max(self.start + n - behind - self.distance0, jnp.int32(0))
-            slot = self.keys.acquire(n)
+            slot = self.keys.producer_acquire(n)
             for name in ("key", "value"):
                 copy(self.keys, slot, name, pl.ds(unit * UNIT, UNIT), self.key_head)
 
-        @rings.fetching(self.plan)
+        @pipeline.fetching(self.plan)
         def _():
-            slot = self.tables.acquire(self.n)
+            slot = self.tables.producer_acquire(self.n)
             plgpu.copy_gmem_to_smem(
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
@@ -227,14 +227,14 @@ class _Piece:
             @pl.loop(0, self.steps)
             def _(n):
                 unit = self.start + n
-                slot = self.queries.acquire(n)
+                slot = self.queries.producer_acquire(n)
                 full = self.queries.full.at[slot]
                 plgpu.copy_gmem_to_smem(ref["rows"].at[b, h, unit], ref["rows_smem"].at[slot], full)
                 for name in ("query", "d_out"):
                     copy(self.queries, slot, name, pl.ds(unit * UNIT, UNIT), h)
                 copy_keys(n + behind)
 
-        return self.next_done()
+        return self.next_consumed()
 
     def compute(self) -> tuple[Any, Any]:
         """Does all that is to be done for one warpgroup's distance; returns as `fetch` does."""
@@ -244,9 +244,9 @@ class _Piece:
         my_start, my_live, my_stop = self.range_of(distance)
         none = (jnp.float32(0.0), jnp.float32(0.0))
         start, _ = plan.bias_of_tile(distance * UNIT, UNIT, none, falling=True)
-        table = ref["table_smem"].at[self.tables.wait(self.n)]
+        table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
         bias = memory.gather(table, start, UNIT, interpret=self.interpret)
-        self.tables.release(self.n)
+        self.tables.consumer_release(self.n)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
         lag = behind - self.warpgroup
         both = ((self.queries, 0), (self.keys, lag))
@@ -258,51 +258,51 @@ class _Piece:
             def step(n, slots, wait, total):
                 slot, key_slot = slots
                 total = total + add(bias, n, slot, key_slot, wait)
-                self.queries.release_slot(slot)
-                self.keys.release_slot(key_slot)
+                self.queries.consumer_release_slot(slot)
+                self.keys.consumer_release_slot(key_slot)
                 return total
 
             last = lax.max(first, last)
-            return rings.steps(first, last, self.block.ahead, step, total, *both), last
+            return pipeline.steps(first, last, self.block.ahead, step, total, *both), last
 
         # Tiles before this warpgroup's first, and after its last.
-        rings.skip(0, lax.select(self.steps > 0, lag, jnp.int32(0)), (self.keys, 0))
+        pipeline.skip(0, lax.select(self.steps > 0, lag, jnp.int32(0)), (self.keys, 0))
         first = lax.clamp(jnp.int32(0), my_start - self.start, self.steps)
-        rings.skip(0, first, *both)
+        pipeline.skip(0, first, *both)
         total, end = zero, first
         if plan.has_offset:
             total, end = steps(self.dead, my_start, lax.min(my_live, my_stop), total)
         total, end = steps(self.live, end + self.start, my_stop, total)
-        rings.skip(end, self.steps, *both)
-        rings.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
+        pipeline.skip(end, self.steps, *both)
+        pipeline.skip(self.steps + lag, self.key_tiles, (self.keys, 0))
         spare = ref["sums_smem"].at[self.warpgroup]
         ref["sums"][self.batch, self.chunk, self.head, distance] = lax.cond(
             my_start < my_stop,
             lambda: memory.sum_diagonals(total, spare, interpret=self.interpret),
             lambda: memory.no_diagonals(interpret=self.interpret),
         )
-        return self.next_done()
+        return self.next_consumed()
 
     def row(self, slot: Any, kind: int) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along its row."""
         x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
         return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
 
-    def softmax(self, x: Array, bias: Array, n: Any, slot: Any, log_total: Array) -> Array:
+    def softmax(self, x: Array, bias: Array, n: Any, slot: Any, lse: Array) -> Array:
         """Returns softmax weights from the products of step n."""
         plan = self.plan
         x = x * plan.exponent_scale + bias
         if plan.packed:
             key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
-            first = self.row(slot, Rows.DOCUMENT).astype(jnp.int32)
+            first = self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32)
             x = jnp.where(columns + key0 >= first, x, MASKED)
-        return jnp.exp2(x - log_total)
+        return jnp.exp2(x - lse)
 
     def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
         """Returns dS of a tile with no live entry."""
         # Loads that are issued after products wait for the tensor cores.
-        less, log_total = -self.row(slot, Rows.DELTA), self.row(slot, Rows.LOG_TOTAL)
+        less, lse = -self.row(slot, RowStat.DELTA), self.row(slot, RowStat.LSE)
 
         def product(acc):
             plgpu.wgmma(acc, self.ref["query_smem"].at[slot], self.ref["key_smem"].at[key_slot].T)
@@ -310,23 +310,23 @@ class _Piece:
             return acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        return self.softmax(x, bias, n, slot, log_total) * less
+        return self.softmax(x, bias, n, slot, lse) * less
 
     def live(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
         """Returns dS of a tile that may be live."""
         ref = self.ref
-        less, log_total = -self.row(slot, Rows.DELTA), self.row(slot, Rows.LOG_TOTAL)
-        limit = self.row(slot, Rows.THRESHOLD) if self.plan.has_offset else None
+        less, lse = -self.row(slot, RowStat.DELTA), self.row(slot, RowStat.LSE)
+        limit = self.row(slot, RowStat.THRESHOLD) if self.plan.has_offset else None
 
         def products(s_acc, d_acc):
-            d_begun = rings.begin_with(d_acc, less, self.interpret)
+            d_begun = pipeline.begin_with(d_acc, less, self.interpret)
             plgpu.wgmma(s_acc, ref["query_smem"].at[slot], ref["key_smem"].at[key_slot].T)
             plgpu.wgmma(d_acc, ref["d_out_smem"].at[slot], ref["value_smem"].at[key_slot].T)
             x = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            p = self.softmax(x, bias, n, slot, log_total)
+            p = self.softmax(x, bias, n, slot, lse)
             # Late, since there may be but two slots.
             wait()
-            return p, rings.finish(d_acc, d_begun)
+            return p, pipeline.finish(d_acc, d_begun)
 
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)

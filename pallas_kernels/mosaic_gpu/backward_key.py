@@ -4,10 +4,10 @@ With m the live entries, dP = dO V^T and delta_i = sum_j P_ij m_ij dP_ij:
 
     dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
 
-A block takes piece after piece: 64 keys of one key head a warpgroup, and goes for each query
-head of the group over the query tiles from the diagonal on: those that may be live first, then
-the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All sums
-stay in registers until they are complete, so every run gives the same bits. Where registers
+A block takes work tile after work tile: 64 keys of one key head a warpgroup. For each query head
+of the group it goes over the query tiles from the diagonal on: those that may be live first,
+then the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All
+sums stay in registers until they are complete, so every run gives the same bits. Where registers
 hold only one of the two sums, dK and dV have a kernel each.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, diagonals, launch, rings, schedule
+from pallas_kernels.mosaic_gpu import config, diagonals, launch, pipeline, scheduler
 from pallas_kernels.mosaic_gpu.backward_key_steps import Keys
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
@@ -41,7 +41,7 @@ def backward_key(
     last: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
     masked: Int[Array, "batch units"],
-    numbers: Int[Array, " pieces+1"],
+    tile_order: Int[Array, " work_tiles+1"],
 ) -> dict[str, Array]:
     """Launches the kernel.
 
@@ -55,12 +55,12 @@ def backward_key(
       table: from `plan.table`.
       tail: from `plan.table`.
       offset: tau; not read without an offset.
-      rows: what `Rows` says of each query.
+      rows: what `RowStat` says of each query.
       last: last unit of queries that visits each unit of keys.
       live: last one for which it may be live.
       masked: first one of which some query doesn't see all of the unit, for its document or
         window begins later; not read unless `plan.packed`.
-      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
+      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
       `d_key` and `d_value`, of those that are wanted; and with both of them, where there is room
@@ -70,7 +70,7 @@ def backward_key(
     kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
     results = kernel.launch(
         list(kernel.results.values()), query, d_out, key, value, table, tail, offset, rows, last,
-        live, masked, numbers,
+        live, masked, tile_order,
     )  # fmt: skip
     found = dict(zip(kernel.results, results, strict=True))
     if kernel.want_bias:
@@ -79,12 +79,12 @@ def backward_key(
     return found
 
 
-def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
-    """Returns the order of the kernel's pieces."""
+def order(plan: Plan, query: Array, key: Array) -> scheduler.TileOrder:
+    """Returns the order of the kernel's work tiles."""
     batch, length, kv_heads, head_dim = key.shape
     rows = plan.blocks.backward_key.rows
     group = query.shape[2] // kv_heads
-    return schedule.Order.of_keys(batch, kv_heads, group, length, rows, head_dim)
+    return scheduler.TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
 
 
 class _Kernel(launch.Kernel):
@@ -104,7 +104,7 @@ class _Kernel(launch.Kernel):
         self.units, self.kinds = rows_shape[2:4]
         self.table_shape = table_shape[1:]
         self.order = order(plan, query, key)
-        super().__init__(plan, block, self.order.pieces)
+        super().__init__(plan, block, self.order.work_tiles)
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
         self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
@@ -121,8 +121,8 @@ class _Kernel(launch.Kernel):
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
-        tile = rings.tiled((block.stages, UNIT, d), self.dtype)
-        keys = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
+        keys = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
         scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
@@ -131,63 +131,68 @@ class _Kernel(launch.Kernel):
         }
         scratch |= {f"{name}_smem": keys for name in self.operands}
         copies = len(self.operands) * block.warpgroups
-        scratch |= rings.barriers("key", 1, block.warpgroups, copies=copies)
-        scratch |= rings.barriers("query", block.stages, block.warpgroups, copies=2)
-        scratch |= rings.barriers("d_out", block.stages, block.warpgroups)
-        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("key", 1, block.warpgroups, copies=copies)
+        scratch |= pipeline.barriers("query", block.stages, block.warpgroups, copies=2)
+        scratch |= pipeline.barriers("d_out", block.stages, block.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
         if block.in_registers:
             # Else the keys' and values' own places, which they need to the end.
             scratch |= {"d_key_smem": keys, "d_value_smem": keys}
         if self.want_bias:
             scratch |= diagonals.scratch(block.warpgroups, self.distances)
         if self.interpret:
-            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
+            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
         names = [
             "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
-            "masked", "numbers",
+            "masked", "tile_order",
         ]  # fmt: skip
         return names + list(self.results)
 
     def slots(self) -> dict[str, int]:
-        """Returns how many slots each ring has."""
+        """Returns how many slots each pipeline has."""
         stages = self.block.stages
         return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
 
-    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each ring so many pieces took."""
-        tables = pieces * self.group
-        return {"query": done[0], "d_out": done[1], "key": pieces, "table": tables}
+    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each pipeline so many work tiles took."""
+        tables = work_tiles * self.group
+        return {
+            "query": tiles_consumed[0],
+            "d_out": tiles_consumed[1],
+            "key": work_tiles,
+            "table": tables,
+        }
 
-    def piece(self, *args: Any) -> "Piece":
-        """Returns a piece."""
-        return Piece(*args)
+    def work_tile(self, *args: Any) -> "WorkTile":
+        """Returns a work tile."""
+        return WorkTile(*args)
 
 
-class Piece:
+class WorkTile:
     """A block of keys of one key head.
 
     Args:
       blocks: what works on it.
-      number: which piece it is.
-      n: how many pieces came before it here.
-      done: tiles of queries, and of d_out, that those took.
+      number: which work tile it is.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles of queries, and of d_out, that those took.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
         kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
+        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         self.warpgroup = blocks.warpgroup
         self.batch, self.key_head, tile = kernel.order.item(number)
         # Query tiles are counted in steps from the first key tile of the block on.
         self.unit0 = tile * self.block.warpgroups
-        self.queries, self.d_outs = blocks.rings["query"], blocks.rings["d_out"]
-        self.keys = blocks.rings["key"]
-        self.tables = blocks.rings["table"].after(n * kernel.group)
+        self.queries, self.d_outs = blocks.pipelines["query"], blocks.pipelines["d_out"]
+        self.keys = blocks.pipelines["key"]
+        self.tables = blocks.pipelines["table"].after(n * kernel.group)
 
     def head(self, member: Any) -> Int[Array, ""]:
         """Returns a query head of the group."""
@@ -212,12 +217,12 @@ class Piece:
         return self.steps("last", head) if "key" in self.kernel.wanted else live, live
 
     def fetch(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `done` of the next piece."""
+        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
         ref, b = self.ref, self.batch
 
-        @rings.fetching(self.plan)
+        @pipeline.fetching(self.plan)
         def _():
-            full = self.keys.full.at[self.keys.acquire(self.n)]
+            full = self.keys.full.at[self.keys.producer_acquire(self.n)]
             for n in range(self.block.warpgroups):
                 rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
                 for name in self.kernel.operands:
@@ -225,20 +230,20 @@ class Piece:
                         ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[n], full
                     )
 
-        def one_head(member, done):
-            steps_done, live_done = done
+        def one_head(member, tiles_consumed):
+            steps_done, live_done = tiles_consumed
             head = self.head(member)
             steps, live = self.both_steps(head)
 
-            @rings.fetching(self.plan)
+            @pipeline.fetching(self.plan)
             def _():
-                slot = self.tables.acquire(member)
+                slot = self.tables.producer_acquire(member)
                 plgpu.copy_gmem_to_smem(
                     ref["table"].at[head], ref["table_smem"].at[slot], self.tables.full.at[slot]
                 )
 
                 def copy_query(n):
-                    slot = self.queries.acquire(steps_done + n)
+                    slot = self.queries.producer_acquire(steps_done + n)
                     full = self.queries.full.at[slot]
                     unit = self.unit0 + n
                     rows = pl.ds(unit * UNIT, UNIT)
@@ -252,7 +257,7 @@ class Piece:
                 @pl.loop(0, live)
                 def _(n):
                     copy_query(n)
-                    slot = self.d_outs.acquire(live_done + n)
+                    slot = self.d_outs.producer_acquire(live_done + n)
                     plgpu.copy_gmem_to_smem(
                         ref["d_out"].at[b, pl.ds((self.unit0 + n) * UNIT, UNIT), head],
                         ref["d_out_smem"].at[slot],
@@ -263,7 +268,7 @@ class Piece:
 
             return steps_done + steps, live_done + live
 
-        return lax.fori_loop(0, self.kernel.group, one_head, self.done)
+        return lax.fori_loop(0, self.kernel.group, one_head, self.tiles_consumed)
 
     def compute(self) -> tuple[Any, Any]:
         """Does all that is to be done for one warpgroup's keys; returns as `fetch` does."""

@@ -13,32 +13,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import diagonals, far_tiles, lanes, memory, rings
+from pallas_kernels.mosaic_gpu import diagonals, layout, memory, pipeline, tile_kind
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Rows
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, RowStat
+from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 
 class Keys:
     """What one computing warpgroup does with its 64 keys."""
 
-    def __init__(self, piece: Any):
-        # `backward_key.Piece`, which imports this.
-        self.all, self.kernel, self.ref, self.n = piece, piece.kernel, piece.ref, piece.n
-        self.plan, self.block, self.interpret = piece.plan, piece.block, piece.interpret
-        self.warpgroup, self.unit0 = piece.warpgroup, piece.unit0
-        self.queries, self.d_outs = piece.queries, piece.d_outs
-        self.keys, self.tables = piece.keys, piece.tables
+    def __init__(self, work_tile: Any):
+        # `backward_key.WorkTile`, which imports this.
+        self.all, self.kernel = work_tile, work_tile.kernel
+        self.ref, self.n = work_tile.ref, work_tile.n
+        self.plan, self.block, self.interpret = work_tile.plan, work_tile.block, work_tile.interpret
+        self.warpgroup, self.unit0 = work_tile.warpgroup, work_tile.unit0
+        self.queries, self.d_outs = work_tile.queries, work_tile.d_outs
+        self.keys, self.tables = work_tile.keys, work_tile.tables
 
     def compute(self) -> tuple[Any, Any]:
-        """Does all that is to be done for the keys; returns `done` of the next piece."""
+        """Does all for the keys; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.all.batch
         unit = self.unit0 + self.warpgroup
         exists = unit < kernel.units
         unit = lax.min(unit, jnp.int32(kernel.units - 1))
         self.key0 = unit * UNIT
-        self.keys.wait(self.n)
+        self.keys.consumer_wait(self.n)
         own = {
-            name: rings.operand(
+            name: pipeline.operand(
                 ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
             )
             for name in kernel.operands
@@ -46,7 +48,7 @@ class Keys:
         self.key, self.value = own["key"], own.get("value")
         release_early = self.block.in_registers and not self.interpret
         if release_early:
-            self.keys.release(self.n)
+            self.keys.consumer_release(self.n)
         begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
         first_masked = None
         if plan.packed:
@@ -57,8 +59,8 @@ class Keys:
             self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
             pl.when(self.n == 0)(self.sums.begin)
 
-        def one_head(accs, member, done):
-            steps_done, live_done = done
+        def one_head(accs, member, tiles_consumed):
+            steps_done, live_done = tiles_consumed
             head = self.all.head(member)
             steps, live = self.all.both_steps(head)
             end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
@@ -67,19 +69,19 @@ class Keys:
             self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
             if plan.has_offset:
                 self.offset = ref["offset"][head]
-            self.table = ref["table_smem"].at[self.tables.wait(member)]
+            self.table = ref["table_smem"].at[self.tables.consumer_wait(member)]
             both = ((self.queries, steps_done), (self.d_outs, live_done))
             if self.sums is not None:
                 self.sums.begin_head()
-            rings.skip(0, begin, *both)
+            pipeline.skip(0, begin, *both)
 
-            def loop(step, late, far, start, stop, _):
-                step = functools.partial(step, far, accs)
-                return rings.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
+            def loop(step, late, kind, start, stop, _):
+                step = functools.partial(step, kind, accs)
+                return pipeline.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
 
             def loops(step, start, stop, late, masked):
                 run = functools.partial(loop, step, late)
-                far_tiles.loops(plan, kernel.length, begin, start, stop, run, (), masked=masked)
+                tile_kind.loops(plan, kernel.length, begin, start, stop, run, (), masked=masked)
 
             masked = live_masked = first_masked
             if plan.has_offset:
@@ -87,11 +89,11 @@ class Keys:
                 others = end if masked is None else masked
                 live_masked = lax.select(self.offset > 0, begin, others)
             loops(self.live_step, begin, live_end, both[1:], live_masked)
-            rings.skip(end, live, *both)
+            pipeline.skip(end, live, *both)
             if plan.has_offset and "key" in kernel.wanted:
                 loops(self.dead_step, live, end, (), masked)
-            rings.skip(lax.max(end, live), steps, both[0])
-            self.tables.release(member)
+            pipeline.skip(lax.max(end, live), steps, both[0])
+            self.tables.consumer_release(member)
             if self.sums is not None:
                 # The last tile inside the table.
                 self.collect(lax.min(end, begin + kernel.distances))
@@ -106,7 +108,7 @@ class Keys:
 
         def run(*accs):
             step = functools.partial(one_head, dict(zip(kernel.wanted, accs, strict=True)))
-            after = lax.fori_loop(0, kernel.group, step, self.all.done)
+            after = lax.fori_loop(0, kernel.group, step, self.all.tiles_consumed)
             return tuple(acc[...] for acc in accs), after
 
         acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
@@ -114,7 +116,7 @@ class Keys:
 
         @pl.when(exists)
         def _():
-            # What the piece before has written is read by now.
+            # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             rows = pl.ds(self.key0, ROWS)
             prefix = "d_" if self.block.in_registers else ""
@@ -128,28 +130,28 @@ class Keys:
         if not release_early:
             if not self.block.in_registers:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.keys.release(self.n)
+            self.keys.consumer_release(self.n)
         return after
 
-    def leave(self, n: Any, d_scores: Array, far: bool | None) -> None:
+    def leave(self, n: Any, d_scores: Array, kind: TileKind) -> None:
         """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
         sums, distance = self.sums, n - self.begin
-        if sums is None or far:
+        if sums is None or kind is TileKind.TAIL:
             return
         # Near ones all are.
-        inside = True if far is False else distance < self.kernel.distances
+        inside = True if kind is TileKind.NEAR else distance < self.kernel.distances
         pl.when(inside)(lambda: sums.leave(d_scores, distance))
 
-    def collect(self, n: Any, far: bool | None = False) -> None:
+    def collect(self, n: Any, kind: TileKind = TileKind.NEAR) -> None:
         """Adds what the tile before tile n left, while products are under way.
 
         Not for the last one inside the table, unless asked for it from outside a loop.
         """
         sums, distance = self.sums, n - self.begin - 1
-        if sums is None or far:
+        if sums is None or kind is TileKind.TAIL:
             return
         wanted = distance >= 0
-        if far is None:
+        if kind is TileKind.MASKED:
             wanted = wanted & (distance < self.kernel.distances - 1)
         pl.when(wanted)(lambda: sums.collect(distance))
 
@@ -161,38 +163,38 @@ class Keys:
         """Returns one number a query."""
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
-    def loads(self, n: Any, slot: Any, far: bool | None) -> tuple[Any, Array]:
+    def loads(self, n: Any, slot: Any, kind: TileKind) -> tuple[Any, Array]:
         """Returns a tile's bias, and what is to be subtracted from each query's scores.
 
         Loaded before the tile's products are issued: behind them in the queue to memory it
         would wait for the tensor cores.
         """
         query0 = (self.unit0 + n) * UNIT
-        if far:
-            bias, _ = far_tiles.bias(
+        if kind is TileKind.TAIL:
+            bias, _ = tile_kind.bias(
                 self.plan, query0 - self.key0, self.tail,
                 falling=False, whole=True, interpret=self.interpret,
             )  # fmt: skip
-            less = self.row(slot, Rows.LOG_TOTAL)
+            less = self.row(slot, RowStat.LSE)
             return (bias, less) if self.plan.has_slope else (None, less - bias)
         start, rest = self.plan.bias_of_tile(query0 - self.key0, UNIT, self.tail, falling=False)
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret)
-        return bias, self.row(slot, Rows.LOG_TOTAL) - rest
+        return bias, self.row(slot, RowStat.LSE) - rest
 
-    def softmax(self, far: bool | None, x: Array, slot: Any, loaded: tuple[Any, Array]) -> Array:
+    def softmax(self, kind: TileKind, x: Array, slot: Any, loaded: tuple[Any, Array]) -> Array:
         """Returns softmax weights of a tile from its products."""
         bias, less = loaded
         x = x * self.plan.exponent_scale
         if bias is not None:
             x = x + bias
-        if self.plan.packed and far is None:
-            x = jnp.where(self.in_document(slot), x, MASKED)
+        if self.plan.packed and kind is TileKind.MASKED:
+            x = jnp.where(self.in_segment(slot), x, MASKED)
         return jnp.exp2(x - self.spread(less))
 
-    def in_document(self, slot: Any) -> Array:
+    def in_segment(self, slot: Any) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
         keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
-        return keys >= self.spread(self.row(slot, Rows.DOCUMENT).astype(jnp.int32))
+        return keys >= self.spread(self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32))
 
     def hide(self, weights: Array, n: Any, slot: Any) -> Array:
         """Returns weights that are negative where nothing is seen.
@@ -202,52 +204,52 @@ class Keys:
         apart = (self.unit0 + n) * UNIT - self.key0
 
         def masked():
-            return lanes.where_seen(
+            return layout.where_seen(
                 weights, apart, -1.0, rows_are_keys=True, interpret=self.interpret
             )
 
         weights = lax.cond(apart == 0, masked, lambda: weights)
-        return jnp.where(self.in_document(slot), weights, -1.0) if self.plan.packed else weights
+        return jnp.where(self.in_segment(slot), weights, -1.0) if self.plan.packed else weights
 
     def less(self, slot: Any) -> Array:
         """Returns -delta of each query, repeated along the keys."""
-        return self.spread(-self.row(slot, Rows.DELTA))
+        return self.spread(-self.row(slot, RowStat.DELTA))
 
-    def live_step(self, far, accs, n, slots, wait, carry) -> tuple:
+    def live_step(self, kind, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile that may be live."""
         ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         slot, d_slot = slots
-        loaded = self.loads(n, slot, far)
+        loaded = self.loads(n, slot, kind)
 
         def weigh(acc):
             plgpu.wgmma(acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
-            self.collect(n, far)
-            p = weights = self.softmax(far, acc[...], slot, loaded)
+            self.collect(n, kind)
+            p = weights = self.softmax(kind, acc[...], slot, loaded)
             if plan.has_offset:
-                weights = p - self.spread(self.row(slot, Rows.THRESHOLD))
-                if far is None:
+                weights = p - self.spread(self.row(slot, RowStat.THRESHOLD))
+                if kind is TileKind.MASKED:
                     weights = self.hide(weights, n, slot)
-            return p, lanes.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
+            return p, layout.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
 
         def add(p, weights, acc):
             begun = None
             if not plan.has_offset:
-                begun = rings.begin_with(acc, self.less(slot), self.interpret)
+                begun = pipeline.begin_with(acc, self.less(slot), self.interpret)
             plgpu.wgmma(acc, self.value(), ref["d_out_smem"].at[d_slot].T)
             if "value" in accs:
-                rings.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
+                pipeline.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
             # Without waiting for the product that was issued last.
-            d_weights = rings.finish(acc, begun, 1 if "value" in accs else 0)
+            d_weights = pipeline.finish(acc, begun, 1 if "value" in accs else 0)
             if plan.has_offset:
                 # Where nothing is seen p is 0, and so is dS.
                 if dtype == jnp.bfloat16:
                     # What the packed weights say costs no load.
-                    alive = lanes.where_positive(weights, d_weights, interpret=self.interpret)
+                    alive = layout.where_positive(weights, d_weights, interpret=self.interpret)
                 else:
                     # In float16 small ones are 0.
-                    live = p > self.spread(self.row(slot, Rows.THRESHOLD))
+                    live = p > self.spread(self.row(slot, RowStat.THRESHOLD))
                     alive = jnp.where(live, d_weights, 0.0)
                 d_weights = alive + self.less(slot)
             return p * d_weights
@@ -256,40 +258,40 @@ class Keys:
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, weights = pl.run_scoped(weigh, tile)
         if "key" not in accs:
-            rings.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
+            pipeline.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
             plgpu.wgmma_wait(0)
-            self.d_outs.release_slot(d_slot)
-            self.queries.release_slot(slot)
+            self.d_outs.consumer_release_slot(d_slot)
+            self.queries.consumer_release_slot(slot)
             return carry
         d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
-        packed = lanes.pack(d_scores, dtype, relu=False, interpret=self.interpret)
-        rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
-        self.leave(n, d_scores, far)
+        packed = layout.pack(d_scores, dtype, relu=False, interpret=self.interpret)
+        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores, kind)
         plgpu.wgmma_wait(1)
-        self.d_outs.release_slot(d_slot)
+        self.d_outs.consumer_release_slot(d_slot)
         # Left in flight, it made ptxas put dS where the values are, and lose them.
         plgpu.wgmma_wait(0)
-        self.queries.release_slot(slot)
+        self.queries.consumer_release_slot(slot)
         return carry
 
-    def dead_step(self, far, accs, n, slots, wait, carry) -> tuple:
+    def dead_step(self, kind, accs, n, slots, wait, carry) -> tuple:
         """Adds a tile with no live entry."""
         ref = self.ref
         spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
         (slot,) = slots
-        loaded, less = self.loads(n, slot, far), self.less(slot)
+        loaded, less = self.loads(n, slot, kind), self.less(slot)
 
         def product(s_acc):
             plgpu.wgmma(s_acc, self.key(), ref["query_smem"].at[slot].T)
             wait()
-            self.collect(n, far)
+            self.collect(n, kind)
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
-        d_scores = self.softmax(far, x, slot, loaded) * less
-        packed = lanes.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
-        rings.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
-        self.leave(n, d_scores, far)
+        d_scores = self.softmax(kind, x, slot, loaded) * less
+        packed = layout.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
+        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores, kind)
         plgpu.wgmma_wait(0)
-        self.queries.release_slot(slot)
+        self.queries.consumer_release_slot(slot)
         return carry

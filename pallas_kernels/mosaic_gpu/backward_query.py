@@ -4,10 +4,10 @@ With m the live entries, dP = dO V^T, and Y = P K from the forward pass:
 
     delta_i = sum_j P_ij m_ij dP_ij     dQ = scale ((P m dP) K - delta Y)
 
-A block takes piece after piece: 64 queries of one head a warpgroup; `backward_query_steps.py`
-is what is computed. Tiles past the bias table also add to the gradient of its tail, to which
-what the forward pass has summed there adds the dead ones. Without an offset delta is known
-before, dO . O, and dS = P (dP - delta).
+A block takes work tile after work tile: 64 queries of one head a warpgroup;
+`backward_query_steps.py` is what is computed. Tiles past the bias table also add to the gradient
+of its tail, to which what the forward pass has summed there adds the dead ones. Without an
+offset delta is known before, dO . O, and dS = P (dP - delta).
 """
 
 import functools
@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu import (
     config,
     launch,
-    mean_key,
-    rings,
-    row_facts,
-    schedule,
+    mean_k,
+    pipeline,
+    row_stats,
+    scheduler,
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.backward_query_steps import Queries
@@ -42,14 +42,14 @@ def backward_query(
     value: Float[Array, "batch length kv_heads head_dim"],
     table: Float[Array, "heads rows 128"],
     tail: Float[Array, "heads 2"],
-    residuals: row_facts.Residuals,
+    residuals: row_stats.Residuals,
     offset: Float[Array, " heads"],
     offset_scale: Float[Array, "batch padded"],
-    document: Int[Array, "batch padded"],
+    segment_start: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
     live: Int[Array, "batch heads units"],
-    small: Int[Array, "batch heads"],
-    numbers: Int[Array, " pieces+1"],
+    no_overflow: Int[Array, "batch heads"],
+    tile_order: Int[Array, " work_tiles+1"],
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Launches the kernel.
 
@@ -64,26 +64,26 @@ def backward_query(
       residuals: of the forward pass.
       offset: tau; not read without an offset.
       offset_scale: as in the forward pass, like the next.
-      document: first key each query sees; not read unless `plan.packed`.
+      segment_start: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
-      small: as in the forward pass.
-      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
+      no_overflow: as in the forward pass.
+      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
-      d_query; what `Rows` says of each query [batch, heads, units, kinds, 64]; with an offset
+      d_query; what `RowStat` says of each query [batch, heads, units, kinds, 64]; with an offset
       what each query adds to the gradient of tau [batch, heads, units, 64]; and if the bias
       has a slope, for each query the sum of dS over tiles past the table, and of dS times the
       distance past its end [batch, heads, units, 2, 64].
     """
     kernel = _Kernel(plan, query, key, table.shape, first.shape[-1], list(residuals.given))
     out_type: list[Any] = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
-    out_type += row_facts.outputs(plan, first)
+    out_type += row_stats.outputs(plan, first)
     if kernel.want_tail:
         out_type.append(jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32))
     results = kernel.launch(
         out_type, query, d_out, key, value, table, tail, offset, offset_scale,
-        document, first, live, small, numbers, weight_sums.ones(query.dtype),
+        segment_start, first, live, no_overflow, tile_order, weight_sums.ones(query.dtype),
         *residuals.given.values(),
     )  # fmt: skip
     d_query, rows = results.pop(0), results.pop(0)
@@ -91,11 +91,13 @@ def backward_query(
     return d_query, rows, of_offset, results.pop(0) if kernel.want_tail else None
 
 
-def order(plan: Plan, query: Array, key: Array) -> schedule.Order:
-    """Returns the order of the kernel's pieces."""
+def order(plan: Plan, query: Array, key: Array) -> scheduler.TileOrder:
+    """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
     rows = plan.blocks.backward_query.rows
-    return schedule.Order.of_queries(batch, heads, heads // key.shape[2], length, rows, head_dim)
+    return scheduler.TileOrder.of_queries(
+        batch, heads, heads // key.shape[2], length, rows, head_dim
+    )
 
 
 class _Kernel(launch.Kernel):
@@ -121,15 +123,15 @@ class _Kernel(launch.Kernel):
         self.want_tail = plan.has_tail(self.length)
         self.residuals = residuals
         self.order = order(plan, query, key)
-        super().__init__(plan, block, self.order.pieces)
+        super().__init__(plan, block, self.order.work_tiles)
         tiles, self.out_stages = config.query_tiles(self.block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
-        tile = rings.tiled((block.stages, UNIT, d), self.dtype)
-        rows = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
+        rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
         scratch = {
             "query_smem": rows,
             "d_out_smem": rows,
@@ -140,18 +142,18 @@ class _Kernel(launch.Kernel):
         if self.plan.has_offset:
             scratch |= weight_sums.scratch(self.dtype)
         if self.out_stages:
-            scratch |= row_facts.scratch(
+            scratch |= row_stats.scratch(
                 self.out_stages, block.warpgroups, self.head_dim, self.dtype
             )
-        scratch |= rings.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
-        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
         for name in ("key", "value"):
-            scratch |= rings.barriers(name, block.stages, block.warpgroups)
+            scratch |= pipeline.barriers(name, block.stages, block.warpgroups)
         if block.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["d_query_smem"] = rows
         if self.interpret:
-            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
+            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
@@ -162,52 +164,58 @@ class _Kernel(launch.Kernel):
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
         names = [
-            "query", "d_out", "key", "value", "table", "tail", "offset", "offset_scale", "document",
-            "first", "live", "small", "numbers", "ones", *self.residuals, "d_query", "rows",
+            "query", "d_out", "key", "value", "table", "tail", "offset", "offset_scale",
+            "segment_start", "first", "live", "no_overflow", "tile_order", "ones",
+            *self.residuals, "d_query", "rows",
         ]  # fmt: skip
         names += ["of_offset"] if self.plan.has_offset else []
-        return names + (["far"] if self.want_tail else [])
+        return names + (["tail_sums"] if self.want_tail else [])
 
     def slots(self) -> dict[str, int]:
-        """Returns how many slots each ring has."""
+        """Returns how many slots each pipeline has."""
         stages = self.block.stages
         slots = {"key": stages, "value": stages, "query": 1, "table": self.tables}
         return slots | ({"out": self.out_stages} if self.out_stages else {})
 
-    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each ring so many pieces took."""
-        tiles = {"key": done[0], "value": done[1], "query": pieces, "table": pieces}
-        return tiles | ({"out": 2 * pieces} if self.out_stages else {})
+    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each pipeline so many work tiles took."""
+        tiles = {
+            "key": tiles_consumed[0],
+            "value": tiles_consumed[1],
+            "query": work_tiles,
+            "table": work_tiles,
+        }
+        return tiles | ({"out": 2 * work_tiles} if self.out_stages else {})
 
-    def piece(self, *args: Any) -> "Piece":
-        """Returns a piece."""
-        return Piece(*args)
+    def work_tile(self, *args: Any) -> "WorkTile":
+        """Returns a work tile."""
+        return WorkTile(*args)
 
 
-class Piece:
+class WorkTile:
     """A block of queries of one head.
 
     Args:
       blocks: what works on it.
-      number: which piece it is.
-      n: how many pieces came before it here.
-      done: tiles of keys, and of values, that those took.
+      number: which work tile it is.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles of keys, and of values, that those took.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
         kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
+        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         self.warpgroup = blocks.warpgroup
         self.batch, self.head, tile = kernel.order.item(number)
         self.unit0 = tile * self.block.warpgroups
         # Everything is counted in steps from the last key tile of the block backwards.
         self.last = lax.min(self.unit0 + self.block.warpgroups - 1, jnp.int32(kernel.units - 1))
-        self.keys = blocks.rings["key"].after(done[0])
-        self.values = blocks.rings["value"].after(done[1])
-        self.queries, self.tables = blocks.rings["query"], blocks.rings["table"]
+        self.keys = blocks.pipelines["key"].after(tiles_consumed[0])
+        self.values = blocks.pipelines["value"].after(tiles_consumed[1])
+        self.queries, self.tables = blocks.pipelines["query"], blocks.pipelines["table"]
         if kernel.out_stages:
-            self.outs = blocks.rings["out"].after(2 * n)
+            self.outs = blocks.pipelines["out"].after(2 * n)
 
     def count_steps(self) -> None:
         """Reads how many key tiles the block visits."""
@@ -222,54 +230,54 @@ class Piece:
 
         self.steps = steps("live" if self.plan.has_offset else "first")
 
-    def next_done(self) -> tuple[Any, Any]:
-        """Returns `done` of the next piece."""
-        return self.done[0] + self.steps, self.done[1] + self.steps
+    def next_consumed(self) -> tuple[Any, Any]:
+        """Returns `tiles_consumed` of the next work tile."""
+        return self.tiles_consumed[0] + self.steps, self.tiles_consumed[1] + self.steps
 
     def fetch(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `done` of the next piece."""
+        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
         ref, kernel, b, h = self.ref, self.kernel, self.batch, self.head
         key_head = lax.div(h, jnp.int32(kernel.group))
 
-        def copy(ring, name, n):
-            slot = ring.acquire(n)
+        def copy(pipe, name, n):
+            slot = pipe.producer_acquire(n)
             rows = pl.ds((self.last - n) * UNIT, UNIT)
             plgpu.copy_gmem_to_smem(
-                ref[name].at[b, rows, key_head], ref[f"{name}_smem"].at[slot], ring.full.at[slot]
+                ref[name].at[b, rows, key_head], ref[f"{name}_smem"].at[slot], pipe.full.at[slot]
             )
 
-        @rings.fetching(self.plan)
+        @pipeline.fetching(self.plan)
         def _():
-            full = self.queries.full.at[self.queries.acquire(self.n)]
+            full = self.queries.full.at[self.queries.producer_acquire(self.n)]
             for n in range(self.block.warpgroups):
                 rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
                 for name in ("query", "d_out"):
                     plgpu.copy_gmem_to_smem(
                         ref[name].at[b, rows, h], ref[f"{name}_smem"].at[n], full
                     )
-            slot = self.tables.acquire(self.n)
+            slot = self.tables.producer_acquire(self.n)
             plgpu.copy_gmem_to_smem(
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
             if kernel.out_stages:
-                row_facts.fetch(self)
+                row_stats.fetch(self)
 
-        row_facts.prefetch(self)
+        row_stats.prefetch(self)
         if self.plan.has_offset:
-            mean_key.prefetch(self)
+            mean_k.prefetch(self)
         # What is read here takes time, so it comes after the first copies.
         self.count_steps()
 
-        @rings.fetching(self.plan)
+        @pipeline.fetching(self.plan)
         def _():
             @pl.loop(0, self.steps)
             def _(n):
                 copy(self.keys, "key", n)
                 copy(self.values, "value", n)
 
-        return self.next_done()
+        return self.next_consumed()
 
     def compute(self) -> tuple[Any, Any]:
         """Does all that is to be done for one warpgroup's queries; returns as `fetch` does."""
         Queries(self).compute()
-        return self.next_done()
+        return self.next_consumed()

@@ -138,7 +138,7 @@ SKEW_PITCH = 84
 SKEW_WORDS = 7 * SKEW_PITCH + 132
 
 # Bytes of what is known of 64 queries.
-_ROW_FACTS = 4 * 64 * 4
+_ROW_STATS = 4 * 64 * 4
 # Entries around a bias table.
 _AROUND_TABLE = 640
 # Bytes of shared memory a block may have, less what barriers, a tile of ones and alignment take.
@@ -192,7 +192,7 @@ def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
 def tables(tiles: int, table_rows: int) -> int:
     """Returns how many bias tables a kernel has room for: 2, or 1.
 
-    With two, the next piece's is fetched while one is in use.
+    With two, the next work tile's is fetched while one is in use.
 
     Args:
       tiles: bytes that the kernel's tiles take.
@@ -234,7 +234,7 @@ def key_tiles(block: Block, head_dim: int, width: int = 0, own: int = 2) -> int:
     if width:
         warp = SKEW_WORDS + near_words(distances(width))
         tiles += 4 * block.warpgroups * 4 * warp
-    return tiles + block.stages * _ROW_FACTS
+    return tiles + block.stages * _ROW_STATS
 
 
 def distances(width: int) -> int:
@@ -254,7 +254,7 @@ def bias_tiles(block: Block, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
     keys = block.stages + block.warpgroups - 1
     sums = block.warpgroups * DIAGONALS_ROWS * DIAGONALS_PITCH * 4
-    return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_FACTS + sums
+    return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_STATS + sums
 
 
 def widest_table(head_dim: int) -> int:

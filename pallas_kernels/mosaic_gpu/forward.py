@@ -1,7 +1,7 @@
 """The forward pass: its launch, and what is fetched for it; `forward_queries.py` computes.
 
-A block stays, and takes piece after piece: 64 queries of one head a warpgroup. One more
-warpgroup has one warp that fetches, tiles of keys and values and the next piece's queries.
+A block stays, and takes work tile after work tile: 64 queries of one head a warpgroup. One more
+warpgroup has one warp that fetches, tiles of keys and values and the next work tile's queries.
 The first sweep goes from the diagonal backwards over the tiles that are not negligible, sums
 the exponentials, and in training the keys with them, and notes the farthest tile that may be
 live; the second goes the same way over the live ones. Without an offset one sweep does it.
@@ -20,20 +20,20 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu import (
     config,
     launch,
-    mean_key,
+    mean_k,
     memory,
-    rings,
-    schedule,
+    pipeline,
+    scheduler,
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
 from pallas_kernels.mosaic_gpu.forward_queries import Queries
 from pallas_kernels.mosaic_gpu.mlir import ROWS
+from pallas_kernels.mosaic_gpu.pipeline import as_index
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
-from pallas_kernels.mosaic_gpu.rings import as_index
 
 # What the kernel may return.
-RESULTS = ("out", "log_total", "rounding", "live", *mean_key.NAMES, "past")
+RESULTS = ("out", "lse", "rounding", "live", *mean_k.NAMES, "past")
 
 
 def forward(
@@ -46,10 +46,10 @@ def forward(
     tail: Float[Array, "heads 2"],
     offset: Float[Array, " heads"],
     offset_scale: Float[Array, "batch padded"],
-    document: Int[Array, "batch padded"],
+    segment_start: Int[Array, "batch padded"],
     first: Int[Array, "batch heads units"],
-    small: Int[Array, "batch heads"],
-    numbers: Int[Array, " pieces+1"],
+    no_overflow: Int[Array, "batch heads"],
+    tile_order: Int[Array, " work_tiles+1"],
 ) -> dict[str, Array | None]:
     """Launches the forward pass.
 
@@ -63,16 +63,16 @@ def forward(
       tail: from `plan.table`.
       offset: tau; not read without an offset.
       offset_scale: factor of tau for each query; rows are padded to units of 64.
-      document: first key each query sees; not read unless `plan.packed`.
+      segment_start: first key each query sees; not read unless `plan.packed`.
       first: first unit of keys that each unit of queries visits.
-      small: whether no exponential of a score of this head can overflow.
-      numbers: of the pieces, see `order` and `schedule.Order.numbers`.
+      no_overflow: whether no exponential of a score of this head can overflow.
+      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
-      By name: `out`; in training `log_total`, log2-sum-exp2 of each row's scores less b(0)
+      By name: `out`; in training `lse`, log2-sum-exp2 of each row's scores less b(0)
       [batch, heads, padded], and without an offset `rounding`, what rounding took from out, of
       the same shape. In training with an offset `live`, the first live unit of keys of each
-      unit of queries [batch, heads, units]; `mean_key.NAMES`, the mean of the keys weighted by the
+      unit of queries [batch, heads, units]; `mean_k.NAMES`, the mean of the keys weighted by the
       softmax, two times [batch, heads, units, head_dim / 16, 128, 4], see
       `memory.store_registers`; and if the bias has a tail `past`, the sums over tiles past its
       table of the softmax, and of the softmax times the distance past its end [batch, heads,
@@ -82,17 +82,17 @@ def forward(
     kernel = _Forward(plan, block, training, query, key, table.shape, first.shape[-1])
     results = kernel.launch(
         list(kernel.results.values()), query, key, value, table, tail, offset, offset_scale,
-        document, first, small, numbers, weight_sums.ones(query.dtype),
+        segment_start, first, no_overflow, tile_order, weight_sums.ones(query.dtype),
     )  # fmt: skip
     return dict.fromkeys(RESULTS) | dict(zip(kernel.results, results, strict=True))
 
 
-def order(plan: Plan, training: bool, query: Array, key: Array) -> schedule.Order:
-    """Returns the order of the kernel's pieces."""
+def order(plan: Plan, training: bool, query: Array, key: Array) -> scheduler.TileOrder:
+    """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
     block = plan.blocks.forward if training else plan.blocks.inference
     group = heads // key.shape[2]
-    return schedule.Order.of_queries(batch, heads, group, length, block.rows, head_dim)
+    return scheduler.TileOrder.of_queries(batch, heads, group, length, block.rows, head_dim)
 
 
 class _Forward(launch.Kernel):
@@ -122,7 +122,7 @@ class _Forward(launch.Kernel):
         # Exponentials that are not divided by their sum yet need the range of bfloat16.
         self.keys_at_once = self.want_keys and self.dtype == jnp.bfloat16
         self.order = order(plan, training, query, key)
-        super().__init__(plan, block, self.order.pieces)
+        super().__init__(plan, block, self.order.work_tiles)
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
         used = config.forward_tiles(block, self.head_dim, 1 + self.want_rounding)
@@ -132,34 +132,34 @@ class _Forward(launch.Kernel):
         self.results = {"out": same}
         if training:
             rows = (*of_units[:2], UNIT * units)
-            self.results["log_total"] = jax.ShapeDtypeStruct(rows, jnp.float32)
+            self.results["lse"] = jax.ShapeDtypeStruct(rows, jnp.float32)
         if self.want_rounding:
             self.results["rounding"] = same
         if self.want_keys:
             self.results["live"] = jax.ShapeDtypeStruct(of_units, jnp.int32)
-            self.results |= mean_key.outputs(self.head_dim, of_units)
+            self.results |= mean_k.outputs(self.head_dim, of_units)
         if self.want_tail:
             self.results["past"] = jax.ShapeDtypeStruct((*of_units, 2, UNIT), jnp.float32)
 
     def scratch(self) -> dict[str, Any]:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
-        tile = rings.tiled((block.stages, block.keys, d), self.dtype)
-        rows = rings.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tile = pipeline.tiled((block.stages, block.keys, d), self.dtype)
+        rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
         row = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
         scratch = {
             "query_smem": rows,
             "key_smem": tile,
             "value_smem": tile,
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
-            # Of two pieces, since one warpgroup may be at the next.
+            # Of two work tiles, since one warpgroup may be at the next.
             "words_smem": plgpu.SMEM((2, 4 * block.warpgroups), jnp.int32),
             "bound_barrier": plgpu.Barrier(num_arrivals=block.warpgroups),
         }
-        scratch |= rings.barriers("query", 1, block.warpgroups, copies=block.warpgroups)
-        scratch |= rings.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", 1, block.warpgroups, copies=block.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
         for name in ("key", "value"):
-            scratch |= rings.barriers(name, block.stages, block.warpgroups)
+            scratch |= pipeline.barriers(name, block.stages, block.warpgroups)
         if block.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["out_smem"] = rows
@@ -170,7 +170,7 @@ class _Forward(launch.Kernel):
         if self.training:
             scratch["total_smem"] = row
         if self.interpret:
-            scratch["spare_smem"] = rings.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
+            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
@@ -181,38 +181,43 @@ class _Forward(launch.Kernel):
     def refs(self) -> list[str]:
         """Returns the names of operands and results."""
         names = [
-            "query", "key", "value", "table", "tail", "offset", "offset_scale", "document", "first",
-            "small", "numbers", "ones",
+            "query", "key", "value", "table", "tail", "offset", "offset_scale",
+            "segment_start", "first", "no_overflow", "tile_order", "ones",
         ]  # fmt: skip
         return names + list(self.results)
 
     def slots(self) -> dict[str, int]:
-        """Returns how many slots each ring has."""
+        """Returns how many slots each pipeline has."""
         stages = self.block.stages
         return {"key": stages, "value": stages, "query": 1, "table": self.tables}
 
-    def tiles(self, pieces: Any, done: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each ring so many pieces took."""
-        return {"key": done[0], "value": done[1], "query": pieces, "table": pieces}
+    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each pipeline so many work tiles took."""
+        return {
+            "key": tiles_consumed[0],
+            "value": tiles_consumed[1],
+            "query": work_tiles,
+            "table": work_tiles,
+        }
 
-    def piece(self, *args: Any) -> "Piece":
-        """Returns a piece."""
-        return Piece(*args)
+    def work_tile(self, *args: Any) -> "WorkTile":
+        """Returns a work tile."""
+        return WorkTile(*args)
 
 
-class Piece:
+class WorkTile:
     """A block of queries of one head, as all warpgroups see it.
 
     Args:
       blocks: what works on it.
-      number: which piece it is.
-      n: how many pieces came before it here.
-      done: tiles of keys, and of values, that those took.
+      number: which work tile it is.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles of keys, and of values, that those took.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, done: tuple[Any, Any]):
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
         kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.done = kernel, blocks.ref, n, done
+        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
         self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
         block = self.block
         self.warpgroup = blocks.warpgroup
@@ -224,14 +229,14 @@ class Piece:
             lax.div(self.query0 + block.rows - 1, jnp.int32(block.keys)),
             jnp.int32((kernel.length - 1) // block.keys),
         )
-        self.keys = blocks.rings["key"].after(done[0])
-        self.values = blocks.rings["value"].after(done[1])
-        self.queries, self.tables = blocks.rings["query"], blocks.rings["table"]
+        self.keys = blocks.pipelines["key"].after(tiles_consumed[0])
+        self.values = blocks.pipelines["value"].after(tiles_consumed[1])
+        self.queries, self.tables = blocks.pipelines["query"], blocks.pipelines["table"]
         self.words = self.ref["words_smem"].at[lax.rem(n, jnp.int32(2))]
 
     def used(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Returns `done` of the next piece, where this one took so many."""
-        return self.done[0] + keys, self.done[1] + values
+        """Returns `tiles_consumed` of the next work tile, where this one took so many."""
+        return self.tiles_consumed[0] + keys, self.tiles_consumed[1] + values
 
     def first_tile(self, unit: Any) -> Int[Array, ""]:
         """Returns the key tile of a unit of keys."""
@@ -256,55 +261,55 @@ class Piece:
 
     @property
     def sum_sweeps(self) -> Any:
-        """How often all tiles are visited before the live ones: see `mean_key.find`."""
+        """How often all tiles are visited before the live ones: see `mean_k.find`."""
         if not self.kernel.want_keys:
             return 1
         if not self.kernel.keys_at_once:
             return 2
-        small = self.ref["small"][self.batch, self.head] != 0
-        return lax.select(small, jnp.int32(1), jnp.int32(2))
+        no_overflow = self.ref["no_overflow"][self.batch, self.head] != 0
+        return lax.select(no_overflow, jnp.int32(1), jnp.int32(2))
 
     @property
     def sweeps_twice(self) -> Any:
         """Whether there is a second sweep."""
         if not self.kernel.one_sweep:
             return True
-        return self.ref["small"][self.batch, self.head] == 0
+        return self.ref["no_overflow"][self.batch, self.head] == 0
 
     def compute(self) -> tuple[Any, Any]:
-        """Does one warpgroup's part; returns `done` of the next piece."""
+        """Does one warpgroup's part; returns `tiles_consumed` of the next work tile."""
         return Queries(self).compute()
 
     def fetch(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `done` of the next piece."""
+        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
         ref, block, b, h = self.ref, self.block, self.batch, self.head
 
-        def copy(ring, name, number, step):
-            slot = ring.acquire(number)
+        def copy(pipe, name, number, step):
+            slot = pipe.producer_acquire(number)
             rows = pl.ds((self.last - step) * block.keys, block.keys)
             plgpu.copy_gmem_to_smem(
                 ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[slot],
-                ring.full.at[slot],
+                pipe.full.at[slot],
             )  # fmt: skip
 
         copy_key = functools.partial(copy, self.keys, "key")
         copy_value = functools.partial(copy, self.values, "value")
 
-        @rings.fetching(self.plan)
+        @pipeline.fetching(self.plan)
         def _():
-            slot = self.queries.acquire(self.n)
+            slot = self.queries.producer_acquire(self.n)
             for n in range(block.warpgroups):
                 rows = pl.ds(self.query0 + ROWS * n, ROWS)
                 plgpu.copy_gmem_to_smem(
                     ref["query"].at[b, rows, h], ref["query_smem"].at[n], self.queries.full.at[slot]
                 )
-            slot = self.tables.acquire(self.n)
+            slot = self.tables.producer_acquire(self.n)
             plgpu.copy_gmem_to_smem(
                 ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
             )
 
         wanted = ["offset_scale"] if self.plan.has_offset else []
-        wanted += ["document"] if self.plan.packed else []
+        wanted += ["segment_start"] if self.plan.packed else []
         for name in wanted:
             memory.prefetch(ref[name].at[b], self.query0, block.rows, interpret=self.interpret)
         twice = self.sweeps_twice
@@ -313,7 +318,7 @@ class Piece:
         diagonal = self.last - lax.div(self.query0, jnp.int32(block.keys)) + 1
 
         def one_sweep():
-            @rings.fetching(self.plan)
+            @pipeline.fetching(self.plan)
             def _():
                 @pl.loop(0, steps)
                 def _(n):
@@ -325,7 +330,7 @@ class Piece:
         def two_sweeps():
             before = self.sum_sweeps * steps
 
-            @rings.fetching(self.plan)
+            @pipeline.fetching(self.plan)
             def _():
                 pl.loop(0, before)(lambda n: copy_key(n, lax.rem(n, steps)))
 
@@ -338,7 +343,7 @@ class Piece:
             plgpu.barrier_wait(ref["bound_barrier"])
             live = self.live_steps()
 
-            @rings.fetching(self.plan)
+            @pipeline.fetching(self.plan)
             def _():
                 @pl.loop(diagonal, live)
                 def _(n):

@@ -4,7 +4,7 @@ The first sweep goes from the diagonal backwards over the tiles that are not neg
 the exponentials and notes the farthest unit that may be live; the second goes the same way
 over the live ones. Without an offset one sweep does it.
 
-For the backward pass the first sweep also finds the mean of the keys, see `mean_key.py`.
+For the backward pass the first sweep also finds the mean of the keys, see `mean_k.py`.
 
 Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can
 take the exponential of. Then the sums need no running maximum and are never rescaled; a
@@ -20,21 +20,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import forward_scores, lanes, mean_key, memory, rings
+from pallas_kernels.mosaic_gpu import forward_scores, layout, mean_k, memory, pipeline
 from pallas_kernels.mosaic_gpu.mlir import ROWS
+from pallas_kernels.mosaic_gpu.pipeline import as_index
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, UNIT, threshold
-from pallas_kernels.mosaic_gpu.rings import as_index
+from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 
 class Queries(forward_scores.Scores):
     """What one computing warpgroup does with its 64 queries."""
 
     def compute(self) -> tuple[Any, Any]:
-        """Does all that is to be done for the queries; returns `done` of the next piece."""
+        """Does all for the queries; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel = self.ref, self.plan, self.kernel
         block, b, h = self.all, self.all.batch, self.all.head
         self.exists = self.query0 < kernel.length
-        self.small = ref["small"][b, h] != 0
+        self.no_overflow = ref["no_overflow"][b, h] != 0
         self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         self.total_steps = block.steps()
         # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
@@ -46,21 +47,21 @@ class Queries(forward_scores.Scores):
             self.offset = ref["offset"][h]
             self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
         if plan.packed:
-            self.document = self.load_rows("document")
+            self.segment_start = self.load_rows("segment_start")
             # Documents and windows begin later and later: the last query's masks the most.
-            last = lax.min(self.query0 + ROWS, jnp.int32(ref["document"].shape[1])) - 1
-            self.document_last = ref["document"][b, last]
-        block.queries.wait(block.n)
-        self.query = rings.operand(
+            last = lax.min(self.query0 + ROWS, jnp.int32(ref["segment_start"].shape[1])) - 1
+            self.last_segment_start = ref["segment_start"][b, last]
+        block.queries.consumer_wait(block.n)
+        self.query = pipeline.operand(
             ref["query_smem"], self.warpgroup, self.block.in_registers, self.interpret
         )
         self.release_early = self.block.in_registers and not self.interpret
         if self.release_early:
-            block.queries.release(block.n)
-        self.table = ref["table_smem"].at[block.tables.wait(block.n)]
+            block.queries.consumer_release(block.n)
+        self.table = ref["table_smem"].at[block.tables.consumer_wait(block.n)]
 
         if kernel.one_sweep:
-            keys, values = lax.cond(self.small, self.softmax, self.two_sweeps)
+            keys, values = lax.cond(self.no_overflow, self.softmax, self.two_sweeps)
         else:
             keys, values = self.two_sweeps()
         return block.used(keys, values)
@@ -70,9 +71,9 @@ class Queries(forward_scores.Scores):
         ref, block = self.ref, self.all
         words = block.words
         keys_done = block.sum_sweeps * self.total_steps
-        rings.skip(0, self.begin, (block.keys, 0))
-        log_total, farthest = lax.cond(self.small, self.sum_small, self.sum_any)
-        rings.skip(self.end, self.total_steps, (block.keys, keys_done - self.total_steps))
+        pipeline.skip(0, self.begin, (block.keys, 0))
+        lse, farthest = lax.cond(self.no_overflow, self.sum_no_overflow, self.sum_any)
+        pipeline.skip(self.end, self.total_steps, (block.keys, keys_done - self.total_steps))
         memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
@@ -81,10 +82,10 @@ class Queries(forward_scores.Scores):
         end = lax.select(self.exists, block.last - block.first_tile(mine) + 1, self.begin)
 
         both = ((block.keys, keys_done), (block.values, 0))
-        rings.skip(0, self.begin, *both)
+        pipeline.skip(0, self.begin, *both)
 
-        def sweep(small: bool) -> Array:
-            add = functools.partial(self.add_values, log_total, end, both, small)
+        def sweep(no_overflow: bool) -> Array:
+            add = functools.partial(self.add_values, lse, end, both, no_overflow)
             return pl.run_scoped(add, self.sums_type)
 
         if self.kernel.one_sweep:
@@ -92,11 +93,13 @@ class Queries(forward_scores.Scores):
             out = sweep(False)
         else:
             # The other way also serves where unseen entries must be told from seen ones.
-            usual = self.small & (self.offset <= 0) if self.plan.has_offset else self.small
+            usual = (
+                self.no_overflow & (self.offset <= 0) if self.plan.has_offset else self.no_overflow
+            )
             out = lax.cond(usual, lambda: sweep(True), lambda: sweep(False))
-        rings.skip(end, live_steps, *both)
-        block.tables.release(block.n)
-        self.store(out, log_total)
+        pipeline.skip(end, live_steps, *both)
+        block.tables.consumer_release(block.n)
+        self.store(out, lse)
         if self.kernel.want_keys:
 
             @pl.when(self.exists)
@@ -111,19 +114,17 @@ class Queries(forward_scores.Scores):
         """Returns the type of sums of keys or values, one a query."""
         return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
 
-    def sum_small(self) -> tuple[Array, Array]:
+    def sum_no_overflow(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live unit per lane."""
         if self.kernel.keys_at_once:
-            return pl.run_scoped(
-                self.sum_exponentials, *mean_key.accumulators(self.kernel.head_dim)
-            )
-        log_total, farthest = self.sum_exponentials()
+            return pl.run_scoped(self.sum_exponentials, *mean_k.accumulators(self.kernel.head_dim))
+        lse, farthest = self.sum_exponentials()
         if self.kernel.want_keys:
-            mean_key.find(self, log_total)
-        return log_total, farthest
+            mean_k.find(self, lse)
+        return lse, farthest
 
     def sum_exponentials(self, *key_accs: Any) -> tuple[Array, Array]:
-        """Does what `sum_small` does, and with accumulators stores the mean of the keys.
+        """Does what `sum_no_overflow` does, and with accumulators stores the mean of the keys.
 
         What lanes must tell each other of a tile waits until the next tile's products are
         under way: in the queue to memory it would wait for other warps' products.
@@ -134,7 +135,7 @@ class Queries(forward_scores.Scores):
 
         def note(n, lane_sums, others, bounds, total, farthest):
             """Adds what step n found, its units' bounds the last first."""
-            total = total + lanes.add_neighbours(lane_sums, others)
+            total = total + layout.add_neighbours(lane_sums, others)
             if marks:
                 # The sum only grows, so this never calls a live tile dead; and a NaN is not
                 # below anything.
@@ -144,20 +145,20 @@ class Queries(forward_scores.Scores):
                     farthest = jnp.where(bound <= limit, farthest, unit)
             return total, farthest
 
-        def step(far, n, slots, wait, carry):
+        def step(kind, n, slots, wait, carry):
             total, farthest, lane_sums, bounds, past = carry
             (slot,) = slots
-            others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
+            others = layout.of_neighbours(lane_sums, interpret=self.interpret)
 
             def use(x, rest, key0, unit, carry):
                 total, farthest, new_sums, new_bounds, past = carry
                 if not new_bounds:
                     total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
-                e = jnp.exp2(self.hide_documents(x, key0, far))
+                e = jnp.exp2(self.hide_segments(x, key0, kind))
                 if key_accs:
-                    mean_key.add(self, key_accs, e, slot, unit)
-                    past = mean_key.add_past(self, past, e, key0, far)
-                sums, bound = lanes.sum_and_bound(e, interpret=self.interpret)
+                    mean_k.add(self, key_accs, e, slot, unit)
+                    past = mean_k.add_past(self, past, e, key0, kind)
+                sums, bound = layout.sum_and_bound(e, interpret=self.interpret)
                 if not key_accs:
                     factor = jnp.exp2(self.per_row(rest))
                     sums, bound = sums * factor, bound * factor
@@ -167,21 +168,21 @@ class Queries(forward_scores.Scores):
 
             start = (total, farthest, None, (), past)
             keep = bool(key_accs)
-            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep, far=far)
+            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep, kind=kind)
             if keep:
                 plgpu.wgmma_wait(0)
-                self.all.keys.release_slot(slot)
+                self.all.keys.consumer_release_slot(slot)
             return carry
 
         zero = self.per_row(0.0)
-        start = (zero, self.no_unit(), zero, (zero,) * units, mean_key.no_past(self))
+        start = (zero, self.no_unit(), zero, (zero,) * units, mean_k.no_past(self))
         carry = self.steps_by_distance(self.end, step, start, (self.all.keys, 0))
         total, farthest, lane_sums, bounds, past = carry
-        others = lanes.of_neighbours(lane_sums, interpret=self.interpret)
+        others = layout.of_neighbours(lane_sums, interpret=self.interpret)
         last = lax.max(self.end, self.begin) - 1
         total, farthest = note(last, lane_sums, others, bounds, total, farthest)
         if key_accs:
-            mean_key.store(self, key_accs, past)
+            mean_k.store(self, key_accs, past)
         return jnp.log2(total), self.clip_units(farthest)
 
     def sum_any(self) -> tuple[Array, Array]:
@@ -189,7 +190,7 @@ class Queries(forward_scores.Scores):
 
         def use(x, rest, key0, _, carry):
             maximum, total, farthest = carry
-            x = self.hide_documents(x, key0)
+            x = self.hide_segments(x, key0)
             highest = x.max(axis=1) + rest
             new = jnp.maximum(maximum, highest)
             total = total * jnp.exp2(maximum - new)
@@ -205,10 +206,10 @@ class Queries(forward_scores.Scores):
 
         start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
         maximum, total, farthest = self.steps(self.end, step, start, (self.all.keys, 0))
-        log_total = maximum + jnp.log2(total)
+        lse = maximum + jnp.log2(total)
         if self.kernel.want_keys:
-            mean_key.find(self, log_total)
-        return log_total, self.clip_units(farthest)
+            mean_k.find(self, lse)
+        return lse, self.clip_units(farthest)
 
     def no_unit(self) -> Array:
         """Returns where the search for the farthest live unit begins: the diagonal."""
@@ -224,41 +225,41 @@ class Queries(forward_scores.Scores):
         )
         return jnp.minimum(jnp.maximum(farthest, first), diagonal)
 
-    def add_values(self, log_total, end, both, small, acc) -> Array:
+    def add_values(self, lse, end, both, no_overflow, acc) -> Array:
         """Second sweep: the output.
 
-        With `small`, no exponential can overflow, and tau is not above 0. Then exponentials are
-        taken before their sum is divided by: that and the threshold take one instruction.
+        With `no_overflow` exponentials can't overflow, and tau is not above 0. Then they are taken
+        before their sum is divided by: that and the threshold take one instruction.
         """
         block, plan = self.all, self.plan
         dtype = self.kernel.dtype
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
-        def use(far, x, rest, key0, unit, slot):
-            if small:
-                p = jnp.exp2(x) * self.spread(jnp.exp2(rest - log_total))
+        def use(kind, x, rest, key0, unit, slot):
+            if no_overflow:
+                p = jnp.exp2(x) * self.spread(jnp.exp2(rest - lse))
             else:
-                p = jnp.exp2(x - self.spread(log_total - rest))
+                p = jnp.exp2(x - self.spread(lse - rest))
             if plan.has_offset:
                 p = p - self.spread(self.threshold)
-            if far is None:
-                p = self.hide(p, key0, small)
-            weights = lanes.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
-            rings.multiply(acc, weights, self.values_of(slot, unit), spare)
+            if kind is TileKind.MASKED:
+                p = self.hide(p, key0, no_overflow)
+            weights = layout.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
+            pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
             return slot, 1
 
-        def step(far, n, slots, wait, carry):
+        def step(kind, n, slots, wait, carry):
             key_slot, value_slot = slots
-            self.scores(n, key_slot, wait, functools.partial(use, far), value_slot, far=far)
+            self.scores(n, key_slot, wait, functools.partial(use, kind), value_slot, kind=kind)
             # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
-            block.values.release_slot(value_slot)
+            block.values.consumer_release_slot(value_slot)
             return carry
 
-        if small:
+        if no_overflow:
             self.steps_by_distance(end, step, (), both[0], both[1:])
         else:
-            self.steps(end, functools.partial(step, None), (), both[0], both[1:])
+            self.steps(end, functools.partial(step, TileKind.MASKED), (), both[0], both[1:])
         return acc[...]
 
     def values_of(self, slot: Any, unit: int) -> Any:
@@ -274,22 +275,22 @@ class Queries(forward_scores.Scores):
         spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
 
         def run(acc):
-            def use(far, x, rest, key0, unit, carry):
+            def use(kind, x, rest, key0, unit, carry):
                 slot, total = carry
-                x = self.hide_documents(x, key0, far)
+                x = self.hide_segments(x, key0, kind)
                 e = jnp.exp2(x)
-                weights = lanes.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
-                rings.multiply(acc, weights, self.values_of(slot, unit), spare)
-                total = total + lanes.lane_sums(e, False, interpret=self.interpret)
+                weights = layout.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
+                pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
+                total = total + layout.lane_sums(e, False, interpret=self.interpret)
                 return (slot, total), 1
 
-            def step(far, n, slots, wait, total):
+            def step(kind, n, slots, wait, total):
                 key_slot, value_slot = slots
                 start = (value_slot, total)
-                run = functools.partial(use, far)
-                _, total = self.scores(n, key_slot, wait, run, start, whole=True, far=far)
+                run = functools.partial(use, kind)
+                _, total = self.scores(n, key_slot, wait, run, start, whole=True, kind=kind)
                 plgpu.wgmma_wait(0)
-                block.values.release_slot(value_slot)
+                block.values.consumer_release_slot(value_slot)
                 return total
 
             zero = self.per_row(0.0)
@@ -297,16 +298,16 @@ class Queries(forward_scores.Scores):
             return acc[...], total
 
         both = ((block.keys, 0), (block.values, 0))
-        rings.skip(0, self.begin, *both)
+        pipeline.skip(0, self.begin, *both)
         out, total = pl.run_scoped(run, self.sums_type)
-        rings.skip(self.end, self.total_steps, *both)
-        block.tables.release(block.n)
-        total = lanes.finish_sums(total, interpret=self.interpret)
+        pipeline.skip(self.end, self.total_steps, *both)
+        block.tables.consumer_release(block.n)
+        total = layout.finish_sums(total, interpret=self.interpret)
         out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
         self.store(out, jnp.log2(total))
         return self.total_steps, self.total_steps
 
-    def store(self, out: Array, log_total: Array) -> None:
+    def store(self, out: Array, lse: Array) -> None:
         """Writes the results of the queries that exist."""
         ref, block = self.ref, self.all
         b, h = block.batch, block.head
@@ -316,24 +317,24 @@ class Queries(forward_scores.Scores):
             results = {"out": out}
             if self.kernel.want_rounding:
                 results["rounding"] = out - self.round(out).astype(jnp.float32)
-            # What the piece before has written is read by now.
+            # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for name, x in results.items():
                 self.staged(name)[...] = self.round(x)
             if self.kernel.training:
-                ref["total_smem"][self.warpgroup] = log_total
+                ref["total_smem"][self.warpgroup] = lse
             plgpu.commit_smem()
             for name in results:
                 plgpu.copy_smem_to_gmem(self.staged(name), ref[name].at[b, self.rows, h])
             if self.kernel.training:
                 plgpu.copy_smem_to_gmem(
-                    ref["total_smem"].at[self.warpgroup], ref["log_total"].at[b, h, self.rows]
+                    ref["total_smem"].at[self.warpgroup], ref["lse"].at[b, h, self.rows]
                 )
 
         if not self.release_early:
             if not self.block.in_registers:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            block.queries.release(block.n)
+            block.queries.consumer_release(block.n)
 
     def staged(self, name: str) -> Any:
         """Returns where in SMEM an output waits to be written."""

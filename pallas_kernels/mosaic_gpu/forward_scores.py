@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import far_tiles, lanes, memory, rings
+from pallas_kernels.mosaic_gpu import layout, memory, pipeline, tile_kind
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT
+from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 
 class Scores:
@@ -20,19 +21,19 @@ class Scores:
     `forward_queries.Queries` finds out where they begin and end, and what they see.
     """
 
-    def __init__(self, piece: Any):
-        # `forward.Piece`, which imports this.
-        self.all, self.kernel, self.ref = piece, piece.kernel, piece.ref
-        self.plan, self.block, self.interpret = piece.plan, piece.block, piece.interpret
-        self.warpgroup = piece.warpgroup
-        self.query0 = piece.query0 + ROWS * self.warpgroup
+    def __init__(self, work_tile: Any):
+        # `forward.WorkTile`, which imports this.
+        self.all, self.kernel, self.ref = work_tile, work_tile.kernel, work_tile.ref
+        self.plan, self.block, self.interpret = work_tile.plan, work_tile.block, work_tile.interpret
+        self.warpgroup = work_tile.warpgroup
+        self.query0 = work_tile.query0 + ROWS * self.warpgroup
         self.rows = pl.ds(self.query0, ROWS)
         self.shape = (ROWS, UNIT)
         # Set by `forward_queries.Queries.compute`; not all of them by every call.
         self.begin: Any = None
         self.offset: Any = None
-        self.document: Any = None
-        self.document_last: Any = None
+        self.segment_start: Any = None
+        self.last_segment_start: Any = None
         self.bias_tail: Any = None
         self.query: Any = None
         self.table: Any = None
@@ -54,23 +55,23 @@ class Scores:
         )
 
     def steps(self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()) -> Any:
-        """Does what `rings.steps` does, for this warpgroup's tiles before `end`."""
-        return rings.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
+        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`."""
+        return pipeline.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
 
     def steps_by_distance(
         self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
     ) -> Any:
-        """Does what `steps` does, see `far_tiles.loops`; body is called with `far` first."""
+        """Does what `steps` does, see `tile_kind.loops`; body is called with `kind` first."""
 
-        def loop(far, start, stop, carry):
-            step = functools.partial(body, far)
-            return rings.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
+        def loop(kind, start, stop, carry):
+            step = functools.partial(body, kind)
+            return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
 
         units, masked = self.block.keys // UNIT, None
         if self.plan.packed:
-            unseen = self.document_last + (self.block.keys - 1)
+            unseen = self.last_segment_start + (self.block.keys - 1)
             masked = self.all.last + 1 - lax.div(unseen, jnp.int32(self.block.keys))
-        return far_tiles.loops(
+        return tile_kind.loops(
             self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry,
             masked=masked, units=units,
         )  # fmt: skip
@@ -85,7 +86,7 @@ class Scores:
         *,
         keep: bool = False,
         whole: bool = False,
-        far: bool | None = None,
+        kind: TileKind = TileKind.MASKED,
     ) -> Any:
         """Goes over the units of a key tile, the last first, with their scores.
 
@@ -93,9 +94,9 @@ class Scores:
         one unit's scores are used. Releases the keys, unless told to keep them.
 
         Args:
-          step: where the tile lies, see `forward.Piece.last`.
+          step: where the tile lies, see `forward.WorkTile.last`.
           slot: of the tile.
-          wait: called when all products are issued, see `rings.steps`.
+          wait: called when all products are issued, see `pipeline.steps`.
           use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
             them, the first key and the index of the unit; returns the carry, and how many
             products it left in flight. Scores are masked where causality wants it: the table
@@ -103,7 +104,7 @@ class Scores:
           carry: for the first call.
           keep: the keys are needed once more.
           whole: nothing is left to be added.
-          far: see `far_tiles.loops`.
+          kind: see `tile_kind.loops`.
 
         Returns:
           the last carry.
@@ -113,7 +114,7 @@ class Scores:
 
         key0 = [(block.last - step) * self.block.keys + unit * UNIT for unit in units]
         # Behind products in the queue to memory, loads would wait for the tensor cores.
-        biases, rests = zip(*(self.bias(x, whole, far) for x in key0), strict=True)
+        biases, rests = zip(*(self.bias(x, whole, kind) for x in key0), strict=True)
 
         def run(*accs):
             result, in_flight = carry, 0
@@ -125,7 +126,7 @@ class Scores:
                 left = len(units) - 1 - n
                 x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
                 if unit == 0 and not keep:
-                    block.keys.release_slot(slot)
+                    block.keys.consumer_release_slot(slot)
                 x = x * plan.exponent_scale + biases[n]
                 result, issued = use(x, rests[n], key0[n], unit, result)
                 in_flight += issued
@@ -133,11 +134,11 @@ class Scores:
 
         return pl.run_scoped(run, *(plgpu.ACC(self.shape, jnp.float32) for _ in units))
 
-    def bias(self, key0: Any, whole: bool, far: bool | None) -> tuple[Any, Any]:
+    def bias(self, key0: Any, whole: bool, kind: TileKind) -> tuple[Any, Any]:
         """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
         plan, apart = self.plan, self.query0 - key0
-        if far:
-            return far_tiles.bias(
+        if kind is TileKind.TAIL:
+            return tile_kind.bias(
                 plan, apart, self.bias_tail, falling=True, whole=whole, interpret=self.interpret
             )
         start, rest = plan.bias_of_tile(apart, UNIT, self.bias_tail, falling=True)
@@ -145,29 +146,30 @@ class Scores:
         bias = memory.gather(self.table, start, UNIT, interpret=self.interpret, plus=plus)
         return bias, rest
 
-    def of_document(self, x: Array, key0: Any, otherwise: float) -> Array:
+    def where_in_segment(self, x: Array, key0: Any, otherwise: float) -> Array:
         """Returns x for keys in the query's document or after its start, else another number."""
-        return lanes.where_from(x, self.document - key0, otherwise, interpret=self.interpret)
+        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
 
-    def hide_documents(self, x: Array, key0: Any, far: bool | None = None) -> Array:
-        """Returns scores with those of other documents masked, see `far_tiles.loops`."""
-        return self.of_document(x, key0, MASKED) if self.plan.packed and far is None else x
+    def hide_segments(self, x: Array, key0: Any, kind: TileKind = TileKind.MASKED) -> Array:
+        """Returns scores with those of other documents masked, see `tile_kind.loops`."""
+        masked = self.plan.packed and kind is TileKind.MASKED
+        return self.where_in_segment(x, key0, MASKED) if masked else x
 
-    def hide(self, weights: Array, key0: Any, small: bool) -> Array:
+    def hide(self, weights: Array, key0: Any, no_overflow: bool) -> Array:
         """Returns weights that are not above 0 where nothing is seen.
 
         Documents are not masked before. And tau / n would be a weight if it is above 0, which
-        with `small` it is not.
+        with `no_overflow` it is not.
         """
         unseen = -1.0 if self.plan.has_offset else 0.0
 
         def masked():
-            return lanes.where_seen(
+            return layout.where_seen(
                 weights, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
             )
 
         x = weights
-        if self.plan.has_offset and not small:
+        if self.plan.has_offset and not no_overflow:
             hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
             x = lax.cond(hidden, masked, lambda: weights)
-        return self.of_document(x, key0, unseen) if self.plan.packed else x
+        return self.where_in_segment(x, key0, unseen) if self.plan.packed else x

@@ -1,6 +1,6 @@
 """Operations between a warpgroup's registers and memory that Pallas has no words for.
 
-Where numbers lie in registers: see `lanes.py`. Each function has a plain twin for interpret
+Where numbers lie in registers: see `layout.py`. Each function has a plain twin for interpret
 mode, where it means anything there.
 """
 

@@ -1,4 +1,4 @@
-"""The MLIR of `lanes.py` and `memory.py`: where numbers lie in a warpgroup's registers."""
+"""The MLIR of `layout.py` and `memory.py`: where numbers lie in a warpgroup's registers."""
 
 from collections.abc import Sequence
 

@@ -20,7 +20,7 @@ from pallas_kernels.mosaic_gpu.forward import order as forward_order
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
-from pallas_kernels.mosaic_gpu.row_facts import Residuals
+from pallas_kernels.mosaic_gpu.row_stats import Residuals
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.types import AttentionSettings, Visibility
 from pallas_kernels.varying import vary_alike
@@ -220,7 +220,7 @@ def _backward_of_rows(
     groups: int,
     d_out: Array,
     first: Array,
-    small: Array,
+    no_overflow: Array,
     work: Array,
     live: Array | None,
     maxima: Array | None,
@@ -231,13 +231,13 @@ def _backward_of_rows(
     call = Kernels(plan, **arrays)
     live = first if live is None else live
     ranges = call.key_ranges(first, live, work)
-    d_query, rows, of_offset, far = call.backward_query(
-        residuals, first, live, small, ranges, d_out
+    d_query, rows, of_offset, tail_sums = call.backward_query(
+        residuals, first, live, no_overflow, ranges, d_out
     )
     d_key, d_value, sums = call.backward_key(rows, ranges, work, d_out)
     if plan.width and sums is None:
         sums = call.backward_bias(rows, ranges, d_out)
-    of_parameters = call.gradients(groups, of_offset, sums, far)
+    of_parameters = call.gradients(groups, of_offset, sums, tail_sums)
     return {"query": d_query, "key": d_key, "value": d_value} | of_parameters._asdict()
 
 
@@ -270,7 +270,7 @@ class Kernels:
         self.tau = jnp.zeros(self.heads, jnp.float32) if offset is None else offset
         missing = self.units * UNIT - self.length
         # A row of padding sees what the last row sees.
-        self.document, self.offset_scale = (
+        self.segment_start, self.offset_scale = (
             _pad_rows(x, missing, mode="edge") if missing else x
             for x in (first_visible, offset_scale)
         )
@@ -284,7 +284,7 @@ class Kernels:
         )  # fmt: skip
 
     def key_ranges(self, first: Array, live: Array, work: Array) -> KeyRanges:
-        """Returns the ranges of the backward pass, and the order of its kernels' pieces."""
+        """Returns the ranges of the backward pass, and the order of its kernels' work tiles."""
         block = self.plan.blocks.backward_bias
         batch = first.shape[0]
         orders = [f(self.plan, self.query, self.key) for f in (query_order, key_order)]
@@ -304,11 +304,11 @@ class Kernels:
         """Launches the forward pass; returns by name what `forward.forward` does."""
         plan, first = self.plan, visits.first
         order = forward_order(plan, training, self.query, self.key)
-        (numbers,) = self.planning.numbers(visits.work, self.group, [order])
-        document = self.document if plan.packed else first
+        (tile_order,) = self.planning.tile_orders(visits.work, self.group, [order])
+        segment_start = self.segment_start if plan.packed else first
         return forward(
             plan, training, self.query, self.key, self.value, self.falling, self.tail, self.tau,
-            self.offset_scale, document, first, visits.small, numbers,
+            self.offset_scale, segment_start, first, visits.no_overflow, tile_order,
         )  # fmt: skip
 
     def backward_query(
@@ -316,16 +316,17 @@ class Kernels:
         residuals: Residuals,
         first: Array,
         live: Array,
-        small: Array,
+        no_overflow: Array,
         ranges: KeyRanges,
         d_out: Array,
     ) -> tuple[Array, Array, Array | None, Array | None]:
         """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
         plan = self.plan
-        document = self.document if plan.packed else first
+        segment_start = self.segment_start if plan.packed else first
         return backward_query(
             plan, self.query, d_out, self.key, self.value, self.falling, self.tail, residuals,
-            self.tau, self.offset_scale, document, first, live, small, ranges.numbers[0],
+            self.tau, self.offset_scale, segment_start, first, live, no_overflow,
+            ranges.tile_order[0],
         )  # fmt: skip
 
     def backward_key(self, rows: Array, ranges: KeyRanges, work: Array, d_out: Array) -> Any:
@@ -337,22 +338,22 @@ class Kernels:
         masked = ranges.last
         if self.plan.packed:
             # Documents and windows begin later and later: units are masked from some one on.
-            starts = self.document[:, None, UNIT - 1 :: UNIT]
+            starts = self.segment_start[:, None, UNIT - 1 :: UNIT]
             keys = UNIT * jnp.arange(self.units)
             masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
 
-        def run(wanted: tuple[str, ...], numbers: Array) -> dict[str, Array]:
+        def run(wanted: tuple[str, ...], tile_order: Array) -> dict[str, Array]:
             return backward_key(
                 self.plan, wanted, self.query, d_out, self.key, self.value, self.rising, self.tail,
-                self.tau, rows, ranges.last, ranges.last_live, masked, numbers,
+                self.tau, rows, ranges.last, ranges.last_live, masked, tile_order,
             )  # fmt: skip
 
         if self.plan.blocks.backward_value is None:
-            found = run(("key", "value"), ranges.numbers[1])
+            found = run(("key", "value"), ranges.tile_order[1])
         else:
             order = key_order(self.plan, self.query, self.key)
-            (numbers,) = self.planning.numbers(work, self.group, [order])
-            found = run(("key",), ranges.numbers[1]) | run(("value",), numbers)
+            (tile_order,) = self.planning.tile_orders(work, self.group, [order])
+            found = run(("key",), ranges.tile_order[1]) | run(("value",), tile_order)
         return found["d_key"], found["d_value"], found.get("sums")
 
     def backward_bias(
@@ -361,17 +362,17 @@ class Kernels:
         """Launches the kernel for the gradient of the bias, over tiles inside the table."""
         return bias_kernel.backward_bias(
             self.plan, self.query, d_out, self.key, self.value, self.falling, rows,
-            cast(Array, ranges.distances), ranges.numbers[2],
+            cast(Array, ranges.distances), ranges.tile_order[2],
         )  # fmt: skip
 
     def gradients(
-        self, groups: int, of_offset: Array | None, sums: Array | None, far: Array | None
+        self, groups: int, of_offset: Array | None, sums: Array | None, tail_sums: Array | None
     ) -> Gradients:
         """Returns the gradients of bias, slope and offset for each group of the batch."""
         if of_offset is None and sums is None:
             return Gradients(None, None, None)
         width = None if self.distance_bias is None else self.distance_bias.shape[1]
         return self.planning.gradients(
-            groups, width, self.distance_slope is not None, of_offset, sums, far,
+            groups, width, self.distance_slope is not None, of_offset, sums, tail_sums,
             length=self.length, distances=self.distances,
         )  # fmt: skip

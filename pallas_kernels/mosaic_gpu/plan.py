@@ -30,20 +30,20 @@ _LEAD = 128
 _TRAIL = 256
 
 
-class Rows:
+class RowStat:
     """What the backward pass knows of each query: the kinds of an array's third axis.
 
     Attributes:
-      LOG_TOTAL: log2-sum-exp2 of its scores less b(0).
+      LSE: log2-sum-exp2 of its scores less b(0).
       DELTA: the sum over keys of P m dP.
       THRESHOLD: what a softmax weight must exceed to live.
-      DOCUMENT: the first key it sees.
+      SEGMENT_START: the first key it sees.
     """
 
-    LOG_TOTAL = 0
+    LSE = 0
     DELTA = 1
     THRESHOLD = 2
-    DOCUMENT = 3
+    SEGMENT_START = 3
 
 
 def threshold(offset: Float[Array, ""], offset_scale: Float[Array, "*rows"]) -> Array:
@@ -199,12 +199,12 @@ class Plan:
           falling: whether it is the table of distances falling.
         """
         past = apart - keys - (self.reach - 1)
-        far = past >= 0
-        start = lax.select(far, jnp.int32(self.near + keys), apart + _LEAD)
+        in_tail = past >= 0
+        start = lax.select(in_tail, jnp.int32(self.near + keys), apart + _LEAD)
         if falling:
             start = self.near + _TRAIL - start
         if not self.has_slope:
             return start, 0.0
         value, slope = tail
-        rest = lax.select(far, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
+        rest = lax.select(in_tail, value - slope * past.astype(jnp.float32), jnp.float32(0.0))
         return start, rest

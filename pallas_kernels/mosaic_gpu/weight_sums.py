@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import lanes, rings
+from pallas_kernels.mosaic_gpu import layout, pipeline
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 
@@ -27,13 +27,13 @@ def ones(dtype: Any) -> Float[Array, "8 64"]:
 
 def scratch(dtype: Any) -> dict[str, Any]:
     """Returns the types of what holds the ones in SMEM."""
-    return {"ones_smem": rings.tiled((_COLUMNS, UNIT), dtype), "ones_full": plgpu.Barrier()}
+    return {"ones_smem": pipeline.tiled((_COLUMNS, UNIT), dtype), "ones_full": plgpu.Barrier()}
 
 
 def prepare(plan: Plan, ref: dict[str, Any], fetches: bool) -> None:
-    """Fetches the ones, or waits for them; before a block's first piece."""
+    """Fetches the ones, or waits for them; before a block's first work tile."""
     if fetches:
-        rings.fetching(plan)(
+        pipeline.fetching(plan)(
             lambda: plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
         )
     else:
@@ -41,12 +41,12 @@ def prepare(plan: Plan, ref: dict[str, Any], fetches: bool) -> None:
 
 
 def add(acc: Any, weights: Float[Array, "64 64"], ref: dict[str, Any], spare: Any) -> None:
-    """Issues the product that adds weights of a tile, see `rings.multiply`."""
-    rings.multiply(acc, weights, ref["ones_smem"].T, spare)
+    """Issues the product that adds weights of a tile, see `pipeline.multiply`."""
+    pipeline.multiply(acc, weights, ref["ones_smem"].T, spare)
 
 
 def total(acc: Any, *, interpret: bool) -> Float[Array, "64"]:
     """Returns the sums."""
     # All columns are equal.
-    x = lanes.lane_sums(acc[...], False, interpret=interpret)
-    return lanes.finish_sums(x, interpret=interpret) * (1 / _COLUMNS)
+    x = layout.lane_sums(acc[...], False, interpret=interpret)
+    return layout.finish_sums(x, interpret=interpret) * (1 / _COLUMNS)

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.plan import Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
-from pallas_kernels.mosaic_gpu.schedule import Order
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from tests import oracle
 
 # Lengths that are and aren't a multiple of a unit, tables shorter and longer than them; with
@@ -79,13 +79,13 @@ def test_tables_and_visits(case, skip_mass):
         found = jax.jit(lambda: by_triton.visits(*call, ours.maxima))()
     wanted = by_xla.visits(*call, None)
     _same(found.first, wanted.first)
-    _same(found.small, wanted.small)
+    _same(found.no_overflow, wanted.no_overflow)
     _same(found.work.sum(axis=-1), wanted.work[:, :, 0])
     large = (plan, 40 * args["query"], 40 * args["key"], first_visible, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(*large, ours.maxima))()
-    _same(found.small, by_xla.visits(*large, None).small)
-    assert not np.asarray(found.small).any()
+    _same(found.no_overflow, by_xla.visits(*large, None).no_overflow)
+    assert not np.asarray(found.no_overflow).any()
 
 
 def test_a_unit_visits_what_any_of_its_queries_sees():
@@ -121,7 +121,9 @@ def test_a_number_that_is_none_is_visited():
     assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
     assert not np.isnan(table.maxima).any() and np.isinf(table.maxima[1, 1])
     _same(found.first, by_xla.visits(*call, None).first)
-    assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.small)[0].any()
+    assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.no_overflow)[
+        0
+    ].any()
 
 
 @pytest.mark.parametrize(
@@ -134,22 +136,22 @@ def test_ranges_of_the_backward_pass(units, distances, filled, parts):
     work = rng.integers(0, 9, (2, 2, 3))
     arrays = (jnp.asarray(x, jnp.int32) for x in (first, live, work))
     orders = [
-        Order.of_queries(2, 2, 2, 64 * units, 192, 8192),
-        Order.of_keys(2, 1, 2, 64 * units, 128, 64),
-        Order.by_head(2, 2, 2, max(parts * filled, 1)),
+        TileOrder.of_queries(2, 2, 2, 64 * units, 192, 8192),
+        TileOrder.of_keys(2, 1, 2, 64 * units, 128, 64),
+        TileOrder.by_head(2, 2, 2, max(parts * filled, 1)),
     ][: 3 if distances else 2]
     ours, expected = _both("key_ranges", *arrays, 2, orders, distances, filled, parts)
     for name in ("last", "last_live", "distances"):
         _same(getattr(ours, name), getattr(expected, name))
-    for numbers, wanted in zip(ours.numbers, expected.numbers, strict=True):
-        _same(numbers, wanted)
+    for tile_order, wanted in zip(ours.tile_order, expected.tile_order, strict=True):
+        _same(tile_order, wanted)
 
 
-def test_order_of_pieces():
+def test_order_of_work_tiles():
     work = jnp.asarray([[[3], [9], [1], [1]], [[2], [2], [5], [8]]], jnp.int32)
-    # Sections of two key heads, four query heads; a piece of each head is 3 tiles.
-    order = Order(pairs=8, heads=4, members=2, tiles=3, section=4, descending=True)
-    ours, (expected,) = _both("numbers", work, 2, [order])
+    # Sections of two key heads, four query heads; a work tile of each head is 3 tiles.
+    order = TileOrder(pairs=8, heads=4, members=2, tiles=3, section=4, descending=True)
+    ours, (expected,) = _both("tile_orders", work, 2, [order])
     _same(ours[0], expected)
     assert expected[-1] == 0
     items = [tuple(int(x) for x in order.item(n)) for n in expected[:-1]]
@@ -174,11 +176,11 @@ def test_gradients(length, width, has_slope, straight, groups):
     shapes = {
         "of_offset": (2, heads, units, 64),
         "sums": (2, *sums),
-        "far": (2, heads, units, 2, 64),
+        "tail_sums": (2, heads, units, 2, 64),
     }
     arrays = {name: jnp.asarray(rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
     if not has_slope or width > length:
-        arrays["far"] = None
+        arrays["tail_sums"] = None
     settings = dict(**arrays, length=length, distances=distances)
     ours, expected = _both("gradients", groups, width, has_slope, **settings)
     for name in ("distance_bias", "distance_slope", "offset"):

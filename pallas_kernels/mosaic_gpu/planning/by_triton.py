@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.planning.static import Static
-from pallas_kernels.mosaic_gpu.schedule import Order
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.triton import call
 from pallas_kernels.triton.config import Block, power_of_two
 
@@ -28,7 +28,7 @@ _MODULES = {
     "lazy_table": "table",
     "lazy_norms": "visits",
     "lazy_visits": "visits",
-    "lazy_numbers": "order",
+    "lazy_tile_order": "order",
     "lazy_key_ranges": "key_ranges",
     "lazy_gradients": "gradients",
 }
@@ -101,7 +101,7 @@ def visits(
     of_units = unused = norms(plan, query, key)
     blocks = -(-units // block)
     shapes = [((batch, heads, n), jnp.int32) for n in (units, 1, blocks)]
-    first, small, work = _launch(
+    first, no_overflow, work = _launch(
         "lazy_visits",
         (blocks, heads, batch),
         static,
@@ -112,7 +112,7 @@ def visits(
         unused if maxima is None else maxima,
         unused if offset is None else offset,
     )
-    return Visits(first, small[:, :, 0], work)
+    return Visits(first, no_overflow[:, :, 0], work)
 
 
 def norms(
@@ -130,18 +130,18 @@ def norms(
     return _launch("lazy_norms", (units * heads, batch), static, shapes, query, key)[0]
 
 
-def numbers(
-    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
-) -> list[Int[Array, " pieces+1"]]:
-    """Returns the numbers of pieces as they are handed out, in one order."""
+def tile_orders(
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[TileOrder]
+) -> list[Int[Array, " work_tiles+1"]]:
+    """Returns the numbers of work tiles as they are handed out, in one order."""
     (order,) = orders
     static = _ranked(work, group, orders)
-    shapes = [((order.pieces + 1,), jnp.int32)]
-    return _launch("lazy_numbers", (static["kv_pairs"],), static, shapes, work)
+    shapes = [((order.work_tiles + 1,), jnp.int32)]
+    return _launch("lazy_tile_order", (static["kv_pairs"],), static, shapes, work)
 
 
 def _ranked(
-    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[TileOrder]
 ) -> dict[str, Any]:
     """Returns what is static of work and orders."""
     batch, heads, parts = work.shape
@@ -157,27 +157,27 @@ def key_ranges(
     live: Int[Array, "batch heads units"],
     work: Int[Array, "batch heads parts"],
     group: int,
-    orders: Sequence[Order],
+    orders: Sequence[TileOrder],
     distances: int,
     filled: int,
     parts: int,
 ) -> KeyRanges:
-    """Returns the ranges of the backward pass, and the order of its pieces."""
+    """Returns the ranges of the backward pass, and the order of its work tiles."""
     batch, heads, units = first.shape
     block = _units_at_once(units)
     shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
-    pieces = [order.pieces for order in orders]
-    shapes += [((n + 1,), jnp.int32) for n in (*pieces, 0)[:3]]
+    work_tiles = [order.work_tiles for order in orders]
+    shapes += [((n + 1,), jnp.int32) for n in (*work_tiles, 0)[:3]]
     static = _ranked(work, group, orders)
     static |= dict(heads=heads, group=group, units=units, block=block)
     static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)
     grid = (max(-(-units // block), parts), heads, batch)
-    last, last_live, found, *of_pieces = _launch(
+    last, last_live, found, *found_orders = _launch(
         "lazy_key_ranges", grid, static, shapes, first, live, work
     )
-    return KeyRanges(last, last_live, found if distances else None, of_pieces[: len(orders)])
+    return KeyRanges(last, last_live, found if distances else None, found_orders[: len(orders)])
 
 
 def gradients(
@@ -186,7 +186,7 @@ def gradients(
     has_slope: bool,
     of_offset: Float[Array, "batch heads units 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
-    far: Float[Array, "batch heads units 2 64"] | None,
+    tail_sums: Float[Array, "batch heads units 2 64"] | None,
     *,
     length: int,
     distances: int,
@@ -203,7 +203,7 @@ def gradients(
         has_slope=has_slope,
         has_offset=of_offset is not None,
         rows=given.shape[0] // groups,
-        has_far=far is not None,
+        has_tail_sums=tail_sums is not None,
         distances=distances,
     )
     block = _DISTANCES
@@ -214,7 +214,7 @@ def gradients(
         block = UNIT if straight else block
     static |= dict(block=block)
     grid = (heads, groups, 1 + -(-width // block))
-    operands = [given if x is None else x for x in (of_offset, sums, far)]
+    operands = [given if x is None else x for x in (of_offset, sums, tail_sums)]
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
     d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)
     return Gradients(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, reference
-from pallas_kernels.mosaic_gpu.schedule import Order
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.visit import TileSizes, visit_ranges
 
 
@@ -34,12 +34,12 @@ class Visits(NamedTuple):
 
     Attributes:
       first: first unit of keys that each unit of queries visits.
-      small: whether no score of a head, less b(0), is large either way: 1 or 0.
+      no_overflow: whether no score of a head, less b(0), is large either way: 1 or 0.
       work: tiles visited, in parts whose sum counts.
     """
 
     first: Int[Array, "batch heads units"]
-    small: Int[Array, "batch heads"]
+    no_overflow: Int[Array, "batch heads"]
     work: Int[Array, "batch heads parts"]
 
 
@@ -50,13 +50,13 @@ class KeyRanges(NamedTuple):
       last, last_live: last unit of queries that visits each unit of keys, and last for which
         it may be live.
       distances: see `distance_ranges`; None without a bias.
-      numbers: of pieces, for each order that was asked for.
+      tile_order: of work tiles, for each order that was asked for.
     """
 
     last: Int[Array, "batch heads units"]
     last_live: Int[Array, "batch heads units"]
     distances: Int[Array, "batch heads parts filled 3"] | None
-    numbers: list[Int[Array, " pieces+1"]]
+    tile_order: list[Int[Array, " work_tiles+1"]]
 
 
 class Gradients(NamedTuple):
@@ -120,20 +120,20 @@ def visits(
     return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32), work)
 
 
-def numbers(
-    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[Order]
-) -> list[Int[Array, " pieces+1"]]:
-    """Returns the numbers of pieces as they are handed out, in each of some orders.
+def tile_orders(
+    work: Int[Array, "batch heads parts"], group: int, orders: Sequence[TileOrder]
+) -> list[Int[Array, " work_tiles+1"]]:
+    """Returns the numbers of work tiles as they are handed out, in each of some orders.
 
     Args:
       work: of each head, see `Visits`.
       group: query heads a key head: they rank together.
-      orders: see `Order`.
+      orders: see `TileOrder`.
     """
     total = work.sum(axis=-1).reshape(-1, group).sum(axis=-1)
     most_first = jnp.argsort(-total, stable=True)
     rank = jnp.zeros_like(total).at[most_first].set(jnp.arange(total.size, dtype=total.dtype))
-    return [order.numbers(rank) for order in orders]
+    return [order.tile_order(rank) for order in orders]
 
 
 def key_ranges(
@@ -141,17 +141,17 @@ def key_ranges(
     live: Int[Array, "batch heads units"],
     work: Int[Array, "batch heads parts"],
     group: int,
-    orders: Sequence[Order],
+    orders: Sequence[TileOrder],
     distances: int,
     filled: int,
     parts: int,
 ) -> KeyRanges:
-    """Returns the ranges of the backward pass, and the order of its pieces.
+    """Returns the ranges of the backward pass, and the order of its work tiles.
 
     Args:
       first: first unit of keys that each unit of queries visits.
       live: first one of them that may be live.
-      work: as for `numbers`, like the next two.
+      work: as for `tile_orders`, like the next two.
       group: query heads a key head.
       orders: wanted.
       distances: of tiles, in units, from the diagonal on, that have an entry inside the bias
@@ -160,8 +160,8 @@ def key_ranges(
       parts: runs that the units of queries are cut into for the bias table's gradient.
     """
     by_distance = distance_ranges(first, live, distances, filled, parts) if distances else None
-    of_pieces = numbers(work, group, orders)
-    return KeyRanges(_last_query(first), _last_query(live), by_distance, of_pieces)
+    found_orders = tile_orders(work, group, orders)
+    return KeyRanges(_last_query(first), _last_query(live), by_distance, found_orders)
 
 
 def _last_query(first: Int[Array, "batch heads units"]) -> Int[Array, "batch heads units"]:
@@ -202,7 +202,7 @@ def gradients(
     has_slope: bool,
     of_offset: Float[Array, "batch heads units 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
-    far: Float[Array, "batch heads units 2 64"] | None,
+    tail_sums: Float[Array, "batch heads units 2 64"] | None,
     *,
     length: int,
     distances: int,
@@ -216,7 +216,7 @@ def gradients(
       of_offset: what each query adds to the gradient of tau; None without an offset.
       sums: of dS over the diagonals of tiles, of 128 columns; or of 64, over distances from 0
         on; None without a bias.
-      far: for each query the sum of dS past the table, and of dS times the distance past its
+      tail_sums: for each query the sum of dS past the table, and of dS times the distance past its
         end; None without a slope or where no tile is there.
       length: of the sequence.
       distances: how many of `filled` are distances inside the table.
@@ -243,8 +243,8 @@ def gradients(
 
         _, vjp = jax.vjp(expand, *parameters)
         d_bias, d_slope = jax.vmap(vjp)(near[:, :, :reached])
-        if far is not None:
-            past = by_group(far).sum(axis=(1, 3, 5))
+        if tail_sums is not None:
+            past = by_group(tail_sums).sum(axis=(1, 3, 5))
             d_bias = d_bias.at[:, :, width - 1].add(past[:, :, 0])
             d_slope = d_slope - past[:, :, 1]
     return Gradients(d_bias, d_slope, d_offset)

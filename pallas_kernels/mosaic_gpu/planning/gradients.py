@@ -71,7 +71,7 @@ def _total(numbers_ptr, head, batch0, kind, kinds: tl.constexpr, static: tl.cons
 def lazy_gradients(
     of_offset_ptr,
     sums_ptr,
-    far_ptr,
+    tail_sums_ptr,
     d_bias_ptr,
     d_slope_ptr,
     d_offset_ptr,
@@ -99,9 +99,9 @@ def lazy_gradients(
                 of_past = _near(sums_ptr, head, batch0, past, static)
                 beyond = tl.sum(of_past, 0)
                 moment = tl.sum(of_past * (past - (static.width - 1)).to(tl.float32), 0)
-                if static.has_far:
-                    beyond += _total(far_ptr, head, batch0, 0, 2, static)
-                    moment += _total(far_ptr, head, batch0, 1, 2, static)
+                if static.has_tail_sums:
+                    beyond += _total(tail_sums_ptr, head, batch0, 0, 2, static)
+                    moment += _total(tail_sums_ptr, head, batch0, 1, 2, static)
                 tl.store(d_slope_ptr + row, -moment)
                 d_bias += tl.where(x == static.width - 1, beyond, 0.0)
         tl.store(d_bias_ptr + row * static.width + x, d_bias, mask=x < static.width)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.mosaic_gpu.planning.order import rank, store_numbers
+from pallas_kernels.mosaic_gpu.planning.order import rank, store_tile_order
 
 
 @triton.jit
@@ -32,16 +32,16 @@ def lazy_key_ranges(
         kv_heads = static.heads // static.group
         kv_pair = tl.program_id(2) * kv_heads + tl.program_id(1) // static.group
         place = rank(work_ptr, kv_pair, static)
-        store_numbers(
+        store_tile_order(
             of_queries_ptr, kv_pair, place, static.kv_pairs * static.members_a,
             static.tiles_a, static.section_a, static.members_a, static.descending_a,
         )  # fmt: skip
-        store_numbers(
+        store_tile_order(
             of_keys_ptr, kv_pair, place, static.kv_pairs * static.members_b,
             static.tiles_b, static.section_b, static.members_b, static.descending_b,
         )  # fmt: skip
         if static.parts > 0:
-            store_numbers(
+            store_tile_order(
                 of_bias_ptr, kv_pair, place, static.kv_pairs * static.members_c,
                 static.tiles_c, static.section_c, static.members_c, static.descending_c,
             )  # fmt: skip

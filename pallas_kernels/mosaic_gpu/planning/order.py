@@ -1,4 +1,4 @@
-"""Triton kernel: the order in which pieces of work are handed out; see `schedule.py`."""
+"""Triton kernel: the order in which work tiles are handed out; see `scheduler.py`."""
 
 import triton
 import triton.language as tl
@@ -25,8 +25,8 @@ def rank(work_ptr, kv_pair, static: tl.constexpr):
 
 
 @triton.jit
-def store_numbers(
-    numbers_ptr,
+def store_tile_order(
+    tile_order_ptr,
     kv_pair,
     rank,
     pairs,
@@ -35,7 +35,7 @@ def store_numbers(
     MEMBERS: tl.constexpr,
     DESCENDING: tl.constexpr,
 ):
-    """Stores the numbers of one key head's pieces where they come; see `Order.numbers`."""
+    """Stores the numbers of one key head's work tiles in their turn; see `TileOrder`."""
     for member in range(0, MEMBERS):
         place = rank * MEMBERS + member
         start = place // SECTION * SECTION
@@ -45,18 +45,18 @@ def store_numbers(
             turn = TILES - 1 - tile if DESCENDING else tile
             at = start * TILES + turn * size + place - start
             number = (kv_pair * MEMBERS + member) * TILES + tile
-            tl.store(numbers_ptr + at, number, mask=tile < TILES)
+            tl.store(tile_order_ptr + at, number, mask=tile < TILES)
     if kv_pair == 0:
-        tl.store(numbers_ptr + pairs * TILES, 0)
+        tl.store(tile_order_ptr + pairs * TILES, 0)
 
 
 @triton.jit
-def lazy_numbers(work_ptr, numbers_ptr, static: tl.constexpr):
-    """The order of the forward pass's pieces; grid (batch * key heads,)."""
+def lazy_tile_order(work_ptr, tile_order_ptr, static: tl.constexpr):
+    """The order of the forward pass's work tiles; grid (batch * key heads,)."""
     kv_pair = tl.program_id(0)
     pairs = static.kv_pairs * static.members_a
     place = rank(work_ptr, kv_pair, static)
-    store_numbers(
-        numbers_ptr, kv_pair, place, pairs,
+    store_tile_order(
+        tile_order_ptr, kv_pair, place, pairs,
         static.tiles_a, static.section_a, static.members_a, static.descending_a,
     )  # fmt: skip

@@ -26,9 +26,9 @@ class Static:
       distances, filled, parts: as in `by_xla.key_ranges`.
       straight: parts have sums over distances rather than over the diagonals of tiles.
       rows: of the batch in a group.
-      has_far: some tiles lie past the table.
+      has_tail_sums: some tiles lie past the table.
       kv_pairs, work_parts: (batch, key head) that are ranked, and numbers of work of each.
-      tiles_*, section_*, members_*, descending_*: of up to three `Order`s, a, b and c.
+      tiles_*, section_*, members_*, descending_*: of up to three `TileOrder`s, a, b and c.
     """
 
     length: int = 0
@@ -54,7 +54,7 @@ class Static:
     parts: int = 0
     straight: bool = False
     rows: int = 0
-    has_far: bool = False
+    has_tail_sums: bool = False
     kv_pairs: int = 0
     work_parts: int = 0
     tiles_a: int = 0

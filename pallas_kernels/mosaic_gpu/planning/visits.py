@@ -53,7 +53,7 @@ def lazy_visits(
     maxima_ptr,
     offset_ptr,
     first_ptr,
-    small_ptr,
+    no_overflow_ptr,
     work_ptr,
     static: tl.constexpr,
 ):
@@ -108,4 +108,4 @@ def lazy_visits(
             # Without a score of its own a row's sum has no lower bound.
             more = tl.where(own == float("-inf"), float("inf"), tl.max(maxima, 0) - own)
             largest += more
-        tl.store(small_ptr + row, (largest * _LOG2_E <= static.exponent_limit).to(tl.int32))
+        tl.store(no_overflow_ptr + row, (largest * _LOG2_E <= static.exponent_limit).to(tl.int32))

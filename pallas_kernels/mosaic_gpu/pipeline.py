@@ -1,4 +1,4 @@
-"""Rings of SMEM tiles between the warp that fetches them and the warpgroups that use them."""
+"""Pipelines of SMEM tiles between the warp that fetches them and the warpgroups that use them."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mosaic_gpu import lanes, memory
+from pallas_kernels.mosaic_gpu import layout, memory
 from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import Plan
 
@@ -34,11 +34,11 @@ def as_index(x: Any) -> Int[Array, ""]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """One ring, as seen by all warps of a block.
+class Pipeline:
+    """One pipeline, as seen by all warps of a block.
 
     Tiles are numbered from 0 in the order they are fetched; tile n lies in slot
-    (done + n) mod stages. Every warpgroup takes and releases every tile.
+    (tiles_consumed + n) mod stages. Every warpgroup takes and releases every tile.
 
     Attributes:
       full: a barrier a slot, completed by the copies into it.
@@ -47,7 +47,7 @@ class Ring:
       number: the first of as many named barriers, which do the same on a GPU at less cost.
       warpgroups: how many release each tile.
       plan: of the call.
-      done: tiles of earlier pieces of work.
+      tiles_consumed: tiles of earlier work tiles.
     """
 
     full: Any
@@ -56,11 +56,11 @@ class Ring:
     number: int
     warpgroups: int
     plan: Plan
-    done: Any = 0
+    tiles_consumed: Any = 0
 
-    def after(self, tiles: Any) -> "Ring":
-        """Returns the ring as a piece of work sees it, before which `tiles` were fetched."""
-        return dataclasses.replace(self, done=tiles)
+    def after(self, tiles: Any) -> "Pipeline":
+        """Returns the pipeline as a work tile sees it, before which `tiles` were fetched."""
+        return dataclasses.replace(self, tiles_consumed=tiles)
 
     @property
     def interpret(self) -> bool:
@@ -76,7 +76,7 @@ class Ring:
         """Returns the slot of a tile."""
         if self.stages == 1:
             return jnp.int32(0)
-        return lax.rem(as_index(self.done + tile), jnp.int32(self.stages))
+        return lax.rem(as_index(self.tiles_consumed + tile), jnp.int32(self.stages))
 
     def open(self) -> None:
         """Declares all slots empty; every user calls it once."""
@@ -84,12 +84,12 @@ class Ring:
             for slot in range(self.stages):
                 memory.named_barrier("arrive", self.number + slot, self.threads)
 
-    def acquire(self, tile: Int[Array, ""]) -> Int[Array, ""]:
+    def producer_acquire(self, tile: Int[Array, ""]) -> Int[Array, ""]:
         """Waits until the slot of a tile may be written; the fetching warp's part."""
         slot = self.slot(tile)
         if self.interpret:
 
-            @pl.when(self.done + tile >= self.stages)
+            @pl.when(self.tiles_consumed + tile >= self.stages)
             def _() -> None:
                 plgpu.barrier_wait(self.empty.at[slot])
 
@@ -97,7 +97,7 @@ class Ring:
             memory.named_barrier("sync", self.number + slot, self.threads)
         return slot
 
-    def wait(self, tile: Int[Array, ""]) -> Int[Array, ""]:
+    def consumer_wait(self, tile: Int[Array, ""]) -> Int[Array, ""]:
         """Waits until a tile is there; returns its slot."""
         slot = self.slot(tile)
         plgpu.barrier_wait(self.full.at[slot])
@@ -112,11 +112,11 @@ class Ring:
         """Returns the slot of the tile before."""
         return lax.select(slot == 0, jnp.int32(self.stages), slot) - 1
 
-    def release(self, tile: Int[Array, ""]) -> None:
-        """Gives a tile's slot back, see `release_slot`."""
-        self.release_slot(self.slot(tile))
+    def consumer_release(self, tile: Int[Array, ""]) -> None:
+        """Gives a tile's slot back, see `consumer_release_slot`."""
+        self.consumer_release_slot(self.slot(tile))
 
-    def release_slot(self, slot: Int[Array, ""]) -> None:
+    def consumer_release_slot(self, slot: Int[Array, ""]) -> None:
         """Gives a slot back, once nothing that reads it is in flight.
 
         On a GPU ordinary loads are done when the threads arrive, and the copy that writes
@@ -129,7 +129,7 @@ class Ring:
             memory.named_barrier("arrive", self.number + slot, self.threads)
 
     def close(self, tiles: Int[Array, ""]) -> None:
-        """Waits until all is released, of all pieces; the fetching warp's part."""
+        """Waits until all is released, of all work tiles; the fetching warp's part."""
         if self.interpret:
             # Every completion of a barrier must be waited for.
             for slot in range(self.stages):
@@ -138,11 +138,11 @@ class Ring:
 
 
 def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> dict[str, Any]:
-    """Returns the types of a ring's barriers.
+    """Returns the types of a pipeline's barriers.
 
     Args:
-      name: of the ring.
-      slots: of the ring.
+      name: of the pipeline.
+      slots: of the pipeline.
       warpgroups: how many release each tile.
       copies: how many copies fill a slot.
     """
@@ -154,12 +154,12 @@ def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> dict[st
 
 def make(
     ref: dict[str, Any], slots: dict[str, int], warpgroups: int, plan: Plan
-) -> dict[str, Ring]:
-    """Returns the rings of a block, given the slots of each."""
+) -> dict[str, Pipeline]:
+    """Returns the pipelines of a block, given the slots of each."""
     made, number = {}, FIRST_NAMED_BARRIER
     for name, stages in slots.items():
         full, empty = (ref[f"{name}_{end}"] for end in ("full", "empty"))
-        made[name] = Ring(full, empty, stages, number, warpgroups, plan)
+        made[name] = Pipeline(full, empty, stages, number, warpgroups, plan)
         number += stages
     assert number <= _NAMED_BARRIERS, slots
     return made
@@ -180,21 +180,21 @@ def divide(warpgroup: Int[Array, ""], block: Block, fetch: Any, compute: Any) ->
         compute()
 
 
-def skip(start: Any, stop: Any, *numbered: tuple[Ring, Any]) -> None:
+def skip(start: Any, stop: Any, *numbered: tuple[Pipeline, Any]) -> None:
     """Takes and releases steps start, ..., stop-1 without a look at them.
 
     Args:
       start: first step.
       stop: after the last one.
-      *numbered: rings, and the number of the tile that each fetches for step 0. All rings'
+      *numbered: pipelines, and the number of the tile that each fetches for step 0. All pipelines'
         tiles of one step go together, as they are fetched: else one would wait for ever.
     """
 
     @pl.loop(0, lax.max(as_index(stop - start), jnp.int32(0)))
     def _(n):
-        for ring, zero in numbered:
-            ring.wait(zero + start + n)
-            ring.release(zero + start + n)
+        for pipe, zero in numbered:
+            pipe.consumer_wait(zero + start + n)
+            pipe.consumer_release(zero + start + n)
 
 
 def steps(
@@ -203,10 +203,10 @@ def steps(
     ahead: bool,
     body: Any,
     carry: Any,
-    *numbered: tuple[Ring, Any],
-    late: tuple[tuple[Ring, Any], ...] = (),
+    *numbered: tuple[Pipeline, Any],
+    late: tuple[tuple[Pipeline, Any], ...] = (),
 ) -> Any:
-    """Runs steps start, ..., stop-1 over tiles of some rings.
+    """Runs steps start, ..., stop-1 over tiles of some pipelines.
 
     Args:
       start: first step.
@@ -225,20 +225,20 @@ def steps(
     """
     start = as_index(start)
     stop = lax.max(as_index(stop), start)
-    all_rings = [ring for ring, _ in numbered + late]
+    all_pipes = [pipe for pipe, _ in numbered + late]
 
     def wait(slots, which):
-        for ring, slot in list(zip(all_rings, slots, strict=True))[which]:
-            plgpu.barrier_wait(ring.full.at[slot])
+        for pipe, slot in list(zip(all_pipes, slots, strict=True))[which]:
+            plgpu.barrier_wait(pipe.full.at[slot])
 
     early_ones, late_ones = slice(len(numbered)), slice(len(numbered), None)
-    first = tuple(ring.slot(zero + start) for ring, zero in numbered + late)
+    first = tuple(pipe.slot(zero + start) for pipe, zero in numbered + late)
     if ahead:
         pl.when(start < stop)(lambda: wait(first, early_ones))
 
     def step(n, state):
         slots, carry = state
-        following = tuple(ring.following(x) for ring, x in zip(all_rings, slots, strict=True))
+        following = tuple(pipe.following(x) for pipe, x in zip(all_pipes, slots, strict=True))
 
         def wait_within():
             wait(slots, late_ones)
@@ -279,7 +279,7 @@ def operand(tiles: Any, warpgroup: Any, in_registers: bool, interpret: bool) -> 
       interpret: for interpret mode, where it stays in SMEM.
     """
     if in_registers and not interpret:
-        tile = plgpu.load(tiles.at[warpgroup], layout=lanes.TILE, optimized=False)
+        tile = plgpu.load(tiles.at[warpgroup], layout=layout.TILE, optimized=False)
         return lambda: tile
     return lambda: tiles.at[memory.afresh(warpgroup, interpret=interpret)]
 

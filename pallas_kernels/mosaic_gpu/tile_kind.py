@@ -7,14 +7,29 @@ head has a tau above 0, come last and have a loop of their own: a branch for the
 compiler from putting products beside exponentials.
 """
 
+import enum
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import lanes, rings
+from pallas_kernels.mosaic_gpu import layout, pipeline
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+
+
+class TileKind(enum.Enum):
+    """Where a tile lies with respect to the bias table.
+
+    Attributes:
+      NEAR: it has an entry inside the table.
+      TAIL: it lies wholly past the table.
+      MASKED: anywhere; entries may have to be masked for more than causality.
+    """
+
+    NEAR = enum.auto()
+    TAIL = enum.auto()
+    MASKED = enum.auto()
 
 
 def exist(plan: Plan, length: int) -> bool:
@@ -42,10 +57,8 @@ def loops(
       diagonal: step of the tile on the diagonal, from which steps lead away.
       start: first step.
       stop: after the last one.
-      loop: called as loop(far, start, stop, carry) and returns the next carry. `far` is static:
-        False for tiles not wholly past the bias table, True for those that are, None where
-        that is not known and entries may have to be masked for more than causality. There is no
-        step if `stop` is not above `start`.
+      loop: called as loop(kind, start, stop, carry), with a static `TileKind`; returns the next
+        carry. There is no step if `stop` is not above `start`.
       carry: for the first step.
       masked: first step from which on they may; None: never.
       units: of keys in a tile.
@@ -53,17 +66,17 @@ def loops(
     Returns:
       the last carry.
     """
-    start, stop = rings.as_index(start), rings.as_index(stop)
-    end = stop if masked is None else lax.min(rings.as_index(masked), stop)
+    start, stop = pipeline.as_index(start), pipeline.as_index(stop)
+    end = stop if masked is None else lax.min(pipeline.as_index(masked), stop)
     if exist(plan, length):
         # A wider tile's last unit may be the diagonal's neighbour.
         near = -(-(plan.near_units + units - 1) // units)
-        first = rings.as_index(diagonal + near)
-        carry = loop(False, start, lax.min(first, end), carry)
-        carry = loop(True, lax.max(first, start), end, carry)
+        first = pipeline.as_index(diagonal + near)
+        carry = loop(TileKind.NEAR, start, lax.min(first, end), carry)
+        carry = loop(TileKind.TAIL, lax.max(first, start), end, carry)
     else:
-        carry = loop(False, start, end, carry)
-    return carry if masked is None else loop(None, lax.max(end, start), stop, carry)
+        carry = loop(TileKind.NEAR, start, end, carry)
+    return carry if masked is None else loop(TileKind.MASKED, lax.max(end, start), stop, carry)
 
 
 def bias(
@@ -94,5 +107,5 @@ def bias(
     # The nearest entry has a distance of at least one more than that past the table's end.
     rest = value - slope * (apart - UNIT - (plan.reach - 1)).astype(jnp.float32)
     base = -UNIT * slope + rest if whole else -UNIT * slope
-    tile = lanes.slanted(base, slope if falling else -slope, UNIT, interpret=interpret)
+    tile = layout.slanted(base, slope if falling else -slope, UNIT, interpret=interpret)
     return tile, 0.0 if whole else rest

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import lanes, memory, rings, tail_sums, weight_sums
+from pallas_kernels.mosaic_gpu import layout, memory, pipeline, tail_sums, weight_sums
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT
+from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 # The left half of its columns and the right one: each is as large as an array of queries, so
 # that the gradients, which come later, can have their memory.
-NAMES = ("mean_key_left", "mean_key_right")
+NAMES = ("mean_k_left", "mean_k_right")
 # Weights of `find` are computed 2^10 times as large, for float16 has no small numbers.
 _SHIFT = 10
 
@@ -49,9 +50,9 @@ def add(queries: Any, accs: tuple[Any, ...], weights: Array, slot: Any, unit: in
     """
     interpret = queries.interpret
     spare = queries.ref["spare_smem"].at[queries.warpgroup] if interpret else None
-    weights = lanes.pack(weights, queries.kernel.dtype, relu=False, interpret=interpret)
+    weights = layout.pack(weights, queries.kernel.dtype, relu=False, interpret=interpret)
     keys = queries.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-    rings.multiply(accs[0], weights, keys, spare)
+    pipeline.multiply(accs[0], weights, keys, spare)
     weight_sums.add(accs[1], weights, queries.ref, spare)
 
 
@@ -61,13 +62,13 @@ def no_past(queries: Any) -> tuple[Array, ...]:
 
 
 def add_past(
-    queries: Any, past: tuple[Array, ...], weights: Array, key0: Any, far: bool | None
+    queries: Any, past: tuple[Array, ...], weights: Array, key0: Any, kind: TileKind
 ) -> tuple[Array, ...]:
     """Adds weights of a tile to these sums, if it is past the table, see `tail_sums.add`."""
     if not past:
         return past
     apart = queries.query0 - key0
-    return tail_sums.add(queries.plan, past, weights, apart, far, interpret=queries.interpret)
+    return tail_sums.add(queries.plan, past, weights, apart, kind, interpret=queries.interpret)
 
 
 def store(queries: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
@@ -83,33 +84,33 @@ def store(queries: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
         targets = [ref[name].at[b, h, unit] for name in NAMES]
         memory.store_registers(mean, targets, interpret=queries.interpret)
         for n, x in enumerate(past):
-            whole = lanes.finish_sums(x, interpret=queries.interpret)
+            whole = layout.finish_sums(x, interpret=queries.interpret)
             ref["past"][b, h, unit, n] = whole * factor
 
 
-def find(queries: Any, log_total: Array) -> None:
+def find(queries: Any, lse: Array) -> None:
     """Does all of it in a sweep of its own.
 
     For sums with a running maximum, and for float16, which takes no large exponentials.
     """
     block = queries.all
     again = (block.keys, queries.total_steps)
-    rings.skip(queries.end, queries.total_steps, (block.keys, 0))
-    rings.skip(0, queries.begin, again)
+    pipeline.skip(queries.end, queries.total_steps, (block.keys, 0))
+    pipeline.skip(0, queries.begin, again)
 
     def run(*accs):
         def step(n, slots, wait, past):
             (slot,) = slots
 
             def use(x, rest, key0, unit, past):
-                x = queries.hide_documents(x, key0)
-                p = jnp.exp2(x - queries.spread(log_total - (rest + _SHIFT)))
+                x = queries.hide_segments(x, key0)
+                p = jnp.exp2(x - queries.spread(lse - (rest + _SHIFT)))
                 add(queries, accs, p, slot, unit)
-                return add_past(queries, past, p, key0, None), len(accs)
+                return add_past(queries, past, p, key0, TileKind.MASKED), len(accs)
 
             past = queries.scores(n, slot, wait, use, past, keep=True)
             plgpu.wgmma_wait(0)
-            block.keys.release_slot(slot)
+            block.keys.consumer_release_slot(slot)
             return past
 
         past = queries.steps(queries.end, step, no_past(queries), again)
@@ -118,17 +119,17 @@ def find(queries: Any, log_total: Array) -> None:
     pl.run_scoped(run, *accumulators(queries.kernel.head_dim))
 
 
-def prefetch(piece: Any) -> None:
-    """Brings the mean of a piece's keys, of dQ's kernel, into L2; in all that fetch."""
-    for n in range(piece.block.warpgroups):
-        unit = lax.min(piece.unit0 + n, jnp.int32(piece.kernel.units - 1))
+def prefetch(work_tile: Any) -> None:
+    """Brings the mean of a work tile's keys, of dQ's kernel, into L2; in all that fetch."""
+    for n in range(work_tile.block.warpgroups):
+        unit = lax.min(work_tile.unit0 + n, jnp.int32(work_tile.kernel.units - 1))
         for name in NAMES:
-            half = piece.ref[name].at[piece.batch, piece.head, unit]
-            words = ROWS * piece.kernel.head_dim // 2
-            memory.prefetch_tile(half, words, interpret=piece.interpret)
+            half = work_tile.ref[name].at[work_tile.batch, work_tile.head, unit]
+            words = ROWS * work_tile.kernel.head_dim // 2
+            memory.prefetch_tile(half, words, interpret=work_tile.interpret)
 
 
-def load(piece: Any, unit: Any) -> Float[Array, "64 head_dim"]:
+def load(work_tile: Any, unit: Any) -> Float[Array, "64 head_dim"]:
     """Returns the mean of one unit's keys, in dQ's kernel."""
-    halves = [piece.ref[name].at[piece.batch, piece.head, unit] for name in NAMES]
-    return memory.load_registers(halves, interpret=piece.interpret)
+    halves = [work_tile.ref[name].at[work_tile.batch, work_tile.head, unit] for name in NAMES]
+    return memory.load_registers(halves, interpret=work_tile.interpret)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import config, far_tiles
+from pallas_kernels.mosaic_gpu import config, tile_kind
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 UNITS = 12
 
@@ -31,22 +32,23 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
     plan, diagonal = _plan(width), 2
     taken = []
 
-    def loop(far, start, stop, carry):
-        taken.extend((far, n) for n in range(int(start), int(stop)))
+    def loop(kind, start, stop, carry):
+        taken.extend((kind, n) for n in range(int(start), int(stop)))
         return carry + 1
 
     def run(stop):
-        loops = far_tiles.loops
+        loops = tile_kind.loops
         return loops(plan, UNITS * UNIT, diagonal, start, stop, loop, 0, masked=masked)
 
     assert run(stop) >= 1
     assert [n for _, n in taken] == list(range(start, stop))
-    for far, n in taken:
+    for kind, n in taken:
         if masked is not None and n >= masked:
-            assert far is None
+            assert kind is TileKind.MASKED
         else:
             # Its nearest query and key.
-            assert far == (UNIT * (n - diagonal) - (UNIT - 1) >= plan.reach)
+            past = UNIT * (n - diagonal) - (UNIT - 1) >= plan.reach
+            assert kind is (TileKind.TAIL if past else TileKind.NEAR)
 
 
 @pytest.mark.parametrize("apart", [64, 65, 320])
@@ -57,15 +59,15 @@ def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
         last, query0 = UNITS // 2 - 1, unit * UNIT
         diagonal = last - (query0 + UNIT - 1) // (units * UNIT)
 
-        def loop(far, start, stop, carry, query0=query0, last=last):
+        def loop(kind, start, stop, carry, query0=query0, last=last):
             for n in range(int(start), int(stop)):
                 nearest = query0 - ((last - n) * units * UNIT + units * UNIT - 1)
-                assert not far or nearest >= plan.reach
-                taken.add(far)
+                assert kind is not TileKind.TAIL or nearest >= plan.reach
+                taken.add(kind)
             return carry
 
-        far_tiles.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
-    assert taken == {False, True}
+        tile_kind.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
+    assert taken == {TileKind.NEAR, TileKind.TAIL}
 
 
 @pytest.mark.parametrize("falling", [True, False])
@@ -75,7 +77,7 @@ def test_bias_is_the_tail_s(falling, whole):
     plan = _plan(width)
     apart = jnp.int32(UNIT * plan.near_units)
     tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
-    tile, rest = far_tiles.bias(plan, apart, tail, falling=falling, whole=whole, interpret=True)
+    tile, rest = tile_kind.bias(plan, apart, tail, falling=falling, whole=whole, interpret=True)
     r, c = np.mgrid[:UNIT, :UNIT]
     distance = int(apart) + (r - c if falling else c - r)
     expected = (value - slope * (distance - (width - 1))) * LOG2_E
@@ -87,7 +89,7 @@ def test_bias_is_the_tail_s(falling, whole):
 def test_bias_without_a_slope_is_one_number():
     tail = (jnp.float32(-1.5), jnp.float32(0.0))
     plan = _plan(100, has_slope=False)
-    bias, rest = far_tiles.bias(
+    bias, rest = tile_kind.bias(
         plan, jnp.int32(256), tail, falling=True, whole=True, interpret=True
     )
     assert bias == -1.5 and rest == 0

@@ -1,0 +1,174 @@
+"""What the backward pass knows of each query, and writes down for the kernels that follow.
+
+Without an offset delta_i = sum_j P_ij dP_ij = dO_i . O_i. dQ's kernel begins each work tile with
+it: dO is there in any case, and the output is fetched while the work tile before is in work. With
+an offset it knows delta at the end.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic_gpu import layout, memory, pipeline
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, RowStat, threshold
+
+
+class Residuals(NamedTuple):
+    """What the forward pass leaves for the backward pass, see `forward.forward`.
+
+    Attributes:
+      lse: log2-sum-exp2 of each row's scores less b(0) [batch, heads, padded].
+      out: the output [batch, length, heads, head_dim]; None with an offset, like the next.
+      rounding: what rounding took from it.
+      mean_k_left, mean_k_right: the mean of the keys; None without an offset.
+      past: sums over tiles past the bias table; None unless there are some, and an offset.
+    """
+
+    lse: Float[Array, "batch heads padded"]
+    out: Array | None
+    rounding: Array | None
+    mean_k_left: Array | None
+    mean_k_right: Array | None
+    past: Array | None
+
+    @property
+    def given(self) -> dict[str, Array]:
+        """Those that are there."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+# What delta is found from without an offset, in the order it is fetched in.
+_OUTPUTS = ("out", "rounding")
+
+
+def outputs(plan: Plan, first: Any) -> list[Any]:
+    """Returns the types of what is written: facts of the rows; with an offset its gradient.
+
+    Args:
+      plan: of the call.
+      first: an array [batch, heads, units].
+    """
+    kinds = 4 if plan.packed else 3
+    types = [jax.ShapeDtypeStruct((*first.shape, kinds, UNIT), jnp.float32)]
+    if plan.has_offset:
+        types.append(jax.ShapeDtypeStruct((*first.shape, UNIT), jnp.float32))
+    return types
+
+
+def scratch(stages: int, warpgroups: int, head_dim: int, dtype: Any) -> dict[str, Any]:
+    """Returns the types of the pipeline that the output comes by."""
+    tile = pipeline.tiled((stages, warpgroups, ROWS, head_dim), dtype)
+    return {"out_smem": tile} | pipeline.barriers("out", stages, warpgroups, copies=warpgroups)
+
+
+def fetch(work_tile: Any) -> None:
+    """Fetches the output for a work tile; in the warp that fetches."""
+    for number, name in enumerate(_OUTPUTS):
+        slot = work_tile.outs.producer_acquire(number)
+        for n in range(work_tile.block.warpgroups):
+            rows = pl.ds((work_tile.unit0 + n) * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(
+                work_tile.ref[name].at[work_tile.batch, rows, work_tile.head],
+                work_tile.ref["out_smem"].at[slot, n],
+                work_tile.outs.full.at[slot],
+            )
+
+
+def prefetch(work_tile: Any) -> None:
+    """Brings what `find` loads of the rows into the first cache; in all that fetch."""
+    ref, plan = work_tile.ref, work_tile.plan
+    rows = work_tile.block.rows
+    found = [ref["lse"].at[work_tile.batch, work_tile.head]]
+    if plan.has_offset:
+        found.append(ref["offset_scale"].at[work_tile.batch])
+    if plan.packed:
+        found.append(ref["segment_start"].at[work_tile.batch])
+    for x in found:
+        memory.prefetch(x, work_tile.unit0 * UNIT, rows, interpret=work_tile.interpret)
+
+
+class RowStats(NamedTuple):
+    """Row vectors of 64 queries, see `RowStat`.
+
+    Attributes:
+      lse: of the scores.
+      delta: see above; None with an offset.
+      threshold: None without an offset, like the next.
+      offset_scale: factor of tau.
+      segment_start: first key in sight; None unless rows hold several documents.
+      last_segment_start: the last query's; likewise.
+    """
+
+    lse: Array
+    delta: Any
+    threshold: Any
+    offset_scale: Any
+    segment_start: Any
+    last_segment_start: Any
+
+
+def find(work_tile: Any, unit: Any) -> RowStats:
+    """Returns the facts of a warpgroup's queries.
+
+    Args:
+      work_tile: of dQ's kernel; its own operands have arrived.
+      unit: of queries.
+    """
+    ref, plan, interpret = work_tile.ref, work_tile.plan, work_tile.interpret
+    b, h = work_tile.batch, work_tile.head
+
+    def row(x: Any) -> Array:
+        return plgpu.load(x.at[pl.ds(unit * UNIT, UNIT)], layout=ROW, optimized=False)
+
+    lse = row(ref["lse"].at[b, h])
+    segment_start = last_segment_start = None
+    if plan.packed:
+        segment_start = row(ref["segment_start"].at[b])
+        # Documents and windows begin later and later: the last query's masks the most.
+        last_segment_start = ref["segment_start"][b, unit * UNIT + UNIT - 1]
+    if plan.has_offset:
+        offset_scale = row(ref["offset_scale"].at[b])
+        limit = threshold(ref["offset"][h], offset_scale)
+        return RowStats(lse, None, limit, offset_scale, segment_start, last_segment_start)
+
+    def tile(x: Any) -> Array:
+        x = x[...] if interpret else plgpu.load(x, layout=TILE, optimized=False)
+        return x.astype(jnp.float32)
+
+    d_out = tile(ref["d_out_smem"].at[work_tile.warpgroup])
+
+    def dot(number: int) -> Array:
+        slot = work_tile.outs.consumer_wait(number)
+        x = tile(ref["out_smem"].at[slot, work_tile.warpgroup])
+        product = layout.lane_sums(d_out * x, False, interpret=interpret)
+        work_tile.outs.consumer_release(number)
+        return product
+
+    delta = layout.finish_sums(dot(0) + dot(1), interpret=interpret)
+    return RowStats(lse, delta, None, None, segment_start, last_segment_start)
+
+
+def write(work_tile: Any, row: RowStats, unit: Any, delta: Array, of_offset: Array | None) -> None:
+    """Writes down the facts of a warpgroup's queries.
+
+    Args:
+      work_tile: as for `find`.
+      row: what that returned.
+      unit: of queries.
+      delta: see above.
+      of_offset: what each query adds to the gradient of tau; None without an offset.
+    """
+    b, h = work_tile.batch, work_tile.head
+    rows = work_tile.ref["rows"].at[b, h, unit]
+    rows[RowStat.LSE] = row.lse
+    rows[RowStat.DELTA] = delta
+    rows[RowStat.THRESHOLD] = delta * 0.0 if row.threshold is None else row.threshold
+    if row.segment_start is not None:
+        rows[RowStat.SEGMENT_START] = row.segment_start.astype(jnp.float32)
+    if of_offset is not None:
+        work_tile.ref["of_offset"][b, h, unit] = of_offset

@@ -1,10 +1,15 @@
-"""The forward pass: its launch, and what is fetched for it; `forward_queries.py` computes.
+"""The forward pass.
 
 A block stays, and takes work tile after work tile: 64 queries of one head a warpgroup. One more
 warpgroup has one warp that fetches, tiles of keys and values and the next work tile's queries.
 The first sweep goes from the diagonal backwards over the tiles that are not negligible, sums
-the exponentials, and in training the keys with them, and notes the farthest tile that may be
-live; the second goes the same way over the live ones. Without an offset one sweep does it.
+the exponentials, and in training the keys with them (see `mean_k.py`), and notes the farthest
+unit that may be live; the second goes the same way over the live ones. Without an offset one
+sweep does it.
+
+Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can take the
+exponential of. Then the sums need no running maximum and are never rescaled; a flag of each head
+says so (`no_overflow`), and another loop serves where it does not hold.
 """
 
 import functools
@@ -18,22 +23,26 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import (
+    bias_table,
     config,
     launch,
+    layout,
     mean_k,
     memory,
     pipeline,
     scheduler,
     weight_sums,
 )
+from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.config import ForwardBlock
-from pallas_kernels.mosaic_gpu.forward_queries import Queries
-from pallas_kernels.mosaic_gpu.mlir import ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.pipeline import as_index
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, MASKED, UNIT, Plan, threshold
 
 # What the kernel may return.
 RESULTS = ("out", "lse", "rounding", "live", *mean_k.NAMES, "past")
+# Of a warpgroup's queries with one unit of keys.
+_SHAPE = (ROWS, UNIT)
 
 
 def forward(
@@ -223,10 +232,10 @@ class WorkTile:
         self.warpgroup = blocks.warpgroup
         self.batch, self.head, tile = kernel.order.item(number)
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
-        self.query0 = tile * block.rows
+        self.first_query = tile * block.rows
         # Everything is counted in steps from the last key tile of the block backwards.
         self.last = lax.min(
-            lax.div(self.query0 + block.rows - 1, jnp.int32(block.keys)),
+            lax.div(self.first_query + block.rows - 1, jnp.int32(block.keys)),
             jnp.int32((kernel.length - 1) // block.keys),
         )
         self.keys = blocks.pipelines["key"].after(tiles_consumed[0])
@@ -244,12 +253,12 @@ class WorkTile:
 
     def first_of(self, warpgroup: Any) -> Int[Array, ""]:
         """Returns the first unit of keys that a warpgroup visits."""
-        unit = lax.div(self.query0, jnp.int32(UNIT)) + warpgroup
+        unit = lax.div(self.first_query, jnp.int32(UNIT)) + warpgroup
         # Past the end of the sequence: as the unit before.
         unit = lax.min(unit, jnp.int32(self.ref["first"].shape[-1] - 1))
         return self.ref["first"][self.batch, self.head, unit]
 
-    def steps(self) -> Int[Array, ""]:
+    def count_steps(self) -> Int[Array, ""]:
         """Returns how many key tiles the block visits."""
         first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.block.warpgroups)])
         return self.last - self.first_tile(first) + 1
@@ -276,11 +285,7 @@ class WorkTile:
             return True
         return self.ref["no_overflow"][self.batch, self.head] == 0
 
-    def compute(self) -> tuple[Any, Any]:
-        """Does one warpgroup's part; returns `tiles_consumed` of the next work tile."""
-        return Queries(self).compute()
-
-    def fetch(self) -> tuple[Any, Any]:
+    def load_warp(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
         ref, block, b, h = self.ref, self.block, self.batch, self.head
 
@@ -299,7 +304,7 @@ class WorkTile:
         def _():
             slot = self.queries.producer_acquire(self.n)
             for n in range(block.warpgroups):
-                rows = pl.ds(self.query0 + ROWS * n, ROWS)
+                rows = pl.ds(self.first_query + ROWS * n, ROWS)
                 plgpu.copy_gmem_to_smem(
                     ref["query"].at[b, rows, h], ref["query_smem"].at[n], self.queries.full.at[slot]
                 )
@@ -311,11 +316,11 @@ class WorkTile:
         wanted = ["offset_scale"] if self.plan.has_offset else []
         wanted += ["segment_start"] if self.plan.packed else []
         for name in wanted:
-            memory.prefetch(ref[name].at[b], self.query0, block.rows, interpret=self.interpret)
+            memory.prefetch(ref[name].at[b], self.first_query, block.rows, interpret=self.interpret)
         twice = self.sweeps_twice
         # One warp copies; but it can't load numbers, which is done here for it.
-        steps = self.steps()
-        diagonal = self.last - lax.div(self.query0, jnp.int32(block.keys)) + 1
+        steps = self.count_steps()
+        diagonal = self.last - lax.div(self.first_query, jnp.int32(block.keys)) + 1
 
         def one_sweep():
             @pipeline.fetching(self.plan)
@@ -355,3 +360,449 @@ class WorkTile:
         if twice is True:
             return two_sweeps()
         return lax.cond(twice, two_sweeps, one_sweep)
+
+    def compute_warpgroup(self) -> tuple[Any, Any]:
+        """Does all for one warpgroup's queries; returns `tiles_consumed` of the next work tile."""
+        ref, plan, kernel = self.ref, self.plan, self.kernel
+        b, h = self.batch, self.head
+        self.query0 = self.first_query + ROWS * self.warpgroup
+        self.rows = pl.ds(self.query0, ROWS)
+        self.exists = self.query0 < kernel.length
+        self.no_overflow = ref["no_overflow"][b, h] != 0
+        self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
+        self.total_steps = self.count_steps()
+        # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
+        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(self.block.keys))
+        self.begin = self.last - lax.min(diagonal, self.last)
+        first = self.first_tile(self.first_of(self.warpgroup))
+        self.end = lax.select(self.exists, self.last - first + 1, self.begin)
+        if plan.has_offset:
+            self.offset = ref["offset"][h]
+            self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
+        if plan.packed:
+            self.segment_start = self.load_rows("segment_start")
+            # Documents and windows begin later and later: the last query's masks the most.
+            last = lax.min(self.query0 + ROWS, jnp.int32(ref["segment_start"].shape[1])) - 1
+            self.last_segment_start = ref["segment_start"][b, last]
+        self.queries.consumer_wait(self.n)
+        self.query = pipeline.operand(
+            ref["query_smem"], self.warpgroup, self.block.in_registers, self.interpret
+        )
+        self.release_early = self.block.in_registers and not self.interpret
+        if self.release_early:
+            self.queries.consumer_release(self.n)
+        self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
+
+        if kernel.one_sweep:
+            keys, values = lax.cond(self.no_overflow, self.softmax, self.two_sweeps)
+        else:
+            keys, values = self.two_sweeps()
+        return self.used(keys, values)
+
+    def two_sweeps(self) -> tuple[Any, Any]:
+        """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
+        ref, words = self.ref, self.words
+        keys_done = self.sum_sweeps * self.total_steps
+        pipeline.skip(0, self.begin, (self.keys, 0))
+        lse, farthest = lax.cond(self.no_overflow, self.sum_no_overflow, self.sum_any)
+        pipeline.skip(self.end, self.total_steps, (self.keys, keys_done - self.total_steps))
+        memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
+        plgpu.barrier_arrive(ref["bound_barrier"])
+        plgpu.barrier_wait(ref["bound_barrier"])
+        live_steps = self.live_steps()
+        mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
+        end = lax.select(self.exists, self.last - self.first_tile(mine) + 1, self.begin)
+
+        both = ((self.keys, keys_done), (self.values, 0))
+        pipeline.skip(0, self.begin, *both)
+
+        def sweep(no_overflow: bool) -> Array:
+            add = functools.partial(self.add_values, lse, end, both, no_overflow)
+            return pl.run_scoped(add, self.sums_type)
+
+        if self.kernel.one_sweep:
+            # Here only where scores are large.
+            out = sweep(False)
+        else:
+            # The other way also serves where unseen entries must be told from seen ones.
+            usual = (
+                self.no_overflow & (self.offset <= 0) if self.plan.has_offset else self.no_overflow
+            )
+            out = lax.cond(usual, lambda: sweep(True), lambda: sweep(False))
+        pipeline.skip(end, live_steps, *both)
+        self.tables.consumer_release(self.n)
+        self.store(out, lse)
+        if self.kernel.want_keys:
+
+            @pl.when(self.exists)
+            def _():
+                unit = lax.div(self.query0, jnp.int32(UNIT))
+                ref["live"][self.batch, self.head, unit] = mine
+
+        return keys_done + live_steps, live_steps
+
+    @property
+    def sums_type(self) -> Any:
+        """Returns the type of sums of keys or values, one a query."""
+        return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+
+    def sum_no_overflow(self) -> tuple[Array, Array]:
+        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
+        if self.kernel.keys_at_once:
+            return pl.run_scoped(self.sum_exponentials, *mean_k.accumulators(self.kernel.head_dim))
+        lse, farthest = self.sum_exponentials()
+        if self.kernel.want_keys:
+            mean_k.find(self, lse)
+        return lse, farthest
+
+    def sum_exponentials(self, *key_accs: Any) -> tuple[Array, Array]:
+        """Does what `sum_no_overflow` does, and with accumulators stores the mean of the keys.
+
+        What lanes must tell each other of a tile waits until the next tile's products are
+        under way: in the queue to memory it would wait for other warps' products.
+        """
+        marks = self.plan.has_offset and self.plan.skip_dead
+        bar = self.threshold * (1 - DEAD_SLACK) if marks else None
+        units = self.block.keys // UNIT
+
+        def note(n, lane_sums, others, bounds, total, farthest):
+            """Adds what step n found, its units' bounds the last first."""
+            total = total + layout.add_neighbours(lane_sums, others)
+            if marks:
+                # The sum only grows, so this never calls a live tile dead; and a NaN is not
+                # below anything.
+                limit = bar * total
+                for last_first, bound in enumerate(bounds):
+                    unit = (self.last - n + 1) * units - 1 - last_first
+                    farthest = jnp.where(bound <= limit, farthest, unit)
+            return total, farthest
+
+        def step(kind, n, slots, wait, carry):
+            total, farthest, lane_sums, bounds, past = carry
+            (slot,) = slots
+            others = layout.of_neighbours(lane_sums, interpret=self.interpret)
+
+            def use(x, rest, key0, unit, carry):
+                total, farthest, new_sums, new_bounds, past = carry
+                if not new_bounds:
+                    total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
+                e = jnp.exp2(self.hide_segments(x, key0, kind))
+                if key_accs:
+                    mean_k.add(self, key_accs, e, slot, unit)
+                    past = mean_k.add_past(self, past, e, key0, kind)
+                sums, bound = layout.sum_and_bound(e, interpret=self.interpret)
+                if not key_accs:
+                    factor = jnp.exp2(self.per_row(rest))
+                    sums, bound = sums * factor, bound * factor
+                new_sums = new_sums + sums if new_bounds else sums
+                carry = (total, farthest, new_sums, (*new_bounds, bound), past)
+                return carry, len(key_accs)
+
+            start = (total, farthest, None, (), past)
+            keep = bool(key_accs)
+            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep, kind=kind)
+            if keep:
+                plgpu.wgmma_wait(0)
+                self.keys.consumer_release_slot(slot)
+            return carry
+
+        zero = self.per_row(0.0)
+        start = (zero, self.no_unit(), zero, (zero,) * units, mean_k.no_past(self))
+        carry = self.steps_by_distance(self.end, step, start, (self.keys, 0))
+        total, farthest, lane_sums, bounds, past = carry
+        others = layout.of_neighbours(lane_sums, interpret=self.interpret)
+        last = lax.max(self.end, self.begin) - 1
+        total, farthest = note(last, lane_sums, others, bounds, total, farthest)
+        if key_accs:
+            mean_k.store(self, key_accs, past)
+        return jnp.log2(total), self.clip_units(farthest)
+
+    def sum_any(self) -> tuple[Array, Array]:
+        """First sweep with a running maximum: the same results."""
+
+        def use(x, rest, key0, _, carry):
+            maximum, total, farthest = carry
+            x = self.hide_segments(x, key0)
+            highest = x.max(axis=1) + rest
+            new = jnp.maximum(maximum, highest)
+            total = total * jnp.exp2(maximum - new)
+            total = total + jnp.exp2(x - self.spread(new - rest)).sum(axis=1)
+            if self.plan.has_offset and self.plan.skip_dead:
+                limit = total * (self.threshold * (1 - DEAD_SLACK))
+                dead = jnp.exp2(highest - new) <= limit
+                unit = lax.div(as_index(key0), jnp.int32(UNIT))
+                farthest = jnp.where(dead, farthest, unit)
+            return (new, total, farthest), 0
+
+        def step(n, slots, wait, carry):
+            return self.scores(n, *slots, wait, use, carry)
+
+        start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
+        maximum, total, farthest = self.steps(self.end, step, start, (self.keys, 0))
+        lse = maximum + jnp.log2(total)
+        if self.kernel.want_keys:
+            mean_k.find(self, lse)
+        return lse, self.clip_units(farthest)
+
+    def no_unit(self) -> Array:
+        """Returns where the search for the farthest live unit begins: the diagonal."""
+        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+
+    def clip_units(self, farthest: Array) -> Array:
+        """Returns the first live unit, within what is visited and exists."""
+        first = self.first_of(self.warpgroup)
+        if not (self.plan.has_offset and self.plan.skip_dead):
+            farthest = self.per_row(first, jnp.int32)
+        diagonal = lax.min(
+            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
+        )
+        return jnp.minimum(jnp.maximum(farthest, first), diagonal)
+
+    def add_values(self, lse, end, both, no_overflow, acc) -> Array:
+        """Second sweep: the output.
+
+        With `no_overflow` exponentials can't overflow, and tau is not above 0. Then they are taken
+        before their sum is divided by: that and the threshold take one instruction.
+        """
+        plan = self.plan
+        dtype = self.kernel.dtype
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+
+        def use(kind, x, rest, key0, unit, slot):
+            if no_overflow:
+                p = jnp.exp2(x) * self.spread(jnp.exp2(rest - lse))
+            else:
+                p = jnp.exp2(x - self.spread(lse - rest))
+            if plan.has_offset:
+                p = p - self.spread(self.threshold)
+            if kind is TileKind.MASKED:
+                p = self.hide(p, key0, no_overflow)
+            weights = layout.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
+            pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
+            return slot, 1
+
+        def step(kind, n, slots, wait, carry):
+            key_slot, value_slot = slots
+            self.scores(n, key_slot, wait, functools.partial(use, kind), value_slot, kind=kind)
+            # Left in flight, they would make the compiler wait for each product there is.
+            plgpu.wgmma_wait(0)
+            self.values.consumer_release_slot(value_slot)
+            return carry
+
+        if no_overflow:
+            self.steps_by_distance(end, step, (), both[0], both[1:])
+        else:
+            self.steps(end, functools.partial(step, TileKind.MASKED), (), both[0], both[1:])
+        return acc[...]
+
+    def values_of(self, slot: Any, unit: int) -> Any:
+        """Returns the values of one unit of the tile in a slot."""
+        return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+
+    def softmax(self) -> tuple[Any, Any]:
+        """The only sweep where there is no offset, and no exponential is too large.
+
+        Returns what `two_sweeps` does.
+        """
+        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+
+        def run(acc):
+            def use(kind, x, rest, key0, unit, carry):
+                slot, total = carry
+                x = self.hide_segments(x, key0, kind)
+                e = jnp.exp2(x)
+                weights = layout.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
+                pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
+                total = total + layout.lane_sums(e, False, interpret=self.interpret)
+                return (slot, total), 1
+
+            def step(kind, n, slots, wait, total):
+                key_slot, value_slot = slots
+                start = (value_slot, total)
+                run = functools.partial(use, kind)
+                _, total = self.scores(n, key_slot, wait, run, start, whole=True, kind=kind)
+                plgpu.wgmma_wait(0)
+                self.values.consumer_release_slot(value_slot)
+                return total
+
+            zero = self.per_row(0.0)
+            total = self.steps_by_distance(self.end, step, zero, both[0], both[1:])
+            return acc[...], total
+
+        both = ((self.keys, 0), (self.values, 0))
+        pipeline.skip(0, self.begin, *both)
+        out, total = pl.run_scoped(run, self.sums_type)
+        pipeline.skip(self.end, self.total_steps, *both)
+        self.tables.consumer_release(self.n)
+        total = layout.finish_sums(total, interpret=self.interpret)
+        out = out * lax.broadcast_in_dim(1.0 / total, out.shape, [0])
+        self.store(out, jnp.log2(total))
+        return self.total_steps, self.total_steps
+
+    def store(self, out: Array, lse: Array) -> None:
+        """Writes the results of the queries that exist."""
+        ref, b, h = self.ref, self.batch, self.head
+
+        @pl.when(self.exists)
+        def _():
+            results = {"out": out}
+            if self.kernel.want_rounding:
+                results["rounding"] = out - self.round(out).astype(jnp.float32)
+            # What the work tile before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for name, x in results.items():
+                self.staged(name)[...] = self.round(x)
+            if self.kernel.training:
+                ref["total_smem"][self.warpgroup] = lse
+            plgpu.commit_smem()
+            for name in results:
+                plgpu.copy_smem_to_gmem(self.staged(name), ref[name].at[b, self.rows, h])
+            if self.kernel.training:
+                plgpu.copy_smem_to_gmem(
+                    ref["total_smem"].at[self.warpgroup], ref["lse"].at[b, h, self.rows]
+                )
+
+        if not self.release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.queries.consumer_release(self.n)
+
+    def staged(self, name: str) -> Any:
+        """Returns where in SMEM an output waits to be written."""
+        own = name == "out" and not self.block.in_registers
+        return self.ref["query_smem" if own else f"{name}_smem"].at[self.warpgroup]
+
+    def round(self, x: Array) -> Array:
+        """Returns x in the dtype of the outputs."""
+        return x.astype(self.kernel.dtype)
+
+    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
+        """Returns a row vector repeated along its rows."""
+        return lax.broadcast_in_dim(x, _SHAPE, [0])
+
+    def per_row(self, x: Any, dtype: Any = jnp.float32) -> Array:
+        """Returns a row vector of one number."""
+        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)
+
+    def load_rows(self, name: str) -> Array:
+        """Returns this warpgroup's rows of an array [batch, padded]."""
+        # Past the end of the sequence, anything that is there.
+        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
+        return plgpu.load(
+            self.ref[name].at[self.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
+        )
+
+    def steps(self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()) -> Any:
+        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`."""
+        return pipeline.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
+
+    def steps_by_distance(
+        self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
+    ) -> Any:
+        """Does what `steps` does, see `bias_table.loops`; body is called with `kind` first."""
+
+        def loop(kind, start, stop, carry):
+            step = functools.partial(body, kind)
+            return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
+
+        units, masked = self.block.keys // UNIT, None
+        if self.plan.packed:
+            unseen = self.last_segment_start + (self.block.keys - 1)
+            masked = self.last + 1 - lax.div(unseen, jnp.int32(self.block.keys))
+        return bias_table.loops(
+            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry,
+            masked=masked, units=units,
+        )  # fmt: skip
+
+    def scores(
+        self,
+        step: Any,
+        slot: Any,
+        wait: Any,
+        use: Any,
+        carry: Any,
+        *,
+        keep: bool = False,
+        whole: bool = False,
+        kind: TileKind = TileKind.MASKED,
+    ) -> Any:
+        """Goes over the units of a key tile, the last first, with their scores.
+
+        The products of all units are issued at once, so that the tensor cores have work while
+        one unit's scores are used. Releases the keys, unless told to keep them.
+
+        Args:
+          step: where the tile lies, see `WorkTile.last`.
+          slot: of the tile.
+          wait: called when all products are issued, see `pipeline.steps`.
+          use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
+            them, the first key and the index of the unit; returns the carry, and how many
+            products it left in flight. Scores are masked where causality wants it: the table
+            holds `MASKED` there.
+          carry: for the first call.
+          keep: the keys are needed once more.
+          whole: nothing is left to be added.
+          kind: see `bias_table.loops`.
+
+        Returns:
+          the last carry.
+        """
+        plan = self.plan
+        units = list(reversed(range(self.block.keys // UNIT)))
+
+        key0 = [(self.last - step) * self.block.keys + unit * UNIT for unit in units]
+        # Behind products in the queue to memory, loads would wait for the tensor cores.
+        biases, rests = zip(*(self.bias(x, whole, kind) for x in key0), strict=True)
+
+        def run(*accs):
+            result, in_flight = carry, 0
+            for acc, unit in zip(accs, units, strict=True):
+                keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+                plgpu.wgmma(acc, self.query(), keys.T)
+            wait()
+            for n, unit in enumerate(units):
+                left = len(units) - 1 - n
+                x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
+                if unit == 0 and not keep:
+                    self.keys.consumer_release_slot(slot)
+                x = x * plan.exponent_scale + biases[n]
+                result, issued = use(x, rests[n], key0[n], unit, result)
+                in_flight += issued
+            return result
+
+        return pl.run_scoped(run, *(plgpu.ACC(_SHAPE, jnp.float32) for _ in units))
+
+    def bias(self, key0: Any, whole: bool, kind: TileKind) -> tuple[Any, Any]:
+        """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
+        return bias_table.tile_bias(
+            self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
+            falling=True, whole=whole, interpret=self.interpret,
+        )  # fmt: skip
+
+    def where_in_segment(self, x: Array, key0: Any, otherwise: float) -> Array:
+        """Returns x for keys in the query's document or after its start, else another number."""
+        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
+
+    def hide_segments(self, x: Array, key0: Any, kind: TileKind = TileKind.MASKED) -> Array:
+        """Returns scores with those of other documents masked, see `bias_table.loops`."""
+        masked = self.plan.packed and kind is TileKind.MASKED
+        return self.where_in_segment(x, key0, MASKED) if masked else x
+
+    def hide(self, weights: Array, key0: Any, no_overflow: bool) -> Array:
+        """Returns weights that are not above 0 where nothing is seen.
+
+        Documents are not masked before. And tau / n would be a weight if it is above 0, which
+        with `no_overflow` it is not.
+        """
+        unseen = -1.0 if self.plan.has_offset else 0.0
+
+        def masked():
+            return layout.where_seen(
+                weights, self.query0 - key0, unseen, rows_are_keys=False, interpret=self.interpret
+            )
+
+        x = weights
+        if self.plan.has_offset and not no_overflow:
+            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
+            x = lax.cond(hidden, masked, lambda: weights)
+        return self.where_in_segment(x, key0, unseen) if self.plan.packed else x

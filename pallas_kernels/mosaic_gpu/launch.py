@@ -53,7 +53,9 @@ class Kernel:
     def work_tile(
         self, blocks: "Blocks", number: Any, n: Any, tiles_consumed: tuple[Any, Any]
     ) -> Any:
-        """Returns what has `fetch` and `compute`; both return `tiles_consumed` of the next one.
+        """Returns what has `load_warp` and `compute_warpgroup`.
+
+        Both return `tiles_consumed` of the next work tile.
 
         Args:
           blocks: what works on it.
@@ -109,7 +111,7 @@ class Blocks:
 
         def step(number: Any, n: Any, tiles_consumed: tuple[Any, Any]) -> tuple[Any, Any]:
             work_tile = self.kernel.work_tile(self, number, n, tiles_consumed)
-            return work_tile.fetch() if fetches else work_tile.compute()
+            return work_tile.load_warp() if fetches else work_tile.compute_warpgroup()
 
         zero = jnp.int32(0)
         return self.scheduler.each(fetches, step, (zero, zero))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import layout, memory, pipeline, tail_sums, weight_sums
+from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weight_sums
+from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT
-from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 # The left half of its columns and the right one: each is as large as an array of queries, so
 # that the gradients, which come later, can have their memory.
@@ -38,85 +38,86 @@ def accumulators(head_dim: int) -> tuple[Any, ...]:
     return plgpu.ACC((ROWS, head_dim), jnp.float32), weight_sums.ACC
 
 
-def add(queries: Any, accs: tuple[Any, ...], weights: Array, slot: Any, unit: int) -> None:
+def add(work_tile: Any, accs: tuple[Any, ...], weights: Array, slot: Any, unit: int) -> None:
     """Issues the products of weights with one unit of the keys in a slot, and with ones.
 
     Args:
-      queries: `forward_queries.Queries`, which imports this; likewise below.
+      work_tile: `forward.WorkTile`, which imports this.
       accs: of the types that `accumulators` returns; likewise.
       weights: of one unit of keys, in any unit.
       slot: of the tile of keys.
       unit: which of its units.
     """
-    interpret = queries.interpret
-    spare = queries.ref["spare_smem"].at[queries.warpgroup] if interpret else None
-    weights = layout.pack(weights, queries.kernel.dtype, relu=False, interpret=interpret)
-    keys = queries.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
+    interpret = work_tile.interpret
+    spare = work_tile.ref["spare_smem"].at[work_tile.warpgroup] if interpret else None
+    weights = layout.pack(weights, work_tile.kernel.dtype, relu=False, interpret=interpret)
+    keys = work_tile.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
     pipeline.multiply(accs[0], weights, keys, spare)
-    weight_sums.add(accs[1], weights, queries.ref, spare)
+    weight_sums.add(accs[1], weights, work_tile.ref, spare)
 
 
-def no_past(queries: Any) -> tuple[Array, ...]:
+def no_past(work_tile: Any) -> tuple[Array, ...]:
     """Returns sums over tiles past the table before the first, or () if none are wanted."""
-    return (queries.per_row(0.0),) * 2 if queries.kernel.want_tail else ()
+    return (work_tile.per_row(0.0),) * 2 if work_tile.kernel.want_tail else ()
 
 
 def add_past(
-    queries: Any, past: tuple[Array, ...], weights: Array, key0: Any, kind: TileKind
+    work_tile: Any, past: tuple[Array, ...], weights: Array, key0: Any, kind: TileKind
 ) -> tuple[Array, ...]:
-    """Adds weights of a tile to these sums, if it is past the table, see `tail_sums.add`."""
+    """Adds weights of a tile to these sums, see `bias_table.add_tail_sums`."""
     if not past:
         return past
-    apart = queries.query0 - key0
-    return tail_sums.add(queries.plan, past, weights, apart, kind, interpret=queries.interpret)
+    apart = work_tile.query0 - key0
+    return bias_table.add_tail_sums(
+        work_tile.plan, past, weights, apart, kind, interpret=work_tile.interpret
+    )
 
 
-def store(queries: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
+def store(work_tile: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
     """Stores the mean of the keys, and what is past the table, of sums not divided yet."""
-    ref, b, h = queries.ref, queries.all.batch, queries.all.head
-    unit = lax.div(queries.query0, jnp.int32(UNIT))
+    ref, b, h = work_tile.ref, work_tile.batch, work_tile.head
+    unit = lax.div(work_tile.query0, jnp.int32(UNIT))
     sums = accs[0][...]
-    factor = 1 / weight_sums.total(accs[1], interpret=queries.interpret)
+    factor = 1 / weight_sums.total(accs[1], interpret=work_tile.interpret)
 
-    @pl.when(queries.exists)
+    @pl.when(work_tile.exists)
     def _():
         mean = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
         targets = [ref[name].at[b, h, unit] for name in NAMES]
-        memory.store_registers(mean, targets, interpret=queries.interpret)
+        memory.store_registers(mean, targets, interpret=work_tile.interpret)
         for n, x in enumerate(past):
-            whole = layout.finish_sums(x, interpret=queries.interpret)
+            whole = layout.finish_sums(x, interpret=work_tile.interpret)
             ref["past"][b, h, unit, n] = whole * factor
 
 
-def find(queries: Any, lse: Array) -> None:
+def find(work_tile: Any, lse: Array) -> None:
     """Does all of it in a sweep of its own.
 
     For sums with a running maximum, and for float16, which takes no large exponentials.
     """
-    block = queries.all
-    again = (block.keys, queries.total_steps)
-    pipeline.skip(queries.end, queries.total_steps, (block.keys, 0))
-    pipeline.skip(0, queries.begin, again)
+    again = (work_tile.keys, work_tile.total_steps)
+    pipeline.skip(work_tile.end, work_tile.total_steps, (work_tile.keys, 0))
+    pipeline.skip(0, work_tile.begin, again)
 
     def run(*accs):
         def step(n, slots, wait, past):
             (slot,) = slots
 
             def use(x, rest, key0, unit, past):
-                x = queries.hide_segments(x, key0)
-                p = jnp.exp2(x - queries.spread(lse - (rest + _SHIFT)))
-                add(queries, accs, p, slot, unit)
-                return add_past(queries, past, p, key0, TileKind.MASKED), len(accs)
+                x = work_tile.hide_segments(x, key0)
+                p = jnp.exp2(x - work_tile.spread(lse - (rest + _SHIFT)))
+                add(work_tile, accs, p, slot, unit)
+                return add_past(work_tile, past, p, key0, TileKind.MASKED), len(accs)
 
-            past = queries.scores(n, slot, wait, use, past, keep=True)
+            past = work_tile.scores(n, slot, wait, use, past, keep=True)
             plgpu.wgmma_wait(0)
-            block.keys.consumer_release_slot(slot)
+            work_tile.keys.consumer_release_slot(slot)
             return past
 
-        past = queries.steps(queries.end, step, no_past(queries), again)
-        store(queries, accs, past)
+        past = work_tile.steps(work_tile.end, step, no_past(work_tile), again)
+        store(work_tile, accs, past)
 
-    pl.run_scoped(run, *accumulators(queries.kernel.head_dim))
+    pl.run_scoped(run, *accumulators(work_tile.kernel.head_dim))
 
 
 def prefetch(work_tile: Any) -> None:

@@ -9,14 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import over_batch
-from pallas_kernels.mosaic_gpu import backward_bias as bias_kernel
-from pallas_kernels.mosaic_gpu import config
-from pallas_kernels.mosaic_gpu.backward_key import backward_key
-from pallas_kernels.mosaic_gpu.backward_key import order as key_order
-from pallas_kernels.mosaic_gpu.backward_query import backward_query
-from pallas_kernels.mosaic_gpu.backward_query import order as query_order
-from pallas_kernels.mosaic_gpu.forward import forward
-from pallas_kernels.mosaic_gpu.forward import order as forward_order
+from pallas_kernels.mosaic_gpu import backward_dbias, backward_dkv, backward_dq, config, forward
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
@@ -287,15 +280,17 @@ class Kernels:
         """Returns the ranges of the backward pass, and the order of its kernels' work tiles."""
         block = self.plan.blocks.backward_bias
         batch = first.shape[0]
-        orders = [f(self.plan, self.query, self.key) for f in (query_order, key_order)]
+        orders = [
+            f(self.plan, self.query, self.key) for f in (backward_dq.order, backward_dkv.order)
+        ]
         distances = filled = parts = 0
         if self.distances and block is not None:
             distances = self.distances
             # Those that only fill up the warpgroups have nothing to do.
             filled = distances + -distances % block.warpgroups
-            parts = bias_kernel.chunks(self.plan, batch, self.heads, self.units)
+            parts = backward_dbias.chunks(self.plan, batch, self.heads, self.units)
             shape = (batch, self.heads, parts, filled, 3)
-            orders.append(bias_kernel.order(self.plan, self.query, self.key, shape))
+            orders.append(backward_dbias.order(self.plan, self.query, self.key, shape))
         return self.planning.key_ranges(
             first, live, work, self.group, orders, distances, filled, parts
         )
@@ -303,10 +298,10 @@ class Kernels:
     def forward(self, visits: Visits, *, training: bool) -> dict[str, Array | None]:
         """Launches the forward pass; returns by name what `forward.forward` does."""
         plan, first = self.plan, visits.first
-        order = forward_order(plan, training, self.query, self.key)
+        order = forward.order(plan, training, self.query, self.key)
         (tile_order,) = self.planning.tile_orders(visits.work, self.group, [order])
         segment_start = self.segment_start if plan.packed else first
-        return forward(
+        return forward.forward(
             plan, training, self.query, self.key, self.value, self.falling, self.tail, self.tau,
             self.offset_scale, segment_start, first, visits.no_overflow, tile_order,
         )  # fmt: skip
@@ -320,10 +315,10 @@ class Kernels:
         ranges: KeyRanges,
         d_out: Array,
     ) -> tuple[Array, Array, Array | None, Array | None]:
-        """Launches the kernel for dQ; returns what `backward_query.backward_query` does."""
+        """Launches the kernel for dQ; returns what `backward_dq.backward_dq` does."""
         plan = self.plan
         segment_start = self.segment_start if plan.packed else first
-        return backward_query(
+        return backward_dq.backward_dq(
             plan, self.query, d_out, self.key, self.value, self.falling, self.tail, residuals,
             self.tau, self.offset_scale, segment_start, first, live, no_overflow,
             ranges.tile_order[0],
@@ -332,7 +327,7 @@ class Kernels:
     def backward_key(self, rows: Array, ranges: KeyRanges, work: Array, d_out: Array) -> Any:
         """Launches the kernels for dK and dV, and returns them.
 
-        And the sums of dS, see `backward_key.backward_key`.
+        And the sums of dS, see `backward_dkv.backward_dkv`.
         """
 
         masked = ranges.last
@@ -343,7 +338,7 @@ class Kernels:
             masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
 
         def run(wanted: tuple[str, ...], tile_order: Array) -> dict[str, Array]:
-            return backward_key(
+            return backward_dkv.backward_dkv(
                 self.plan, wanted, self.query, d_out, self.key, self.value, self.rising, self.tail,
                 self.tau, rows, ranges.last, ranges.last_live, masked, tile_order,
             )  # fmt: skip
@@ -351,7 +346,7 @@ class Kernels:
         if self.plan.blocks.backward_value is None:
             found = run(("key", "value"), ranges.tile_order[1])
         else:
-            order = key_order(self.plan, self.query, self.key)
+            order = backward_dkv.order(self.plan, self.query, self.key)
             (tile_order,) = self.planning.tile_orders(work, self.group, [order])
             found = run(("key",), ranges.tile_order[1]) | run(("value",), tile_order)
         return found["d_key"], found["d_value"], found.get("sums")
@@ -360,7 +355,7 @@ class Kernels:
         self, rows: Array, ranges: KeyRanges, d_out: Array
     ) -> Float[Array, "batch parts heads filled 128"]:
         """Launches the kernel for the gradient of the bias, over tiles inside the table."""
-        return bias_kernel.backward_bias(
+        return backward_dbias.backward_dbias(
             self.plan, self.query, d_out, self.key, self.value, self.falling, rows,
             cast(Array, ranges.distances), ranges.tile_order[2],
         )  # fmt: skip

@@ -35,7 +35,7 @@ def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     return max(1, min(wanted, units // _UNITS_A_WORK_TILE))
 
 
-def backward_bias(
+def backward_dbias(
     plan: Plan,
     query: Float[Array, "batch length heads head_dim"],
     d_out: Float[Array, "batch length heads head_dim"],
@@ -193,7 +193,7 @@ class _WorkTile:
         """Returns `tiles_consumed` of the next work tile."""
         return self.tiles_consumed[0] + self.steps, self.tiles_consumed[1] + self.key_tiles
 
-    def fetch(self) -> tuple[Any, Any]:
+    def load_warp(self) -> tuple[Any, Any]:
         """Fetches all that the block reads; returns `tiles_consumed` of the next work tile.
 
         Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
@@ -236,8 +236,8 @@ class _WorkTile:
 
         return self.next_consumed()
 
-    def compute(self) -> tuple[Any, Any]:
-        """Does all that is to be done for one warpgroup's distance; returns as `fetch` does."""
+    def compute_warpgroup(self) -> tuple[Any, Any]:
+        """Does all that is to be done for one warpgroup's distance; returns as `load_warp` does."""
         ref, plan = self.ref, self.plan
         behind = self.block.warpgroups - 1
         distance = self.distance0 + self.warpgroup

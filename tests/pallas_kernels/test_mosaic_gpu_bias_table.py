@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import config, tile_kind
+from pallas_kernels.mosaic_gpu import bias_table, config
+from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, UNIT, Plan
-from pallas_kernels.mosaic_gpu.tile_kind import TileKind
 
 UNITS = 12
 
@@ -37,7 +37,7 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
         return carry + 1
 
     def run(stop):
-        loops = tile_kind.loops
+        loops = bias_table.loops
         return loops(plan, UNITS * UNIT, diagonal, start, stop, loop, 0, masked=masked)
 
     assert run(stop) >= 1
@@ -66,7 +66,7 @@ def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
                 taken.add(kind)
             return carry
 
-        tile_kind.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
+        bias_table.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
     assert taken == {TileKind.NEAR, TileKind.TAIL}
 
 
@@ -77,7 +77,9 @@ def test_bias_is_the_tail_s(falling, whole):
     plan = _plan(width)
     apart = jnp.int32(UNIT * plan.near_units)
     tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
-    tile, rest = tile_kind.bias(plan, apart, tail, falling=falling, whole=whole, interpret=True)
+    tile, rest = bias_table.tail_bias(
+        plan, apart, tail, falling=falling, whole=whole, interpret=True
+    )
     r, c = np.mgrid[:UNIT, :UNIT]
     distance = int(apart) + (r - c if falling else c - r)
     expected = (value - slope * (distance - (width - 1))) * LOG2_E
@@ -89,7 +91,7 @@ def test_bias_is_the_tail_s(falling, whole):
 def test_bias_without_a_slope_is_one_number():
     tail = (jnp.float32(-1.5), jnp.float32(0.0))
     plan = _plan(100, has_slope=False)
-    bias, rest = tile_kind.bias(
+    bias, rest = bias_table.tail_bias(
         plan, jnp.int32(256), tail, falling=True, whole=True, interpret=True
     )
     assert bias == -1.5 and rest == 0

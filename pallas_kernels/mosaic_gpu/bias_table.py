@@ -1,4 +1,4 @@
-"""Loops that know where their tiles lie, and the bias of those wholly past its table.
+"""Where tiles lie with respect to the bias table: loops that know it, and what is past the table.
 
 There the bias is one number, or with a slope affine in the distance. So nothing of it is loaded
 from SMEM, where loads queue behind products, and what only concerns the table, or only its
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import layout, pipeline
+from pallas_kernels.mosaic_gpu import layout, memory, pipeline
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 
 
@@ -79,7 +79,36 @@ def loops(
     return carry if masked is None else loop(TileKind.MASKED, lax.max(end, start), stop, carry)
 
 
-def bias(
+def tile_bias(
+    plan: Plan,
+    table: Any,
+    apart: Int[Array, ""],
+    tail: tuple[Float[Array, ""], Float[Array, ""]],
+    kind: TileKind,
+    *,
+    falling: bool,
+    whole: bool,
+    interpret: bool,
+) -> tuple[Any, Any]:
+    """Returns the bias of a 64 x 64 tile of any kind, and what is still to be added to it.
+
+    Loaded before the tile's products are issued: behind them in the queue to memory it would
+    wait for the tensor cores.
+
+    Args:
+      plan: of the call.
+      table: in SMEM.
+      apart, tail, falling, whole, interpret: see `tail_bias`.
+      kind: of the tile.
+    """
+    if kind is TileKind.TAIL:
+        return tail_bias(plan, apart, tail, falling=falling, whole=whole, interpret=interpret)
+    start, rest = plan.bias_of_tile(apart, UNIT, tail, falling=falling)
+    plus = rest if whole else 0.0
+    return memory.gather(table, start, UNIT, interpret=interpret, plus=plus), rest
+
+
+def tail_bias(
     plan: Plan,
     apart: Int[Array, ""],
     tail: tuple[Float[Array, ""], Float[Array, ""]],
@@ -109,3 +138,35 @@ def bias(
     base = -UNIT * slope + rest if whole else -UNIT * slope
     tile = layout.slanted(base, slope if falling else -slope, UNIT, interpret=interpret)
     return tile, 0.0 if whole else rest
+
+
+def add_tail_sums(
+    plan: Plan,
+    sums: tuple[Float[Array, "64"], ...],
+    x: Float[Array, "64 64"],
+    apart: Int[Array, ""],
+    kind: TileKind,
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "64"], ...]:
+    """Adds a tile if it lies wholly past the table.
+
+    Args:
+      plan: of the call.
+      sums: two, per lane, of x and of x times the distance past the table's end.
+      x: of a tile, its rows queries.
+      apart: its first query less its first key.
+      kind: where it lies; MASKED: not known before it is computed.
+      interpret: for interpret mode.
+    """
+
+    def added():
+        plain = layout.lane_sums(x, False, interpret=interpret)
+        moment = layout.lane_sums(x, True, interpret=interpret)
+        row = layout.row_index(interpret=interpret)
+        distance = row + (apart - (plan.width - 1)).astype(jnp.float32)
+        return sums[0] + plain, sums[1] + plain * distance - moment
+
+    if kind is TileKind.MASKED:
+        return lax.cond(apart >= UNIT * plan.near_units, added, lambda: sums)
+    return added() if kind is TileKind.TAIL else sums

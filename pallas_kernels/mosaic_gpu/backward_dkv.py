@@ -1,0 +1,542 @@
+"""The gradients of keys and values.
+
+With m the live entries, dP = dO V^T and delta_i = sum_j P_ij m_ij dP_ij:
+
+    dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
+
+A block takes work tile after work tile: 64 keys of one key head a warpgroup. For each query head
+of the group it goes over the query tiles from the diagonal on: those that may be live first,
+then the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All
+sums stay in registers until they are complete, so every run gives the same bits. Where registers
+hold only one of the two sums, dK and dV have a kernel each.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu import (
+    bias_table,
+    config,
+    diagonals,
+    launch,
+    layout,
+    pipeline,
+    scheduler,
+)
+from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
+from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
+
+
+def backward_dkv(
+    plan: Plan,
+    wanted: tuple[str, ...],
+    query: Float[Array, "batch length heads head_dim"],
+    d_out: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    table: Float[Array, "heads rows 128"],
+    tail: Float[Array, "heads 2"],
+    offset: Float[Array, " heads"],
+    rows: Float[Array, "batch heads units kinds 64"],
+    last: Int[Array, "batch heads units"],
+    live: Int[Array, "batch heads units"],
+    masked: Int[Array, "batch units"],
+    tile_order: Int[Array, " work_tiles+1"],
+) -> dict[str, Array]:
+    """Launches the kernel.
+
+    Args:
+      plan: of the call.
+      wanted: "key", "value" or both.
+      query: as in the forward pass, like all that follow.
+      d_out: gradient of the output.
+      key: keys.
+      value: values.
+      table: from `plan.table`.
+      tail: from `plan.table`.
+      offset: tau; not read without an offset.
+      rows: what `RowStat` says of each query.
+      last: last unit of queries that visits each unit of keys.
+      live: last one for which it may be live.
+      masked: first one of which some query doesn't see all of the unit, for its document or
+        window begins later; not read unless `plan.packed`.
+      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
+
+    Returns:
+      `d_key` and `d_value`, of those that are wanted; and with both of them, where there is room
+      for it and no other kernel for it, `sums` of dS over distances inside the bias table and as
+      far as tiles go that have one, of each unit of keys [batch, units, heads, distances, 64].
+    """
+    kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
+    results = kernel.launch(
+        list(kernel.results.values()), query, d_out, key, value, table, tail, offset, rows, last,
+        live, masked, tile_order,
+    )  # fmt: skip
+    found = dict(zip(kernel.results, results, strict=True))
+    if kernel.want_bias:
+        axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
+        found["sums"] = found["sums"].reshape(axes)
+    return found
+
+
+def order(plan: Plan, query: Array, key: Array) -> scheduler.TileOrder:
+    """Returns the order of the kernel's work tiles."""
+    batch, length, kv_heads, head_dim = key.shape
+    rows = plan.blocks.backward_key.rows
+    group = query.shape[2] // kv_heads
+    return scheduler.TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
+
+
+class _Kernel(launch.Kernel):
+    """The kernel."""
+
+    name = "lazy_backward_key"
+
+    def __init__(self, plan: Plan, wanted: tuple[str, ...], query, key, table_shape, rows_shape):
+        self.wanted = wanted
+        block = plan.blocks.backward_key
+        if wanted == ("value",) and plan.blocks.backward_value is not None:
+            block, self.name = plan.blocks.backward_value, "lazy_backward_value"
+        self.batch, self.length, self.heads, self.head_dim = query.shape
+        self.kv_heads = key.shape[2]
+        self.group = self.heads // self.kv_heads
+        self.dtype = query.dtype
+        self.units, self.kinds = rows_shape[2:4]
+        self.table_shape = table_shape[1:]
+        self.order = order(plan, query, key)
+        super().__init__(plan, block, self.order.work_tiles)
+        # dV asks nothing of the values.
+        self.operands = ("key", "value") if "key" in wanted else ("key",)
+        self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
+        self.distances = plan.distances(self.units)
+        width = plan.width if self.want_bias else 0
+        tiles = config.key_tiles(self.block, self.head_dim, width, len(self.operands))
+        same = jax.ShapeDtypeStruct(key.shape, key.dtype)
+        self.results = {f"d_{name}": same for name in wanted}
+        if self.want_bias:
+            shape = (self.batch * self.units * self.heads, UNIT * self.distances)
+            self.results["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.tables = config.tables(tiles, table_shape[1])
+
+    def scratch(self) -> dict[str, Any]:
+        """Returns the types of SMEM buffers and barriers."""
+        block, d = self.block, self.head_dim
+        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
+        keys = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
+        scratch = {
+            "query_smem": tile,
+            "d_out_smem": tile,
+            "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
+            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
+        }
+        scratch |= {f"{name}_smem": keys for name in self.operands}
+        copies = len(self.operands) * block.warpgroups
+        scratch |= pipeline.barriers("key", 1, block.warpgroups, copies=copies)
+        scratch |= pipeline.barriers("query", block.stages, block.warpgroups, copies=2)
+        scratch |= pipeline.barriers("d_out", block.stages, block.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
+        if block.in_registers:
+            # Else the keys' and values' own places, which they need to the end.
+            scratch |= {"d_key_smem": keys, "d_value_smem": keys}
+        if self.want_bias:
+            scratch |= diagonals.scratch(block.warpgroups, self.distances)
+        if self.interpret:
+            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
+        return scratch
+
+    def refs(self) -> list[str]:
+        """Returns the names of operands and results."""
+        names = [
+            "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
+            "masked", "tile_order",
+        ]  # fmt: skip
+        return names + list(self.results)
+
+    def slots(self) -> dict[str, int]:
+        """Returns how many slots each pipeline has."""
+        stages = self.block.stages
+        return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
+
+    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
+        """Returns how many tiles of each pipeline so many work tiles took."""
+        tables = work_tiles * self.group
+        return {
+            "query": tiles_consumed[0],
+            "d_out": tiles_consumed[1],
+            "key": work_tiles,
+            "table": tables,
+        }
+
+    def work_tile(self, *args: Any) -> "WorkTile":
+        """Returns a work tile."""
+        return WorkTile(*args)
+
+
+class WorkTile:
+    """A block of keys of one key head.
+
+    Args:
+      blocks: what works on it.
+      number: which work tile it is.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles of queries, and of d_out, that those took.
+    """
+
+    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
+        kernel: Any = blocks.kernel
+        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        self.warpgroup = blocks.warpgroup
+        self.batch, self.key_head, tile = kernel.order.item(number)
+        # Query tiles are counted in steps from the first key tile of the block on.
+        self.unit0 = tile * self.block.warpgroups
+        self.queries, self.d_outs = blocks.pipelines["query"], blocks.pipelines["d_out"]
+        self.keys = blocks.pipelines["key"]
+        self.tables = blocks.pipelines["table"].after(n * kernel.group)
+
+    def head(self, member: Any) -> Int[Array, ""]:
+        """Returns a query head of the group."""
+        return self.key_head * self.kernel.group + member
+
+    def steps(self, name: str, head: Any) -> Int[Array, ""]:
+        """Returns how many query tiles of a head the block visits, or may be live for it."""
+        ref = self.ref[name]
+        units = [
+            lax.min(self.unit0 + n, jnp.int32(self.kernel.units - 1))
+            for n in range(self.block.warpgroups)
+        ]
+        ends = [ref[self.batch, head, unit] for unit in units]
+        return functools.reduce(lax.max, ends) - self.unit0 + 1
+
+    def both_steps(self, head: Any) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """Returns how many query tiles are visited, and how many of them may be live."""
+        if not self.plan.has_offset:
+            return (self.steps("last", head),) * 2
+        live = self.steps("live", head)
+        # dV asks nothing of the dead ones.
+        return self.steps("last", head) if "key" in self.kernel.wanted else live, live
+
+    def load_warp(self) -> tuple[Any, Any]:
+        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
+        ref, b = self.ref, self.batch
+
+        @pipeline.fetching(self.plan)
+        def _():
+            full = self.keys.full.at[self.keys.producer_acquire(self.n)]
+            for n in range(self.block.warpgroups):
+                rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
+                for name in self.kernel.operands:
+                    plgpu.copy_gmem_to_smem(
+                        ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[n], full
+                    )
+
+        def one_head(member, tiles_consumed):
+            steps_done, live_done = tiles_consumed
+            head = self.head(member)
+            steps, live = self.both_steps(head)
+
+            @pipeline.fetching(self.plan)
+            def _():
+                slot = self.tables.producer_acquire(member)
+                plgpu.copy_gmem_to_smem(
+                    ref["table"].at[head], ref["table_smem"].at[slot], self.tables.full.at[slot]
+                )
+
+                def copy_query(n):
+                    slot = self.queries.producer_acquire(steps_done + n)
+                    full = self.queries.full.at[slot]
+                    unit = self.unit0 + n
+                    rows = pl.ds(unit * UNIT, UNIT)
+                    plgpu.copy_gmem_to_smem(
+                        ref["rows"].at[b, head, unit], ref["rows_smem"].at[slot], full
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        ref["query"].at[b, rows, head], ref["query_smem"].at[slot], full
+                    )
+
+                @pl.loop(0, live)
+                def _(n):
+                    copy_query(n)
+                    slot = self.d_outs.producer_acquire(live_done + n)
+                    plgpu.copy_gmem_to_smem(
+                        ref["d_out"].at[b, pl.ds((self.unit0 + n) * UNIT, UNIT), head],
+                        ref["d_out_smem"].at[slot],
+                        self.d_outs.full.at[slot],
+                    )
+
+                pl.loop(0, steps - live)(lambda n: copy_query(live + n))
+
+            return steps_done + steps, live_done + live
+
+        return lax.fori_loop(0, self.kernel.group, one_head, self.tiles_consumed)
+
+    def compute_warpgroup(self) -> tuple[Any, Any]:
+        """Does all for one warpgroup's keys; returns as `load_warp` does."""
+        ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
+        unit = self.unit0 + self.warpgroup
+        exists = unit < kernel.units
+        unit = lax.min(unit, jnp.int32(kernel.units - 1))
+        self.key0 = unit * UNIT
+        self.keys.consumer_wait(self.n)
+        own = {
+            name: pipeline.operand(
+                ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
+            )
+            for name in kernel.operands
+        }
+        self.key, self.value = own["key"], own.get("value")
+        release_early = self.block.in_registers and not self.interpret
+        if release_early:
+            self.keys.consumer_release(self.n)
+        begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+        first_masked = None
+        if plan.packed:
+            # Documents and windows begin later and later.
+            first_masked = ref["masked"][b, unit] - self.unit0
+        self.sums = None
+        if kernel.want_bias:
+            self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
+            pl.when(self.n == 0)(self.sums.begin)
+
+        def one_head(accs, member, tiles_consumed):
+            steps_done, live_done = tiles_consumed
+            head = self.head(member)
+            steps, live = self.both_steps(head)
+            end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
+            end = lax.min(end, steps)
+            live_end = lax.min(live, end)
+            self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
+            if plan.has_offset:
+                self.offset = ref["offset"][head]
+            self.table = ref["table_smem"].at[self.tables.consumer_wait(member)]
+            both = ((self.queries, steps_done), (self.d_outs, live_done))
+            if self.sums is not None:
+                self.sums.begin_head()
+            pipeline.skip(0, begin, *both)
+
+            def loop(step, late, kind, start, stop, _):
+                step = functools.partial(step, kind, accs)
+                return pipeline.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
+
+            def loops(step, start, stop, late, masked):
+                run = functools.partial(loop, step, late)
+                bias_table.loops(plan, kernel.length, begin, start, stop, run, (), masked=masked)
+
+            masked = live_masked = first_masked
+            if plan.has_offset:
+                # A weight of tau / n is no weight where nothing is seen.
+                others = end if masked is None else masked
+                live_masked = lax.select(self.offset > 0, begin, others)
+            loops(self.live_step, begin, live_end, both[1:], live_masked)
+            pipeline.skip(end, live, *both)
+            if plan.has_offset and "key" in kernel.wanted:
+                loops(self.dead_step, live, end, (), masked)
+            pipeline.skip(lax.max(end, live), steps, both[0])
+            self.tables.consumer_release(member)
+            if self.sums is not None:
+                # The last tile inside the table.
+                self.collect(lax.min(end, begin + kernel.distances))
+
+                @pl.when(exists)
+                def _():
+                    row = (b * kernel.units + unit) * kernel.heads + head
+                    tiles = lax.min(lax.max(end - begin, 0), jnp.int32(kernel.distances))
+                    self.sums.write(ref["sums"], row, tiles)
+
+            return steps_done + steps, live_done + live
+
+        def run(*accs):
+            step = functools.partial(one_head, dict(zip(kernel.wanted, accs, strict=True)))
+            after = lax.fori_loop(0, kernel.group, step, self.tiles_consumed)
+            return tuple(acc[...] for acc in accs), after
+
+        acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
+        sums, after = pl.run_scoped(run, *(acc for _ in kernel.wanted))
+
+        @pl.when(exists)
+        def _():
+            # What the work tile before has written is read by now.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            rows = pl.ds(self.key0, ROWS)
+            prefix = "d_" if self.block.in_registers else ""
+            for name, x in zip(kernel.wanted, sums, strict=True):
+                place = name if name in kernel.operands else "key"
+                smem = ref[f"{prefix}{place}_smem"].at[self.warpgroup]
+                smem[...] = (x * plan.scale if name == "key" else x).astype(kernel.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.key_head])
+
+        if not release_early:
+            if not self.block.in_registers:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.keys.consumer_release(self.n)
+        return after
+
+    def leave(self, n: Any, d_scores: Array, kind: TileKind) -> None:
+        """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
+        sums, distance = self.sums, n - self.begin
+        if sums is None or kind is TileKind.TAIL:
+            return
+        # Near ones all are.
+        inside = True if kind is TileKind.NEAR else distance < self.kernel.distances
+        pl.when(inside)(lambda: sums.leave(d_scores, distance))
+
+    def collect(self, n: Any, kind: TileKind = TileKind.NEAR) -> None:
+        """Adds what the tile before tile n left, while products are under way.
+
+        Not for the last one inside the table, unless asked for it from outside a loop.
+        """
+        sums, distance = self.sums, n - self.begin - 1
+        if sums is None or kind is TileKind.TAIL:
+            return
+        wanted = distance >= 0
+        if kind is TileKind.MASKED:
+            wanted = wanted & (distance < self.kernel.distances - 1)
+        pl.when(wanted)(lambda: sums.collect(distance))
+
+    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
+        """Returns one number a query, repeated along the keys."""
+        return lax.broadcast_in_dim(x, (ROWS, UNIT), [1])
+
+    def row(self, slot: Any, kind: int) -> Float[Array, "64"]:
+        """Returns one number a query."""
+        return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
+
+    def loads(self, n: Any, slot: Any, kind: TileKind) -> tuple[Any, Array]:
+        """Returns a tile's bias, and what is to be subtracted from each query's scores.
+
+        Loaded before the tile's products are issued: behind them in the queue to memory it
+        would wait for the tensor cores.
+        """
+        apart = (self.unit0 + n) * UNIT - self.key0
+        bias, rest = bias_table.tile_bias(
+            self.plan, self.table, apart, self.tail, kind,
+            falling=False, whole=kind is TileKind.TAIL, interpret=self.interpret,
+        )  # fmt: skip
+        lse = self.row(slot, RowStat.LSE)
+        if kind is not TileKind.TAIL:
+            return bias, lse - rest
+        return (bias, lse) if self.plan.has_slope else (None, lse - bias)
+
+    def softmax(self, kind: TileKind, x: Array, slot: Any, loaded: tuple[Any, Array]) -> Array:
+        """Returns softmax weights of a tile from its products."""
+        bias, less = loaded
+        x = x * self.plan.exponent_scale
+        if bias is not None:
+            x = x + bias
+        if self.plan.packed and kind is TileKind.MASKED:
+            x = jnp.where(self.in_segment(slot), x, MASKED)
+        return jnp.exp2(x - self.spread(less))
+
+    def in_segment(self, slot: Any) -> Array:
+        """Returns which keys of a tile lie in the query's document or after its start."""
+        keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
+        return keys >= self.spread(self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32))
+
+    def hide(self, weights: Array, n: Any, slot: Any) -> Array:
+        """Returns weights that are negative where nothing is seen.
+
+        Without that, tau / n would be a weight there if it is above 0.
+        """
+        apart = (self.unit0 + n) * UNIT - self.key0
+
+        def masked():
+            return layout.where_seen(
+                weights, apart, -1.0, rows_are_keys=True, interpret=self.interpret
+            )
+
+        weights = lax.cond(apart == 0, masked, lambda: weights)
+        return jnp.where(self.in_segment(slot), weights, -1.0) if self.plan.packed else weights
+
+    def less(self, slot: Any) -> Array:
+        """Returns -delta of each query, repeated along the keys."""
+        return self.spread(-self.row(slot, RowStat.DELTA))
+
+    def live_step(self, kind, accs, n, slots, wait, carry) -> tuple:
+        """Adds a tile that may be live."""
+        ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
+        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        slot, d_slot = slots
+        loaded = self.loads(n, slot, kind)
+
+        def weigh(acc):
+            plgpu.wgmma(acc, self.key(), ref["query_smem"].at[slot].T)
+            wait()
+            self.collect(n, kind)
+            p = weights = self.softmax(kind, acc[...], slot, loaded)
+            if plan.has_offset:
+                weights = p - self.spread(self.row(slot, RowStat.THRESHOLD))
+                if kind is TileKind.MASKED:
+                    weights = self.hide(weights, n, slot)
+            return p, layout.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
+
+        def add(p, weights, acc):
+            begun = None
+            if not plan.has_offset:
+                begun = pipeline.begin_with(acc, self.less(slot), self.interpret)
+            plgpu.wgmma(acc, self.value(), ref["d_out_smem"].at[d_slot].T)
+            if "value" in accs:
+                pipeline.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
+            # Without waiting for the product that was issued last.
+            d_weights = pipeline.finish(acc, begun, 1 if "value" in accs else 0)
+            if plan.has_offset:
+                # Where nothing is seen p is 0, and so is dS.
+                if dtype == jnp.bfloat16:
+                    # What the packed weights say costs no load.
+                    alive = layout.where_positive(weights, d_weights, interpret=self.interpret)
+                else:
+                    # In float16 small ones are 0.
+                    live = p > self.spread(self.row(slot, RowStat.THRESHOLD))
+                    alive = jnp.where(live, d_weights, 0.0)
+                d_weights = alive + self.less(slot)
+            return p * d_weights
+
+        # One accumulator after the other, since there is no room in registers for both.
+        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        p, weights = pl.run_scoped(weigh, tile)
+        if "key" not in accs:
+            pipeline.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
+            plgpu.wgmma_wait(0)
+            self.d_outs.consumer_release_slot(d_slot)
+            self.queries.consumer_release_slot(slot)
+            return carry
+        d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
+        packed = layout.pack(d_scores, dtype, relu=False, interpret=self.interpret)
+        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores, kind)
+        plgpu.wgmma_wait(1)
+        self.d_outs.consumer_release_slot(d_slot)
+        # Left in flight, it made ptxas put dS where the values are, and lose them.
+        plgpu.wgmma_wait(0)
+        self.queries.consumer_release_slot(slot)
+        return carry
+
+    def dead_step(self, kind, accs, n, slots, wait, carry) -> tuple:
+        """Adds a tile with no live entry."""
+        ref = self.ref
+        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        (slot,) = slots
+        loaded, less = self.loads(n, slot, kind), self.less(slot)
+
+        def product(s_acc):
+            plgpu.wgmma(s_acc, self.key(), ref["query_smem"].at[slot].T)
+            wait()
+            self.collect(n, kind)
+            return s_acc[...]
+
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        d_scores = self.softmax(kind, x, slot, loaded) * less
+        packed = layout.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
+        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
+        self.leave(n, d_scores, kind)
+        plgpu.wgmma_wait(0)
+        self.queries.consumer_release_slot(slot)
+        return carry

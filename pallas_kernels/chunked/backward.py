@@ -61,7 +61,7 @@ def backward(
     if head.offset is not None:
         assert value_sum is not None
         pull = row_dot(d_out, value_sum)
-        delta = delta - head.threshold * pull
+        delta = delta + head.threshold * pull
         d_offset = jnp.sum(head.offset_scale * pull)
 
     def step(diagonal: Diagonal, state: Any) -> Any:

@@ -51,15 +51,15 @@ class HeadInputs:
 
     @property
     def threshold(self) -> Float[Array, "tiles batch size"]:
-        """Returns tau / n_i, what is added to each softmax weight.
+        """Returns -tau / n_i, what a softmax weight must exceed to live.
 
         No weight exceeds 1. Said outright, since the only weight of a document's first query
-        is 1, and tau / n_i is -1 where tau is: rounding must not leave anything of it, which
+        is 1, and -tau / n_i is 1 where tau is -1: rounding must not leave anything of it, which
         renormalization would make 1 again.
         """
         assert self.offset is not None
-        threshold = self.offset * self.offset_scale
-        return jnp.where(threshold <= -1, -2, threshold)
+        threshold = -self.offset * self.offset_scale
+        return jnp.where(threshold >= 1, 2, threshold)
 
 
 def matmul(subscripts: str, a: Array, b: Array) -> Array:
@@ -89,8 +89,8 @@ def elastic_softmax(
     threshold: Float[Array, "rows batch size"],
     visible: Bool[Array, "rows batch size size"],
 ) -> tuple[Float[Array, "rows batch size size"], Bool[Array, "rows batch size size"]]:
-    """Returns the weights max(0, p + tau / n) and which of them are live."""
-    shifted = softmax + threshold[..., None]
+    """Returns the weights max(0, p - threshold) and which of them are live."""
+    shifted = softmax - threshold[..., None]
     live = visible & ~(shifted <= 0)  # so that NaN stays NaN
     return jnp.where(live, shifted, 0), live
 
@@ -140,10 +140,10 @@ def forward(
             # The log-sum-exp only grows, so this never calls a live diagonal dead, nor
             # one with NaN in it.
             threshold = diagonal.queries(head.threshold)
-            log_threshold = jnp.log(jnp.maximum(-threshold, 0))
+            log_threshold = jnp.log(jnp.maximum(threshold, 0))
             bar = new_maximum + jnp.log(new_total) + log_threshold - _DEAD_SLACK
-            # Above 0 every key counts, without mass too. And rows without any are NaN.
-            alive = ~(row_maximum <= bar) | (threshold > 0) | (new_maximum == -jnp.inf)
+            # Below 0 every key counts, without mass too. And rows without any are NaN.
+            alive = ~(row_maximum <= bar) | (threshold < 0) | (new_maximum == -jnp.inf)
             live = live.at[diagonal.offset].set(jnp.any(alive))
         maximum = diagonal.set_queries(maximum, new_maximum)
         total = diagonal.set_queries(total, new_total)

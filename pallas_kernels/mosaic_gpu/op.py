@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def attention(
     settings: AttentionSettings,
     *,
     packed: bool,
+    planner: Literal["triton", "xla"] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Returns Lazy Attention's output.
 
@@ -50,6 +51,8 @@ def attention(
       visibility: what each query sees.
       settings: scale and skip_mass.
       packed: whether some query does not see the first key of its row.
+      planner: what plans the call: Triton kernels or plain JAX; None: the former where there
+        is jax-triton.
 
     Source: docs/lazy_attention.md, sections "Definition" and "Gradients".
     """
@@ -68,7 +71,8 @@ def attention(
         has_offset=offset is not None,
         blocks=config.blocks(padded_dim, width, offset is not None),
         interpret=interpret,
-        by_triton=interpret is None and by_triton.available(),
+        by_triton=planner == "triton"
+        or (planner is None and interpret is None and by_triton.available()),
     )
     # TMA clips what lies past the end, but wants whole groups of 8 rows; interpret mode
     # wants whole tiles. A padding key is seen by padding queries alone.

@@ -1,5 +1,6 @@
 """`python -m benchmarks.study run`: trains, measures, writes a line a run."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.study import attention_speed, data, measures, train
 from benchmarks.study.ledger import Ledger, short_name
 from benchmarks.study.programs import Compiler, Programs, program_key
 from benchmarks.study.settings import Spec, experiment_of
+from benchmarks.study.turns import turn
 from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig
@@ -50,6 +52,7 @@ class Options:
       measure: "all", or "loss" for validation loss and time alone.
       cudnn: time the variant `softmax` with cuDNN too.
       commit: of the code.
+      turn: file of a lock; of the processes that name it one trains, while others compile.
       time_attention: time attention alone on the trained model's own queries and keys.
       first: "variants": a seed of all variants before the next seed; "seeds": all seeds of a
         variant before the next variant, so that less is compiled while others train.
@@ -73,6 +76,7 @@ class Options:
     measure: str = "all"
     cudnn: bool = False
     commit: str | None = None
+    turn: Path | None = None
     time_attention: bool = False
     first: str = "variants"
     elapsed: Callable[[], float] = time.monotonic
@@ -300,7 +304,6 @@ class Study:
         self, spec: Spec, folder: Path | None, following: Callable[[], Spec | None]
     ) -> dict[str, Any]:
         options, experiment = self._options, self._experiments[spec.identity]
-        everything = options.measure == "all"
         began = time.perf_counter()
         programs = self.programs(spec).result()
         order = train.order_of(self.tokens, experiment)
@@ -308,10 +311,48 @@ class Study:
             self._stream = programs.put(self.tokens.train)
         course = train.Course(self._stream, programs.put(order.starts), self._found)
         ready = [ask().result() for ask in (programs.create, programs.cut, programs.step)]
+        if options.turn is not None:
+            self._compiler.wait()
         waited = time.perf_counter() - began
-        ahead = following()
-        if ahead is not None:
-            self.programs(ahead)
+        with self._turn(spec):
+            # Who takes turns leaves compiling to those who wait.
+            ahead = following() if options.turn is None else None
+            if ahead is not None:
+                self.programs(ahead)
+            line = self._train_and_measure(spec, folder, programs, course, experiment)
+        return line | {
+            "epochs": round(order.epochs, 4),
+            "seconds_compile": sum(program.seconds for program in ready),
+            "seconds_waited": waited,
+            "bytes_step": ready[-1].bytes,
+        }
+
+    @contextlib.contextmanager
+    def _turn(self, spec: Spec) -> Iterator[None]:
+        """Has the device for itself among the processes that take turns.
+
+        Raises:
+          train.Cut: the deadline is too near.
+        """
+        if self._options.turn is None:
+            yield
+            return
+        with turn(self._options.turn, lambda: self._remaining < _WORTHWHILE + _RESERVE) as mine:
+            if not mine:
+                raise train.Cut("before its turn came")
+            say(f"{spec.label}: its turn at {self._options.elapsed():.0f} s")
+            yield
+
+    def _train_and_measure(
+        self,
+        spec: Spec,
+        folder: Path | None,
+        programs: Programs,
+        course: train.Course,
+        experiment: ExperimentConfig,
+    ) -> dict[str, Any]:
+        options = self._options
+        everything = options.measure == "all"
         state, history = train.train(
             programs,
             experiment,
@@ -328,7 +369,6 @@ class Study:
         began = time.perf_counter()
         line = {
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-            "epochs": round(order.epochs, 4),
             "curve": history.curve,
             "visited_in_training": history.visited,
             **measures.measure(programs, state.params, self._found, everything),
@@ -343,9 +383,6 @@ class Study:
         line |= {
             "seconds_train": history.seconds,
             "seconds_measure": measured,
-            "seconds_compile": sum(program.seconds for program in ready),
-            "seconds_waited": waited,
-            "bytes_step": ready[-1].bytes,
             "bytes_peak": stats.get("peak_bytes_in_use"),
         }
         say(

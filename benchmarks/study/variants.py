@@ -21,6 +21,10 @@ def _alibi(**changes: Any) -> dict[str, Any]:
     return _attention("sharp", variant="biased_softmax", **changes)
 
 
+def _steady(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"optimizer.log_slope_factor": 1.0}
+
+
 VARIANTS: Mapping[str, dict[str, Any]] = {
     # Controls.
     "softmax": _softmax(),
@@ -39,6 +43,11 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "sharp_qk_norm": _attention("sharp", qk_norm=True),
     "sharp_tau1_qk_norm": _attention("sharp", offset_init=-1.0, qk_norm=True),
     "sharp_gate": _attention("sharp", output_gate=True),
+    # Slopes that train at the common rate, and so stay near where they start.
+    "sharp_steady": _steady(_attention("sharp")),
+    "sharp_qk_norm_steady": _steady(_attention("sharp", qk_norm=True)),
+    "softmax_alibi_steady": _steady(_alibi()),
+    "softmax_alibi_qk_norm_steady": _steady(_alibi(qk_norm=True)),
     "sharp_global8": _attention("sharp", global_share=0.125),
     "sharp_global4": _attention("sharp", global_share=0.25),
     "sharp_global4_nope": _attention("sharp", global_share=0.25, global_rope=False),

@@ -12,6 +12,7 @@ from benchmarks.study import data, measures, programs, run, train
 from benchmarks.study.__main__ import main
 from benchmarks.study.ledger import Ledger, short_name
 from benchmarks.study.settings import Spec, experiment_of
+from benchmarks.study.turns import turn
 from benchmarks.study.variants import VARIANTS
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.training.objective import make_loss_fn
@@ -63,7 +64,7 @@ def _lines(options):
 
 
 def test_a_line_a_run_once(folder, tmp_path, capsys):
-    options = _options(folder, tmp_path, workdir=tmp_path / "work")
+    options = _options(folder, tmp_path, workdir=tmp_path / "work", turn=tmp_path / "turn")
     assert run.run(options) == 2
     first, second = _lines(options)
     for line in (first, second):
@@ -240,6 +241,27 @@ def test_claims_between_processes(tmp_path):
         other.wait()
     assert ledger.claim("paper seed=0")  # its owner lives no more
     assert claim.read_text() == f"{os.getpid()} "
+
+
+def test_turns_are_waited_for(tmp_path):
+    file, asked = tmp_path / "turn", iter([False, False, True])
+    with turn(file, lambda: False) as mine:
+        assert mine
+        with turn(file, lambda: next(asked)) as theirs:
+            assert not theirs
+    assert next(asked, None) is None
+    with turn(file, lambda: False) as mine:
+        assert mine
+
+
+def test_no_run_is_begun_when_its_turn_comes_too_late(folder, tmp_path):
+    options = _options(
+        folder, tmp_path, workdir=tmp_path / "work", turn=tmp_path / "turn", deadline=150.0
+    )
+    options = dataclasses.replace(options, elapsed=iter([0.0] * 4 + [100.0] * 20).__next__)
+    with turn(tmp_path / "turn", lambda: False):
+        assert run.run(options) == 0
+    assert not options.output.exists()
 
 
 def test_timing_waits_for_compiling():

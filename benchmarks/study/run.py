@@ -337,7 +337,7 @@ class Study:
         if self._options.turn is None:
             yield
             return
-        with turn(self._options.turn, lambda: self._remaining < _WORTHWHILE + _RESERVE) as mine:
+        with turn(self._options.turn, lambda: self.too_late(spec)) as mine:
             if not mine:
                 raise train.Cut("before its turn came")
             say(f"{spec.label}: its turn at {self._options.elapsed():.0f} s")

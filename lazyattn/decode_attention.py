@@ -1,0 +1,247 @@
+"""`decode_attention`: new queries against a cache of keys and values.
+
+Checked here; computed by a backend of `pallas_kernels.decode`.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lazyattn.call import is_number
+from lazyattn.errors import InputError, bad_value, require
+from pallas_kernels.decode import op
+from pallas_kernels.decode.types import PAGE, Inputs, Settings
+from pallas_kernels.own_settings import own_settings
+
+__all__ = ["MAX_NEW", "PAGE", "decode_attention"]
+
+# Queries of a row in one call: one, or a few that are verified together.
+MAX_NEW = 8
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def decode_attention(
+    query: Float[Array, "batch new heads head_dim"],
+    key_cache: Array,
+    value_cache: Array,
+    lengths: Int[Array, " batch"],
+    *,
+    distance_bias: Float[Array, "heads width"] | None = None,
+    distance_slope: Float[Array, " heads"] | None = None,
+    offset: Float[Array, " heads"] | None = None,
+    offset_divisor: Literal["visible"] | float = "visible",
+    renormalize: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    ring: bool = False,
+    key_norms: Float[Array, "batch kv_heads pages"] | None = None,
+    key_scales: Float[Array, "batch kv_heads pages"] | None = None,
+    value_scales: Float[Array, "batch kv_heads pages"] | None = None,
+    layer: Int[Array, ""] | int | None = None,
+    skip_mass: float = 1e-6,
+    implementation: str | None = None,
+) -> Float[Array, "batch new heads head_dim"]:
+    """Lazy Attention of the newest few positions of each row to a cache that holds their keys.
+
+    The same function as `lazy_attention` with `query_start = lengths - new` on one document a
+    row, made for reading the cache once: it is the bytes of the cache that a token costs.
+    The caller writes the new keys and values into the cache first. It has no derivatives
+    of its own; only "xla" can be differentiated.
+
+    A cache of `slots` places holds position p in slot p mod slots, the newest that was
+    written there. So a cache that is long enough holds position p in slot p. A shorter one is a
+    ring: with `ring=True` rows may be longer than the cache, and queries see the positions that
+    are left of those they would see. tau / n still counts them all. The oldest of the `new`
+    queries sees slots - new + 1 positions of a full ring.
+
+    With `layer`, the caches, norms and scales have a leading axis of layers, and the kernel
+    reads one layer's part in place. Slicing it out before the call would copy it.
+
+    Args:
+      query: queries, rotated by RoPE if the model uses it; query i of row b stands at position
+        `lengths[b] - new + i`; new is from 1 to 8. float32, bfloat16, float16 or float64.
+      key_cache: [batch, slots, kv_heads, head_dim] rotated keys, in the query's dtype or int8.
+        Slots that hold nothing may hold anything.
+      value_cache: values, the same shape and dtype.
+      lengths: int32, positions each row has had, the new ones included. A query before position
+        0 does not exist, and its output is 0: so a row of length 0 is idle. May be traced.
+      distance_bias: as in `lazy_attention`.
+      distance_slope: as there.
+      offset: as there.
+      offset_divisor: as there; "visible" is min(position + 1, window).
+      renormalize: as there.
+      window: as there.
+      scale: as there.
+      ring: rows may be longer than the cache. If not, the outputs of such rows are NaN.
+      key_norms: for each page of 128 slots a number that no key held there exceeds in
+        Euclidean norm (of int8 keys: times their scale); float32. None: no page of keys
+        is skipped for want of mass.
+      key_scales: of int8 caches: what the keys of each page are to be multiplied by; float32.
+      value_scales: of int8 caches: the same for values.
+      layer: int32, which layer of caches that hold several; may be traced. None: they
+        have no axis of layers.
+      skip_mass: keys may be left out that together hold less than this share of a row's softmax
+        mass, certainly and for any input; needs key_norms. 0: none.
+      implementation: "xla" (the definition) or what else `pallas_kernels.decode.op.BACKENDS`
+        has; None: the best that applies.
+
+    Returns:
+      out, in the shape and dtype of `query`.
+
+    Raises:
+      InputError: (a ValueError) for shapes, dtypes or settings that don't fit, or an
+        implementation asked for by name that can't do the call.
+    """
+    query, key_cache, value_cache = map(jnp.asarray, (query, key_cache, value_cache))
+    if (layer is None) != (key_cache.ndim == 4):
+        axes = "[batch, slots, kv_heads, head_dim], after an axis of layers if layer is given"
+        raise bad_value("key_cache.shape", key_cache.shape, axes)
+    given: dict[str, Any] = {
+        "distance_bias": distance_bias,
+        "distance_slope": distance_slope,
+        "offset": offset,
+        "key_norms": key_norms,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
+    given = {name: None if x is None else jnp.asarray(x) for name, x in given.items()}
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths)
+    _check_arrays(query, key_cache, value_cache, lengths, **given)
+    cached = {"key": key_cache, "value": value_cache} | {
+        name: given.pop(name) for name in ("key_norms", "key_scales", "value_scales")
+    }
+    if layer is None:
+        cached = {name: x if x is None else x[None] for name, x in cached.items()}
+    else:
+        _check_layer(layer, key_cache.shape[0])
+    require(
+        (isinstance(offset_divisor, str) and offset_divisor == "visible")
+        or (is_number(offset_divisor) and offset_divisor > 0),
+        "offset_divisor",
+        offset_divisor,
+        '"visible" or a positive number',
+    )
+    require(
+        not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
+    )
+    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
+    require(
+        window is None or (isinstance(window, int) and not isinstance(window, bool) and window > 0),
+        "window",
+        window,
+        "None or an integer of at least 1",
+    )
+    require(
+        is_number(skip_mass) and 0 <= skip_mass < 1,
+        "skip_mass",
+        skip_mass,
+        "a number of at least 0 and below 1",
+    )
+    with own_settings():
+        inputs = Inputs(
+            query=query,
+            lengths=jnp.asarray(lengths, jnp.int32),
+            layer=jnp.asarray(0 if layer is None else layer, jnp.int32),
+            **cached,
+            **given,
+        )
+        settings = Settings(
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            skip_mass=float(skip_mass),
+            window=window,
+            offset_scale=None if isinstance(offset_divisor, str) else 1 / float(offset_divisor),
+            renormalize=renormalize,
+        )
+        if implementation is None:
+            implementation = op.choose(inputs, settings)
+        else:
+            names = ", ".join(op.BACKENDS)
+            known = implementation in op.BACKENDS
+            require(known, "implementation", implementation, f"one of {names} or None")
+            reason = op.unsupported(implementation, inputs, settings)
+            if reason is not None:
+                raise InputError(
+                    f"implementation {implementation!r} of decode_attention can't do this call,"
+                    f" since {reason}."
+                )
+        return op.attention(implementation, inputs, settings, ring=ring)
+
+
+def _check_arrays(
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Any,
+    *,
+    distance_bias: Array | None,
+    distance_slope: Array | None,
+    offset: Array | None,
+    key_norms: Array | None,
+    key_scales: Array | None,
+    value_scales: Array | None,
+) -> None:
+    """Raises InputError unless shapes and dtypes fit together."""
+    if query.ndim != 4 or 0 in query.shape or query.shape[1] > MAX_NEW:
+        axes = f"[batch, new, heads, head_dim], none of them 0 and new at most {MAX_NEW}"
+        raise bad_value("query.shape", query.shape, axes)
+    batch, new, heads, head_dim = query.shape
+    names = ", ".join(_DTYPES)
+    require(str(query.dtype) in _DTYPES, "query.dtype", str(query.dtype), f"one of {names}")
+    *layers, rows, slots, kv_heads, key_dim = key.shape
+    fits = (rows, key_dim) == (batch, head_dim) and kv_heads > 0 and heads % kv_heads == 0
+    require(
+        fits and slots >= new and 0 not in layers,
+        "key_cache.shape",
+        key.shape,
+        f"({batch}, at least {new} slots, a divisor of {heads}, {head_dim}) to go with query"
+        f" {query.shape}",
+    )
+    require(value.shape == key.shape, "value_cache.shape", value.shape, f"that of keys {key.shape}")
+    allowed = f"{query.dtype} as query's, or int8"
+    require(key.dtype in (query.dtype, jnp.int8), "key_cache.dtype", str(key.dtype), allowed)
+    allowed = f"{key.dtype} as that of the keys"
+    require(value.dtype == key.dtype, "value_cache.dtype", str(value.dtype), allowed)
+    by_page = (*layers, batch, kv_heads, -(-slots // PAGE))
+    if distance_bias is not None:
+        table = distance_bias.ndim == 2 and distance_bias.shape[0] == heads
+        require(
+            table and distance_bias.shape[1] >= 1,
+            "distance_bias.shape",
+            distance_bias.shape,
+            f"({heads}, width) with width at least 1",
+        )
+    elif distance_slope is not None:
+        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
+    for name, x, shape in (
+        ("lengths", lengths, (batch,)),
+        ("distance_slope", distance_slope, (heads,)),
+        ("offset", offset, (heads,)),
+        ("key_norms", key_norms, by_page),
+        ("key_scales", key_scales, by_page),
+        ("value_scales", value_scales, by_page),
+    ):
+        if x is not None:
+            require(jnp.shape(x) == shape, f"{name}.shape", jnp.shape(x), str(shape))
+            kind = jnp.integer if name == "lengths" else jnp.floating
+            word = "integer" if name == "lengths" else "floating"
+            require(jnp.issubdtype(x.dtype, kind), f"{name}.dtype", str(x.dtype), word)
+    quantized = key.dtype == jnp.int8
+    for name, x in (("key_scales", key_scales), ("value_scales", value_scales)):
+        require(
+            (x is not None) == quantized,
+            name,
+            "given" if x is not None else None,
+            "given for int8 caches" if quantized else f"None for caches of {key.dtype}",
+        )
+
+
+def _check_layer(layer: Any, layers: int) -> None:
+    integer = jnp.ndim(layer) == 0 and jnp.issubdtype(jnp.result_type(layer), jnp.integer)
+    require(integer, "layer", layer, "an integer")
+    if not isinstance(layer, jax.Array):
+        require(0 <= layer < layers, "layer", layer, f"from 0 to {layers - 1}")

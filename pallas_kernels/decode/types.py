@@ -1,0 +1,133 @@
+"""What a cache holds, and what a call of the op brings: the words all decode backends share.
+
+A cache has `slots` places a row. Slot s holds the newest position p below the row's length
+with p mod slots = s. So a cache that is long enough holds position s in slot s, and a shorter
+one is a ring that holds the last `slots` positions. One formula serves both: the key in slot s
+lies `back = (length - 1 - s) mod slots` positions before the newest one, and the slot is held
+if `back < length`.
+
+Slots come in pages of `PAGE`. Key norms and the scales of int8 numbers are one a page.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Slots of a page.
+PAGE = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays of a call, checked; see `lazyattn.decode_attention`.
+
+    Attributes:
+      query: [batch, new, heads, head_dim].
+      key, value: [layers, batch, slots, kv_heads, head_dim], in the query's dtype or int8.
+      lengths: int32 [batch], keys each row has had, the new ones included.
+      distance_bias, distance_slope, offset: of each head, float32 or wider; None: none.
+      key_norms: float32 [layers, batch, kv_heads, pages], no key of the page is longer;
+        None: no page is skipped.
+      key_scales, value_scales: float32, the same shape: what int8 numbers are multiplied by;
+        None: they are no int8 numbers.
+      layer: int32, which of the layers.
+    """
+
+    query: Float[Array, "batch new heads head_dim"]
+    key: Array
+    value: Array
+    lengths: Int[Array, " batch"]
+    distance_bias: Float[Array, "heads width"] | None
+    distance_slope: Float[Array, " heads"] | None
+    offset: Float[Array, " heads"] | None
+    key_norms: Float[Array, "layers batch kv_heads pages"] | None
+    key_scales: Float[Array, "layers batch kv_heads pages"] | None
+    value_scales: Float[Array, "layers batch kv_heads pages"] | None
+    layer: Int[Array, ""]
+
+    @property
+    def new(self) -> int:
+        """Returns how many queries a row has."""
+        return self.query.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Returns how many keys a row has room for."""
+        return self.key.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        """Returns how many heads the cache has."""
+        return self.key.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Returns how many query heads read one head of the cache."""
+        return self.query.shape[2] // self.kv_heads
+
+    @property
+    def pages(self) -> int:
+        """Returns how many pages a row has, the last of them perhaps cut short."""
+        return -(-self.slots // PAGE)
+
+    def of_layer(self, x: Array) -> Array:
+        """Returns the part of an array of all layers."""
+        return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, self.layer, 0, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is known when a call is traced.
+
+    Attributes:
+      scale: factor of the scores.
+      skip_mass: softmax mass a row may lose to pages that are not read.
+      window: keys each query sees at most; None: all.
+      offset_scale: what tau is multiplied by; None: 1 / n.
+      renormalize: divide each row of weights by its sum, where that isn't 0.
+    """
+
+    scale: float
+    skip_mass: float
+    window: int | None
+    offset_scale: float | None
+    renormalize: bool
+
+
+def backs(inputs: Inputs) -> Int[Array, "batch slots"]:
+    """Returns how far before its row's newest position the key of each slot lies."""
+    slot = jnp.arange(inputs.slots, dtype=jnp.int32)
+    return (inputs.lengths[:, None] - 1 - slot) % inputs.slots
+
+
+def distances(inputs: Inputs) -> Int[Array, "batch new slots"]:
+    """Returns the distance of each query from the key of each slot; below 0: it is later."""
+    before_newest = inputs.new - 1 - jnp.arange(inputs.new, dtype=jnp.int32)
+    return backs(inputs)[:, None] - before_newest[:, None]
+
+
+def visible(inputs: Inputs, settings: Settings) -> Array:
+    """Returns which slots each query sees, bool [batch, new, slots]."""
+    distance = distances(inputs)
+    seen = (distance >= 0) & (backs(inputs) < inputs.lengths[:, None])[:, None]
+    return seen if settings.window is None else seen & (distance < settings.window)
+
+
+def positions(inputs: Inputs) -> Int[Array, "batch new"]:
+    """Returns the position of each query; below 0: there is no such query."""
+    return inputs.lengths[:, None] - inputs.new + jnp.arange(inputs.new, dtype=jnp.int32)
+
+
+def offset_scales(inputs: Inputs, settings: Settings) -> Float[Array, "batch new"]:
+    """Returns what tau is multiplied by: 1 / n, or the constant."""
+    position = positions(inputs)
+    dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
+    if settings.offset_scale is not None:
+        return jnp.full(position.shape, settings.offset_scale, dtype)
+    seen = jnp.maximum(position + 1, 1)
+    if settings.window is not None:
+        seen = jnp.minimum(seen, settings.window)
+    return 1 / seen.astype(dtype)

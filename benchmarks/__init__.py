@@ -1,1 +1,1 @@
-"""Programs that measure; NOTES.md says what they found."""
+"""Programs that measure; docs/log/ says what they found."""

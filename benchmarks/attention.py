@@ -9,7 +9,8 @@ With --window=512 ours see so many keys only, and so does the peer "cudnn_window
 peers stay causal, so that `x cuDNN` says what the window saves.
 Writes a JSON file and a Markdown table; `--profile` adds each kernel's share. TFLOP/s are
 softmax attention's over our time; "of work done" counts what our kernels really compute, and
-its share of the rate of plain matrix products is of the same run.
+its share of the rate of plain matrix products is of the same run. `python -m benchmarks.tables`
+puts JSON files in benchmarks/results/ into docs/kernels.md.
 """
 
 import concurrent.futures
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jaxtyping import Array
 
-from benchmarks import cases, peers, shares, timing
+from benchmarks import cases, peers, provenance, shares, timing
 from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
 from pallas_kernels.mosaic_gpu import config
@@ -329,6 +330,7 @@ def _write(results: list[Result], matmul: float | None) -> None:
         "window": _WINDOW.value,
         "skip_mass": _SKIP_MASS.value,
         "skip_dead": _SKIP_DEAD.value,
+        **provenance.made_by("benchmarks.attention"),
         "matmul_teraflops": matmul,
         "results": [dataclasses.asdict(result) for result in results],
     }

@@ -1,10 +1,11 @@
-"""The recipes' train steps compiled for slices from 16 to 512 chips: BUILD.md's table.
+"""The recipes' train steps compiled for slices from 16 to 512 chips.
 
     python -m benchmarks.compile_table --output=FILE
 
 Every row is `train.py --mode=compile` with the settings it names. Where a step does not
 fit, microbatches are doubled down to one row a device, and then tensor, until it does.
 FILE keeps the rows as JSON lines; rows that it has are not compiled again.
+`python -m benchmarks.tables` writes the table of docs/pods.md from them.
 """
 
 import dataclasses
@@ -60,14 +61,17 @@ def main(argv: list[str]) -> None:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(line(row), flush=True)
-    rows.sort(
-        key=lambda row: (
-            list(SLICES).index(row["topology"].split("*")[-1].split(":")[0]),
-            list(RUNS).index(row["config"]),
-            row["chips"],
-        )
-    )
-    print("\n".join(table(rows)))
+    print("\n".join(table(in_order(rows))))
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows by kind of chip, model and number of chips."""
+
+    def place(row: dict[str, Any]) -> tuple[int, int, int]:
+        chip = row["topology"].split("*")[-1].split(":")[0]
+        return list(SLICES).index(chip), list(RUNS).index(row["config"]), row["chips"]
+
+    return sorted(rows, key=place)
 
 
 def slice_of(chip: str, chips: int) -> topology.Topology:

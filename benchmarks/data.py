@@ -20,6 +20,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from benchmarks import provenance
 from lazyattn import paths
 from lazyattn.data import manifest, shards
 from lazyattn.data.config import DataConfig
@@ -188,6 +189,7 @@ def _run(path: str) -> None:
         "tokens": tokens,
         "made_up": _PATH.value is None,
         "long_documents": _LONG.value,
+        **provenance.made_by("benchmarks.data"),
         "results": [dataclasses.asdict(result) for result in results],
     }
     output = pathlib.Path(_OUTPUT.value)

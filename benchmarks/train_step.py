@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from benchmarks import softmax_by_jax
+from benchmarks import provenance, softmax_by_jax
 from lazyattn import command_line, paths, sharding
 from lazyattn.ahead_of_time.chips import CHIPS
 from lazyattn.errors import InputError, require
@@ -345,6 +345,7 @@ def _run(options: flags.FlagValues) -> None:
         print(f"{result.attention}: compiled in {result.compile_seconds:.0f} s, {result.kernels}")
     output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    facts |= provenance.made_by("benchmarks.train_step")
     facts["results"] = [dataclasses.asdict(result) for result in results]
     output.with_name(output.name + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     output.with_name(output.name + ".md").write_text(text)

@@ -1,0 +1,289 @@
+"""Tables of the documents, made from `benchmarks/results/`.
+
+    python -m benchmarks.tables             # writes them into the documents
+    python -m benchmarks.tables --check     # status 1 if one differs from its results
+
+A document holds `<!-- table: NAME -->` and `<!-- end of table -->`, with nothing by hand
+between them.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_BACKENDS = ("mosaic_gpu", "triton", "tpu", "xla_chunked")
+_CASES = ("dense", "alibi", "learned", "biased_softmax")
+
+Row = dict[str, Any]
+
+
+def documents() -> list[pathlib.Path]:
+    """Returns the documents that may hold tables."""
+    return [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def render(text: str) -> str:
+    """Returns a document's text with all of its tables as the results give them."""
+    return _PLACE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", text)
+
+
+def _table(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _gpu(device: str) -> str:
+    return device.removeprefix("NVIDIA ").split()[0]
+
+
+def _short(implementation: str) -> str:
+    """Leaves out the block sizes that a peer's name may carry."""
+    return implementation.split(" ")[0]
+
+
+def attention_rows() -> list[Row]:
+    """Returns a row for each call that `benchmarks.attention` timed, both passes in one.
+
+    `forward` and `training` hold that pass's entry of the file, with `ratio`, its time over
+    cuDNN softmax's in the same run.
+    """
+    rows: dict[tuple[Any, ...], Row] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        about = json.loads(path.read_text())
+        results = about.get("results", [{}])
+        if not {"implementation", "shape", "which"} <= results[0].keys():
+            continue
+        cudnn = {
+            (entry["shape"], entry["which"]): entry["milliseconds"]
+            for entry in results
+            if entry["implementation"] == "cudnn" and not entry["error"]
+        }
+        for entry in results:
+            if entry["implementation"] == "cudnn" or entry["error"]:
+                continue
+            base = cudnn.get((entry["shape"], entry["which"]))
+            name = _short(entry["implementation"])
+            row = rows.setdefault(
+                (path.stem, entry["shape"], entry["case"], name),
+                {
+                    "gpu": _gpu(about["device"]),
+                    "date": about["date"],
+                    "note": about.get("note", ""),
+                    "matmul": about.get("matmul_teraflops"),
+                    "window": about.get("window"),
+                    "shape": entry["shape"],
+                    "case": entry["case"],
+                    "implementation": name,
+                },
+            )
+            ratio = entry["milliseconds"] / base if base else None
+            row[entry["which"]] = entry | {"ratio": ratio}
+    return sorted(rows.values(), key=_order)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    backend, case = row["implementation"], row["case"]
+    ours = _BACKENDS.index(backend) if backend in _BACKENDS else len(_BACKENDS)
+    _, _, length, head_dim, *_ = (int(size) for size in row["shape"].split("x"))
+    place = _CASES.index(case) if case in _CASES else len(_CASES)
+    return (ours, backend, row["gpu"] == "H100", head_dim, length, row["window"] or 0, place)
+
+
+def attention() -> str:
+    """The op's kernels, and peers, on GPUs."""
+    notes = sorted({row["note"] for row in attention_rows() if row["note"]})
+    lines = []
+    for row in attention_rows():
+        forward, training = row.get("forward", {}), row.get("training", {})
+        work, matmul = training.get("work"), row["matmul"]
+        case = row["case"] or "softmax"
+        if row["window"]:
+            case += f", window {row['window']}"
+        mark = "*" * (notes.index(row["note"]) + 1) if row["note"] else ""
+        lines.append(
+            [
+                row["implementation"] + mark.replace("*", "\\*"),
+                row["gpu"],
+                row["shape"],
+                case,
+                _number(forward.get("visited"), 2),
+                _number(forward.get("live"), 2),
+                _number(forward.get("milliseconds"), 3),
+                _number(forward.get("ratio"), 2),
+                _number(training.get("milliseconds"), 3),
+                _number(training.get("ratio"), 2),
+                _number(work, 0),
+                _number(work / matmul if work and matmul else None, 2),
+                _number(training.get("temporary_arrays"), 2),
+                row["date"],
+            ]
+        )
+    head = (
+        "kernels | GPU | shape | case | visited | live | forward, ms | x cuDNN"
+        " | forward and backward, ms | x cuDNN | TFLOP/s done | of matmul | memory | date"
+    )
+    marks = "".join(f"\n{'\\*' * (n + 1)} {note}.\n" for n, note in enumerate(notes))
+    return _table(head, lines) + marks
+
+
+def _ratio(row: Row, which: str) -> str:
+    return _number(row[which]["ratio"], 2)
+
+
+def readme() -> str:
+    """README's choice of the H200's rows, and attention in a model of the study."""
+    words = {
+        ("4x16x4096x64", "learned"): "biases that a model has learned",
+        ("4x16x4096x64", "alibi"): "ALiBi bias, tau -1",
+        ("1x16x16384x64", "alibi"): "the same at length 16,384",
+        ("4x16x4096x64", "dense"): "the paper's initialization, nothing to skip",
+        ("4x16x4096x64", "biased_softmax"): "no offset: softmax with a learned bias",
+    }
+    rows = {
+        (row["shape"], row["case"]): row
+        for row in attention_rows()
+        if (row["gpu"], row["implementation"], row["window"]) == ("H200", "mosaic_gpu", None)
+    }
+    lines = []
+    for key, said in words.items():
+        row = rows[key]
+        shares = [f"{row['forward'][name]:.0%}" for name in ("visited", "live")]
+        lines.append([said, *shares, _ratio(row, "forward"), _ratio(row, "training")])
+    lines[3:3] = _study()
+    return _table(" | visited | live | forward | forward and backward", lines)
+
+
+def _study() -> list[list[str]]:
+    path = RESULTS / "study.jsonl"
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        if run["variant"] == "sharp" and run.get("attention_ms"):
+            break
+    else:
+        return []
+    said = ["a model of the study, its own queries and keys", "the same at length 16,384"]
+    lines = []
+    for text, shape in zip(said, ("3x4096", "3x16384"), strict=True):
+        times, length = run["attention_ms"][shape], shape.split("x")[1]
+        ratios = [times[which] / times[f"softmax_{which}"] for which in ("forward", "training")]
+        shares = [f"{run[f'{name}_{length}']:.0%}" for name in ("visited", "live")]
+        lines.append([text, *shares, *(f"{ratio:.2f}" for ratio in ratios)])
+    return lines
+
+
+def train_step() -> str:
+    """A whole training step of the 340M model."""
+    lines = []
+    for path in sorted(RESULTS.glob("*train_step.json")):
+        about = json.loads(path.read_text())
+        rates = {row["attention"]: row["tokens_per_second"] for row in about["results"]}
+        for row in about["results"]:
+            lines.append(
+                [
+                    row["attention"],
+                    _gpu(about["device"]),
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['tokens_per_second'] / rates['cudnn']:.2f}",
+                    f"{row['milliseconds']:.1f}",
+                    f"{row['mfu']:.1%}",
+                    f"{(row['arguments'] + row['temporaries']) / 2**30:.2f}",
+                    about["date"],
+                ]
+            )
+    head = "attention | GPU | tokens/s | over cuDNN's | ms a step | MFU | GiB a device | date"
+    return _table(head, lines)
+
+
+def scaling() -> str:
+    """Weak scaling over GPUs."""
+    lines = []
+    for path in sorted(RESULTS.glob("*scaling.jsonl")):
+        for text in path.read_text().splitlines():
+            row = json.loads(text)
+            efficiency = row.get("efficiency")
+            lines.append(
+                [
+                    str(row["devices"]),
+                    _gpu(row["device"]),
+                    f"`{row['axis']}`" if "axis" in row else "",
+                    f"{row['ms']:.1f}",
+                    f"{row['tokens_per_second']:,.0f}",
+                    "" if efficiency is None else f"{efficiency:.1%}",
+                ]
+            )
+    return _table("GPUs | of | axis | ms a step | tokens/s | efficiency", lines)
+
+
+def slices() -> str:
+    """What `train.py --mode=compile` says of the recipes."""
+    from benchmarks import compile_table
+
+    lines = (RESULTS / "compile_table.jsonl").read_text().splitlines()
+    rows = compile_table.in_order([json.loads(line) for line in lines])
+    return "\n".join(compile_table.table(rows)) + "\n"
+
+
+def data() -> str:
+    """What reading shards reaches."""
+    results = json.loads((RESULTS / "data.json").read_text())["results"]
+    by_key = {(row["length"], row["packing"], row["num_workers"]): row for row in results}
+    lines = []
+    for (length, packing, workers), row in by_key.items():
+        if workers:
+            continue
+        two = by_key[length, packing, 2]
+        lines.append(
+            [
+                str(length),
+                f"`{packing}`",
+                f"{row['efficiency']:.1%}",
+                f"{row['tokens_per_second'] / 1e6:.1f}",
+                f"{row['least'] / 1e6:.1f} to {row['greatest'] / 1e6:.1f}",
+                f"{two['tokens_per_second'] / 1e6:.1f}",
+                f"{row['first_batch']:.2f} s",
+                f"{two['first_batch']:.2f} s",
+            ]
+        )
+    head = (
+        "tokens a row | packing | places filled | million tokens/s, no workers | least to greatest"
+        " | two workers | first batch, no workers | two workers"
+    )
+    return _table(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (attention, readme, train_step, scaling, slices, data)
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the tables; with --check only compares them. Returns the exit status."""
+    if arguments not in ([], ["--check"]):
+        print(f"{' '.join(arguments)} is given, but only --check is allowed.", file=sys.stderr)
+        return 2
+    stale = 0
+    for path in documents():
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        if old != new:
+            stale += 1
+            print(f"{path.relative_to(ROOT)}: {'differs' if arguments else 'written'}")
+            if not arguments:
+                path.write_text(new, encoding="utf-8")
+    return 1 if arguments and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

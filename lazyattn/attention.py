@@ -64,7 +64,7 @@ def lazy_attention(
     distance_bias: Float[Array, "heads width"] | None = None,
     distance_slope: Float[Array, " heads"] | None = None,
     offset: Float[Array, " heads"] | None = None,
-    offset_divisor: Literal["visible"] | float = "visible",
+    offset_divisor: Literal["visible"] | float | Float[Array, "batch length"] = "visible",
     renormalize: bool = False,
     segment_ids: Int[Array, "batch key_length"] | None = None,
     query_start: Int[Array, " batch"] | None = None,
@@ -102,7 +102,8 @@ def lazy_attention(
         b(width - 1) - slope (x - (width - 1)). None: it is 0 there.
       offset: tau of each head; negative values suppress. None: ordinary softmax.
       offset_divisor: "visible" for tau / n_i; a positive number for tau over that
-        number (1.0: constant tau; the context length: tau / L).
+        number (1.0: constant tau; the context length: tau / L); an array of positive
+        numbers, one for each query, where the keys given are not all that n_i counts.
       renormalize: divide each row of weights by its sum, where that isn't 0.
       segment_ids: packed documents; a document is a maximal run of equal ids, and
         queries see their own document only.
@@ -150,12 +151,17 @@ def lazy_attention(
         *(query, key, value, distance_bias, distance_slope, offset),
         *(segment_ids, query_start, chunk_starts),
     )
+    divisor = None
+    if isinstance(offset_divisor, jax.Array | np.ndarray) and jnp.ndim(offset_divisor) > 0:
+        divisor, offset_divisor = jnp.asarray(offset_divisor), "visible"
+        wanted = query.shape[:2]
+        require(divisor.shape == wanted, "offset_divisor.shape", divisor.shape, f"{wanted}")
     require(
         (isinstance(offset_divisor, str) and offset_divisor == "visible")
         or (is_number(offset_divisor) and offset_divisor > 0),
         "offset_divisor",
         offset_divisor,
-        '"visible" or a positive number',
+        '"visible", a positive number or an array of them',
     )
     require(
         not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
@@ -183,6 +189,7 @@ def lazy_attention(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         float(skip_mass),
         return_weights,
+        divisor,
     )
     return explicit_mesh.on_own_share(Run(implementation), call)
 

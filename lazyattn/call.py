@@ -36,6 +36,8 @@ class Call:
     scale: float
     skip_mass: float
     return_weights: bool
+    # What tau is divided by, for each query; None: as offset_divisor says.
+    divisor: Array | None = None
 
     @property
     def narrowed(self) -> bool:
@@ -105,7 +107,9 @@ class Call:
         if self.window is not None:
             first = jnp.maximum(first, position - (self.window - 1))
         dtype = jnp.promote_types(self.query.dtype, jnp.float32)
-        if self.offset_divisor == "visible":
+        if self.divisor is not None:
+            scale = 1 / jax.lax.stop_gradient(self.divisor).astype(dtype)
+        elif self.offset_divisor == "visible":
             scale = 1 / (position - first + 1).astype(dtype)
         else:
             scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)

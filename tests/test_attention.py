@@ -1,5 +1,6 @@
 """The public op: every implementation against the definition, and its own checks."""
 
+import functools
 import json
 import os
 import pathlib
@@ -172,6 +173,21 @@ def test_half_precision_is_near_float64(implementation, dtype):
     assert errors.pop("offset") <= 0.03
     assert all(error <= bound for error in errors.values()), errors
     assert lazy_attention(**args, implementation=implementation).dtype == dtype
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_each_query_may_have_a_divisor_of_its_own(implementation):
+    args = oracle.inputs(oracle.Case("divisors", tau=(-0.9, -0.4)))
+    args = {name: x for name, x in args.items() if name != "segment_ids"}
+    batch, length = args["query"].shape[:2]
+    run = functools.partial(lazy_attention, **args, implementation=implementation)
+    divisors = np.full((batch, length), 20.0, np.float32)
+    divisors[:, length // 2 :] = 3.0
+    found = run(offset_divisor=jnp.asarray(divisors))
+    first, last = run(offset_divisor=20.0), run(offset_divisor=3.0)
+    expected = np.concatenate([first[:, : length // 2], last[:, length // 2 :]], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(found) - np.asarray(first)).max() > 1e-3
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -424,6 +440,7 @@ BAD_CALLS = {
     ),
     "query_start.shape": _bad(query_start=np.zeros(3, np.int32)),
     "offset_divisor": _bad(offset_divisor=-1.0),
+    "offset_divisor.shape": _bad(offset_divisor=np.ones((2, 39), np.float32)),
     "renormalize": _bad(offset=None, renormalize=True),
     "skip_mass": _bad(skip_mass=1.0),
     "skip_mass is 'none'": _bad(skip_mass="none"),

@@ -156,11 +156,11 @@ def lazy_attention(
         divisor, offset_divisor = jnp.asarray(offset_divisor), "visible"
         wanted = query.shape[:2]
         require(divisor.shape == wanted, "offset_divisor.shape", divisor.shape, f"{wanted}")
+    scalar: Any = offset_divisor
     require(
-        (isinstance(offset_divisor, str) and offset_divisor == "visible")
-        or (is_number(offset_divisor) and offset_divisor > 0),
+        (isinstance(scalar, str) and scalar == "visible") or (is_number(scalar) and scalar > 0),
         "offset_divisor",
-        offset_divisor,
+        scalar,
         '"visible", a positive number or an array of them',
     )
     require(
@@ -180,7 +180,7 @@ def lazy_attention(
         distance_bias,
         distance_slope,
         offset,
-        offset_divisor,
+        scalar,
         renormalize,
         segment_ids,
         None if query_start is None else query_start.astype(jnp.int32),

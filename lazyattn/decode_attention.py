@@ -86,8 +86,8 @@ def decode_attention(
         have no axis of layers.
       skip_mass: keys may be left out that together hold less than this share of a row's softmax
         mass, certainly and for any input; needs key_norms. 0: none.
-      implementation: "xla" (the definition) or what else `pallas_kernels.decode.op.BACKENDS`
-        has; None: the best that applies.
+      implementation: "xla" (the definition; reads all) or "xla_chunked" (made for CPUs; skips);
+        None: the best that applies.
 
     Returns:
       out, in the shape and dtype of `query`.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import target
-from pallas_kernels.decode import xla
+from pallas_kernels.decode import xla, xla_chunked
 from pallas_kernels.decode.types import Inputs, Settings, positions
 
 Decode = Callable[[Inputs, Settings], Float[Array, "batch new heads head_dim"]]
@@ -38,6 +38,7 @@ BACKENDS: dict[
     str,
     tuple[Decode, Callable[[Inputs, Settings], str | None], tuple[str, ...] | None],
 ] = {
+    "xla_chunked": (xla_chunked.attention, _does_all, ("cpu",)),
     "xla": (xla.attention, _does_all, None),
 }
 

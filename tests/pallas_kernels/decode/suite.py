@@ -16,6 +16,8 @@ import pytest
 
 from lazyattn import lazy_attention
 from lazyattn.decode_attention import PAGE, decode_attention
+from pallas_kernels.decode import pages as rule
+from pallas_kernels.decode.types import Inputs, Settings
 from tests import oracle
 
 # Documents are not for decoding: a row is one.
@@ -311,3 +313,65 @@ def check_blind(implementation: str) -> None:
     table = np.full_like(args["distance_bias"], -np.inf)
     out = run(args | {"distance_bias": table}, implementation)
     assert np.isnan(out).all()
+
+
+def inputs_of(args: dict[str, Any]) -> Inputs:
+    """Returns what backends get of the arguments of `decode_attention`."""
+    return Inputs(
+        args["query"],
+        **{name: args[f"{name}_cache"][None] for name in ("key", "value")},
+        key_norms=args["key_norms"][None],
+        key_scales=None,
+        value_scales=None,
+        layer=jnp.int32(0),
+        **{name: args.get(name) for name in ("lengths", *PARAMETERS)},
+    )
+
+
+def settings_of(args: dict[str, Any], skip_mass: float = 1e-6) -> Settings:
+    """The same of its settings."""
+    window = args.get("window")
+    return Settings(args["query"].shape[-1] ** -0.5, skip_mass, window, None, False)
+
+
+def check_unread_pages_do_not_matter(implementation: str, decode: Decode, pages: int) -> None:
+    """Fills what need not be read with what is no number.
+
+    Args:
+      implementation: to check.
+      decode: a case with norms and an offset.
+      pages: at once, that the implementation reads or leaves out.
+    """
+    args, true = arrays(decode)
+    batch, slots, kv_heads, _ = args["key_cache"].shape
+    visited = np.asarray(rule.visited(inputs_of(args), settings_of(args)))
+    keys, values = args["key_cache"].copy(), args["value_cache"].copy()
+    weights = live_slots(decode)
+    size = pages * PAGE
+    unread = dead = 0
+    for row, head, start in np.ndindex(batch, kv_heads, -(-slots // size)):
+        part = slice(start * size, (start + 1) * size)
+        if not visited[row, head, start * pages : (start + 1) * pages].any():
+            keys[row, part, head] = np.nan
+            unread += 1
+        if not weights[row, head, part].any():
+            values[row, part, head] = np.nan
+            dead += 1
+    assert unread and dead >= unread, (unread, dead)
+    out = run(args | {"key_cache": keys, "value_cache": values}, implementation)
+    assert oracle.relative_error(out, true) <= 1e-5
+
+
+def live_slots(decode: Decode) -> np.ndarray:
+    """Returns which slots have a weight of some query, [batch, kv_heads, slots]."""
+    args, _ = arrays(decode)
+    batch, slots, kv_heads, _ = args["key_cache"].shape
+    source = oracle.inputs(decode.case)
+    start = decode.lengths - decode.new
+    rows = np.arange(batch)[:, None]
+    source["query"] = source["query"][rows, start[:, None] + np.arange(decode.new)]
+    _, weights = lazy_attention(
+        **source, query_start=start, implementation="xla", return_weights=True
+    )
+    live = np.asarray(weights > 0).reshape(batch, kv_heads, -1, weights.shape[-1]).any(axis=2)
+    return np.pad(live, ((0, 0), (0, 0), (0, slots - live.shape[-1])))

@@ -334,19 +334,24 @@ def settings_of(args: dict[str, Any], skip_mass: float = 1e-6) -> Settings:
     return Settings(args["query"].shape[-1] ** -0.5, skip_mass, window, None, False)
 
 
-def check_unread_pages_do_not_matter(implementation: str, decode: Decode, pages: int) -> None:
+def check_unread_pages_do_not_matter(
+    implementation: str, decode: Decode, pages: int, rows_together: bool
+) -> None:
     """Fills what need not be read with what is no number.
 
     Args:
       implementation: to check.
       decode: a case with norms and an offset.
       pages: at once, that the implementation reads or leaves out.
+      rows_together: it leaves out only what no row needs.
     """
     args, true = arrays(decode)
     batch, slots, kv_heads, _ = args["key_cache"].shape
     visited = np.asarray(rule.visited(inputs_of(args), settings_of(args)))
     keys, values = args["key_cache"].copy(), args["value_cache"].copy()
     weights = live_slots(decode)
+    if rows_together:
+        visited, weights = (np.broadcast_to(x.any(axis=0), x.shape) for x in (visited, weights))
     size = pages * PAGE
     unread = dead = 0
     for row, head, start in np.ndindex(batch, kv_heads, -(-slots // size)):

@@ -33,4 +33,4 @@ def test_as_every_backend(backend, check):
 
 @pytest.mark.parametrize("decode", suite.SPARSE[:2], ids=str)
 def test_unread_pages_do_not_matter(decode):
-    suite.check_unread_pages_do_not_matter("xla_chunked", decode, pages=4)
+    suite.check_unread_pages_do_not_matter("xla_chunked", decode, pages=4, rows_together=True)

@@ -50,7 +50,8 @@ test-jax: setup
 test-gpu: setup
 	@$(PYTHON_BIN) -m tests.pallas_kernels.find_gpu
 	@XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
-	  $(PYTHON_BIN) -m pytest -n $(GPU_TEST_WORKERS) -m gpu tests/pallas_kernels/test_*_gpu.py
+	  $(PYTHON_BIN) -m pytest -n $(GPU_TEST_WORKERS) -m gpu tests/pallas_kernels/test_*_gpu.py \
+	  tests/pallas_kernels/*/test_*_gpu.py
 
 # libtpu stays out of .venv: with it there, JAX would look for TPUs in every process.
 $(LIBTPU)/libtpu/libtpu.so:

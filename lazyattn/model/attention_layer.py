@@ -1,5 +1,6 @@
 """The attention layer: projections, RoPE, a head's bias and offset, one call of the op."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.heads import global_heads, head_blocks
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
-from lazyattn.model.rope import rotate
+from lazyattn.model.query_key_norm import RotatedNorm
 from lazyattn.model.sharded_attention import sharded_attention
+from lazyattn.rotary import rotate
 
 # Collection that receives every layer's attention weights when it is mutable.
 WEIGHTS = "attention_weights"
@@ -93,10 +95,15 @@ class Attention(nn.Module):
         query = projection("query", att.num_heads, "heads")
         key = projection("key", att.kv_heads, "kv_heads")
         value = projection("value", att.kv_heads, "kv_heads")
-        if att.qk_norm:
+        everywhere = att.rope and (att.global_rope or not att.num_global_heads)
+        if att.qk_norm and everywhere:
+            norm = functools.partial(RotatedNorm, cfg.norm_eps, att.rope_base)
+            query = norm("heads", name="query_norm")(query, positions)
+            key = norm("kv_heads", name="key_norm")(key, positions)
+        elif att.qk_norm:
             query = RMSNorm(cfg.norm_eps, name="query_norm")(query)
             key = RMSNorm(cfg.norm_eps, name="key_norm")(key)
-        if att.rope:
+        if att.rope and not (att.qk_norm and everywhere):
             query = self._rotated(query, positions)
             key = self._rotated(key, positions)
         if cache is not None:

@@ -68,7 +68,8 @@ def global_heads_report(batch):
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
-    config = make_config(vocab_size=32, attention={"implementation": "xla_chunked"})
+    attention = {"implementation": "xla_chunked", "qk_norm": True}
+    config = make_config(vocab_size=32, attention=attention)
     params = make_params(config)
     batch = make_batch(rows=8)
 

@@ -13,8 +13,9 @@ from lazyattn.model.distance_bias import NAMES, bias_arguments
 from lazyattn.model.heads import global_heads, head_windows
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.model.rope import document_positions, rotate
+from lazyattn.model.rope import document_positions
 from lazyattn.model.transformer import attention_weights
+from lazyattn.rotary import rotate
 from tests.model.tiny import make_batch, make_config, make_params
 
 LENGTH = 9

@@ -1,0 +1,42 @@
+"""RMS norm of each head of queries and keys, with RoPE, as one operation on a mesh."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lazyattn import sharding
+from lazyattn.model.layers import parameter
+from lazyattn.rotary import norm_rotate
+
+
+class RotatedNorm(nn.Module):
+    """RoPE after an RMS norm over each head; parameter: scale [head_dim], float32.
+
+    Attributes:
+      epsilon: of the norm.
+      base: of the rotation.
+      axis: logical axis of the heads: "heads" or "kv_heads".
+    """
+
+    epsilon: float
+    base: float
+    axis: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length some_heads d"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length some_heads d"]:
+        """Returns the heads of `x` normalized and rotated, same shape and dtype."""
+        scale = parameter(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
+        run: Any = functools.partial(norm_rotate, base=self.base, epsilon=self.epsilon)
+        mesh = sharding.active_mesh()
+        if mesh is not None:
+            # A kernel works on what a device has.
+            heads = sharding.fitting_spec(mesh, x.shape, "batch", "length", self.axis, None)
+            tokens = jax.sharding.PartitionSpec(*heads[:2])
+            whole = jax.sharding.PartitionSpec()
+            run = jax.shard_map(run, in_specs=(heads, whole, tokens), out_specs=heads)
+        return run(x, scale, positions)

@@ -1,0 +1,93 @@
+"""RoPE, and RMS norm with RoPE, of queries and keys."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lazyattn.errors import require
+from pallas_kernels.triton import support as triton_support
+
+IMPLEMENTATIONS = ("triton", "xla")
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    positions: Int[Array, "batch length"],
+    base: float,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Rotates each head of `x` by its position.
+
+    Dimensions i and i + head_dim / 2 form a pair that turns by the angle
+    position * base^(-2 i / head_dim). Angles and products are float32.
+
+    Args:
+      x: queries or keys, any float dtype; head_dim even.
+      positions: int32, the place of each token in its document.
+      base: the longest wavelength is about 2 pi base tokens.
+
+    Returns:
+      The rotated heads, in `x`'s dtype. Norms are unchanged.
+
+    Source: Su et al., arXiv 2104.09864, eq. 15, with pairs taken half a head apart.
+    """
+    cos, sin = (part[:, :, None] for part in _cos_and_sin(positions, x.shape[-1], base))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def norm_rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    scale: Float[Array, " head_dim"],
+    positions: Int[Array, "batch length"],
+    base: float,
+    epsilon: float,
+    implementation: str | None = None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Returns the heads of x / sqrt(mean(x^2) + epsilon) * scale, rotated as by `rotate`.
+
+    "triton" reads and writes each array once, forward and backward; XLA takes about twice as
+    long. It has derivatives in reverse mode only.
+
+    Args:
+      x: queries or keys before the norm, float; head_dim even.
+      scale: of the norm, float32.
+      positions: int32, the place of each token in its document.
+      base: of the rotation.
+      epsilon: of the norm.
+      implementation: "triton", "xla" or None: "triton" where it can be done.
+
+    Returns:
+      The heads in `x`'s dtype; float32 inside.
+
+    Raises:
+      InputError: for an implementation that there is not, or that can't do it.
+
+    Source: the norm is Zhang and Sennrich, arXiv 1910.07467, eq. 4, with epsilon, over each
+    head (Dehghani et al., arXiv 2302.05442, section 3.1, but for its kind).
+    """
+    allowed = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS) + " or None"
+    known = implementation is None or implementation in IMPLEMENTATIONS
+    require(known, "implementation", implementation, allowed)
+    head_dim = x.shape[-1]
+    reason = triton_support.unsupported(head_dim, head_dim, x.dtype)
+    if implementation == "triton":
+        require(reason is None, "implementation", implementation, f'"xla" or None, since {reason}')
+    if implementation == "xla" or reason is not None:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normal = x32 * jax.lax.rsqrt(mean_square + epsilon) * scale
+        return rotate(normal.astype(x.dtype), positions, base)
+
+    from pallas_kernels.rotary import op  # Triton takes a second to import.
+
+    return op.norm_rotate(x, scale, *_cos_and_sin(positions, head_dim, base), epsilon)
+
+
+def _cos_and_sin(
+    positions: Int[Array, "batch length"], head_dim: int, base: float
+) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+    half = head_dim // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)

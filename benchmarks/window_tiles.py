@@ -13,7 +13,7 @@ from absl import app, flags
 from jaxtyping import Array, Int
 
 from pallas_kernels import visit
-from pallas_kernels.chunked.op import tile_size
+from pallas_kernels.chunked.tiling import tile_size
 from pallas_kernels.mosaic_gpu.plan import UNIT
 from pallas_kernels.tpu import config as tpu_config
 from pallas_kernels.triton import config as triton_config

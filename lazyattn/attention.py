@@ -21,7 +21,7 @@ from lazyattn.call import Call, check_arrays, checked_window, document_starts, i
 from lazyattn.compile_target import check_platform
 from lazyattn.derivatives import first_order_reverse_mode
 from lazyattn.errors import InputError, require
-from pallas_kernels import chunked, target
+from pallas_kernels import attention, target
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.tpu import support as tpu_support
@@ -287,37 +287,13 @@ def _chunked_unsupported(call: Call) -> str | None:
 
 
 def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
-
-    def parameter(x: Array | None) -> Array | None:
-        return None if x is None else x.astype(dtype)
-
-    value, out_dtype = call.value, None
-    if call.renormalize:
-        # A column of ones makes the sum of each row's weights an output like others. Weights
-        # may be small: float16 has no small numbers, and half precision few digits.
-        out_dtype = str(dtype)
-        value = value.astype(dtype) if value.dtype == jnp.float16 else value
-        value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-    outs = [
-        chunked.placed_attention(
-            query,
-            call.key,
-            value,
-            parameter(call.distance_bias),
-            parameter(call.distance_slope),
-            parameter(call.offset),
-            visibility,
-            AttentionSettings(call.scale, call.skip_mass, out_dtype),
-            start=start,
-        )
-        for query, visibility, start in placement.chunks(call)
-    ]
-    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-    if call.renormalize:
-        total = out[..., -1:]
-        out = (out[..., :-1] / jnp.where(total > 0, total, 1)).astype(call.query.dtype)
-    return out
+    return attention.attention(
+        "xla_chunked",
+        call.problem(),
+        call.inputs(),
+        chunk_starts=None if call.chunk_starts is None else call.places(),
+        renormalize=call.renormalize,
+    )
 
 
 def _symbolic(call: Call) -> str:

@@ -12,6 +12,7 @@ from jax import export
 from jaxtyping import Array, Float, Int
 
 from lazyattn.errors import InputError, bad_value, require
+from pallas_kernels.problem import Inputs, Problem, current_options
 from pallas_kernels.types import Visibility
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -114,6 +115,45 @@ class Call:
         else:
             scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)
         return Visibility(first, scale)
+
+    def problem(self) -> Problem:
+        """Returns what backends know of the call when it is traced."""
+        length, kv_heads = self.key.shape[1:3]
+        heads, head_dim = self.query.shape[2:]
+        return Problem(
+            length=length,
+            heads=heads,
+            group=heads // kv_heads,
+            head_dim=head_dim,
+            value_dim=self.value.shape[3],
+            dtype=str(self.query.dtype),
+            width=0 if self.distance_bias is None else min(self.distance_bias.shape[1], length),
+            has_slope=self.distance_slope is not None,
+            has_offset=self.offset is not None,
+            packed=self.narrowed,
+            scale=self.scale,
+            skip_mass=self.skip_mass,
+            **vars(current_options()),
+        )
+
+    def inputs(self) -> Inputs:
+        """Returns the arrays as backends get them, parameters in the dtype of scores."""
+        dtype = jnp.promote_types(self.query.dtype, jnp.float32)
+
+        def parameter(x: Array | None) -> Array | None:
+            return None if x is None else x.astype(dtype)
+
+        visibility = self.visibility()
+        return Inputs(
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            segment_start=visibility.first,
+            offset_scale=visibility.offset_scale,
+            distance_bias=parameter(self.distance_bias),
+            distance_slope=parameter(self.distance_slope),
+            offset=parameter(self.offset),
+        )
 
 
 def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:

@@ -8,6 +8,33 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.own_settings import traced_by_own_settings
+from pallas_kernels.varying import vary_alike
+
+
+def over_batch_of_trees(run: Callable[[int, Any, Any], Any], rows: Any, shared: Any) -> Any:
+    """Returns run(1, rows, shared), in a form that can be vmapped.
+
+    Args:
+      run: called as run(groups, rows, shared). All arrays of its result have a leading axis
+        that is a multiple of `groups`, a number that divides the batch; group g of the
+        results depends only on group g of the batch.
+      rows: tree of arrays that the batch axis leads.
+      shared: tree of arrays without a batch axis.
+    """
+    leaves, tree = jax.tree.flatten((rows, shared))
+    if not leaves:
+        return run(1, rows, shared)
+    form = None
+
+    def flat(groups: int, *leaves: Array) -> list[Array]:
+        nonlocal form
+        found, form = jax.tree.flatten(run(groups, *jax.tree.unflatten(tree, leaves)))
+        return vary_alike(*found, like=leaves)
+
+    is_shared = [False] * len(jax.tree.leaves(rows)) + [True] * len(jax.tree.leaves(shared))
+    found = over_batch(flat, is_shared, 1)(*leaves)
+    # None is no array, and can't be returned through a batching rule.
+    return jax.tree.unflatten(form, found)
 
 
 def over_batch(
@@ -16,11 +43,8 @@ def over_batch(
     """Returns `run` as a function of arrays that can be vmapped.
 
     Args:
-      run: called as run(groups, *arrays). All its results have a leading axis that is a
-        multiple of `groups`, a number that divides the batch; group g of the results
-        depends only on group g of the batch.
-      parameters: for each array, whether it is shared by the batch rather than led by
-        the batch axis.
+      run: called as run(groups, *arrays).
+      parameters: for each array, whether it is shared by the batch.
       groups: how many groups the batch is made of.
     """
 

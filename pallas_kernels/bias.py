@@ -5,8 +5,11 @@ only on the head and on how far the tile lies from the diagonal. Its gradient is
 adjoint: sum each diagonal of dS, once per offset.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.varying import vary_alike
 
 
 def expand(
@@ -28,6 +31,35 @@ def expand(
         past = jnp.arange(1, length - width + 1, dtype=distance_bias.dtype)
         tail = distance_bias[:, -1:] - distance_slope[:, None] * past
     return jnp.concatenate([distance_bias, tail], axis=1)
+
+
+def adjoint(
+    d_values: Float[Array, "groups heads reached"],
+    width: int,
+    *,
+    has_slope: bool,
+    past: Float[Array, "groups heads 2"] | None = None,
+) -> tuple[Float[Array, "groups heads width"], Float[Array, "groups heads"] | None]:
+    """Returns the gradients of table and slope, of each group of the batch.
+
+    Args:
+      d_values: gradient of b(x) for distances 0 <= x < reached.
+      width: of the table.
+      has_slope: whether it goes on past its end.
+      past: of distances that `d_values` has not, the sum of their gradients, and that of their
+        gradients times how far they lie past the table's end; None: there are none.
+    """
+    _, heads, reached = d_values.shape
+    table = jnp.zeros((heads, width), d_values.dtype)
+    slope = jnp.zeros(heads, d_values.dtype) if has_slope else None
+    leaves, tree = jax.tree.flatten((table, slope))
+    table, slope = jax.tree.unflatten(tree, vary_alike(*leaves, like=(d_values,)))
+    _, vjp = jax.vjp(lambda table, slope: expand(table, slope, reached), table, slope)
+    d_table, d_slope = jax.vmap(vjp)(d_values)
+    if past is not None:
+        d_table = d_table.at[:, :, width - 1].add(past[:, :, 0])
+        d_slope = d_slope - past[:, :, 1]
+    return d_table, d_slope
 
 
 def toeplitz(

@@ -133,7 +133,7 @@ def test_first_token_attends_to_nothing(implementation):
 
 def test_rounding_leaves_nothing_of_a_first_weight():
     """Of a softmax weight just above 1, that is; renormalization would make it 1 again."""
-    rest = dict.fromkeys(("query", "key", "value", "bias", "first", "span"))
+    rest = dict.fromkeys(("query", "key", "value", "bias", "segment_start", "span"))
     scale = jnp.array([1.0, 0.5, np.nan])
     head = HeadInputs(**rest, offset=jnp.float32(-1.0), offset_scale=scale)
     softmax = jnp.full((3, 1), np.nextafter(np.float32(1), np.float32(2)))

@@ -41,8 +41,8 @@ class HeadGradients:
 def backward(
     head: HeadInputs,
     out: Float[Array, "tiles batch size value_dim"],
-    log_sum_exp: Float[Array, "tiles batch size"],
-    value_sum: Float[Array, "tiles batch size value_dim"] | None,
+    lse: Float[Array, "tiles batch size"],
+    live_v: Float[Array, "tiles batch size value_dim"] | None,
     live: Bool[Array, " key_tiles"],
     d_out: Float[Array, "tiles batch size value_dim"],
     scale: float,
@@ -51,7 +51,7 @@ def backward(
     key, value = pad_lead(head.key), pad_lead(head.value)
     tiles, batch, size, head_dim = head.query.shape
     key_tiles = tiles + head.ahead
-    dtype = log_sum_exp.dtype
+    dtype = lse.dtype
 
     def row_dot(a: Array, b: Array) -> Float[Array, "tiles batch size"]:
         return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=-1)
@@ -59,15 +59,15 @@ def backward(
     delta = row_dot(d_out, out)
     d_offset = None
     if head.offset is not None:
-        assert value_sum is not None
-        pull = row_dot(d_out, value_sum)
+        assert live_v is not None
+        pull = row_dot(d_out, live_v)
         delta = delta + head.threshold * pull
         d_offset = jnp.sum(head.offset_scale * pull)
 
     def step(diagonal: Diagonal, state: Any) -> Any:
         d_query, d_key, d_value, d_bias = state
         scores, visible = masked_scores(head, key, diagonal, scale)
-        softmax = jnp.exp(scores - diagonal.queries(log_sum_exp)[..., None])
+        softmax = jnp.exp(scores - diagonal.queries(lse)[..., None])
         rows_delta = diagonal.queries(delta)[..., None]
 
         def live_part(d_value: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ class HeadInputs:
       value: [key_tiles, batch, size, value_dim].
       bias: [key_length], b(x) of every distance; None: 0.
       offset: [], tau; None: ordinary softmax.
-      first: [tiles, batch, size], first key each query sees.
+      segment_start: [tiles, batch, size], first key each query sees.
       offset_scale: [tiles, batch, size], 1 / n_i or a constant.
       span: [], the farthest diagonal visited.
     """
@@ -40,7 +40,7 @@ class HeadInputs:
     value: Float[Array, "key_tiles batch size value_dim"]
     bias: Float[Array, " key_length"] | None
     offset: Float[Array, ""] | None
-    first: Int[Array, "tiles batch size"]
+    segment_start: Int[Array, "tiles batch size"]
     offset_scale: Float[Array, "tiles batch size"]
     span: Int[Array, ""]
 
@@ -80,7 +80,7 @@ def masked_scores(
     scores = matmul("tbqd,tbkd->tbqk", diagonal.queries(head.query), diagonal.keys(key)) * scale
     if head.bias is not None:
         scores = scores + diagonal.bias(head.bias).astype(scores.dtype)
-    visible = diagonal.visible(head.first)
+    visible = diagonal.visible(head.segment_start)
     return jnp.where(visible, scores, -jnp.inf), visible
 
 
@@ -96,14 +96,14 @@ def elastic_softmax(
 
 
 def forward(
-    head: HeadInputs, scale: float, *, want_value_sum: bool
+    head: HeadInputs, scale: float, *, want_live_v: bool
 ) -> tuple[
     Float[Array, "tiles batch size value_dim"],
     Float[Array, "tiles batch size"],
     Float[Array, "tiles batch size value_dim"] | None,
     Bool[Array, " key_tiles"],
 ]:
-    """Returns out, the log-sum-exp, the masked value sum and the live diagonals.
+    """Returns out, the log-sum-exp, the sum of live values and the live diagonals.
 
     Without an offset one sweep does it all. With one, the threshold needs the whole
     row's log-sum-exp, so there are two; the first also marks the diagonals in which
@@ -169,28 +169,28 @@ def forward(
         return maximum, total, live
 
     maximum, total, live = sweep(first_sweep, (maximum, total, live))
-    log_sum_exp = maximum + jnp.log(total)
-    value_sum = jnp.zeros_like(out) if want_value_sum else None
+    lse = maximum + jnp.log(total)
+    live_v = jnp.zeros_like(out) if want_live_v else None
 
     def add_values(diagonal: Diagonal, state: Any) -> Any:
-        out, value_sum = state
+        out, live_v = state
         scores, visible = masked_scores(head, key, diagonal, scale)
-        softmax = jnp.exp(scores - diagonal.queries(log_sum_exp)[..., None])
+        softmax = jnp.exp(scores - diagonal.queries(lse)[..., None])
         weights, alive = elastic_softmax(softmax, diagonal.queries(head.threshold), visible)
         values = diagonal.keys(value)
         out = diagonal.add_to_queries(
             out, matmul("tbqk,tbkd->tbqd", weights.astype(values.dtype), values)
         )
-        if value_sum is not None:
-            value_sum = diagonal.add_to_queries(
-                value_sum, matmul("tbqk,tbkd->tbqd", alive.astype(values.dtype), values)
+        if live_v is not None:
+            live_v = diagonal.add_to_queries(
+                live_v, matmul("tbqk,tbkd->tbqd", alive.astype(values.dtype), values)
             )
-        return out, value_sum
+        return out, live_v
 
-    out, value_sum = sweep(
+    out, live_v = sweep(
         lambda diagonal, state: jax.lax.cond(
             live[diagonal.offset], lambda s: add_values(diagonal, s), lambda s: s, state
         ),
-        (out, value_sum),
+        (out, live_v),
     )
-    return out, log_sum_exp, value_sum, live
+    return out, lse, live_v, live

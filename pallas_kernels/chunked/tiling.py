@@ -19,11 +19,18 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels import bias as bias_lib
 
+# Large enough that a tile's matrix products outweigh the loop around them.
+_TILE_SIZE = 128
 # A diagonal has fewer tiles the farther out it lies, but array shapes are static:
 # the walk is cut into parts, each with the rows its nearest diagonal has. Each part
 # is compiled by itself, so short walks are not cut.
 _MAX_PARTS = 4
 _TILES_A_PART = 4
+
+
+def tile_size(length: int) -> int:
+    """Returns how many queries, and keys, a tile holds where there are `length` queries."""
+    return min(_TILE_SIZE, length)
 
 
 def _part_bounds(key_tiles: int) -> list[int]:
@@ -124,14 +131,16 @@ class Diagonal:
         near = near + bias_lib.sum_diagonals(x)
         return jax.lax.dynamic_update_slice_in_dim(total, near, start, axis=0)
 
-    def visible(self, first: Int[Array, "tiles batch size"]) -> Bool[Array, "rows batch size size"]:
-        """Returns which keys each query sees: causal, from `first` on."""
+    def visible(
+        self, segment_start: Int[Array, "tiles batch size"]
+    ) -> Bool[Array, "rows batch size size"]:
+        """Returns which keys each query sees: causal, from `segment_start` on."""
         within = jnp.arange(self.size)
         key_tile = jnp.arange(self.first_row, self.tiles) + self.ahead - self.offset
         key = key_tile[:, None] * self.size + within
         causal = self.offset * self.size + within[:, None] - within >= 0
         # No key before the first tile is at or after a document's start.
-        in_document = key[:, None, None, :] >= self.queries(first)[..., None]
+        in_document = key[:, None, None, :] >= self.queries(segment_start)[..., None]
         return causal & in_document
 
 

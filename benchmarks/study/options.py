@@ -40,6 +40,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "time_attention", False, "Time attention alone on trained queries and keys.", **where
     )
+    flags.DEFINE_bool(
+        "keep", False, "Keep the last checkpoint of each run in --workdir, with the tokenizer.",
+        **where,
+    )  # fmt: skip
     flags.DEFINE_string(
         "turn", None, "File; processes that name it take turns at the GPU: one trains while"
         " others compile.", **where,
@@ -106,6 +110,7 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
         cudnn=values.cudnn,
         time_attention=values.time_attention,
         first=values.first,
+        keep=values.keep,
         turn=None if values.turn is None else Path(values.turn).expanduser(),
         commit=values.commit,
         elapsed=elapsed,

@@ -32,6 +32,7 @@ from lazyattn.sharding import MeshConfig
 _RESERVE, _MEASURING = 15.0, 30.0
 # A run isn't begun for less than this.
 _WORTHWHILE = 45.0
+TOKENIZER = "tokenizer.json"
 _TIMED_STEPS, _TIMED_ROUNDS = 8, 4
 
 
@@ -52,6 +53,7 @@ class Options:
       measure: "all", or "loss" for validation loss and time alone.
       cudnn: time the variant `softmax` with cuDNN too.
       commit: of the code.
+      keep: keep each run's folder, as a folder that `train.py`'s other modes read.
       turn: file of a lock; of the processes that name it one trains, while others compile.
       time_attention: time attention alone on the trained model's own queries and keys.
       first: "variants": a seed of all variants before the next seed; "seeds": all seeds of a
@@ -76,6 +78,7 @@ class Options:
     measure: str = "all"
     cudnn: bool = False
     commit: str | None = None
+    keep: bool = False
     turn: Path | None = None
     time_attention: bool = False
     first: str = "variants"
@@ -101,6 +104,10 @@ def run(options: Options) -> int:
     Raises:
       InputError: for anything wrong with the options, before anything is trained.
     """
+    if options.keep:
+        require(options.workdir is not None, "--keep", True, "given with --workdir")
+        where = Path(options.data).expanduser()
+        require((where / TOKENIZER).exists(), "--data", options.data, f"a folder with {TOKENIZER}")
     specs = options.specs()
     experiments = {spec.identity: experiment_of(spec) for spec in specs}
     claims = None if options.workdir is None else options.workdir / "claims"
@@ -274,7 +281,7 @@ class Study:
             line["error"] = text if known else f"{type(error).__name__}: {text}"
             say(f"{spec.label}: {line['error']}\n{traceback.format_exc()}")
         self._ledger.append(line)
-        if folder is not None:
+        if folder is not None and not self._options.keep:
             shutil.rmtree(folder, ignore_errors=True)
         return 1
 
@@ -366,6 +373,9 @@ class Study:
         if folder is not None and self._remaining < self._measuring:
             train.save(folder, experiment, state, history)
             raise train.Cut(f"at step {spec.steps} of {spec.steps}, to be measured")
+        if options.keep and folder is not None:
+            train.save(folder, experiment, state, history)
+            shutil.copy(Path(options.data).expanduser() / TOKENIZER, folder / TOKENIZER)
         began = time.perf_counter()
         line = {
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),

@@ -14,10 +14,13 @@ from benchmarks.study.ledger import Ledger, short_name
 from benchmarks.study.settings import Spec, experiment_of
 from benchmarks.study.turns import turn
 from benchmarks.study.variants import VARIANTS
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.errors import InputError
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
 from lazyattn.training.step import make_train_step
+from lazyattn.training.workdir import load_trained
 from tests.benchmarks.study.made_up import TINY, write_tokens
 
 KEYS = """
@@ -92,6 +95,22 @@ def test_a_line_a_run_once(folder, tmp_path, capsys):
     assert "2 runs, 2 of them finished before" in capsys.readouterr().err
     assert len(_lines(options)) == 2
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["claims"]
+
+
+def test_a_run_that_is_kept_can_be_loaded(tmp_path):
+    folder = write_tokens(tmp_path / "data")
+    options = _options(folder, tmp_path, seeds=(0,), workdir=tmp_path / "work", keep=True)
+    with pytest.raises(InputError, match=r"--data is .* a folder with tokenizer.json"):
+        run.run(options)
+    with pytest.raises(InputError, match="--keep is True, but it must be given with --workdir"):
+        run.run(dataclasses.replace(options, workdir=None))
+    Tokenizer.train(["a few words, for a tokenizer"], 280).save(
+        tmp_path / "data" / "tokenizer.json"
+    )
+    assert run.run(options) == 1
+    trained = load_trained(tmp_path / "work" / short_name(options.specs()[0].identity))
+    assert trained.step == STEPS
+    assert trained.experiment.model.width == 16
 
 
 def test_a_line_says_why_it_failed(folder, tmp_path, monkeypatch):

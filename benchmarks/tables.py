@@ -78,7 +78,7 @@ def attention_rows() -> list[Row]:
                 (path.stem, entry["shape"], entry["case"], name),
                 {
                     "gpu": _gpu(about["device"]),
-                    "date": about["date"],
+                    "date": about.get("date", ""),
                     "note": about.get("note", ""),
                     "matmul": about.get("matmul_teraflops"),
                     "window": about.get("window"),
@@ -152,7 +152,7 @@ def readme() -> str:
     }
     rows = {
         (row["shape"], row["case"]): row
-        for row in attention_rows()
+        for row in sorted(attention_rows(), key=lambda row: row["date"])  # the newest stays
         if (row["gpu"], row["implementation"], row["window"]) == ("H200", "mosaic_gpu", None)
     }
     lines = []

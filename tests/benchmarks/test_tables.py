@@ -18,6 +18,11 @@ def test_every_table_stands_in_one_document():
     assert sorted(re.findall(r"<!-- table: (\w+) -->", text)) == sorted(tables.TABLES)
 
 
+def test_rows_say_when_they_were_measured():
+    undated = [row for row in tables.attention_rows() if not row["date"]]
+    assert undated == [], "`date` is missing beside `results` in the file"
+
+
 def test_a_changed_figure_is_put_right():
     text = f"a\n<!-- table: scaling -->\n{tables.scaling()}<!-- end of table -->\nb\n"
     assert tables.render(text) == text

@@ -17,6 +17,7 @@ has, so such a head visits all that its documents and its window allow.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,82 @@ def visit_ranges(
 
     Source: docs/lazy_attention.md, "Three kinds of tiles".
     """
-    batch, length, heads, _ = query.shape
+    norms = tile_norms(query, key, scale, tiles) if skip_mass > 0 else None
+    heads = query.shape[2]
+    return ranges_by_norms(norms, heads, bias, offset, first_visible, skip_mass, tiles)
+
+
+class TileNorms(NamedTuple):
+    """What score bounds need of queries and keys.
+
+    Attributes:
+      query: largest norm of each tile of queries, times the scale's size.
+      key: largest norm of each tile of keys, once a query head.
+      own: least score of a query with its own key, without bias, of each tile of queries.
+    """
+
+    query: Float[Array, "batch heads query_tiles"]
+    key: Float[Array, "batch heads key_tiles"]
+    own: Float[Array, "batch heads query_tiles"]
+
+
+def tile_norms(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    scale: float,
+    tiles: TileSizes,
+) -> TileNorms:
+    """Returns what `ranges_by_norms` needs of queries and keys; arguments as in `visit_ranges`."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    query, key = query.astype(accumulate), key.astype(accumulate)
+    query_norm = jnp.sqrt(jnp.sum(query**2, axis=-1)) * abs(scale)
+    key_norm = jnp.sqrt(jnp.sum(key**2, axis=-1))
+    if heads == kv_heads:
+        # Shaped as the norms are, so that XLA can read the inputs once for all three.
+        own_score = scale * jnp.sum(query * key, axis=-1)
+    else:
+        grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+        own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
+        own_score = own_score.reshape(batch, length, heads)
+
+    def tile_maximum(x, size):
+        # Every tile has a row that is none of padding.
+        padded = _pad(_or_infinite(x), 1, size, constant_values=-jnp.inf)
+        return padded.reshape(batch, -1, size, x.shape[-1]).max(axis=2).transpose(0, 2, 1)
+
+    of_queries = jnp.concatenate([query_norm, -own_score], axis=2)
+    if tiles.queries == tiles.keys:
+        together = jnp.concatenate([of_queries, key_norm], axis=2)
+        found = jnp.split(tile_maximum(together, tiles.keys), [heads, 2 * heads], axis=1)
+    else:
+        found = [
+            *jnp.split(tile_maximum(of_queries, tiles.queries), 2, axis=1),
+            tile_maximum(key_norm, tiles.keys),
+        ]
+    query_norm, own, key_norm = found
+    key_norm = jnp.repeat(key_norm, heads // kv_heads, axis=1)
+    return TileNorms(query_norm, key_norm, -own)
+
+
+def ranges_by_norms(
+    norms: TileNorms | None,
+    heads: int,
+    bias: Float[Array, "heads length"] | None,
+    offset: Float[Array, " heads"] | None,
+    first_visible: Int[Array, "batch length"],
+    skip_mass: float,
+    tiles: TileSizes,
+) -> VisitRanges:
+    """Returns what `visit_ranges` does, for a caller that uses the norms for more.
+
+    Args:
+      norms: see `tile_norms`; None if `skip_mass` is 0.
+      heads: of the queries.
+      bias, offset, first_visible, skip_mass, tiles: as in `visit_ranges`.
+    """
+    batch, length = first_visible.shape
     query_tiles, key_tiles = tiles.count(length)
     last = jnp.minimum((jnp.arange(query_tiles) + 1) * tiles.queries - 1, length - 1) // tiles.keys
 
@@ -91,8 +167,8 @@ def visit_ranges(
     first_visible = _pad(first_visible, 1, tiles.queries, mode="edge")
     document = first_visible.reshape(batch, 1, query_tiles, tiles.queries).min(-1) // tiles.keys
     first = jnp.broadcast_to(document, (batch, heads, query_tiles))
-    if skip_mass > 0:
-        bound = _score_bounds(query, key, bias, scale, tiles)
+    if norms is not None:
+        bound = _score_bounds(norms, bias, tiles)
         tile = jnp.arange(key_tiles)
         bound = jnp.where(tile >= document[..., None], bound, -jnp.inf)
         # Far tiles first. The minimum only guards exp against overflow: such a tile
@@ -107,39 +183,13 @@ def visit_ranges(
 
 
 def _score_bounds(
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    bias: Float[Array, "heads length"] | None,
-    scale: float,
-    tiles: TileSizes,
+    norms: TileNorms, bias: Float[Array, "heads length"] | None, tiles: TileSizes
 ) -> Float[Array, "batch heads query_tiles key_tiles"]:
     """Returns, for each tile, a bound on score minus log-sum-exp over its entries."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    accumulate = jnp.promote_types(query.dtype, jnp.float32)
-    query, key = query.astype(accumulate), key.astype(accumulate)
-    query_norm = jnp.sqrt(jnp.sum(query**2, axis=-1)) * abs(scale)
-    key_norm = jnp.sqrt(jnp.sum(key**2, axis=-1))
-    if heads == kv_heads:
-        # Shaped as the norms are, so that XLA can read the inputs once for all three.
-        own_score = scale * jnp.sum(query * key, axis=-1)
-    else:
-        grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
-        own_score = own_score.reshape(batch, length, heads)
+    lowest = norms.own if bias is None else norms.own + bias[:, :1]
+    bound = norms.query[..., None] * norms.key[..., None, :] - lowest[..., None] + _SLACK
     if bias is not None:
-        own_score = own_score + bias[:, 0]
-
-    def tile_maximum(x, size, fill):
-        padded = _pad(x, 1, size, constant_values=fill)
-        return padded.reshape(batch, -1, size, x.shape[-1]).max(axis=2).transpose(0, 2, 1)
-
-    query_norm = tile_maximum(query_norm, tiles.queries, 0)
-    key_norm = jnp.repeat(tile_maximum(key_norm, tiles.keys, 0), heads // kv_heads, axis=1)
-    lowest = -tile_maximum(-own_score, tiles.queries, -jnp.inf)
-    bound = query_norm[..., None] * key_norm[..., None, :] - lowest[..., None] + _SLACK
-    if bias is not None:
-        bound = bound + bias_maxima(bias.astype(accumulate), tiles)
+        bound = bound + bias_maxima(bias.astype(norms.query.dtype), tiles)
     return bound
 
 
@@ -152,7 +202,9 @@ def bias_maxima(
     # Cut distances into cells of the common divisor: a tile's distances are then
     # whole cells, but for one entry at the near end.
     cell = math.gcd(tiles.queries, tiles.keys)
-    cells = _pad(bias, 1, cell, constant_values=-jnp.inf).reshape(heads, -1, cell).max(-1)
+    cells = (
+        _pad(_or_infinite(bias), 1, cell, constant_values=-jnp.inf).reshape(heads, -1, cell).max(-1)
+    )
     per_tile = (tiles.queries + tiles.keys) // cell
     before = tiles.keys // cell
     after = query_tiles * tiles.queries // cell - cells.shape[1]
@@ -172,6 +224,11 @@ def bias_maxima(
         windows[:, jnp.clip(offset // cell, 0, windows.shape[1] - 1)],
         -jnp.inf,
     )
+
+
+def _or_infinite(x: Array) -> Array:
+    """Returns x with NaN as infinity, which visits: on a CPU XLA's maxima may leave NaN out."""
+    return jnp.where(jnp.isnan(x), jnp.inf, x)
 
 
 def _pad(x: Array, axis: int, multiple: int, **how) -> Array:

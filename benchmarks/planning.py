@@ -166,6 +166,8 @@ class Planning:
         visits = kernels.visits(table.maxima)
         order = forward.order(self.plan, True, kernels.query, kernels.key)
         orders = op.planning(self.plan).tile_orders(visits.work, kernels.group, [order])
+        # As between forward and backward pass, whose orders are made apart.
+        visits = lax.optimization_barrier(visits)
         ranges = kernels.key_ranges(visits.first, live, visits.work)
         return table, visits, orders, ranges, kernels.gradients(1, of_offset, sums, tail_sums)
 

@@ -161,22 +161,23 @@ class TileOrder:
         batch = lax.div(pair, jnp.int32(self.heads))
         return batch, pair - batch * self.heads, number - pair * self.tiles
 
-    def tile_order(self, rank: Int[Array, " kv_pairs"]) -> Int[Array, " work_tiles+1"]:
+    def tile_order(self, most_first: Int[Array, " kv_pairs"]) -> Int[Array, " work_tiles+1"]:
         """Returns the numbers of the work tiles as they are handed out, and a 0 to count them by.
 
         Args:
-          rank: of each (batch, key head), 0 for the one with most work.
+          most_first: each (batch, key head), the one with most work first.
         """
-        member = jnp.arange(self.members, dtype=jnp.int32)
-        place = (rank[:, None] * self.members + member).reshape(-1, 1)
-        section = place // self.section
-        size = jnp.minimum(self.section, self.pairs - section * self.section)
-        tile = jnp.arange(self.tiles, dtype=jnp.int32)
-        turn = self.tiles - 1 - tile if self.descending else tile
-        start = section * self.section
-        turn = start * self.tiles + turn * size + place - start
-        number = jnp.arange(self.work_tiles, dtype=jnp.int32)
-        return jnp.zeros(self.work_tiles + 1, jnp.int32).at[turn.reshape(-1)].set(number)
+        turn = jnp.arange(self.work_tiles + 1, dtype=jnp.int32)
+        start = turn // (self.section * self.tiles) * self.section
+        size = jnp.minimum(self.section, self.pairs - start)
+        within = turn - start * self.tiles
+        # The last turn is none of a work tile; it gets a section of 0 heads.
+        tile = within // jnp.maximum(size, 1)
+        place = start + within - tile * size
+        tile = self.tiles - 1 - tile if self.descending else tile
+        pair = most_first[jnp.minimum(place, self.pairs - 1) // self.members] * self.members
+        number = (pair + place % self.members) * self.tiles + tile
+        return jnp.where(turn < self.work_tiles, number, 0)
 
 
 def _section(pairs: int, one: int) -> int:

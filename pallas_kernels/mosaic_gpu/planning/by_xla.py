@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, reference
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
-from pallas_kernels.visit import TileSizes, visit_ranges
+from pallas_kernels.visit import TileSizes, ranges_by_norms, tile_norms
 
 
 class Table(NamedTuple):
@@ -95,22 +95,15 @@ def visits(
     bias = None
     if distance_bias is not None:
         bias = bias_lib.expand(distance_bias, distance_slope, length)
-    ranges = visit_ranges(
-        query,
-        key,
-        bias,
-        offset,
-        first_visible,
-        scale=plan.scale,
-        skip_mass=plan.skip_mass,
-        tiles=TileSizes(UNIT, UNIT),
+    if not plan.packed:
+        first_visible = jnp.zeros_like(first_visible)
+    tiles = TileSizes(UNIT, UNIT)
+    norms = tile_norms(query, key, plan.scale, tiles)
+    ranges = ranges_by_norms(
+        norms if plan.skip_mass > 0 else None,
+        *(heads, bias, offset, first_visible, plan.skip_mass, tiles),
     )
-
-    def largest_norm(x: Float[Array, "batch length n dim"]) -> Float[Array, "batch n"]:
-        return jnp.sqrt(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), axis=1))
-
-    bound = largest_norm(query) * jnp.repeat(largest_norm(key), heads // key.shape[2], axis=1)
-    bound = bound * abs(plan.scale)
+    bound = jnp.prod(jnp.max(jnp.stack([norms.query, norms.key]), axis=-1), axis=0)
     if bias is not None:
         # Without a score of its own a row's sum has no lower bound.
         largest = jnp.max(bias, axis=1) - reference(bias)
@@ -132,8 +125,7 @@ def tile_orders(
     """
     total = work.sum(axis=-1).reshape(-1, group).sum(axis=-1)
     most_first = jnp.argsort(-total, stable=True)
-    rank = jnp.zeros_like(total).at[most_first].set(jnp.arange(total.size, dtype=total.dtype))
-    return [order.tile_order(rank) for order in orders]
+    return [order.tile_order(most_first) for order in orders]
 
 
 def key_ranges(
@@ -245,6 +237,8 @@ def gradients(
         d_bias, d_slope = jax.vmap(vjp)(near[:, :, :reached])
         if tail_sums is not None:
             past = by_group(tail_sums).sum(axis=(1, 3, 5))
-            d_bias = d_bias.at[:, :, width - 1].add(past[:, :, 0])
+            # In one fusion with what made it, unlike `at`.
+            end = jnp.arange(width) == width - 1
+            d_bias = d_bias + jnp.where(end, past[:, :, :1], 0)
             d_slope = d_slope - past[:, :, 1]
     return Gradients(d_bias, d_slope, d_offset)

@@ -86,8 +86,8 @@ def decode_attention(
         have no axis of layers.
       skip_mass: keys may be left out that together hold less than this share of a row's softmax
         mass, certainly and for any input; needs key_norms. 0: none.
-      implementation: "xla" (the definition; reads all) or "xla_chunked" (made for CPUs; skips);
-        None: the best that applies.
+      implementation: "triton" (NVIDIA GPUs), "xla_chunked" (plain JAX that skips, for CPUs) or
+        "xla" (the definition, which reads all); None: the best that applies.
 
     Returns:
       out, in the shape and dtype of `query`.
@@ -156,6 +156,7 @@ def decode_attention(
             window=window,
             offset_scale=None if isinstance(offset_divisor, str) else 1 / float(offset_divisor),
             renormalize=renormalize,
+            ring=bool(ring),
         )
         if implementation is None:
             implementation = op.choose(inputs, settings)
@@ -169,7 +170,7 @@ def decode_attention(
                     f"implementation {implementation!r} of decode_attention can't do this call,"
                     f" since {reason}."
                 )
-        return op.attention(implementation, inputs, settings, ring=ring)
+        return op.attention(implementation, inputs, settings)
 
 
 def _check_arrays(

@@ -7,6 +7,7 @@ holds (`types.py` says which) with 0 <= t - j, and t - j < window where there is
     a_j = max(0, softmax(s)_j + tau / n)         n = min(t + 1, window)
     out = sum_j a_j v_j
 
+and 0 for a query before position 0, and NaN for a row longer than a cache that is no ring.
 n counts what the query would see in a full cache, so that a ring divides tau by the same number.
 
 What a backend need not read:
@@ -17,14 +18,26 @@ What a backend need not read:
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import target
 from pallas_kernels.decode import xla, xla_chunked
-from pallas_kernels.decode.types import Inputs, Settings, positions
+from pallas_kernels.decode.types import Inputs, Settings
+from pallas_kernels.triton import support as triton_support
 
 Decode = Callable[[Inputs, Settings], Float[Array, "batch new heads head_dim"]]
+
+
+def _triton(inputs: Inputs, settings: Settings) -> Array:
+    from pallas_kernels.decode import triton  # Triton takes a second to import.
+
+    return triton.attention(inputs, settings)
+
+
+def _triton_unsupported(inputs: Inputs, settings: Settings) -> str | None:
+    del settings
+    head_dim = inputs.query.shape[-1]
+    return triton_support.unsupported(head_dim, head_dim, inputs.query.dtype)
 
 
 def _does_all(inputs: Inputs, settings: Settings) -> str | None:
@@ -38,6 +51,7 @@ BACKENDS: dict[
     str,
     tuple[Decode, Callable[[Inputs, Settings], str | None], tuple[str, ...] | None],
 ] = {
+    "triton": (_triton, _triton_unsupported, ("gpu",)),
     "xla_chunked": (xla_chunked.attention, _does_all, ("cpu",)),
     "xla": (xla.attention, _does_all, None),
 }
@@ -59,19 +73,7 @@ def choose(inputs: Inputs, settings: Settings) -> str:
 
 
 def attention(
-    name: str, inputs: Inputs, settings: Settings, *, ring: bool
+    name: str, inputs: Inputs, settings: Settings
 ) -> Float[Array, "batch new heads head_dim"]:
-    """Returns the output of the named backend.
-
-    Args:
-      name: of the backend.
-      inputs: arrays.
-      settings: what is static.
-      ring: rows longer than the cache are meant; if not, their outputs are NaN.
-    """
-    out = BACKENDS[name][0](inputs, settings)
-    if not ring:
-        fits = (inputs.lengths <= inputs.slots)[:, None, None, None]
-        out = jnp.where(fits, out, jnp.nan)
-    exists = (positions(inputs) >= 0)[:, :, None, None]
-    return jnp.where(exists, out, 0)
+    """Returns the output of the named backend."""
+    return BACKENDS[name][0](inputs, settings)

@@ -88,6 +88,7 @@ class Settings:
       window: keys each query sees at most; None: all.
       offset_scale: what tau is multiplied by; None: 1 / n.
       renormalize: divide each row of weights by its sum, where that isn't 0.
+      ring: rows longer than the cache are meant; if not, their outputs are NaN.
     """
 
     scale: float
@@ -95,6 +96,7 @@ class Settings:
     window: int | None
     offset_scale: float | None
     renormalize: bool
+    ring: bool
 
 
 def backs(inputs: Inputs) -> Int[Array, "batch slots"]:
@@ -131,3 +133,13 @@ def offset_scales(inputs: Inputs, settings: Settings) -> Float[Array, "batch new
     if settings.window is not None:
         seen = jnp.minimum(seen, settings.window)
     return 1 / seen.astype(dtype)
+
+
+def finished(
+    out: Float[Array, "batch new heads head_dim"], inputs: Inputs, settings: Settings
+) -> Float[Array, "batch new heads head_dim"]:
+    """Returns the output with 0 for queries that do not exist, and NaN for rows too long."""
+    if not settings.ring:
+        fits = (inputs.lengths <= inputs.slots)[:, None, None, None]
+        out = jnp.where(fits, out, jnp.nan)
+    return jnp.where((positions(inputs) >= 0)[:, :, None, None], out, 0)

@@ -9,6 +9,7 @@ from pallas_kernels.decode.types import (
     Inputs,
     Settings,
     distances,
+    finished,
     offset_scales,
     visible,
 )
@@ -49,7 +50,7 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
-    return out.reshape(query.shape).astype(query.dtype)
+    return finished(out.reshape(query.shape).astype(query.dtype), inputs, settings)
 
 
 def elastic(

@@ -14,6 +14,7 @@ from pallas_kernels.decode.types import (
     Inputs,
     Settings,
     backs,
+    finished,
     offset_scales,
     visible,
 )
@@ -38,7 +39,8 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
             call.needed(),
         ),
     )
-    return out.transpose(1, 3, 0, 2, 4).reshape(query.shape).astype(query.dtype)
+    out = out.transpose(1, 3, 0, 2, 4).reshape(query.shape).astype(query.dtype)
+    return finished(out, inputs, settings)
 
 
 class _Call:

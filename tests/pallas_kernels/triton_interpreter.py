@@ -23,16 +23,19 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from pallas_kernels import gpu
+from pallas_kernels.decode import triton as decode
 from pallas_kernels.mosaic_gpu.planning import gradients, key_ranges, order, table, visits
 from pallas_kernels.rotary import kernels
 from pallas_kernels.triton import call, config, op
 
 # All that reads it is imported by now; the processes that other tests start need not.
 assert triton.experimental.gluon and op and gradients and key_ranges and order and table and visits
-assert kernels
+assert kernels and decode
 del os.environ["TRITON_INTERPRET"]
 
-_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+_NAMES = {
+    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8",
+}  # fmt: skip
 
 
 class _Pointer:

@@ -7,6 +7,7 @@ same formula over the positions that are left.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -331,7 +332,7 @@ def inputs_of(args: dict[str, Any]) -> Inputs:
 def settings_of(args: dict[str, Any], skip_mass: float = 1e-6) -> Settings:
     """The same of its settings."""
     window = args.get("window")
-    return Settings(args["query"].shape[-1] ** -0.5, skip_mass, window, None, False)
+    return Settings(args["query"].shape[-1] ** -0.5, skip_mass, window, None, False, False)
 
 
 def check_unread_pages_do_not_matter(
@@ -380,3 +381,16 @@ def live_slots(decode: Decode) -> np.ndarray:
     )
     live = np.asarray(weights > 0).reshape(batch, kv_heads, -1, weights.shape[-1]).any(axis=2)
     return np.pad(live, ((0, 0), (0, 0), (0, slots - live.shape[-1])))
+
+
+# What every backend is checked for besides its output.
+CHECKS: dict[str, Callable[[str], None]] = {
+    "half": lambda backend: check_half(backend, SPARSE[1], "bfloat16", 2**-8),
+    "int8": lambda backend: check_int8(backend, SPARSE[1]),
+    "int8_ring": lambda backend: check_int8(backend, RINGS[2]),
+    "int8_softmax": lambda backend: check_int8(backend, SPARSE[2]),
+    "layers": lambda backend: check_layers(backend, SPARSE[1]),
+    "rows": check_rows_that_do_not_exist,
+    "not_a_number": check_not_a_number_comes_through,
+    "blind": check_blind,
+}

@@ -31,6 +31,7 @@ from jaxtyping import Array
 from benchmarks import cases, peers, provenance, shares, timing
 from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
+from pallas_kernels import problem
 from pallas_kernels.mosaic_gpu import config
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
@@ -114,15 +115,16 @@ def _function(result: Result, attention: Callable[..., Array]) -> Callable[..., 
 
 
 def _lazy(implementation: str, query: Array, key: Array, value: Array, **parameters: Array) -> Any:
-    return lazy_attention(
-        query,
-        key,
-        value,
-        **parameters,
-        window=_WINDOW.value,
-        skip_mass=_SKIP_MASS.value,
-        implementation=implementation,
-    )
+    with problem.options(skip_dead=_SKIP_DEAD.value):
+        return lazy_attention(
+            query,
+            key,
+            value,
+            **parameters,
+            window=_WINDOW.value,
+            skip_mass=_SKIP_MASS.value,
+            implementation=implementation,
+        )
 
 
 def _jobs(shape: cases.Shape) -> list[tuple[Result, Callable[..., Array]]]:
@@ -355,10 +357,6 @@ def main(argv: list[str]) -> None:
     if "learned" in _CASES.value:
         exists = os.path.exists(_LEARNED.value)
         require(exists, "--learned", _LEARNED.value, "a file for the case `learned`")
-    if not _SKIP_DEAD.value:
-        from pallas_kernels.triton import op
-
-        op.skip_dead_tiles = False
     results: list[Result] = []
     matmul = None if jax.default_backend() == "cpu" else _matmul_rate()
     for text in _SHAPES.value:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lazyattn.call import Call
+from pallas_kernels.problem import Inputs, Problem
+
 CASES = ("dense", "alibi", "learned", "biased_softmax")
 
 
@@ -85,3 +88,31 @@ def parameters(
         "distance_bias": jnp.asarray(every[chosen], jnp.float32),
         "offset": jnp.asarray(taus[chosen], jnp.float32),
     }
+
+
+def call(
+    tensors: Any,
+    parameters: dict[str, Array],
+    skip_mass: float = 1e-6,
+    window: int | None = None,
+) -> tuple[Problem, Inputs]:
+    """Returns what a backend gets of a call; arguments as from the functions above."""
+    query, key, value, *_ = tensors
+    made = Call(
+        query,
+        key,
+        value,
+        parameters.get("distance_bias"),
+        parameters.get("distance_slope"),
+        parameters.get("offset"),
+        offset_divisor="visible",
+        renormalize=False,
+        segment_ids=None,
+        query_start=None,
+        chunk_starts=None,
+        window=None if window is None or window >= key.shape[1] else window,
+        scale=query.shape[-1] ** -0.5,
+        skip_mass=skip_mass,
+        return_weights=False,
+    )
+    return made.problem(), made.inputs()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from benchmarks import cases
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.visit import TileSizes, visit_ranges
 
@@ -159,27 +160,21 @@ def by_triton(
 
     They take live tiles to be one range from the diagonal on. Arguments as above.
     """
-    from pallas_kernels.triton import op
-    from pallas_kernels.types import AttentionSettings, Visibility
+    from pallas_kernels.triton import backend
 
-    query, key, value, _ = tensors
-    batch, length, heads, dim = query.shape
-    bias, slope = parameters.get("distance_bias"), parameters.get("distance_slope")
-    settings = AttentionSettings(dim**-0.5, skip_mass)
-    narrow = window is not None and window < length
-    plan = op.make_plan(query, bias, slope, parameters["offset"], settings, packed=narrow)
+    problem, inputs = cases.call(tensors, parameters, skip_mass, window)
+    plan = backend.plan(problem)
+    batch, length, heads, _ = inputs.query.shape
 
     @jax.jit
-    def count(query, key, value, bias, slope, offset):
-        position = jnp.arange(length, dtype=jnp.int32)
-        first = jnp.maximum(position + 1 - (window or length), 0)
-        scale = 1 / (position - first + 1).astype(jnp.float32)
-        visibility = Visibility(*(jnp.broadcast_to(x, (batch, length)) for x in (first, scale)))
-        kernels = op.Kernels(query, key, value, bias, slope, offset, visibility, plan)
-        live = kernels.forward(kernels.visit_ranges(plan.blocks.forward), training=True)[-1]
+    def count(inputs):
+        table = backend.table(plan, inputs.distance_bias, inputs.distance_slope, length)
+        ranges = backend.ranges(plan, inputs, table, training=True)
+        _, residuals = backend.forward(plan, inputs, table, ranges, training=True)
+        live = ranges if residuals.live is None else residuals.live
         tiles = plan.blocks.forward
         end = jnp.arange(1, live.shape[-1] + 1) * tiles.queries
         stop = -(-jnp.minimum(end, length) // tiles.keys)
         return (stop - live).sum() / (batch * heads * stop.sum())
 
-    return count(query, key, value, bias, slope, parameters["offset"])
+    return count(inputs)

@@ -26,8 +26,8 @@ from absl import app, flags
 from jaxtyping import Array
 
 from lazyattn import lazy_attention
-from pallas_kernels import gpu
-from pallas_kernels.triton import call, config, plan
+from pallas_kernels import gpu, problem
+from pallas_kernels.triton import config, plan
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 
@@ -85,15 +85,14 @@ def _captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[La
         launches.append(Launch(kernel, types, block, static))
         return [jnp.zeros(x.shape, x.dtype) for x in outputs]
 
-    before, call.interpreter = call.interpreter, capture
     table = config.blocks
     if blocks is not None:
         config.blocks = lambda *_: blocks
     try:
-        with gpu.pretend_capability(capability):
+        with gpu.pretend_capability(capability), problem.options(launch_triton=capture):
             yield launches
     finally:
-        call.interpreter, config.blocks = before, table
+        config.blocks = table
 
 
 def launches(

@@ -24,10 +24,14 @@ from jaxtyping import Array
 from benchmarks import cases, timing, triton_static
 from lazyattn import paths
 from pallas_kernels import gpu
+from pallas_kernels.problem import Inputs
+from pallas_kernels.triton import backend, config
 from pallas_kernels.triton import blocks as table
-from pallas_kernels.triton import config, op
+from pallas_kernels.triton.backward_dbias import backward_dbias
+from pallas_kernels.triton.backward_dkv import backward_dkv
+from pallas_kernels.triton.backward_dq import backward_dq
+from pallas_kernels.triton.forward import forward
 from pallas_kernels.triton.plan import Plan
-from pallas_kernels.types import AttentionSettings, Visibility
 
 Row = tuple[int, int, int, int]
 KERNELS = [field.name for field in dataclasses.fields(config.Blocks)]
@@ -125,81 +129,82 @@ def choose_static(capability: int, itemsize: int, head_dim: int) -> dict[str, Ro
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Case:
     """One case's arrays on the GPU, and how much its time counts."""
 
     plan: Plan
-    arrays: tuple[Any, ...]
+    inputs: Inputs
     d_out: Array
     weight: float
 
     @classmethod
-    def make(cls, case: str, shape: cases.Shape, dtype: str, weight: float) -> "Inputs":
-        query, key, value, d_out = cases.tensors(shape, dtype, seed=0)
+    def make(cls, case: str, shape: cases.Shape, dtype: str, weight: float) -> "Case":
+        tensors = cases.tensors(shape, dtype, seed=0)
         parameters = cases.parameters(case, shape, 1024, None)
-        position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
-        scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
-        visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
-        bias, slope = parameters["distance_bias"], parameters.get("distance_slope")
-        offset = parameters["offset"]
-        settings = AttentionSettings(shape.head_dim**-0.5, 1e-6)
-        plan = op.make_plan(query, bias, slope, offset, settings, packed=False)
-        return cls(plan, (query, key, value, bias, slope, offset, visibility), d_out, weight)
+        problem, inputs = cases.call(tensors, parameters)
+        return cls(backend.plan(problem), inputs, tensors[3], weight)
 
 
-def _saved(inputs: Inputs, kernel: str, chosen: dict[str, Row]) -> tuple[Plan, Any]:
-    """Returns the plan, and what the kernel reads that other kernels write."""
+def _table(plan: Plan, inputs: Inputs) -> Any:
+    return backend.table(plan, inputs.distance_bias, inputs.distance_slope, inputs.query.shape[1])
+
+
+def _saved(case: Case, kernel: str, chosen: dict[str, Row]) -> Any:
+    """Returns what a kernel of the backward pass reads that other kernels write."""
     names = KERNELS[: KERNELS.index(kernel)]
     known = {name: chosen[name] for name in names if name in chosen}
     plan = dataclasses.replace(
-        inputs.plan, blocks=_blocks(known, "forward", known.get("forward", (64, 64, 4, 2)))
+        case.plan, blocks=_blocks(known, "forward", known.get("forward", (64, 64, 4, 2)))
     )
 
     @jax.jit
-    def run(arrays: Any, d_out: Array) -> Any:
-        kernels = op.Kernels(*arrays, plan)
-        first = kernels.visit_ranges(plan.blocks.forward)
-        out, mean, rounding, log_total, live = kernels.forward(first, training=True)
-        before = (first, live, log_total, out, mean, rounding, d_out)
+    def run(inputs: Inputs, d_out: Array) -> Any:
+        table = _table(plan, inputs)
+        first = backend.ranges(plan, inputs, table, training=True)
+        _, residuals = forward(plan, inputs, table, first, training=True)
         if kernel == "backward_query":
-            return before
-        _, delta, threshold, *_ = kernels.backward_query(*before)
-        return first, live, log_total, delta, threshold, d_out
+            return first, residuals, d_out
+        _, row_stats, *_ = backward_dq(plan, inputs, table, first, residuals, d_out)
+        return first, residuals, row_stats, d_out
 
-    return plan, run(inputs.arrays, inputs.d_out)
+    return run(case.inputs, case.d_out)
 
 
 def measure(
-    kernel: str, rows: list[Row], chosen: dict[str, Row], every: list[Inputs]
+    kernel: str, rows: list[Row], chosen: dict[str, Row], every: list[Case]
 ) -> dict[Row, float]:
     """Returns the weighted milliseconds of a kernel with each row; failed rows left out."""
     backward = kernel.startswith("backward")
-    saved = [_saved(inputs, kernel, chosen)[1] if backward else None for inputs in every]
+    saved = [_saved(case, kernel, chosen) if backward else None for case in every]
 
-    def compile_one(row: Row, inputs: Inputs, before: Any) -> Callable[[], Any] | None:
+    def compile_one(row: Row, case: Case, before: Any) -> Callable[[], Any] | None:
         known = {name: value for name, value in chosen.items() if name != "backward_bias"}
         if kernel == "backward_bias":
             known["backward_query"] = (*row[:2], 4, 1)
-        plan = dataclasses.replace(inputs.plan, blocks=_blocks(known, kernel, row))
+        plan = dataclasses.replace(case.plan, blocks=_blocks(known, kernel, row))
+        training = kernel == "forward"
 
-        def run(arrays: Any, before: Any) -> Any:
-            kernels = op.Kernels(*arrays, plan)
-            if backward:
-                return getattr(kernels, kernel)(*before)
-            return kernels.forward(before, training=kernel == "forward")
+        def run(inputs: Inputs, before: Any) -> Any:
+            table = _table(plan, inputs)
+            if not backward:
+                return forward(plan, inputs, table, before, training=training)
+            if kernel == "backward_query":
+                return backward_dq(plan, inputs, table, *before)
+            if kernel == "backward_key":
+                return backward_dkv(plan, inputs, table, *before)
+            return backward_dbias(plan, inputs, table, *before, groups=1)
 
         if not backward:
-            block = getattr(plan.blocks, kernel)
-            before = jax.jit(lambda arrays: op.Kernels(*arrays, plan).visit_ranges(block))(
-                inputs.arrays
-            )
+            before = jax.jit(
+                lambda inputs: backend.ranges(plan, inputs, _table(plan, inputs), training=training)
+            )(case.inputs)
         try:
-            function = jax.jit(run).lower(inputs.arrays, before).compile()
-            jax.block_until_ready(function(inputs.arrays, before))
+            function = jax.jit(run).lower(case.inputs, before).compile()
+            jax.block_until_ready(function(case.inputs, before))
         except Exception as error:
             print(f"{kernel} {row}: {str(error).splitlines()[0][:120]}", flush=True)
             return None
-        return lambda: function(inputs.arrays, before)
+        return lambda: function(case.inputs, before)
 
     jobs = [(row, n) for row in rows for n in range(len(every))]
     with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
@@ -228,7 +233,7 @@ def choose_measured(
     """Returns the fastest candidates on this GPU; `save` gets those known so far."""
     itemsize = jnp.dtype(dtype).itemsize
     # A sparse case takes less time, and matters at least as much.
-    every = [Inputs.make("dense", shape, dtype, 1.0), Inputs.make("alibi", shape, dtype, 2.0)]
+    every = [Case.make("dense", shape, dtype, 1.0), Case.make("alibi", shape, dtype, 2.0)]
     chosen: dict[str, Row] = {}
 
     def fastest(kernel: str, rows: list[Row]) -> dict[Row, float]:

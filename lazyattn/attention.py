@@ -286,16 +286,6 @@ def _chunked_unsupported(call: Call) -> str | None:
     return None
 
 
-def _run_chunked(call: Call) -> Float[Array, "batch length heads value_dim"]:
-    return attention.attention(
-        "xla_chunked",
-        call.problem(),
-        call.inputs(),
-        chunk_starts=None if call.chunk_starts is None else call.places(),
-        renormalize=call.renormalize,
-    )
-
-
 def _symbolic(call: Call) -> str:
     return f"{' and '.join(call.symbolic_axes)} of its arrays are symbolic, unlike with 'xla'"
 
@@ -343,10 +333,22 @@ def _run_tpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
     return _run_fused(op, call)
 
 
-def _run_triton(call: Call) -> Float[Array, "batch length heads head_dim"]:
-    from pallas_kernels.triton import op  # Triton takes a second to import.
+def _run_backend(name: str, call: Call) -> Float[Array, "batch length heads value_dim"]:
+    return attention.attention(
+        name,
+        call.problem(),
+        call.inputs(),
+        chunk_starts=None if call.chunk_starts is None else call.places(),
+        renormalize=call.renormalize,
+    )
 
-    return _run_fused(op, call)
+
+def _backend(
+    name: str, unsupported: Callable[[Call], str | None], *platforms: str
+) -> Implementation:
+    return Implementation(
+        name, unsupported, functools.partial(_run_backend, name), platforms or None
+    )
 
 
 def _run_mosaic_gpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
@@ -380,8 +382,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for implementation in (
         Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
         Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
-        Implementation("triton", _triton_unsupported, _run_triton, ("gpu",)),
-        Implementation("xla_chunked", _chunked_unsupported, _run_chunked),
+        _backend("triton", _triton_unsupported, "gpu"),
+        _backend("xla_chunked", _chunked_unsupported),
         Implementation("xla", lambda call: None, _run_xla),
     )
 }

@@ -85,6 +85,10 @@ class Problem(Options):
     skip_mass: float
     out_dtype: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what is known of the call itself, by name: to make a plan of."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Problem)}
+
     @property
     def has_bias(self) -> bool:
         """Whether there is a bias table."""

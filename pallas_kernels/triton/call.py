@@ -1,41 +1,45 @@
 """One way to launch a Triton kernel from JAX, whatever the versions in use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.gpu import compute_capability
+from pallas_kernels.problem import Options, current_options
 from pallas_kernels.triton.config import Block
 from pallas_kernels.varying import vary_alike
-
-# Tests on a CPU put Triton's interpreter here: it is called as `launch` is.
-interpreter: Callable[..., Any] | None = None
 
 
 def launch(
     kernel: Any,
-    arrays: Sequence[Array],
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    arrays: Sequence[Array | None],
+    outputs: Sequence[jax.ShapeDtypeStruct | None],
     grid: tuple[int, ...],
     block: Block,
     static: Any,
-) -> list[Array]:
+) -> list[Any]:
     """Runs `kernel` once and returns its outputs.
 
     Args:
       kernel: a `triton.jit` function whose parameters are pointers to `arrays`, then to
         `outputs`, then the constant `static`.
-      arrays: inputs.
-      outputs: shapes and dtypes; their memory starts uninitialised.
+      arrays: inputs; None: the kernel does not read that one.
+      outputs: shapes and dtypes; their memory starts uninitialized. None: the kernel does not
+        write that one, and None is returned for it.
       grid: programs along each axis, at most 65535 along the second.
       block: gives warps and stages; its sizes are in `static` already.
       static: what the kernel is compiled for.
     """
-    run = _triton_call if interpreter is None else interpreter
-    results = run(kernel, arrays, outputs, grid, block, static)
-    return vary_alike(*results, like=arrays)
+    # Every pointer must point somewhere.
+    given = [jnp.zeros(1, jnp.float32) if x is None else x for x in arrays]
+    wanted = [jax.ShapeDtypeStruct((1,), jnp.float32) if x is None else x for x in outputs]
+    options = static if isinstance(static, Options) else current_options()
+    run = options.launch_triton or _triton_call
+    results = vary_alike(*run(kernel, given, wanted, grid, block, static), like=given)
+    return [x if y is not None else None for x, y in zip(results, outputs, strict=True)]
 
 
 def _triton_call(

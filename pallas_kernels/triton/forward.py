@@ -8,16 +8,15 @@ one sweep does it all.
 Loops count from 0, since Triton does not fetch ahead in loops that don't.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels.problem import Inputs, Residuals
 from pallas_kernels.triton.call import launch
-from pallas_kernels.triton.plan import Plan
+from pallas_kernels.triton.plan import Plan, Table
 from pallas_kernels.triton.tile import (
     DEAD_SLACK,
     LOWEST,
@@ -285,45 +284,52 @@ def lazy_forward(
 
 
 def forward(
-    plan: Plan, training: bool, groups: int, query: Array, key: Array, value: Array, *rest: Array
-) -> Any:
-    """Launches the forward pass on the kernel's inputs.
-
-    Args:
-      plan: of the call.
-      training: also return residuals.
-      groups: see `batching.over_batch`; only dummies need it.
-      query: [batch, length, heads, head_dim].
-      key: [batch, length, kv_heads, head_dim].
-      value: the same.
-      *rest: the other inputs of `lazy_forward`, in its order.
+    plan: Plan,
+    inputs: Inputs,
+    table: Table | None,
+    first: Int[Array, "batch heads query_tiles"],
+    *,
+    training: bool,
+) -> tuple[Float[Array, "batch length heads head_dim"], Residuals | None]:
+    """Launches the forward pass.
 
     Returns:
-      out [batch, length, heads, head_dim]; the sum of the values of live entries over the
-      number of all visible ones, and what rounding takes from delta's sum of both, the same
-      shape; the
-      log2-sum-exp2 of each row [batch, heads, length]; the first live key tile of each
-      query tile [batch, heads, query_tiles]. Dummies for what is not wanted.
+      the output; with `training` the residuals: `lse` the log2-sum-exp2 of each row [batch,
+      heads, length], `live_v` the sum of the values of live entries over the number of all
+      visible ones, `rounding` what rounding takes from delta's sum of both, `live` the first
+      live key tile of each query tile [batch, heads, query_tiles].
     """
     block = plan.blocks.forward if training else plan.blocks.inference
-    static = plan.static(query, key, block, training=training)
-    batch, length, heads, _ = query.shape
-    nothing = jax.ShapeDtypeStruct((groups,), query.dtype)
-    same = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    static = plan.static(block, training=training)
+    batch, length, heads, _ = inputs.query.shape
+    same = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
     rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    live = jax.ShapeDtypeStruct((batch, heads, static.query_tiles), jnp.int32)
+    tiles = jax.ShapeDtypeStruct((batch, heads, static.query_tiles), jnp.int32)
     with_offset = training and plan.has_offset
-    return launch(
+    out, live_v, rounding, lse, live = launch(
         lazy_forward,
-        (query, key, value, *rest),
+        (
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *plan.parameters(inputs, table),
+            plan.document(inputs),
+            first,
+        ),
         (
             same,
-            same if with_offset else nothing,
-            same if static.keep_rounding else nothing,
-            rows if training else nothing,
-            live if with_offset else nothing,
+            same if with_offset else None,
+            same if static.keep_rounding else None,
+            rows if training else None,
+            tiles if with_offset else None,
         ),
         (batch * heads, static.query_tiles),
         block,
         static,
     )
+    if not training:
+        return out, None
+    residuals = Residuals(lse=lse, out=out, rounding=rounding, live=live, live_v=live_v)
+    # Where a scan stacks residuals, XLA would run the kernel twice: once into the stack.
+    residuals = jax.lax.optimization_barrier(residuals)
+    return residuals.out, residuals

@@ -22,15 +22,15 @@ import triton.experimental.gluon
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import gpu
+from pallas_kernels import gpu, problem
 from pallas_kernels.decode import triton as decode
 from pallas_kernels.mosaic_gpu.planning import gradients, key_ranges, order, table, visits
 from pallas_kernels.rotary import kernels
-from pallas_kernels.triton import call, config, op
+from pallas_kernels.triton import backend, config
 
 # All that reads it is imported by now; the processes that other tests start need not.
-assert triton.experimental.gluon and op and gradients and key_ranges and order and table and visits
-assert kernels and decode
+assert triton.experimental.gluon and backend and decode and kernels
+assert gradients and key_ranges and order and table and visits
 del os.environ["TRITON_INTERPRET"]
 
 _NAMES = {
@@ -128,7 +128,6 @@ def interpreted(blocks: config.Blocks) -> Iterator[None]:
     saved: list[tuple[Any, str, Any]] = [
         (owner, name, getattr(owner, name))
         for owner, name in (
-            (call, "interpreter"),
             (config, "blocks"),
             (interpreter, "_convert_float"),
             (interpreter.interpreter_builder, "options"),
@@ -136,7 +135,6 @@ def interpreted(blocks: config.Blocks) -> Iterator[None]:
             (interpreter.InterpretedFunction, "__call__"),
         )
     ]
-    call.interpreter = _launch
     config.blocks = lambda *_: blocks
     interpreter._convert_float = _convert
     interpreter.interpreter_builder.options = dataclasses.replace(
@@ -145,7 +143,7 @@ def interpreted(blocks: config.Blocks) -> Iterator[None]:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpretedFunction.__call__ = _call_nested
     try:
-        with gpu.pretend_capability(90):
+        with gpu.pretend_capability(90), problem.options(launch_triton=_launch):
             yield
     finally:
         for owner, name, value in saved:

@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.planning.static import Static
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
+from pallas_kernels.problem import current_options
 from pallas_kernels.triton import call
 from pallas_kernels.triton.config import Block, power_of_two
 
@@ -42,7 +43,7 @@ def available() -> bool:
         return False
     # JAX has the class only where its plugin for GPUs is installed.
     lowers = hasattr(importlib.import_module("jaxlib.gpu_triton"), "TritonKernel")
-    return lowers or call.interpreter is not None
+    return lowers or current_options().launch_triton is not None
 
 
 def table(

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
+from pallas_kernels.problem import Inputs, Residuals
+from pallas_kernels.triton.backward_dq import RowStats
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block
-from pallas_kernels.triton.plan import Plan, Static
+from pallas_kernels.triton.plan import Plan, Static, Table
 from pallas_kernels.triton.tile import (
     MASKED,
     PRECISION,
@@ -162,34 +164,46 @@ def _parts(batch: int, groups: int, tiles: int, programs: int) -> tuple[int, int
     return rows, 1
 
 
-def backward_bias(
-    plan: Plan, groups: int, query: Array, key: Array, value: Array, *rest: Array
+def backward_dbias(
+    plan: Plan,
+    inputs: Inputs,
+    table: Table,
+    first: Int[Array, "batch heads forward_tiles"],
+    residuals: Residuals,
+    row_stats: RowStats,
+    d_out: Float[Array, "batch length heads head_dim"],
+    groups: int,
 ) -> Float[Array, "groups heads near"]:
     """Launches the kernel and sums its diagonals.
 
-    Args:
-      plan: of the call.
-      groups: parts of the batch that are summed apart.
-      query: [batch, length, heads, head_dim].
-      key: [batch, length, kv_heads, head_dim].
-      value: the same.
-      *rest: the other inputs of `lazy_backward_bias`, in its order.
-
     Returns:
-      the gradient of b(x), over tiles with a distance inside the table.
+      the gradient of b(x), over tiles with a distance inside the table, for each of `groups`
+      parts of the batch.
     """
     block = plan.blocks.backward_bias
-    static: Static = plan.static(query, key, block)
-    batch, heads, tiles = query.shape[0], static.heads, static.query_tiles
+    static: Static = plan.static(block)
+    batch, heads, tiles = inputs.query.shape[0], static.heads, static.query_tiles
     ratio = block.queries // block.keys
     distances = min(-(-(plan.width + block.keys - 1) // block.keys), ratio * (tiles - 1) + 1)
     distances += ratio - 1
     rows, chunks = _parts(batch, groups, tiles, heads * distances)
     parts = batch // rows * chunks
     shape = (parts, heads, distances, block.queries, block.keys)
+    live = residuals.live
     (sums,) = launch(
         lazy_backward_bias,
-        (query, key, value, *rest),
+        (
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            table.values,
+            plan.document(inputs),
+            first,
+            first if live is None else live,
+            residuals.lse,
+            *row_stats,
+            d_out,
+        ),
         (jax.ShapeDtypeStruct(shape, jnp.float32),),
         (heads * distances, parts),
         block,

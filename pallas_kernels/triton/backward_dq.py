@@ -1,0 +1,273 @@
+"""The gradient of the queries, and what the other kernels of the backward pass want to know.
+
+With m the live entries, dP = dO V^T and delta_i = dO_i . (O_i - tau/n_i M_i):
+
+    dS = P (m dP - delta)     dV = A^T dO     dQ = dS K     dK = dS^T Q
+
+A dead tile still has dS = -P delta, but needs neither dP nor dV. Live tiles are taken to
+be one range from the diagonal on, for a tile of queries as for a tile of keys; a dead one
+inside that range is only computed in full.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.problem import Inputs, Residuals
+from pallas_kernels.triton.call import launch
+from pallas_kernels.triton.plan import Plan, Table
+from pallas_kernels.triton.tile import (
+    PRECISION,
+    TAIL,
+    UNREACHABLE,
+    biased,
+    load_keys,
+    load_queries,
+    load_row,
+    sees,
+    store_queries,
+    thresholds,
+)
+
+
+@triton.jit
+def _add_query_gradient(
+    start,
+    stop,
+    state,
+    inputs,
+    of_rows,
+    row0,
+    static: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    LIVE: tl.constexpr,
+):
+    """Adds the part of key tiles start, ..., stop-1.
+
+    state: d_query, and the sums of dS past the table. inputs: tiles of query and d_out,
+    keys, values, bias. of_rows: log-sum-exp, delta, threshold, first key seen.
+    """
+    d_query, far_sum, far_moment = state
+    query, d_out, key, value, bias = inputs
+    log_total, delta, threshold, document = of_rows
+    rows = tl.arange(0, static.queries)
+    columns = tl.arange(0, static.keys)
+    for step in tl.range(0, stop - start):
+        column0 = (start + step) * static.keys
+        apart = row0 - column0
+        keys = load_keys(key, column0, static, CAUSAL)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * static.score_scale
+        scores, rest = biased(scores, bias, apart, static, False, BIAS)
+        softmax = tl.exp2(scores - (log_total - rest)[:, None])
+        if CAUSAL or static.packed:
+            first = (document - column0)[:, None]
+            visible = sees(rows[:, None], columns[None, :], apart, first, static, CAUSAL)
+            softmax = tl.where(visible, softmax, 0.0)
+        if LIVE:
+            values = load_keys(value, column0, static, CAUSAL)
+            d_weights = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
+            if static.has_offset:
+                d_weights = tl.where(softmax > threshold[:, None], d_weights, 0.0)
+            d_scores = softmax * (d_weights - delta[:, None])
+        else:
+            d_scores = softmax * (-delta)[:, None]
+        d_query = tl.dot(d_scores.to(keys.dtype), keys, d_query, input_precision=PRECISION)
+        if BIAS == TAIL:
+            total = tl.sum(d_scores, 1)
+            moment = tl.sum(d_scores * columns.to(tl.float32)[None, :], 1)
+            far_sum += total
+            far_moment += (apart + rows - (static.width - 1)).to(tl.float32) * total - moment
+    return d_query, far_sum, far_moment
+
+
+@triton.jit
+def lazy_backward_query(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    slope_ptr,
+    offset_ptr,
+    offset_scale_ptr,
+    document_ptr,
+    first_ptr,
+    live_ptr,
+    log_total_ptr,
+    out_ptr,
+    value_mean_ptr,
+    rounding_ptr,
+    d_out_ptr,
+    d_query_ptr,
+    delta_ptr,
+    threshold_ptr,
+    d_offset_ptr,
+    far_ptr,
+    static: tl.constexpr,
+):
+    """One tile of queries of one head; grid (batch * heads, query tiles), longest first.
+
+    Also leaves delta and the thresholds for the other kernels, this tile's part of the
+    offset's gradient, and the sums of dS and of dS (i - j - (width - 1)) over tiles past
+    the table.
+    """
+    near: tl.constexpr = static.near_bias
+    far: tl.constexpr = static.far_bias
+    row = tl.program_id(0)
+    batch = (row // static.heads).to(tl.int64)
+    head = row % static.heads
+    query_tile = static.query_tiles - 1 - tl.program_id(1)
+    row0 = query_tile * static.queries
+    at_query = batch * (static.length * static.query_stride) + head * static.head_dim
+    at_key = batch * (static.length * static.key_stride) + head // static.group * static.head_dim
+    at_batch = batch * static.length
+    at_row = row.to(tl.int64) * static.length
+    at_tile = row * static.query_tiles + query_tile
+    rows = row0 + tl.arange(0, static.queries)
+    inside = rows < static.length
+
+    d_out = load_queries(d_out_ptr + at_query, row0, static)
+    pulled = load_queries(out_ptr + at_query, row0, static).to(tl.float32)
+    if static.keep_rounding:
+        # delta is taken from every weight's gradient alike: a systematic error, which
+        # half precision's rounding of out would make several times the others'.
+        pulled += load_queries(rounding_ptr + at_query, row0, static).to(tl.float32)
+    delta = tl.sum(d_out.to(tl.float32) * pulled, 1)
+    document = tl.full((static.queries,), 0, tl.int32)
+    if static.packed:
+        document = load_row(document_ptr + at_batch, row0, 0, static)
+    threshold = tl.full((static.queries,), 0, tl.float32)
+    if static.has_offset:
+        scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
+        value_mean = load_queries(value_mean_ptr + at_query, row0, static).to(tl.float32)
+        pull = tl.sum(d_out.to(tl.float32) * value_mean, 1)
+        pull *= scale * (rows - document + 1).to(tl.float32)
+        tl.store(d_offset_ptr + at_tile, tl.sum(pull, 0))
+        offset = tl.load(offset_ptr + head)
+        delta -= offset * pull
+        threshold = thresholds(offset, scale)
+        tl.store(threshold_ptr + at_row + rows, threshold, mask=inside)
+    tl.store(delta_ptr + at_row + rows, delta, mask=inside)
+
+    slope = 0.0
+    if static.has_slope:
+        slope = tl.load(slope_ptr + head)
+    bias = (table_ptr + head * static.pitch + static.lead, slope)
+    query = load_queries(query_ptr + at_query, row0, static)
+    inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
+    # Rows past the end have no softmax weight.
+    log_total = load_row(log_total_ptr + at_row, row0, UNREACHABLE, static)
+    of_rows = (log_total, delta, threshold, document)
+
+    at_forward = row * static.forward_tiles + row0 // static.forward_queries
+    first = tl.load(first_ptr + at_forward) * static.forward_keys // static.keys
+    stop = tl.cdiv(tl.minimum(row0 + static.queries, static.length), static.keys)
+    diagonal = tl.maximum((row0 + 1) // static.keys, first)
+    live = first
+    if static.has_offset:
+        live = tl.load(live_ptr + at_forward) * static.forward_keys // static.keys
+        live = tl.minimum(live, diagonal)
+    far_stop = diagonal
+    if static.has_bias:
+        far_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
+
+    d_query = tl.full((static.queries, static.padded_dim), 0, tl.float32)
+    zeros = tl.full((static.queries,), 0, tl.float32)
+    state = (d_query, zeros, zeros)
+    if static.has_offset:
+        if static.has_far:
+            dead_stop = tl.minimum(far_stop, live)
+            state = _add_query_gradient(
+                first, dead_stop, state, inputs, of_rows, row0, static, False, far, False
+            )
+        if static.has_bias:
+            state = _add_query_gradient(
+                far_stop, live, state, inputs, of_rows, row0, static, False, near, False
+            )
+    if static.has_far:
+        state = _add_query_gradient(
+            live, far_stop, state, inputs, of_rows, row0, static, False, far, True
+        )
+    if static.has_bias:
+        start = tl.maximum(far_stop, live)
+        state = _add_query_gradient(
+            start, diagonal, state, inputs, of_rows, row0, static, False, near, True
+        )
+    d_query, far_sum, far_moment = _add_query_gradient(
+        diagonal, stop, state, inputs, of_rows, row0, static, True, near, True
+    )
+    store_queries(d_query_ptr + at_query, row0, d_query * static.scale, static)
+    if static.has_slope:
+        tl.store(far_ptr + at_tile * 2, tl.sum(far_sum, 0))
+        tl.store(far_ptr + at_tile * 2 + 1, tl.sum(far_moment, 0))
+
+
+class RowStats(NamedTuple):
+    """What the backward pass knows of each query.
+
+    Attributes:
+      delta: sum over keys of P m dP.
+      threshold: what a softmax weight must exceed to live; None without an offset.
+    """
+
+    delta: Float[Array, "batch heads length"]
+    threshold: Float[Array, "batch heads length"] | None
+
+
+def backward_dq(
+    plan: Plan,
+    inputs: Inputs,
+    table: Table | None,
+    first: Int[Array, "batch heads forward_tiles"],
+    residuals: Residuals,
+    d_out: Float[Array, "batch length heads head_dim"],
+) -> tuple[
+    Float[Array, "batch length heads head_dim"],
+    RowStats,
+    Float[Array, "batch heads tiles"],
+    Float[Array, "batch heads tiles 2"],
+]:
+    """Launches the kernel.
+
+    Returns:
+      d_query; what the other kernels want; the parts of the offset's gradient; the sums of dS,
+      and of dS times the distance past the table's end, over the tiles past it.
+    """
+    block = plan.blocks.backward_query
+    static = plan.static(block)
+    query, live = inputs.query, residuals.live
+    batch, length, heads, _ = query.shape
+    tiles = static.query_tiles
+    rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    d_query, delta, threshold, d_offset, past = launch(
+        lazy_backward_query,
+        (
+            query,
+            inputs.key,
+            inputs.value,
+            *plan.parameters(inputs, table),
+            plan.document(inputs),
+            first,
+            first if live is None else live,
+            residuals.lse,
+            residuals.out,
+            residuals.live_v,
+            residuals.rounding,
+            d_out,
+        ),
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            rows,
+            rows if plan.has_offset else None,
+            jax.ShapeDtypeStruct((batch, heads, tiles), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, tiles, 2), jnp.float32),
+        ),
+        (batch * heads, tiles),
+        block,
+        static,
+    )
+    return d_query, RowStats(delta, threshold), d_offset, past

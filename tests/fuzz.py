@@ -577,5 +577,17 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
+def _read_flags(argv: list[str]) -> list[str]:
+    """Returns what is no flag; for `--help`, or a flag that there is not, this is the end."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__, _FLAGS.get_help(), sep="\n")
+        sys.exit(0)
+    try:
+        return _FLAGS(argv)
+    except flags.Error as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    main(_FLAGS(sys.argv))
+    main(_read_flags(sys.argv))

@@ -65,3 +65,14 @@ def test_a_fault_is_noticed(name):
     found[name] = found[name] * np.asarray(1.1, found[name].dtype)
     wrong = fuzz.errors_of(program, jax.tree.map(jax.numpy.asarray, found), arrays, true)
     assert len(wrong) == 1 and wrong[0].startswith(name), wrong
+
+
+def test_help_and_flags_that_there_are_not(capsys):
+    with pytest.raises(SystemExit) as end:
+        fuzz._read_flags(["fuzz", "--help"])
+    assert end.value.code == 0
+    assert "--programs: Programs to draw." in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        fuzz._read_flags(["fuzz", "--program=3"])
+    assert end.value.code == 2
+    assert "'program'" in capsys.readouterr().err

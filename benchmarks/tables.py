@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.study import summary
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -182,6 +184,33 @@ def _study() -> list[list[str]]:
     return lines
 
 
+def loss() -> str:
+    """README's choice of the study's variants: means over seeds."""
+    words = {
+        "softmax": "softmax",
+        "window512": "softmax, 3/4 of the heads with a window of 512",
+        "softmax_alibi": "softmax with the learned bias of `sharp`",
+        "sharp": "`sharp`, our default",
+        "sharp_qk_norm": "the same with QK norm",
+    }
+    lines = [json.loads(line) for line in (RESULTS / "study.jsonl").read_text().splitlines()]
+    groups = summary.groups(lines, summary.main_tokens(lines) or 0)
+    rows = []
+    for variant, said in words.items():
+        if variant in groups:
+            group = groups[variant]
+            found = [group.stat(key) for key in ("val", "val_4x", "ms_per_step", "visited_16384")]
+            texts = [
+                "" if stat is None else f"{stat.mean:.{digits}f}"
+                for stat, digits in zip(found, (3, 3, 0, 2), strict=True)
+            ]
+            if found[0] is not None and found[0].error is not None:
+                texts[0] = found[0].text()
+            rows.append([said, str(len(group.lines)), *texts])
+    head = "| seeds | loss | in rows of 16,384 | ms a step | visited at 16,384"
+    return _table(" " + head, rows)
+
+
 def train_step() -> str:
     """A whole training step of the 340M model."""
     lines = []
@@ -264,7 +293,7 @@ def data() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (attention, readme, train_step, scaling, slices, data)
+    for function in (attention, readme, loss, train_step, scaling, slices, data)
 }
 
 

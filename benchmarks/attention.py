@@ -19,7 +19,6 @@ import functools
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -142,25 +141,6 @@ def _jobs(shape: cases.Shape) -> list[tuple[Result, Callable[..., Array]]]:
     return found
 
 
-def _profile(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
-    """Returns milliseconds a call of each kernel on the device, longest first."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready([run() for _ in range(calls)])
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-    totals: dict[str, float] = {}
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        lines = list(plane.lines)
-        for line in [line for line in lines if "Stream" in line.name] or lines:
-            for event in line.events:
-                name = event.name
-                totals[name] = totals.get(name, 0.0) + event.duration_ns / 1e6 / calls
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-
 def _tell(result: Result, error: Exception) -> None:
     """Notes what went wrong: a line that says so is worth more than no table."""
     result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -261,7 +241,7 @@ def _run_shape(shape: cases.Shape) -> list[Result]:
             result.in_full = in_full.get(result.case)
         if _PROFILE.value and result.case:
             try:
-                result.kernels = _profile(runs[str(n)])
+                result.kernels = timing.kernels(runs[str(n)])
             except Exception as error:
                 print("no profile:", error, flush=True)
     return peers.keep_fastest([result for result, _ in jobs])

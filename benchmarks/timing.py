@@ -1,6 +1,8 @@
 """Timing of work that a GPU does while the host goes on."""
 
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,3 +43,22 @@ def rounds_of(
 
 def _summary(x: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(x), min(x), max(x)
+
+
+def kernels(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
+    """Returns milliseconds a call of each kernel on the device, longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([run() for _ in range(calls)])
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    totals: dict[str, float] = {}
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        lines = list(plane.lines)
+        for line in [line for line in lines if "Stream" in line.name] or lines:
+            for event in line.events:
+                name = event.name
+                totals[name] = totals.get(name, 0.0) + event.duration_ns / 1e6 / calls
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))

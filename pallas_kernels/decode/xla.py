@@ -16,16 +16,34 @@ from pallas_kernels.decode.types import (
 
 
 def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new heads head_dim"]:
-    """Returns the output; NaN for queries that see nothing."""
+    """Returns the output; arguments as in `op.attention`."""
+    query, dtype = inputs.query, jnp.promote_types(inputs.query.dtype, jnp.float32)
+    found = weights(inputs, settings)
+    if inputs.value_scales is not None:
+        found *= of_slots(inputs, inputs.value_scales, dtype)
+    # What no query sees may be no number.
+    held = visible(inputs, settings).any(axis=1)[:, :, None, None]
+    value = jnp.where(held, inputs.of_layer(inputs.value), 0)
+    out = jnp.einsum(
+        "bhgns,bshd->bnhgd",
+        found.astype(query.dtype),
+        value.astype(query.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    return finished(out.reshape(query.shape).astype(query.dtype), inputs, settings)
+
+
+def weights(inputs: Inputs, settings: Settings) -> Float[Array, "batch kv_heads group new slots"]:
+    """Returns the weight of each slot; NaN for queries that see nothing."""
     query = inputs.query
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     batch, new, _, head_dim = query.shape
-    key, value = inputs.of_layer(inputs.key), inputs.of_layer(inputs.value)
     grouped = query.reshape(batch, new, inputs.kv_heads, inputs.group, head_dim)
     scores = settings.scale * jnp.einsum(
         "bnhgd,bshd->bhgns",
         grouped,
-        key.astype(query.dtype),
+        inputs.of_layer(inputs.key).astype(query.dtype),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
@@ -37,20 +55,7 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
             2, 0, 1, 3, 4
         )
     seen = visible(inputs, settings)[:, None, None]
-    weights = elastic(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), seen, inputs, settings)
-    if inputs.value_scales is not None:
-        weights *= of_slots(inputs, inputs.value_scales, dtype)
-    # What no query sees may be no number.
-    held = visible(inputs, settings).any(axis=1)[:, :, None, None]
-    value = jnp.where(held, value, 0)
-    out = jnp.einsum(
-        "bhgns,bshd->bnhgd",
-        weights.astype(query.dtype),
-        value.astype(query.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
-    return finished(out.reshape(query.shape).astype(query.dtype), inputs, settings)
+    return elastic(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), seen, inputs, settings)
 
 
 def elastic(

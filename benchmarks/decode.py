@@ -1,0 +1,488 @@
+"""Times decoding: the attention of one token alone, and a whole token, beside the limit of bytes.
+
+    python -m benchmarks.decode --output=benchmarks/results/h200_decode.jsonl
+
+The shape is that of the 340M model: 24 layers, 16 heads of 64, bfloat16. Cases are
+
+  softmax-full   plain softmax, every key held and read
+  lazy-full      Elastic-Softmax with ALiBi's slopes, every key held; pages that cannot matter
+                 are not read, nor are values without a weight
+  lazy-spans     the same with the rings that each head's span asks for
+  cudnn          plain softmax by jax.nn.dot_product_attention with lengths
+  torch          plain softmax by torch's scaled_dot_product_attention, where torch is installed
+  today          Elastic-Softmax by lazy_attention with query_start, what decoding was before
+
+Queries and keys are random, of the norm that `qk_norm` gives them at initialization. Every row
+is as long as the context. Attention is timed over a few layers, each with a cache of its own, so
+that none stays in the chip's cache, and given for all 24. `bytes` is what a token must read:
+weights (for the whole token), keys of pages that are read, and values of pages with a weight,
+counted on the inputs themselves. `limit_ms` is the time of that many bytes at the rate of a copy
+in the same run. One line of JSON a case is added to the file; --contexts, --batches, --cases and
+--seconds choose how much is done, and what doesn't fit in memory or time is left out and said.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jaxtyping import Array, Float
+
+from benchmarks import timing
+from lazyattn import decode_attention, lazy_attention, paths
+from lazyattn.decode_attention import PAGE
+from lazyattn.errors import require
+from pallas_kernels.decode import pages, xla
+from pallas_kernels.decode.types import Inputs, Settings
+
+CASES = ("softmax-full", "lazy-full", "lazy-spans", "cudnn", "torch", "today")
+
+_CONTEXTS = flags.DEFINE_list("contexts", ["4096", "16384", "32768"], "Keys of a row.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "16", "64"], "Rows.")
+_CASES = flags.DEFINE_list("cases", list(CASES[:5]), "Of " + ", ".join(CASES))
+_TOKENS = flags.DEFINE_boolean("tokens", True, "Also time whole tokens of ours.")
+_HEADS = flags.DEFINE_integer("heads", 16, "Query heads.")
+_KV_HEADS = flags.DEFINE_integer("kv_heads", 16, "Key/value heads.")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Numbers of a head.")
+_LAYERS = flags.DEFINE_integer("layers", 24, "Layers of the model.")
+_OFFSET = flags.DEFINE_float("offset", -0.5, "tau of Elastic-Softmax.")
+_WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
+_SECONDS = flags.DEFINE_float("seconds", 180.0, "Begin no case after so many.")
+_CALLS = flags.DEFINE_integer("calls", 10, "Tokens in a row.")
+_ROUNDS = flags.DEFINE_integer("rounds", 4, "Times each is timed; the median counts.")
+_PROFILE = flags.DEFINE_boolean("profile", False, "Also print the time of each kernel.")
+_OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that lines are added to.")
+
+SKIP_MASS = 1e-6
+BUCKETS = (256, 1024, 4096, 16384)
+# Bytes that the layers timed hold together at least: far more than the chip's cache.
+_ENOUGH = 2**29
+
+
+@dataclasses.dataclass
+class Line:
+    """One line of results.
+
+    Attributes:
+      implementation: "lazyattn" or another's name.
+      attention: "softmax" or "lazy".
+      cache: "full" or "spans".
+      slopes: "alibi", those of an initialized model; "none".
+      context, batch: keys of a row, rows.
+      ms_token: a whole token, milliseconds; None: not timed.
+      ms_attention: attention of all layers.
+      bytes: that a whole token must read.
+      limit_ms: time of these at the rate of a copy.
+      cache_bytes_share: what the cache holds of all keys and values.
+      bytes_attention, limit_attention_ms: the same of attention alone.
+      read_share: what attention must read of all keys and values.
+      layers_timed: layers that attention was timed over.
+      copy_gb_s: rate of the copy, bytes read and written, 1e9 a second.
+      device, commit, date: of the run.
+      error: why there is no time.
+    """
+
+    implementation: str
+    attention: str
+    cache: str
+    slopes: str
+    context: int
+    batch: int
+    ms_token: float | None = None
+    ms_attention: float | None = None
+    bytes: int | None = None
+    limit_ms: float | None = None
+    cache_bytes_share: float | None = None
+    bytes_attention: int | None = None
+    limit_attention_ms: float | None = None
+    read_share: float | None = None
+    layers_timed: int = 0
+    copy_gb_s: float = 0.0
+    device: str = ""
+    commit: str = ""
+    date: str = ""
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Key/value heads that hold equally many keys."""
+
+    heads: tuple[int, ...]
+    slots: int
+
+
+def learned(case: str) -> dict[str, Array]:
+    """Returns the op's learned arguments at initialization."""
+    if not case.startswith("lazy"):
+        return {}
+    slopes = 2.0 ** (-8 * (np.arange(_HEADS.value) + 1) / _HEADS.value)
+    table = -slopes[:, None] * np.arange(_WIDTH.value)
+    return {
+        "distance_bias": jnp.asarray(table, jnp.float32),
+        "distance_slope": jnp.asarray(slopes, jnp.float32),
+        "offset": jnp.full(_HEADS.value, _OFFSET.value, jnp.float32),
+    }
+
+
+def groups(case: str, context: int) -> list[Group]:
+    """Returns which heads hold how many keys: the spans of docs/decoding.md, in buckets."""
+    every = tuple(range(_KV_HEADS.value))
+    if not case.endswith("spans"):
+        return [Group(every, context)]
+    bound = math.sqrt(_HEAD_DIM.value) * (1 + 2.0**-8) ** 4
+    slopes = np.asarray(learned(case)["distance_slope"]).reshape(_KV_HEADS.value, -1).min(axis=1)
+    found: dict[int, list[int]] = {}
+    for head, slope in enumerate(slopes):
+        # The sum over x >= S of exp(2 U - slope x), which is geometric.
+        total = math.exp(2 * bound) / -math.expm1(-slope)
+        needed = math.ceil(math.log(total / (SKIP_MASS / 2)) / slope)
+        slots = min((n for n in BUCKETS if needed + 7 <= n < context), default=context)
+        found.setdefault(slots, []).append(head)
+    return [Group(tuple(heads), slots) for slots, heads in found.items()]
+
+
+def unit(key: Array, shape: tuple[int, ...]) -> Array:
+    """Returns random numbers whose last axis has the norm that RMS normalization gives."""
+
+    def row(key: Array) -> Array:
+        x = jax.random.normal(key, shape[1:], jnp.float32)
+        x *= math.sqrt(shape[-1]) / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return x.astype(jnp.bfloat16)
+
+    return jax.lax.map(row, jax.random.split(key, shape[0]))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def layer(
+    seed: Array, parts: tuple[Group, ...], batch: int
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    """Returns the queries, and the keys and values of each group, of one layer."""
+    keys = jax.random.split(jax.random.key(seed), 2 * len(parts) + 1)
+    query = unit(keys[0], (batch, 1, _HEADS.value, _HEAD_DIM.value))
+    caches = []
+    for n, part in enumerate(parts):
+        shape = (batch, part.slots, len(part.heads), _HEAD_DIM.value)
+        caches.append((unit(keys[2 * n + 1], shape), unit(keys[2 * n + 2], shape)))
+    return query, caches
+
+
+def taken(x: Array, part: Group, axis: int) -> Array:
+    """Returns the query heads that read a group."""
+    size = x.shape[axis] // _KV_HEADS.value
+    index = np.arange(x.shape[axis]).reshape(-1, size)[list(part.heads)].reshape(-1)
+    return jnp.take(x, index, axis=axis)
+
+
+def calls(
+    case: str, parts: list[Group], query: Array, caches: list[Any], lengths: Array
+) -> list[dict[str, Any]]:
+    """Returns the arguments of `decode_attention` for each group of one layer."""
+    found = []
+    for part, (key, value) in zip(parts, caches, strict=True):
+        given: dict[str, Any] = {name: taken(x, part, 0) for name, x in learned(case).items()}
+        if given:
+            shape = (key.shape[0], key.shape[2], -(-part.slots // PAGE))
+            norm = math.sqrt(_HEAD_DIM.value) * (1 + 2.0**-7)
+            given["key_norms"] = jnp.full(shape, norm, jnp.float32)
+        given |= {"query": taken(query, part, 2), "key_cache": key, "value_cache": value}
+        found.append(given | {"lengths": lengths})
+    return found
+
+
+def attend(case: str, parts: list[Group], context: int, given: dict[str, Any]) -> list[Array]:
+    """Returns the attention's output of each group."""
+    return [
+        decode_attention(**mine, ring=part.slots < context, skip_mass=SKIP_MASS)
+        for mine, part in zip(
+            calls(case, parts, given["query"], given["caches"], given["lengths"]),
+            parts,
+            strict=True,
+        )
+    ]
+
+
+def bytes_read(case: str, parts: list[Group], given: dict[str, Any]) -> float:
+    """Returns the bytes of keys and values that one layer must read."""
+    if not case.startswith("lazy"):
+        return float(sum(x.nbytes for pair in given["caches"] for x in pair))
+    total = 0.0
+    for mine in calls(case, parts, given["query"], given["caches"], given["lengths"]):
+        arrays = {"key": mine["key_cache"], "value": mine["value_cache"]}
+        rows = {name: mine[name] for name in ("query", "lengths", "key_norms")} | arrays
+        shared = {name: mine[name] for name in learned(case)}
+        total += float(_read_pages(rows, shared)) * 2 * PAGE * _HEAD_DIM.value
+    return total
+
+
+@jax.jit
+def _read_pages(rows: dict[str, Array], shared: dict[str, Array]) -> Float[Array, ""]:
+    """Returns how many pages of keys must be read, and pages of values."""
+
+    def of_row(row: dict[str, Array]) -> Array:
+        cached = {name: row[name][None, None] for name in ("key", "value", "key_norms")}
+        rest = {name: row[name][None] for name in ("query", "lengths")}
+        nothing: dict[str, Any] = {"key_scales": None, "value_scales": None}
+        inputs = Inputs(**cached, **rest, **shared, **nothing, layer=jnp.int32(0))
+        settings = Settings(_HEAD_DIM.value**-0.5, SKIP_MASS, None, None, False, True)
+        read = pages.visited(inputs, settings)
+        live = xla.weights(inputs, settings) > 0
+        live = jnp.pad(live, [(0, 0)] * 4 + [(0, -inputs.slots % PAGE)])
+        live = live.reshape(*live.shape[:4], -1, PAGE).any(axis=(2, 3, 5))
+        return (read.sum() + (live & read).sum()).astype(jnp.float32)
+
+    return jax.lax.map(of_row, rows).sum()
+
+
+def peer(case: str, given: dict[str, Any]) -> list[Array]:
+    """Returns the output of another implementation, or of ours as it was."""
+    ((key, value),) = given["caches"]
+    if case == "today":
+        start = given["lengths"] - 1
+        return [
+            lazy_attention(
+                given["query"], key, value, **learned("lazy"), query_start=start,
+                implementation="xla",
+            )
+        ]  # fmt: skip
+    return [
+        jax.nn.dot_product_attention(
+            given["query"],
+            key,
+            value,
+            key_value_seq_lengths=given["lengths"],
+            query_seq_lengths=jnp.ones_like(given["lengths"]),
+            implementation="cudnn",
+        )
+    ]
+
+
+def torch_run(layers: list[dict[str, Any]]) -> Callable[[], Any]:
+    """Returns torch's fused attention of these layers, on tensors of its own."""
+    import torch
+
+    arrays = []
+    for given in layers:
+        ((key, value),) = given["caches"]
+        arrays.append([torch.from_dlpack(x).transpose(1, 2) for x in (given["query"], key, value)])
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    class Result:
+        """What `jax.block_until_ready` waits for."""
+
+        def block_until_ready(self) -> None:
+            torch.cuda.synchronize()
+
+    def run() -> Any:
+        for x in arrays:
+            attention(*x)
+        return Result()
+
+    return run
+
+
+def copy_rate() -> float:
+    """Returns bytes read and written a second by a copy."""
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
+    x = jnp.zeros(min(2**31, memory // 8) // 4, jnp.int32)
+    copy = jax.jit(lambda x: x + 1).lower(x).compile()
+    return 2 * x.nbytes / (1e-3 * timing.milliseconds(lambda: copy(x), calls=20))
+
+
+def new_line(case: str, context: int, batch: int) -> Line:
+    """Returns a line that says what is to be timed."""
+    attention = "lazy" if case.startswith("lazy") or case == "today" else "softmax"
+    return Line(
+        "lazyattn" if case.split("-")[0] in ("softmax", "lazy") else case,
+        attention,
+        "spans" if case.endswith("spans") else "full",
+        "alibi" if attention == "lazy" else "none",
+        context,
+        batch,
+    )
+
+
+def measure(line: Line, case: str, rate: float) -> None:
+    """Times one case's attention."""
+    ours, context, batch = line.implementation == "lazyattn", line.context, line.batch
+    parts = groups(case, context)
+    number = 2 * 2 * batch * _HEAD_DIM.value
+    held = sum(len(part.heads) * part.slots for part in parts) * number
+    whole = _KV_HEADS.value * context * number
+    line.cache_bytes_share = held / whole
+    line.layers_timed = min(_LAYERS.value, max(2, -(-_ENOUGH // held)))
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
+    if line.layers_timed * held > 0.8 * limit:
+        line.error = f"{line.layers_timed} layers take {line.layers_timed * held / 1e9:.0f} GB"
+        return
+    layers = []
+    for n in range(line.layers_timed):
+        query, caches = layer(jnp.int32(n), tuple(parts), batch)
+        lengths = jnp.full(batch, context, jnp.int32)
+        layers.append({"query": query, "caches": caches, "lengths": lengths})
+    read = bytes_read(case if ours else "softmax", parts, layers[0])
+
+    @jax.jit
+    def token(layers: list[dict[str, Any]]) -> list[list[Array]]:
+        if ours:
+            return [attend(case, parts, context, given) for given in layers]
+        return [peer(case, given) for given in layers]
+
+    if case == "torch":
+        run = torch_run(layers)
+    else:
+        compiled = token.lower(layers).compile()
+        run = functools.partial(compiled, layers)
+    ms = timing.milliseconds(run, calls=_CALLS.value, rounds=_ROUNDS.value)
+    scale = _LAYERS.value / line.layers_timed
+    line.ms_attention = ms * scale
+    line.bytes_attention = int(read * _LAYERS.value)
+    line.limit_attention_ms = 1e3 * line.bytes_attention / rate
+    line.read_share = read / whole
+    if _PROFILE.value and ours:
+        print(f"{case}, context {context}, batch {batch}: ms of {line.layers_timed} layers")
+        for name, each in list(timing.kernels(run).items())[:8]:
+            print(f"  {each:8.4f}  {name}")
+
+
+@functools.cache
+def model(variant: str) -> Any:
+    """Returns parameters, configuration and the model for decoding, at initialization."""
+    from lazyattn.generation.prepared import prepare
+    from lazyattn.model.config import AttentionConfig, ModelConfig
+    from lazyattn.model.parameters import init_params
+
+    attention = AttentionConfig(
+        variant=variant,
+        num_heads=_HEADS.value,
+        num_kv_heads=_KV_HEADS.value,
+        head_dim=_HEAD_DIM.value,
+        qk_norm=True,
+        offset_init=_OFFSET.value,
+    )
+    config = ModelConfig(
+        width=_HEADS.value * _HEAD_DIM.value, num_layers=_LAYERS.value, attention=attention
+    )
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    ready = prepare(params, config)
+    layers = {k: x for k, x in ready.params.items() if k.startswith("blocks")}
+    weights = sum(x.nbytes for x in jax.tree.leaves((layers, ready.output)))
+    return params, config, ready, weights
+
+
+def time_token(line: Line, rate: float) -> None:
+    """Times a whole token, where there is memory for the cache."""
+    from lazyattn.generation import cache as cache_lib
+    from lazyattn.generation import serving, spans
+
+    params, config, ready, weights = model(line.attention)
+    assert line.bytes_attention is not None
+    line.bytes = weights + line.bytes_attention
+    line.limit_ms = 1e3 * line.bytes / rate
+    if line.cache == "spans":
+        plan = spans.plan_cache(params, config, line.context)
+    else:
+        plan = cache_lib.full_plan(config, line.context)
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
+    if plan.row_bytes * line.batch > 0.85 * limit:
+        line.error = f"the cache takes {plan.row_bytes * line.batch / 1e9:.0f} GB"
+        return
+    cache = cache_lib.init_cache(plan, line.batch)
+    fill = jax.jit(lambda x, seed: unit(jax.random.key(seed), x.shape), donate_argnums=0)
+    norms = jax.jit(lambda x: jnp.full_like(x, math.sqrt(_HEAD_DIM.value) * (1 + 2.0**-7)))
+    filled = []
+    for n, held in enumerate(cache.layers):
+        filled.append(
+            tuple(
+                dataclasses.replace(
+                    group,
+                    keys=fill(group.keys, 2 * n),
+                    values=fill(group.values, 2 * n + 1),
+                    key_norms=norms(group.key_norms),
+                )
+                for group in held
+            )
+        )
+    steps = _CALLS.value * (_ROUNDS.value + 1) + 1
+    lengths = jnp.full(line.batch, line.context - steps, jnp.int32)
+    cache = dataclasses.replace(cache, layers=tuple(filled), lengths=lengths)
+    tokens = jnp.ones(line.batch, jnp.int32)
+    state = [serving.decode_step(ready, cache, tokens)]
+
+    def step() -> Array:
+        _, cache = state.pop()
+        state.append(serving.decode_step(ready, cache, tokens))
+        return state[0][0]
+
+    line.ms_token = timing.milliseconds(step, calls=_CALLS.value, rounds=_ROUNDS.value)
+
+
+def _commit() -> str:
+    here = pathlib.Path(__file__).parent
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+
+
+def main(argv: list[str]) -> None:
+    """Times everything, and writes each line when it is known."""
+    del argv
+    for case in _CASES.value:
+        require(case in CASES, "--cases", case, "of " + ", ".join(CASES))
+    began = time.monotonic()
+    rate = copy_rate()
+    print(f"{jax.devices()[0].device_kind}, a copy: {rate / 1e9:.0f} GB/s", flush=True)
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "copy_gb_s": round(rate / 1e9, 1),
+        "device": jax.devices()[0].device_kind,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    for context in map(int, _CONTEXTS.value):
+        for batch in map(int, _BATCHES.value):
+            for case in _CASES.value:
+                name = f"{case}, context {context}, batch {batch}"
+                if time.monotonic() - began > _SECONDS.value:
+                    print(f"{name}: left out after {_SECONDS.value:.0f} s")
+                    continue
+                line = new_line(case, context, batch)
+                try:
+                    measure(line, case, rate)
+                    if _TOKENS.value and line.implementation == "lazyattn" and not line.error:
+                        time_token(line, rate)
+                except Exception as error:
+                    line.error = f"{type(error).__name__}: {str(error)[:300]}"
+                found = dataclasses.asdict(dataclasses.replace(line, **about))
+                with output.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(f"{name}: {_short(line)}", flush=True)
+
+
+def _short(line: Line) -> str:
+    words = []
+    for what, ms, limit in (
+        ("attention", line.ms_attention, line.limit_attention_ms),
+        ("token", line.ms_token, line.limit_ms),
+    ):
+        if ms is not None and limit is not None:
+            words.append(f"{what} {ms:.3f} ms, limit {limit:.3f}, {ms / limit:.2f} x")
+    if line.read_share is not None:
+        words.append(f"reads {line.read_share:.1%} of all keys and values")
+    if line.cache_bytes_share is not None:
+        words.append(f"holds {line.cache_bytes_share:.1%}")
+    return "; ".join([*words, line.error or ""])
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -327,12 +327,6 @@ def _tpu_unsupported(call: Call) -> str | None:
     )
 
 
-def _run_tpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
-    from pallas_kernels.tpu import op  # Pallas takes a second to import.
-
-    return _run_fused(op, call)
-
-
 def _run_backend(name: str, call: Call) -> Float[Array, "batch length heads value_dim"]:
     return attention.attention(
         name,
@@ -381,7 +375,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
         Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
-        Implementation("tpu", _tpu_unsupported, _run_tpu, ("tpu",)),
+        _backend("tpu", _tpu_unsupported, "tpu"),
         _backend("triton", _triton_unsupported, "gpu"),
         _backend("xla_chunked", _chunked_unsupported),
         Implementation("xla", lambda call: None, _run_xla),

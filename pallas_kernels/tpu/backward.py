@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels import bias as bias_lib
+from pallas_kernels.problem import Gradients, Inputs, Residuals
 from pallas_kernels.tpu.backward_tiles import QueryTile, layout
 from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.plan import Plan
@@ -52,50 +54,64 @@ def _kernel(plan: Plan, refs: Any) -> None:
 
 def backward(
     plan: Plan,
+    inputs: Inputs,
+    table: Float[Array, "heads padded_length"] | None,
+    ranges: Int[Array, "batch heads query_tiles"],
+    residuals: Residuals,
+    d_out: Float[Array, "batch length heads head_dim"],
     groups: int,
-    query: Array,
-    key: Array,
-    value: Array,
-    key_columns: Array,
-    bias: Array,
-    tau: Array,
-    scale: Array,
-    document: Array,
-    first: Array,
-    live: Array,
-    log_sum: Array,
-    out: Array,
-    mean: Array,
-    rounding: Array,
-    d_out: Array,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Launches the backward pass.
+) -> Gradients:
+    """Launches the backward pass; returns the gradients.
 
     Args:
       plan: of the call.
-      groups: see `batching.over_batch`; only dummies need it.
-      query: as in `forward.forward`, and so the others up to `first`.
-      key: see `query`.
-      value: likewise upright, [batch, kv_heads, length, head_dim].
-      key_columns: `key` as [batch, kv_heads, head_dim, length].
-      bias: see `query`.
-      tau: see `query`.
-      scale: see `query`.
-      document: see `query`.
-      first: see `query`.
-      live: as returned by `forward.forward`, and so the others up to `rounding`.
-      log_sum: see `live`.
-      out: see `live`.
-      mean: see `live`.
-      rounding: see `live`.
-      d_out: gradient of `out`.
-
-    Returns:
-      gradients of query [batch, heads, head_dim, length]; of key, before its factor `scale`,
-      and of value [batch, kv_heads, length, head_dim], float32; of `Plan.bias`, before its
-      factor, [batch, heads, 8, bias_length], float32; and each query's part in that of the
-      offset, [batch, heads, 1, length], float32. Dummies for what the call has not.
+      inputs: its arrays.
+      table: as for `forward.forward`.
+      ranges: as there.
+      residuals: from there.
+      d_out: gradient of the output.
+      groups: of the batch, each with gradients of its own of bias and offset.
     """
+    found = _launch(plan, inputs, table, ranges, residuals, d_out)
+
+    def from_keys(x: Array, like: Array) -> Array:
+        return plan.from_kernel(x.swapaxes(2, 3)).astype(like.dtype)
+
+    def by_group(x: Array) -> Array:
+        return x.reshape(groups, -1, *x.shape[1:])
+
+    d_bias = d_slope = d_offset = None
+    if inputs.distance_bias is not None:
+        sums = by_group(found["d_bias"].sum(axis=1)).sum(axis=1)
+        width = inputs.distance_bias.shape[1]
+        d_values = plan.bias_gradient(sums)
+        d_bias, d_slope = bias_lib.adjoint(d_values, width, has_slope=plan.has_slope)
+    if plan.has_offset:
+        d_offset = by_group(found["pull"].sum(axis=1)).sum(axis=(1, 3, 4))
+    return Gradients(
+        query=plan.from_kernel(found["d_query"]).astype(inputs.query.dtype),
+        key=from_keys(plan.scale * found["d_key"], inputs.key),
+        value=from_keys(found["d_value"], inputs.value),
+        distance_bias=d_bias,
+        distance_slope=d_slope,
+        offset=d_offset,
+    )
+
+
+def _launch(
+    plan: Plan, inputs: Inputs, table: Any, ranges: Any, residuals: Residuals, d_out: Array
+) -> dict[str, Array]:
+    """Returns what the kernel writes, by name.
+
+    Gradients of query [batch, heads, padded_dim, padded]; of key, before its factor `scale`, and
+    of value [batch, kv_heads, padded, padded_dim], float32; of `Plan.bias`, before its factor,
+    [batch, chunks, heads, 8, bias_length], float32; and each query's part in that of the offset,
+    [batch, chunks, heads, 1, padded], float32. The last two only if the call has them.
+    """
+    query, key_columns = plan.to_kernel(inputs.query), plan.to_kernel(inputs.key)
+    key, value = plan.to_kernel_rows(inputs.key), plan.to_kernel_rows(inputs.value)
+    assert residuals.out is not None
+    out, d_out = plan.to_kernel(residuals.out), plan.to_kernel(d_out)
     batch, heads, dim, length = query.shape
     queries, chunks, float32 = plan.queries, plan.backward_chunks, jnp.float32
     chunk = length // chunks
@@ -117,12 +133,12 @@ def backward(
 
     block = queries * plan.tiles_a_step
     tile = (1, 1, dim, block)
-    inputs = [
+    operands = [
         Operand("query", query, tile, own),
         Operand("key", key, (1, 1, chunk, dim), rows),
         Operand("value", value, (1, 1, chunk, dim), rows),
         Operand("key_columns", key_columns, (1, 1, dim, chunk), columns),
-        Operand("log_sum", log_sum, (1, 1, 1, block), own),
+        Operand("log_sum", residuals.lse, (1, 1, 1, block), own),
         Operand("out", out, tile, own),
         Operand("d_out", d_out, tile, own),
     ]
@@ -146,19 +162,21 @@ def backward(
         outputs.append(Operand("d_query", same, tile, own))
     else:
         # Each chunk adds its part in place.
-        inputs.append(Operand("no_d_query", jnp.zeros(query.shape, float32), None))
+        operands.append(Operand("no_d_query", jnp.zeros(query.shape, float32), None))
         outputs.append(Operand("d_query", jax.ShapeDtypeStruct(query.shape, float32), None))
         aliases = {"no_d_query": "d_query"}
         scratch["before"] = pltpu.VMEM((dim, queries), float32)
     if plan.half:
-        inputs.append(Operand("rounding", rounding, tile, own))
+        operands.append(Operand("rounding", residuals.rounding, tile, own))
     if plan.packed:
-        inputs.append(Operand("document", document, (1, 1, block), row))
-    scalars = {"first": plan.ranges(first)}
+        document = plan.rows(inputs.segment_start, mode="edge")
+        operands.append(Operand("document", document, (1, 1, block), row))
+    scalars = {"first": plan.ranges(ranges)}
     if plan.has_offset:
-        scalars |= {"live": plan.ranges(live), "tau": tau}
-        inputs.append(Operand("scale", scale, (1, 1, block), row))
-        inputs.append(Operand("mean", mean, tile, own))
+        assert residuals.live is not None
+        scalars |= {"live": plan.ranges(residuals.live), "tau": plan.tau(inputs.offset)}
+        operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
+        operands.append(Operand("mean", residuals.live_v, tile, own))
         pulls = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
         outputs.append(
             Operand(
@@ -169,8 +187,9 @@ def backward(
             )
         )
         scratch["threshold"] = pltpu.VMEM((1, queries), float32)
-    if plan.has_bias:
-        inputs.append(
+    if table is not None:
+        bias = plan.bias(table)
+        operands.append(
             Operand(
                 "bias",
                 bias,
@@ -187,22 +206,15 @@ def backward(
                 lambda b, h, c, g, i, *refs: (b, c, head(h, g), 0, 0),
             )
         )
-    found = launch(
+    return launch(
         functools.partial(_kernel, plan),
         "lazy_backward",
         (batch, plan.key_heads, chunks, plan.group, plan.steps),
         2,
         scalars,
-        inputs,
+        operands,
         outputs,
         scratch,
         aliases,
-    )
-    nothing = jnp.zeros(groups, float32)
-    return (
-        found["d_query"],
-        found["d_key"],
-        found["d_value"],
-        found["d_bias"].sum(axis=1) if plan.has_bias else nothing,
-        found["pull"].sum(axis=1) if plan.has_offset else nothing,
+        plan.interpret,
     )

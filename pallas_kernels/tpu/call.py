@@ -13,9 +13,6 @@ from jaxtyping import Array
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.support import generation
 
-# Tests on a CPU put `pltpu.InterpretParams` here. Read when a call is traced.
-interpret: Any = False
-
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
@@ -51,6 +48,7 @@ def launch(
     outputs: Sequence[Operand],
     scratch: dict[str, Any],
     aliases: dict[str, str] | None = None,
+    interpret: Any = None,
 ) -> dict[str, Array]:
     """Runs a kernel over a grid and returns its outputs by name.
 
@@ -64,6 +62,7 @@ def launch(
       outputs: likewise.
       scratch: memory that stays from step to step.
       aliases: inputs that an output overwrites.
+      interpret: parameters of interpret mode; None: compile.
     """
     names = [*scalars, *(x.name for x in inputs), *(x.name for x in outputs), *scratch]
     arrays = [*scalars.values(), *(x.array for x in inputs)]
@@ -94,7 +93,7 @@ def launch(
             dimension_semantics=semantics,
             vmem_limit_bytes=config.vmem_limit(tpu),
         ),
-        interpret=interpret,
+        interpret=False if interpret is None else interpret,
         name=name,
     )(*arrays)
     return dict(zip((x.name for x in outputs), results, strict=True))

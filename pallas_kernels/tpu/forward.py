@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels.problem import Inputs, Residuals
 from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.forward_sweeps import Sweeps
 from pallas_kernels.tpu.forward_tile import layout, tiles_a_step
@@ -53,38 +54,29 @@ def _kernel(plan: Plan, training: bool, refs: Any) -> None:
 
 def forward(
     plan: Plan,
+    inputs: Inputs,
+    table: Float[Array, "heads padded_length"] | None,
+    ranges: Int[Array, "batch heads query_tiles"],
+    *,
     training: bool,
-    groups: int,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array,
-    tau: Array,
-    scale: Array,
-    document: Array,
-    first: Array,
-) -> Any:
+) -> tuple[Float[Array, "batch length heads head_dim"], Residuals | None]:
     """Launches the forward pass.
 
     Args:
       plan: of the call.
+      inputs: its arrays.
+      table: b(x) of every distance.
+      ranges: first key tile that each query tile visits.
       training: also return residuals.
-      groups: see `batching.over_batch`; only dummies need it.
-      query: [batch, heads, head_dim, length]: `Plan.to_kernel`.
-      key: [batch, kv_heads, length, head_dim]: `Plan.to_kernel_rows`.
-      value: [batch, kv_heads, head_dim, length].
-      bias: `Plan.bias`.
-      tau: [heads], offset.
-      scale: [batch, 1, length], of tau.
-      document: [batch, 1, length], first key each query sees.
-      first: [batch, heads, query_tiles], first key tile each query tile visits.
 
     Returns:
-      out [batch, heads, head_dim, length]; the mean of the values of live entries over all
-      visible ones, and what out - offset * mean lost to rounding, the same shape; the
-      log2-sum-exp2 of each query [batch, heads, 1, length]; the first live key tile of each
-      query tile [batch, heads, query_tiles]. Dummies for what is not wanted.
+      the output; with `training` the residuals: `lse` the log2-sum-exp2 of each query [batch,
+      heads, 1, padded], `live_v` the mean of the values of live entries over all visible ones
+      and `rounding` what out - offset * mean lost to rounding, both [batch, heads, padded_dim,
+      padded]; `live` the first live key tile of each query tile [batch, heads, query_tiles].
     """
+    query, value = plan.to_kernel(inputs.query), plan.to_kernel(inputs.value)
+    key = plan.to_kernel_rows(inputs.key)
     batch, heads, dim, length = query.shape
     queries, float32 = plan.queries, jnp.float32
     chunk = length // plan.forward_chunks
@@ -104,19 +96,21 @@ def forward(
     def row(b, h, i, step, *refs):
         return b, 0, i
 
-    inputs = [
+    operands = [
         Operand("query", query, (1, 1, dim, block), own),
         Operand("key", key, (1, 1, chunk, dim), keys),
         Operand("value", value, (1, 1, dim, chunk), values),
     ]
-    if plan.has_bias:
-        inputs.append(
+    if table is not None:
+        bias = plan.bias(table)
+        operands.append(
             Operand("bias", bias, (1, *bias.shape[1:]), lambda b, h, i, step, *refs: (h, 0, 0))
         )
     if plan.has_offset:
-        inputs.append(Operand("scale", scale, (1, 1, block), row))
+        operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
     if plan.packed:
-        inputs.append(Operand("document", document, (1, 1, block), row))
+        document = plan.rows(inputs.segment_start, mode="edge")
+        operands.append(Operand("document", document, (1, 1, block), row))
     same = jax.ShapeDtypeStruct(query.shape, query.dtype)
     outputs = [Operand("out", same, (1, 1, dim, block), own)]
     if training:
@@ -159,17 +153,19 @@ def forward(
         "lazy_forward" if training else "lazy_inference",
         (batch, heads, plan.query_tiles // tiles, steps),
         2,
-        {"first": plan.ranges(first), "tau": tau},
-        inputs,
+        {"first": plan.ranges(ranges), "tau": plan.tau(inputs.offset)},
+        operands,
         outputs,
         scratch,
+        interpret=plan.interpret,
     )
-    nothing = jnp.zeros(groups, query.dtype)
-    live_tiles = found["live"][:, :, 0] if "live" in found else first
-    return (
-        found["out"],
-        found.get("mean", nothing),
-        found.get("rounding", nothing),
-        found.get("log_sum", nothing),
-        live_tiles,
+    out = plan.from_kernel(found["out"])
+    if not training:
+        return out, None
+    return out, Residuals(
+        lse=found["log_sum"],
+        out=out,
+        rounding=found.get("rounding"),
+        live=found["live"][:, :, 0] if "live" in found else None,
+        live_v=found.get("mean"),
     )

@@ -13,27 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import bias as bias_lib
+from pallas_kernels.problem import Problem
 from pallas_kernels.tpu import config
 
 LOG2_E = math.log2(math.e)
 SUBLANES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when a call is traced.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Problem):
+    """A call, and how it is done.
 
     Attributes:
-      scale: factor of the scores.
-      skip_mass: softmax mass a row may lose to negligible tiles.
-      skip_dead: leave dead tiles out of what they don't contribute to.
-      packed: some query does not see the first key of its row: documents, or a window.
-      has_bias, has_offset: whether the call has them.
-      heads: of the queries.
-      group: query heads a key head.
-      length: of the sequence.
-      head_dim: of the inputs.
-      itemsize: bytes of an input number.
       block: tiles.
       strips: of a tile, that are worked on at a time.
       query_first: a turn of the backward pass multiplies for dQ first, and the first sweep
@@ -43,17 +34,6 @@ class Plan:
       forward_chunks, backward_chunks: see `config.key_chunks`.
     """
 
-    scale: float
-    skip_mass: float
-    skip_dead: bool
-    packed: bool
-    has_bias: bool
-    has_offset: bool
-    heads: int
-    group: int
-    length: int
-    head_dim: int
-    itemsize: int
     block: config.Block
     strips: config.Strips
     query_first: bool
@@ -103,11 +83,6 @@ class Plan:
         return self.padded_length // self.queries
 
     @property
-    def key_heads(self) -> int:
-        """Returns how many heads the keys have."""
-        return self.heads // self.group
-
-    @property
     def bias_window(self) -> int:
         """Returns the distances, rounded up, that one tile has."""
         return self.queries + self.keys
@@ -152,6 +127,10 @@ class Plan:
     def rows(self, x: Shaped[Array, "batch length"], **how) -> Shaped[Array, "batch 1 padded"]:
         """Pads a number a query, and gives it a sublane."""
         return jnp.pad(x, ((0, 0), (0, self.padded_length - self.length)), **how)[:, None]
+
+    def tau(self, offset: Float[Array, " heads"] | None) -> Float[Array, " heads"]:
+        """Returns the offsets as scalar memory holds them; something, if there are none."""
+        return jnp.zeros(1, jnp.float32) if offset is None else offset
 
     def bias(
         self, values: Float[Array, "heads padded_length"]

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu import op
 from tests import oracle, test_attention, test_chunk_starts
 from tests.pallas_kernels import kernel_suite as suite
 from tests.pallas_kernels.tpu_interpreter import interpreted
@@ -90,15 +89,9 @@ def test_bfloat16(name):
 
 
 @pytest.mark.slow
-def test_dead_tiles_do_not_matter(monkeypatch):
-    args = oracle.inputs(SPARSE)
-    d_out = np.random.default_rng(1).standard_normal(args["query"].shape).astype(np.float32)
+def test_dead_tiles_do_not_matter():
     with interpreted():
-        skipping = oracle.out_and_gradients(args, "tpu", d_out)
-        monkeypatch.setattr(op, "skip_dead_tiles", False)
-        whole = oracle.out_and_gradients(args, "tpu", d_out)
-    for name in whole:
-        assert oracle.relative_error(skipping[name], whole[name]) <= 1e-5, name
+        suite.check_dead_tiles_do_not_matter(SPARSE, "float32", 1e-5, "tpu")
 
 
 @pytest.mark.slow

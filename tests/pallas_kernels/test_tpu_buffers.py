@@ -4,19 +4,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.tpu import config
+from lazyattn.attention import Call
+from pallas_kernels.tpu import backend, config
 from pallas_kernels.tpu.buffers import ALONE, HALF, Layout, half_of, strips
-from pallas_kernels.tpu.op import make_plan
 from pallas_kernels.tpu.support import pretend_generation
-from pallas_kernels.types import AttentionSettings
 
 
 def _plan(dtype):
     x = jax.ShapeDtypeStruct((1, 4096, 1, 128), dtype)
+    call = Call(
+        *(x, x, x, None, None, None),
+        offset_divisor="visible",
+        renormalize=False,
+        segment_ids=None,
+        query_start=None,
+        chunk_starts=None,
+        window=None,
+        scale=1.0,
+        skip_mass=0.0,
+        return_weights=False,
+    )
     with pretend_generation("v5p"):
-        return make_plan(
-            x, x, None, None, AttentionSettings(scale=1.0, skip_mass=0.0), packed=False
-        )
+        return backend.plan(call.problem())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])

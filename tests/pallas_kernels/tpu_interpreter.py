@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import call, config, support
+from pallas_kernels import problem
+from pallas_kernels.tpu import config, support
 
 
 @contextlib.contextmanager
@@ -41,7 +42,6 @@ def interpreted(
     block = config.Block(queries, keys)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
-            (call, "interpret", parameters),
             (config, "block", lambda *_: block),
             (config, "layout", layout),
         ):
@@ -50,6 +50,7 @@ def interpreted(
             steps = unittest.mock.patch.object(config, "tiles_a_step", lambda *_: tiles_a_step)
             stack.enter_context(steps)
         stack.enter_context(support.pretend_generation(generation))
+        stack.enter_context(problem.options(interpret=parameters))
         try:
             yield
         except BaseException:

@@ -1,16 +1,102 @@
-"""The key/value cache of incremental decoding, of static shape."""
+"""The key/value cache of incremental decoding, of static shape: what it holds of which head."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
+from lazyattn.decode_attention import PAGE
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.heads import head_windows
 from lazyattn.quantity import quantity
+
+# What keys and values are held in: the model's compute dtype, or bytes with a scale a page.
+CacheDtype = Literal["compute", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroup:
+    """Key/value heads of a layer of which equally many keys are held.
+
+    Attributes:
+      heads: which ones; where devices share the heads, the numbers within each share.
+      slots: keys held of each: position p lies in slot p mod slots.
+      window: keys a query sees at most; None: all.
+    """
+
+    heads: tuple[int, ...]
+    slots: int
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """Which keys a cache holds, known before anything is compiled.
+
+    Attributes:
+      length: positions a row may have.
+      layers: the groups of each layer's heads.
+      head_dim: numbers of a key, and of a value.
+      dtype: of keys and values, a name such as "bfloat16", or "int8".
+      shards: devices that share the heads, each with the same groups.
+      skip_mass: softmax mass that decoding may leave out besides what is not held.
+    """
+
+    length: int
+    layers: tuple[tuple[HeadGroup, ...], ...]
+    head_dim: int
+    dtype: str
+    shards: int = 1
+    skip_mass: float = 0.0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are bytes with scales."""
+        return self.dtype == "int8"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the keys and values of a row take, over all devices."""
+        number = jnp.dtype(self.dtype).itemsize
+        total = 0
+        for layer in self.layers:
+            for group in layer:
+                scales = 3 if self.quantized else 1
+                each = 2 * group.slots * self.head_dim * number + 4 * scales * pages(group.slots)
+                total += each * len(group.heads) * self.shards
+        return total
+
+
+def pages(slots: int) -> int:
+    """Returns how many pages so many slots are."""
+    return -(-slots // PAGE)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupCache:
+    """Keys and values of a `HeadGroup`.
+
+    Attributes:
+      keys: rotated keys, the plan's dtype.
+      values: values, the same.
+      key_norms: float32; no key of the page is longer.
+      key_scales, value_scales: float32, what int8 numbers of a page are multiplied by;
+        None: they are no int8 numbers.
+    """
+
+    keys: Array
+    values: Array
+    key_norms: Float[Array, "batch heads pages"]
+    key_scales: Float[Array, "batch heads pages"] | None = None
+    value_scales: Float[Array, "batch heads pages"] | None = None
+
+
+LayerCache = tuple[GroupCache, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -18,43 +104,152 @@ from lazyattn.quantity import quantity
 class KVCache:
     """Keys and values of the tokens so far, one document a row.
 
-    Row b holds tokens 0 ... lengths[b] - 1; what lies beyond is never seen, since
-    it comes after every query, and is overwritten in turn. Shortening `lengths`
-    therefore forgets tokens.
+    Row b has had tokens 0 ... lengths[b] - 1. What else lies in its slots is never seen, and is
+    overwritten in turn. A row of length 0 is free.
 
     Attributes:
-      keys: rotated keys, compute dtype.
-      values: values, compute dtype.
-      lengths: int32, tokens held in each row.
+      layers: what is held of each layer, a `GroupCache` for each group of the plan.
+      lengths: int32, tokens each row has had.
+      plan: which keys are held.
     """
 
-    keys: Float[Array, "layers batch cache_length kv_heads head_dim"]
-    values: Float[Array, "layers batch cache_length kv_heads head_dim"]
+    layers: tuple[LayerCache, ...]
     lengths: Int[Array, " batch"]
+    plan: CachePlan = dataclasses.field(metadata={"static": True})
 
 
-def init_cache(config: ModelConfig, batch: int, cache_length: int) -> KVCache:
-    """Returns an empty cache.
+def full_plan(
+    config: ModelConfig, cache_length: int, *, dtype: CacheDtype = "compute"
+) -> CachePlan:
+    """Returns the plan of a cache that holds every key.
 
     Args:
       config: the model.
-      batch: rows.
       cache_length: tokens each row has room for.
+      dtype: what keys and values are held in.
 
     Raises:
-      InputError: for a length below 1.
+      InputError: for a length below 1, or heads that the mesh can't share out.
     """
     require(cache_length >= 1, "cache_length", cache_length, "at least 1")
-    shape = (
-        config.num_layers,
-        batch,
+    shards = head_shards(config)
+    groups: dict[int | None, list[int]] = {}
+    for head, window in enumerate(kv_windows(config, shards)):
+        groups.setdefault(window, []).append(head)
+    layer = tuple(HeadGroup(tuple(heads), cache_length, w) for w, heads in groups.items())
+    return CachePlan(
         cache_length,
-        config.attention.kv_heads,
+        (layer,) * config.num_layers,
         config.head_dim,
+        dtype_name(config, dtype),
+        shards,
+        config.attention.skip_mass,
     )
-    empty = jnp.zeros(shape, config.compute_dtype)
-    empty = sharding.constrain(empty, "layers", "batch", None, "kv_heads", "head_dim")
-    return KVCache(empty, empty, jnp.zeros(batch, jnp.int32))
+
+
+def dtype_name(config: ModelConfig, dtype: CacheDtype) -> str:
+    """Returns the name of what keys and values are held in."""
+    require(dtype in ("compute", "int8"), "the cache's dtype", dtype, "compute or int8")
+    return config.compute_dtype if dtype == "compute" else dtype
+
+
+def head_shards(config: ModelConfig) -> int:
+    """Returns how many devices of the active mesh share the heads.
+
+    Raises:
+      InputError: if the heads can't be shared out evenly.
+    """
+    mesh = sharding.active_mesh()
+    if mesh is None:
+        return 1
+    shards = sharding.num_shards(mesh, "kv_heads")
+    require(
+        config.attention.kv_heads % shards == 0,
+        "model.attention.num_kv_heads",
+        config.attention.kv_heads,
+        f"a multiple of {shards}, the devices of the mesh that share the heads",
+    )
+    return shards
+
+
+def kv_windows(config: ModelConfig, shards: int) -> tuple[int | None, ...]:
+    """Returns the window of each key/value head of a device's share.
+
+    Raises:
+      InputError: if devices' shares differ.
+    """
+    attention = config.attention
+    by_head = head_windows(attention)[:: attention.num_heads // attention.kv_heads]
+    size = len(by_head) // shards
+    shares = {by_head[i * size : (i + 1) * size] for i in range(shards)}
+    require(
+        len(shares) == 1,
+        "model.attention.global_share",
+        attention.global_share,
+        f"a share that gives each of the {shards} devices that share the heads equally many"
+        " global key/value heads, while model.attention.window is set",
+    )
+    return shares.pop()
+
+
+def init_cache(plan: CachePlan, batch: int) -> KVCache:
+    """Returns an empty cache.
+
+    Args:
+      plan: which keys it holds (`full_plan`, `spans.plan_cache`).
+      batch: rows.
+
+    Raises:
+      InputError: for a batch below 1.
+    """
+    require(batch >= 1, "the cache's rows", batch, "at least 1")
+
+    def group(of: HeadGroup) -> GroupCache:
+        heads = len(of.heads) * plan.shards
+        shape = (batch, of.slots, heads, plan.head_dim)
+
+        def by_page() -> Array:
+            empty = jnp.zeros((batch, heads, pages(of.slots)), jnp.float32)
+            return sharding.constrain(empty, "batch", "kv_heads", None)
+
+        def by_slot() -> Array:
+            empty = jnp.zeros(shape, plan.dtype)
+            return sharding.constrain(empty, "batch", None, "kv_heads", "head_dim")
+
+        scales = (by_page(), by_page()) if plan.quantized else (None, None)
+        return GroupCache(by_slot(), by_slot(), by_page(), *scales)
+
+    layers = tuple(tuple(map(group, groups)) for groups in plan.layers)
+    return KVCache(layers, jnp.zeros(batch, jnp.int32), plan)
+
+
+def check_memory(plan: CachePlan, batch: int, available: int | None) -> None:
+    """Checks that a cache fits.
+
+    Args:
+      plan: which keys it holds.
+      batch: rows.
+      available: bytes there are for it; None: not known.
+
+    Raises:
+      InputError: if it takes more.
+    """
+    needed = plan.row_bytes * batch
+    if available is not None and needed > available:
+        raise InputError(
+            f"The key/value cache of {quantity(batch, 'row')} of {quantity(plan.length, 'token')}"
+            f" takes {in_bytes(needed)}, but it must be at most {in_bytes(available)}, the memory"
+            " that is left: take fewer rows, fewer tokens, shorter bucket lengths or int8."
+        )
+
+
+def in_bytes(number: int) -> str:
+    """Returns a number of bytes for people: "1.50 GB"."""
+    size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{number} {units[0]}" if units[0] == "bytes" else f"{size:.3g} {units[0]}"
 
 
 def trained_cache_length(config: ModelConfig, sequence_length: int) -> int | None:

@@ -11,13 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lazyattn.errors import InputError, require
-from lazyattn.generation.cache import KVCache, init_cache
+from lazyattn.generation.cache import CachePlan, KVCache, full_plan
+from lazyattn.generation.prepared import PreparedModel, prepare
 from lazyattn.generation.sampling import SamplingConfig, next_token
+from lazyattn.generation.serving import NO_TOKEN, start_rows, step_rows
 from lazyattn.model.config import ModelConfig
-from lazyattn.model.transformer import Transformer, logits, output_embedding
-
-# An id that no token has.
-NO_TOKEN = -1
 
 
 class Continuation(NamedTuple):
@@ -33,7 +31,7 @@ class Continuation(NamedTuple):
 
 
 def generate(
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | PreparedModel,
     config: ModelConfig,
     prompts: Int[np.ndarray | Array, "batch prompt_length"],
     prompt_lengths: Int[np.ndarray | Array, " batch"],
@@ -42,6 +40,7 @@ def generate(
     key: Array,
     eos_id: int | None = None,
     cache_length: int | None = None,
+    plan: CachePlan | None = None,
 ) -> Continuation:
     """Continues a batch of prompts; prefill and decoding are one compiled function.
 
@@ -49,7 +48,7 @@ def generate(
     on how many rows there are nor on how far the prompts are padded.
 
     Args:
-      params: the model's parameters, unboxed.
+      params: the model's parameters, unboxed, or what `prepare` made of them.
       config: the model.
       prompts: token ids, padded on the right with any valid id.
       prompt_lengths: tokens of each prompt, from 1 to prompt_length.
@@ -59,22 +58,24 @@ def generate(
       cache_length: room for prompt and continuation; None: prompt_length +
         max_new_tokens. It matters to the result for the variant
         `lazy_length_offset` alone, which divides the offset by it.
+      plan: which keys the cache holds; None: all. Its length is the cache's.
 
     Raises:
       InputError: for an empty prompt, one that does not fit the cache with its
         continuation, ids outside the vocabulary, or shapes that do not go together.
     """
+    if plan is not None:
+        cache_length = plan.length
     cache_length = check_prompts(prompts, prompt_lengths, config, sampling, cache_length)
     prompts, prompt_lengths = np.asarray(prompts), np.asarray(prompt_lengths)
     return _generate(
-        params,
+        prepare(params, config),
         jnp.asarray(prompts[:, :cache_length], jnp.int32),
         jnp.asarray(prompt_lengths, jnp.int32),
         key,
         jnp.asarray(NO_TOKEN if eos_id is None else eos_id, jnp.int32),
-        config=config,
         sampling=sampling,
-        cache_length=cache_length,
+        plan=plan or full_plan(config, cache_length),
     )
 
 
@@ -153,11 +154,10 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decoder:
+class _Loop:
     """How one token follows another; what is compiled is a method of it."""
 
-    params: Mapping[str, Any]
-    config: ModelConfig
+    model: PreparedModel
     sampling: SamplingConfig
     key: Array
     eos_id: Int[Array, ""]
@@ -166,7 +166,7 @@ class _Decoder:
         self,
         prompts: Int[Array, "batch prompt_length"],
         prompt_lengths: Int[Array, " batch"],
-        cache_length: int,
+        plan: CachePlan,
     ) -> Progress:
         """Returns the state with each row's first new token."""
         batch, width = prompts.shape
@@ -174,12 +174,12 @@ class _Decoder:
         seen = None
         if self.sampling.repetition_penalty != 1:
             # The padding is no part of a row, so its ids go out of bounds.
+            vocab = self.model.config.vocab_size
             real = jnp.arange(width) < prompt_lengths[:, None]
-            ids = jnp.where(real, prompts, self.config.vocab_size)
-            seen = jnp.zeros((batch, self.config.vocab_size), bool)
+            ids = jnp.where(real, prompts, vocab)
+            seen = jnp.zeros((batch, vocab), bool)
             seen = seen.at[rows[:, None], ids].set(True, mode="drop")
-        # The prompts' padding is written to the cache as well, then forgotten.
-        hidden, cache = self._feed(prompts, init_cache(self.config, batch, cache_length))
+        logits, cache = start_rows(self.model, plan, prompts, prompt_lengths)
         start = Progress(
             count=jnp.zeros((), jnp.int32),
             token=jnp.zeros(batch, jnp.int32),
@@ -187,9 +187,9 @@ class _Decoder:
             lengths=jnp.zeros(batch, jnp.int32),
             ended=jnp.zeros(batch, bool),
             seen=seen,
-            cache=dataclasses.replace(cache, lengths=prompt_lengths),
+            cache=cache,
         )
-        return self._add(start, hidden[rows, prompt_lengths - 1])
+        return self._add(start, logits)
 
     def advance(self, progress: Progress, until: Int[Array, ""] | int) -> Progress:
         """Returns the state when `until` tokens are drawn or every row has ended."""
@@ -200,27 +200,19 @@ class _Decoder:
         return jax.lax.while_loop(unfinished, self._step, progress)
 
     def _step(self, progress: Progress) -> Progress:
-        hidden, cache = self._feed(progress.token[:, None], progress.cache)
-        return self._add(dataclasses.replace(progress, cache=cache), hidden[:, 0])
+        # Rows that have ended read nothing more.
+        tokens = jnp.where(progress.ended, NO_TOKEN, progress.token)
+        logits, cache = step_rows(self.model, progress.cache, tokens[:, None])
+        return self._add(dataclasses.replace(progress, cache=cache), logits[:, 0])
 
-    def _feed(
-        self, tokens: Int[Array, "batch length"], cache: KVCache
-    ) -> tuple[Float[Array, "batch length width"], KVCache]:
-        # Attention here is whatever `lazyattn.attention` finds best for a call with
-        # `query_start`: a kernel that skips the values of zero weights joins there.
-        variables = {"params": self.params}
-        result: Any = Transformer(self.config).apply(variables, tokens, cache=cache)
-        return result
-
-    def _add(self, progress: Progress, hidden: Float[Array, "batch width"]) -> Progress:
-        """Draws each row's next token from the hidden state before it."""
+    def _add(self, progress: Progress, logits: Float[Array, "batch vocab"]) -> Progress:
+        """Draws each row's next token."""
         count = progress.count
-        rows = jnp.arange(hidden.shape[0])
+        rows = jnp.arange(logits.shape[0])
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), count))(
             rows
         )
-        table = output_embedding(self.params, self.config)
-        token = next_token(logits(hidden, table), keys, self.sampling, progress.seen)
+        token = next_token(logits, keys, self.sampling, progress.seen)
         ended = progress.ended | (token == self.eos_id)
         return dataclasses.replace(
             progress,
@@ -233,57 +225,52 @@ class _Decoder:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "cache_length"))
+@functools.partial(jax.jit, static_argnames=("sampling", "plan"))
 def _generate(
-    params: Mapping[str, Any],
+    model: PreparedModel,
     prompts: Int[Array, "batch prompt_length"],
     prompt_lengths: Int[Array, " batch"],
     key: Array,
     eos_id: Int[Array, ""],
     *,
-    config: ModelConfig,
     sampling: SamplingConfig,
-    cache_length: int,
+    plan: CachePlan,
 ) -> Continuation:
-    decoder = _Decoder(params, config, sampling, key, eos_id)
-    start = decoder.start(prompts, prompt_lengths, cache_length)
-    end = decoder.advance(start, sampling.max_new_tokens)
+    loop = _Loop(model, sampling, key, eos_id)
+    end = loop.advance(loop.start(prompts, prompt_lengths, plan), sampling.max_new_tokens)
     return Continuation(end.tokens, end.lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "cache_length"))
+@functools.partial(jax.jit, static_argnames=("sampling", "plan"))
 def start(
-    params: Mapping[str, Any],
+    model: PreparedModel,
     prompts: Int[Array, "batch prompt_length"],
     prompt_lengths: Int[Array, " batch"],
     key: Array,
     eos_id: Int[Array, ""],
     *,
-    config: ModelConfig,
     sampling: SamplingConfig,
-    cache_length: int,
+    plan: CachePlan,
 ) -> Progress:
     """Returns the state with each row's first new token; arguments as in `generate`."""
-    decoder = _Decoder(params, config, sampling, key, eos_id)
-    return decoder.start(prompts, prompt_lengths, cache_length)
+    return _Loop(model, sampling, key, eos_id).start(prompts, prompt_lengths, plan)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("progress",))
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
 def advance(
-    params: Mapping[str, Any],
+    model: PreparedModel,
     progress: Progress,
     until: Int[Array, ""],
     key: Array,
     eos_id: Int[Array, ""],
     *,
-    config: ModelConfig,
     sampling: SamplingConfig,
 ) -> Progress:
     """Returns the state after more tokens; it is the one `generate` would come to.
 
     Args:
-      params, key, eos_id, config, sampling: those of `start`.
+      model, key, eos_id, sampling: those of `start`.
       progress: where to go on; used up.
       until: tokens to have drawn for each row.
     """
-    return _Decoder(params, config, sampling, key, eos_id).advance(progress, until)
+    return _Loop(model, sampling, key, eos_id).advance(progress, until)

@@ -12,7 +12,9 @@ from jaxtyping import Array, Int32
 from lazyattn.data.decoding import Continuation, Decoder
 from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError, require
+from lazyattn.generation.cache import CachePlan, full_plan
 from lazyattn.generation.decode import advance, check_prompts, start
+from lazyattn.generation.prepared import PreparedModel, prepare
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.model.config import ModelConfig
 
@@ -34,7 +36,7 @@ class TextTokenizer(Decoder, Protocol):
 
 
 def generate_text(
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | PreparedModel,
     config: ModelConfig,
     tokenizer: TextTokenizer,
     prompts: Sequence[str],
@@ -43,6 +45,7 @@ def generate_text(
     key: Array,
     stop: Sequence[str] = (),
     cache_length: int | None = None,
+    plan: CachePlan | None = None,
 ) -> list[str]:
     """Returns the continuation of each text, without the text itself.
 
@@ -51,7 +54,7 @@ def generate_text(
     all tokens decode to (`data.decoding`).
 
     Args:
-      params, config, sampling, key, cache_length: as in `decode.generate`.
+      params, config, sampling, key, cache_length, plan: as in `decode.generate`.
       tokenizer: between text and ids.
       prompts: at least one text.
       stop: a continuation ends before the first of these strings.
@@ -70,6 +73,7 @@ def generate_text(
         key=key,
         stop=stop,
         cache_length=cache_length,
+        plan=plan,
         every=_STRIDE if stop else sampling.max_new_tokens,
     ):
         pass
@@ -77,7 +81,7 @@ def generate_text(
 
 
 def stream_text(
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | PreparedModel,
     config: ModelConfig,
     tokenizer: TextTokenizer,
     prompts: Sequence[str],
@@ -86,6 +90,7 @@ def stream_text(
     key: Array,
     stop: Sequence[str] = (),
     cache_length: int | None = None,
+    plan: CachePlan | None = None,
     every: int = 1,
 ) -> Iterator[list[str]]:
     """Yields the continuations so far, each time a little longer.
@@ -94,7 +99,7 @@ def stream_text(
     whole, and what may become a stop string until it can't any more.
 
     Args:
-      params, config, tokenizer, prompts, sampling, key, stop, cache_length: as in
+      params, config, tokenizer, prompts, sampling, key, stop, cache_length, plan: as in
         `generate_text`, whose result comes last.
       every: tokens drawn from one time to the next.
 
@@ -116,13 +121,14 @@ def stream_text(
         key=key,
         stop=stop,
         cache_length=cache_length,
+        plan=plan,
         every=every,
         texts=prompts,
     )
 
 
 def stream_ids(
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | PreparedModel,
     config: ModelConfig,
     tokenizer: TextTokenizer,
     prompts: Sequence[Sequence[int]],
@@ -132,13 +138,14 @@ def stream_ids(
     key: Array,
     stop: Sequence[str] = (),
     cache_length: int | None = None,
+    plan: CachePlan | None = None,
     every: int = _STRIDE,
     texts: Sequence[str | None] | None = None,
 ) -> Iterator[list[str]]:
     """Yields the continuations of prompts that are token ids already.
 
     Args:
-      params, config, tokenizer, sampling, key, stop, cache_length, every: as in
+      params, config, tokenizer, sampling, key, stop, cache_length, plan, every: as in
         `stream_text`.
       prompts: token ids of each, at least one.
       width: what the prompts are padded to.
@@ -151,17 +158,19 @@ def stream_ids(
     require(every >= 1, "every", every, "at least 1")
     lengths = np.asarray([len(ids) for ids in prompts], np.int32)
     padded = _pad(prompts, max(width, int(lengths.max())))
+    if plan is not None:
+        cache_length = plan.length
     cache_length = check_prompts(padded, lengths, config, sampling, cache_length)
     eos_id = jnp.asarray(tokenizer.eos_id, jnp.int32)
+    model = prepare(params, config)
     state = start(
-        params,
+        model,
         jnp.asarray(padded[:, :cache_length]),
         jnp.asarray(lengths),
         key,
         eos_id,
-        config=config,
         sampling=sampling,
-        cache_length=cache_length,
+        plan=plan or full_plan(config, cache_length),
     )
     rows = [
         Continuation(tokenizer, before, text)
@@ -190,7 +199,7 @@ def stream_ids(
         if any(stopped):
             state = dataclasses.replace(state, ended=jnp.asarray(done))
         until = jnp.asarray(min(count + every, sampling.max_new_tokens), jnp.int32)
-        state = advance(params, state, until, key, eos_id, config=config, sampling=sampling)
+        state = advance(model, state, until, key, eos_id, sampling=sampling)
 
 
 def _pad(prompts: Sequence[Sequence[int]], width: int) -> Int32[np.ndarray, "batch width"]:

@@ -79,7 +79,7 @@ def walk(
     def layer(state: tuple[Array, Any], block: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
         (x, _), found = Block(config).apply(
-            {"params": block}, x, None, positions, segment_ids, None, mutable=[OPERANDS]
+            {"params": block}, x, positions, segment_ids, mutable=[OPERANDS]
         )
         operands = found[OPERANDS]["attention"]["operands"]
         seen = _layer_input(operands, config, first, positions, real)

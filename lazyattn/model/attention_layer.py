@@ -1,6 +1,7 @@
 """The attention layer: projections, RoPE, a head's bias and offset, one call of the op."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +23,9 @@ WEIGHTS = "attention_weights"
 # Another, that receives what a layer gives to the op besides its values.
 OPERANDS = "attention_operands"
 
-# One layer's keys and values of a cache, [batch, cache_length, kv_heads, head_dim].
-LayerCache = tuple[
-    Float[Array, "batch cache_length kv_heads head_dim"],
-    Float[Array, "batch cache_length kv_heads head_dim"],
-]
+# What takes the op's place when keys are cached: from rotated queries and keys, values, and the
+# op's learned arguments to its output. The query's and output's heads are the model's.
+Attend = Callable[[Array, Array, Array, dict[str, Array]], Array]
 
 
 def variant_arguments(config: AttentionConfig, key_length: int) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def variant_arguments(config: AttentionConfig, key_length: int) -> dict[str, Any
 
     Args:
       config: the attention layer.
-      key_length: keys a row holds: the training sequence's length, or the cache's
+      key_length: keys a row has room for: the training sequence's length, or the cache's
         when decoding. `lazy_length_offset` divides tau by it, so that variant
         decodes as it was trained only with a cache as long as its sequences were.
     """
@@ -68,20 +67,15 @@ class Attention(nn.Module):
         x: Float[Array, "batch length width"],
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None = None,
-        cache: LayerCache | None = None,
-        query_start: Int[Array, " batch"] | None = None,
-    ) -> tuple[Float[Array, "batch length width"], LayerCache | None]:
-        """Attends within `x`, or from `x` to a cache that `x` is first added to.
+        attend: Attend | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """Returns the update to the residual stream.
 
         Args:
           x: normalised residual stream, compute dtype.
           positions: place of each token in its document, for RoPE.
           segment_ids: documents are runs of equal ids; None: one a row.
-          cache: keys and values so far; `x` is written at `query_start`.
-          query_start: with a cache, tokens of each row it already holds.
-
-        Returns:
-          The update to the residual stream, and the cache with `x` added.
+          attend: what attends in place of the op.
         """
         cfg, att = self.config, self.config.attention
 
@@ -106,35 +100,13 @@ class Attention(nn.Module):
         if att.rope and not (att.qk_norm and everywhere):
             query = self._rotated(query, positions)
             key = self._rotated(key, positions)
-        if cache is not None:
-            assert query_start is not None
-            key = _write(cache[0], key, query_start)
-            value = _write(cache[1], value, query_start)
-            cache = key, value
-
         head_parameters = self._head_parameters()
         if self.is_mutable_collection(OPERANDS) and not self.is_initializing():
             self._keep(OPERANDS, "operands", {"query": query, "key": key, **head_parameters})
-        observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
-        # Only the definition returns weights; and what trains best may not decode.
-        implementation = att.implementation if cache is None else None
-        implementation = "xla" if observed else implementation
-        out = sharded_attention(
-            query,
-            key,
-            value,
-            {"segment_ids": segment_ids, "query_start": query_start, **head_parameters},
-            sequence_shards=self.sequence_shards,
-            window=None if att.num_global_heads == att.num_heads else att.window,
-            blocks=head_blocks(att) if att.by_group else None,
-            skip_mass=att.skip_mass,
-            implementation=implementation,
-            return_weights=observed,
-            **variant_arguments(att, key.shape[1]),
-        )
-        if observed:
-            out, weights = out
-            self._keep(WEIGHTS, "weights", weights)
+        if attend is not None:
+            out = attend(query, key, value, head_parameters)
+        else:
+            out = self._attend(query, key, value, segment_ids, head_parameters)
 
         if att.output_gate:
             gate = jax.nn.sigmoid(projection("output_gate", att.num_heads, "heads"))
@@ -146,7 +118,36 @@ class Attention(nn.Module):
             (att.num_heads, cfg.head_dim, cfg.width),
             ("heads", "head_dim", "embed"),
         )
-        return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype)), cache
+        return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype))
+
+    def _attend(
+        self,
+        query: Float[Array, "batch length heads d"],
+        key: Float[Array, "batch length kv_heads d"],
+        value: Float[Array, "batch length kv_heads d"],
+        segment_ids: Int[Array, "batch length"] | None,
+        head_parameters: dict[str, Array],
+    ) -> Float[Array, "batch length heads d"]:
+        att = self.config.attention
+        observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
+        out = sharded_attention(
+            query,
+            key,
+            value,
+            {"segment_ids": segment_ids, **head_parameters},
+            sequence_shards=self.sequence_shards,
+            window=None if att.num_global_heads == att.num_heads else att.window,
+            blocks=head_blocks(att) if att.by_group else None,
+            skip_mass=att.skip_mass,
+            # Only the definition returns weights.
+            implementation="xla" if observed else att.implementation,
+            return_weights=observed,
+            **variant_arguments(att, key.shape[1]),
+        )
+        if observed:
+            out, weights = out
+            self._keep(WEIGHTS, "weights", weights)
+        return out
 
     def _rotated(
         self, x: Float[Array, "batch length some_heads d"], positions: Int[Array, "batch length"]
@@ -175,14 +176,3 @@ class Attention(nn.Module):
             init = nn.initializers.constant(att.offset_init)
             found["offset"] = parameter(self, "offset", init, heads, ("heads",))
         return found
-
-
-def _write(
-    held: Float[Array, "batch cache_length kv_heads head_dim"],
-    new: Float[Array, "batch length kv_heads head_dim"],
-    start: Int[Array, " batch"],
-) -> Float[Array, "batch cache_length kv_heads head_dim"]:
-    """Returns `held` with row b of `new` at `start[b]`; what would pass the end is dropped."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    columns = start[:, None] + jnp.arange(new.shape[1])
-    return held.at[rows, columns].set(new.astype(held.dtype), mode="drop")

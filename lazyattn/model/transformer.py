@@ -1,8 +1,8 @@
 """The decoder: token ids to hidden states, and hidden states to logits."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from lazyattn.model.embedding import look_up
 from lazyattn.model.layers import RMSNorm, SwiGLU, matrix_init, parameter
 from lazyattn.model.rope import document_positions
 
-if TYPE_CHECKING:
-    from lazyattn.generation.cache import KVCache
+# An `attention_layer.Attend` of all layers, whose first argument is the layer's number.
+Attend = Callable[[int, Array, Array, Array, dict[str, Array]], Array]
 
 # What the forward pass keeps for the backward pass, by ModelConfig.remat. "dots"
 # keeps products with weights; those of attention, quadratic in length, are redone.
@@ -38,23 +38,18 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        cache: attention_layer.LayerCache | None,
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None,
-        query_start: Int[Array, " batch"] | None,
-    ) -> tuple[Float[Array, "batch length width"], attention_layer.LayerCache | None]:
-        """Returns the residual stream after the layer, and the layer's cache."""
+        attend: attention_layer.Attend | None = None,
+    ) -> tuple[Float[Array, "batch length width"], None]:
+        """Returns the residual stream after the layer, and nothing besides, as a scan wants."""
         cfg = self.config
-        update, cache = attention_layer.Attention(cfg, self.sequence_shards, name="attention")(
-            RMSNorm(cfg.norm_eps, name="attention_norm")(x),
-            positions,
-            segment_ids,
-            cache,
-            query_start,
+        update = attention_layer.Attention(cfg, self.sequence_shards, name="attention")(
+            RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segment_ids, attend
         )
         x = sharding.constrain(x + update, "batch", "length", None)
         update = SwiGLU(cfg, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
-        return sharding.constrain(x + update, "batch", "length", None), cache
+        return sharding.constrain(x + update, "batch", "length", None), None
 
 
 class Transformer(nn.Module):
@@ -76,29 +71,29 @@ class Transformer(nn.Module):
         inputs: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "batch length"] | None = None,
-        cache: "KVCache | None" = None,
-    ) -> Any:
+        attend: Attend | None = None,
+    ) -> Float[Array, "batch length width"]:
         """Returns the final hidden states.
 
         Args:
           inputs: int32 token ids below `vocab_size`; an id out of range gives NaN.
           segment_ids: int32; documents are runs of equal ids, and no document sees
-            another. None: one document a row. Not with a cache.
+            another. None: one document a row.
           positions: int32 place of each token in its document, for RoPE. None:
-            counted from `segment_ids`, or on from what the cache holds.
-          cache: keys and values of the tokens before `inputs`, row by row.
+            counted from `segment_ids`.
+          attend: what attends in place of the op, as where keys are cached. Only
+            without `scan_layers`.
 
         Returns:
-          Normed hidden states [batch, length, width] in the compute dtype; with a
-          cache, (hidden states, cache with `inputs` added).
+          Normed hidden states [batch, length, width] in the compute dtype.
 
         Raises:
           InputError: for shapes or arguments that do not go together.
         """
         cfg = self.config
-        _check_inputs(inputs, segment_ids, positions, cache)
+        _check_inputs(inputs, segment_ids, positions)
         if positions is None:
-            positions = _default_positions(inputs, segment_ids, cache)
+            positions = _default_positions(inputs, segment_ids)
 
         table = (
             matrix_init(1, 0),
@@ -113,7 +108,7 @@ class Transformer(nn.Module):
         # On a mesh that shares rows out, layers see them in another order. Weights, for
         # inspection, are of whole rows.
         shards = 1
-        if cache is None and not self.is_mutable_collection(attention_layer.WEIGHTS):
+        if attend is None and not self.is_mutable_collection(attention_layer.WEIGHTS):
             shards = sharding.sequence_shards(inputs.shape[1])
         if shards > 1:
             inputs, positions = map(sharding.deal_sequence, (inputs, positions))
@@ -122,24 +117,21 @@ class Transformer(nn.Module):
 
         x = look_up(embedding, inputs) * cfg.width**0.5
         x = sharding.constrain(x.astype(cfg.compute_dtype), "batch", "length", None)
-        x, cache = self._blocks(x, cache, positions, segment_ids, shards)
+        x = self._blocks(x, positions, segment_ids, shards, attend)
         if shards > 1:
             x = sharding.collect_sequence(x)
-        x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
-        return x if cache is None else (x, cache)
+        return RMSNorm(cfg.norm_eps, name="final_norm")(x)
 
     def _blocks(
         self,
         x: Float[Array, "batch length width"],
-        cache: "KVCache | None",
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None,
         shards: int,
-    ) -> tuple[Float[Array, "batch length width"], "KVCache | None"]:
+        attend: Attend | None,
+    ) -> Float[Array, "batch length width"]:
         """Applies all layers, scanned or unrolled."""
         cfg = self.config
-        held = None if cache is None else (cache.keys, cache.values)
-        start = None if cache is None else cache.lengths
         block: Any = Block
         if cfg.remat != "none":
             # Inside a scan XLA cannot merge the recomputation with the original.
@@ -151,28 +143,21 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0, attention_layer.WEIGHTS: 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),
                 length=cfg.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, held = scanned(cfg, shards, name="blocks")(x, held, positions, segment_ids, start)
-        else:
-            layers = []
-            for i in range(cfg.num_layers):
-                mine = jax.tree.map(lambda leaf, i=i: leaf[i], held)
-                layer = block(cfg, shards, name=f"blocks_{i}")
-                x, mine = layer(x, mine, positions, segment_ids, start)
-                layers.append(mine)
-            held = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        if cache is None:
-            return x, None
-        lengths = cache.lengths + x.shape[1]
-        return x, dataclasses.replace(cache, keys=held[0], values=held[1], lengths=lengths)
+            if attend is not None:
+                raise InputError("attend is given, but scan_layers must be False then.")
+            x, _ = scanned(cfg, shards, name="blocks")(x, positions, segment_ids)
+            return x
+        for i in range(cfg.num_layers):
+            own = None if attend is None else functools.partial(attend, i)
+            x, _ = block(cfg, shards, name=f"blocks_{i}")(x, positions, segment_ids, own)
+        return x
 
 
-def _check_inputs(
-    inputs: Array, segment_ids: Array | None, positions: Array | None, cache: "KVCache | None"
-) -> None:
+def _check_inputs(inputs: Array, segment_ids: Array | None, positions: Array | None) -> None:
     require(inputs.ndim == 2, "inputs' shape", inputs.shape, "[batch, length]")
     require(
         jnp.issubdtype(inputs.dtype, jnp.integer), "inputs' dtype", str(inputs.dtype), "an integer"
@@ -185,34 +170,15 @@ def _check_inputs(
                 array.shape,
                 f"{inputs.shape}, the shape of inputs",
             )
-    if cache is not None:
-        if segment_ids is not None:
-            raise InputError(
-                "segment_ids cannot be given with a cache, which holds one document a row."
-            )
-        batch = cache.lengths.shape[0]
-        require(
-            inputs.shape[0] == batch, "inputs' batch", inputs.shape[0], f"{batch}, as in the cache"
-        )
-        room = cache.keys.shape[2]
-        require(
-            inputs.shape[1] <= room,
-            "inputs' length",
-            inputs.shape[1],
-            f"at most {room}, the length of the cache",
-        )
 
 
 def _default_positions(
-    inputs: Int[Array, "batch length"],
-    segment_ids: Int[Array, "batch length"] | None,
-    cache: "KVCache | None",
+    inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"] | None
 ) -> Int[Array, "batch length"]:
     if segment_ids is not None:
         return document_positions(segment_ids)
-    index = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-    start = jnp.zeros((inputs.shape[0], 1), jnp.int32) if cache is None else cache.lengths[:, None]
-    return start + index
+    index = jnp.arange(inputs.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(index, inputs.shape)
 
 
 def output_embedding(params: Mapping[str, Any], config: ModelConfig) -> Float[Array, "vocab width"]:

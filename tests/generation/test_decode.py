@@ -8,9 +8,11 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.generation import decode
-from lazyattn.generation.cache import init_cache
+from lazyattn.generation.cache import full_plan, init_cache
 from lazyattn.generation.decode import generate
+from lazyattn.generation.prepared import prepare
 from lazyattn.generation.sampling import SamplingConfig
+from lazyattn.generation.serving import decode_step, prefill
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from tests.model.tiny import VOCAB, make_config, make_params
 
@@ -33,16 +35,10 @@ def _forced(config, params, tokens, segment_ids=None):
     return logits(hidden, output_embedding(params, config))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _cached(config, params, tokens, cache):
-    hidden, cache = Transformer(config).apply({"params": params}, tokens, cache=cache)
-    return logits(hidden, output_embedding(params, config)), cache
-
-
 VARIANTS = [
     CONFIG,
     make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
-    # One that cannot decode: with a cache the best that can takes its place.
+    # One that cannot decode: with a cache another takes its place.
     make_config(
         "softmax",
         attention={"num_kv_heads": None, "implementation": "xla_chunked"},
@@ -61,19 +57,15 @@ def test_cached_logits_are_those_of_one_pass(config):
     tokens = jnp.asarray(np.random.default_rng(1).integers(VOCAB, size=(3, 12)))
     expected = _forced(config, params, tokens)
     # Room for 12 tokens, which lazy_length_offset takes for the context length.
-    cache = init_cache(config, 3, 12)
-    prompts, cache = _cached(config, params, tokens[:, :8], cache)
-    for row, length in enumerate(LENGTHS):
-        np.testing.assert_allclose(
-            prompts[row, :length], expected[row, :length], rtol=1e-4, atol=1e-4
-        )
-    # Each row goes on from its own length, over what the padding left behind.
-    cache = dataclasses.replace(cache, lengths=jnp.asarray(LENGTHS))
+    model, cache = prepare(params, config), init_cache(full_plan(config, 12), 3)
     rows = jnp.arange(3)
+    found, cache = prefill(model, cache, tokens[:, :8], LENGTHS)
+    np.testing.assert_allclose(found, expected[rows, LENGTHS - 1], rtol=1e-4, atol=1e-4)
+    # Each row goes on from its own length.
     for step in range(4):
         at = LENGTHS + step
-        found, cache = _cached(config, params, tokens[rows, at][:, None], cache)
-        np.testing.assert_allclose(found[:, 0], expected[rows, at], rtol=1e-4, atol=1e-4)
+        found, cache = decode_step(model, cache, tokens[rows, at])
+        np.testing.assert_allclose(found, expected[rows, at], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(cache.lengths, LENGTHS + 4)
 
 
@@ -90,15 +82,15 @@ def test_cached_logits_are_those_of_packed_documents(config):
     padded = np.zeros((3, 9), np.int32)
     for row, document in zip(padded, documents, strict=True):
         row[: len(document)] = document
-    cache = init_cache(config, 3, 12)
-    found, cache = _cached(config, params, jnp.asarray(padded[:, :2]), cache)
+    model, cache = prepare(params, config), init_cache(full_plan(config, 12), 3)
+    found, cache = prefill(model, cache, padded[:, :2], [2, 2, 2])
     for row, wanted in enumerate(expected):
-        np.testing.assert_allclose(found[row], wanted[:2], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[row], wanted[1], rtol=1e-4, atol=1e-4)
     for step in range(2, 9):
-        found, cache = _cached(config, params, jnp.asarray(padded[:, step : step + 1]), cache)
+        found, cache = decode_step(model, cache, padded[:, step])
         for row, wanted in enumerate(expected):
             if step < lengths[row]:
-                np.testing.assert_allclose(found[row, 0], wanted[step], rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(found[row], wanted[step], rtol=1e-4, atol=1e-4)
 
 
 def _greedy_by_hand(prompt, count):
@@ -171,11 +163,11 @@ def test_draws_depend_on_the_key_and_not_on_other_rows_or_padding():
 
 def test_the_program_does_not_grow_with_the_tokens_it_makes():
     def program(count):
-        arguments = (_params(), jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), KEY, jnp.asarray(1))
+        model = prepare(_params(), CONFIG)
+        arguments = (model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), KEY, jnp.asarray(1))
         sampling = SamplingConfig(max_new_tokens=count)
-        traced = decode._generate.trace(
-            *arguments, config=CONFIG, sampling=sampling, cache_length=200
-        )
+        plan = full_plan(CONFIG, 200)
+        traced = decode._generate.trace(*arguments, sampling=sampling, plan=plan)
         return str(traced.jaxpr).count("dot_general")
 
     assert program(4) == program(100) > 0
@@ -191,9 +183,11 @@ def test_other_prompts_and_keys_do_not_compile_again():
 
 def test_the_cache_is_in_the_compute_dtype():
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
-    cache = init_cache(config, 2, 5)
-    assert cache.keys.shape == cache.values.shape == (2, 2, 5, 2, 4)
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    cache = init_cache(full_plan(config, 5), 2)
+    assert len(cache.layers) == 2
+    for (group,) in cache.layers:
+        assert group.keys.shape == group.values.shape == (2, 5, 2, 4)
+        assert group.keys.dtype == group.values.dtype == jnp.bfloat16
     np.testing.assert_array_equal(cache.lengths, 0)
 
 
@@ -222,4 +216,4 @@ def test_bad_inputs(change, message):
 
 def test_bad_cache_length():
     with pytest.raises(InputError, match="cache_length is 0, but it must be at least 1"):
-        init_cache(CONFIG, 1, 0)
+        full_plan(CONFIG, 0)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.generation.cache import init_cache
 from lazyattn.model.parameters import stack_blocks, unstack_blocks
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from tests.model.tiny import VOCAB, make_batch, make_config, make_params
@@ -165,14 +164,10 @@ INPUTS = jnp.zeros((2, 4), jnp.int32)
         ({"inputs": INPUTS * 1.0}, "inputs' dtype is 'float32', but it must be an integer"),
         ({"segment_ids": INPUTS[:, :3]}, r"segment_ids' shape is \(2, 3\), .* \(2, 4\)"),
         ({"positions": INPUTS[:1]}, r"positions' shape is \(1, 4\), .* \(2, 4\)"),
-        ({"cache": (2, 9), "segment_ids": INPUTS}, "segment_ids cannot be given with a cache"),
-        ({"cache": (3, 9)}, "inputs' batch is 2, but it must be 3"),
-        ({"cache": (2, 3)}, "inputs' length is 4, but it must be at most 3"),
+        ({"attend": lambda *_: None}, "attend is given, but scan_layers must be False"),
     ],
 )
 def test_bad_inputs(arguments, message):
     arguments = {"inputs": INPUTS, **arguments}
-    if "cache" in arguments:
-        arguments["cache"] = init_cache(CONFIG, *arguments["cache"])
     with pytest.raises(InputError, match=message):
         Transformer(CONFIG).apply({"params": make_params(CONFIG)}, **arguments)

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import config, op
-from pallas_kernels.mosaic_gpu.config import Block, ForwardBlock
+from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton
 from pallas_kernels.types import Visibility
@@ -54,15 +54,9 @@ def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
     found: list[Any] = []
     small = head_dim == 64
     if kernel in ("inference", "forward"):
-        for groups, keys, stages in ((2, 128, 2), (2, 64, 3), (3, 64, 3), (3, 64, 4), (3, 128, 2)):
-            if small or keys == 64 or (groups == 2 and kernel == "inference"):
-                block = ForwardBlock(
-                    warpgroups=groups,
-                    stages=stages,
-                    keys=keys,
-                    in_registers=small and (groups == 2 or keys == 64),
-                )
-                found += [block, dataclasses.replace(block, ahead=True)]
+        for groups, stages in ((2, 3), (3, 3), (3, 4)):
+            block = Block(warpgroups=groups, stages=stages, in_registers=small)
+            found += [block, dataclasses.replace(block, ahead=True)]
     elif kernel == "backward_bias":
         found += [Block(stages=4 if small else 2), Block(warpgroups=3, stages=3)]
     else:

@@ -9,7 +9,7 @@ step fetches only one tile of each operand.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline, scheduler
+from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline
+from pallas_kernels.mosaic_gpu.kernel_types import Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query units
 # that a work tile should at least have.
@@ -67,20 +69,17 @@ def backward_dbias(
       first, and one 0.
     """
     kernel = _Kernel(plan, query, key, table.shape, rows.shape, ranges.shape)
-    shape = (kernel.batch, kernel.chunks, kernel.heads, kernel.distances, 2 * UNIT)
-    (sums,) = kernel.launch(
-        [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        query, d_out, key, value, table, rows, ranges, tile_order,
-    )  # fmt: skip
-    return sums
+    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, rows=rows)
+    operands |= dict(ranges=ranges, tile_order=tile_order)
+    return kernel.launch(_WorkTile, operands, kernel.results)["sums"]
 
 
-def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> scheduler.TileOrder:
+def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> TileOrder:
     """Returns the order of the kernel's work tiles, for ranges of that shape."""
     batch, _, heads, _ = query.shape
     chunks, distances = ranges[2:4]
     tiles = chunks * distances // _block(plan).warpgroups
-    return scheduler.TileOrder.by_head(batch, heads, heads // key.shape[2], tiles)
+    return TileOrder.by_head(batch, heads, heads // key.shape[2], tiles)
 
 
 def _block(plan: Plan) -> config.Block:
@@ -90,30 +89,43 @@ def _block(plan: Plan) -> config.Block:
 
 
 class _Kernel(launch.Kernel):
-    """The kernel."""
+    """The kernel's static facts.
+
+    Attributes:
+      distances: of tiles, with those that only fill up the warpgroups.
+      results: types of what the kernel returns, by name.
+    """
 
     name = "lazy_backward_bias"
 
-    def __init__(self, plan: Plan, query, key, table_shape, rows_shape, ranges_shape):
+    def __init__(
+        self,
+        plan: Plan,
+        query: Array,
+        key: Array,
+        table_shape: tuple[int, ...],
+        rows_shape: tuple[int, ...],
+        ranges_shape: tuple[int, ...],
+    ):
         block = _block(plan)
-        self.batch, _, self.heads, self.head_dim = query.shape
-        self.group = self.heads // key.shape[2]
+        super().__init__(plan, block, order(plan, query, key, ranges_shape))
+        batch, _, heads, self.head_dim = query.shape
+        self.group = heads // key.shape[2]
         self.dtype = query.dtype
         self.kinds = rows_shape[3]
         self.table_shape = table_shape[1:]
-        self.chunks, self.distances = ranges_shape[2:4]
-        self.order = order(plan, query, key, ranges_shape)
-        super().__init__(plan, block, self.order.work_tiles)
-        tiles = config.bias_tiles(self.block, self.head_dim)
-        self.tables = config.tables(tiles, table_shape[1])
+        chunks, self.distances = ranges_shape[2:4]
+        self.tables = config.tables(config.bias_tiles(block, self.head_dim), table_shape[1])
+        shape = (batch, chunks, heads, self.distances, 2 * UNIT)
+        self.results = {"sums": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
         tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
         # Warpgroups lag behind each other by one tile of keys.
         keys = pipeline.tiled((self.key_stages, UNIT, d), self.dtype)
-        scratch = {
+        scratch: Scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
             "key_smem": keys,
@@ -132,43 +144,29 @@ class _Kernel(launch.Kernel):
         """Slots for tiles of keys, and of values."""
         return self.block.stages + self.block.warpgroups - 1
 
-    def refs(self) -> list[str]:
-        """Returns the names of operands and results."""
-        return ["query", "d_out", "key", "value", "table", "rows", "ranges", "tile_order", "sums"]
-
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has: of queries and d_out, of keys and values."""
         return {"query": self.block.stages, "key": self.key_stages, "table": self.tables}
 
-    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each pipeline so many work tiles took."""
+    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+        """Returns how many tiles of each pipeline a CTA consumed."""
         return {"query": tiles_consumed[0], "key": tiles_consumed[1], "table": work_tiles}
 
-    def work_tile(self, *args: Any) -> "_WorkTile":
-        """Returns a work tile."""
-        return _WorkTile(*args)
 
+class _WorkTile(launch.WorkTile):
+    """A distance of one head a warpgroup, for one run of queries.
 
-class _WorkTile:
-    """A few distances of one head, for one run of queries.
-
-    Args:
-      blocks: what works on it.
-      number: which work tile it is.
-      n: how many work tiles came before it here.
-      tiles_consumed: tiles of queries, and of keys, that those took.
+    `tiles_consumed` are tiles of queries, and of keys.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
-        kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        block = self.block
-        self.warpgroup = blocks.warpgroup
+    kernel: _Kernel
+
+    def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
+        super().__init__(cta, number, n, tiles_consumed)
+        kernel, block = self.kernel, self.block
         # All distances of a chunk side by side, so that they share its tiles in L2.
-        self.batch, self.head, part = kernel.order.item(number)
-        self.chunk = lax.div(part, jnp.int32(kernel.distances // block.warpgroups))
-        group = part - self.chunk * (kernel.distances // block.warpgroups)
+        self.chunk = lax.div(self.tile, jnp.int32(kernel.distances // block.warpgroups))
+        group = self.tile - self.chunk * (kernel.distances // block.warpgroups)
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
         self.distance0 = group * block.warpgroups
         starts, _, stops = zip(
@@ -180,64 +178,51 @@ class _WorkTile:
         self.steps = self.stop - self.start
         behind = jnp.int32(block.warpgroups - 1)
         self.key_tiles = lax.select(self.steps > 0, self.steps + behind, jnp.int32(0))
-        self.queries = blocks.pipelines["query"].after(tiles_consumed[0])
-        self.keys = blocks.pipelines["key"].after(tiles_consumed[1])
-        self.tables = blocks.pipelines["table"]
+        self.queries = self.pipelines["query"].after(self.tiles_consumed[0])
+        self.keys = self.pipelines["key"].after(self.tiles_consumed[1])
+        self.tables = self.pipelines["table"]
 
-    def range_of(self, distance: Any) -> tuple[Any, Any, Any]:
-        """Returns where the visited, and the live, tiles at a distance begin and end."""
+    def range_of(self, distance: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """Returns the first visited, the first live and the last query unit at a distance."""
         ref = self.ref["ranges"]
-        return tuple(ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
+        start, live, stop = (ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
+        return start, live, stop
 
-    def next_consumed(self) -> tuple[Any, Any]:
+    def next_consumed(self) -> TilesConsumed:
         """Returns `tiles_consumed` of the next work tile."""
         return self.tiles_consumed[0] + self.steps, self.tiles_consumed[1] + self.key_tiles
 
-    def load_warp(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile.
+    def load_warp(self) -> TilesConsumed:
+        """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile.
 
         Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
         """
-        ref, b, h = self.ref, self.batch, self.head
         behind = self.block.warpgroups - 1
 
-        def copy(pipe, slot, name, rows, head):
-            plgpu.copy_gmem_to_smem(
-                ref[name].at[b, rows, head], ref[f"{name}_smem"].at[slot], pipe.full.at[slot]
-            )
-
-        def copy_keys(n):
+        def load_keys(n):
             # Tile n is the nearest warpgroup's at step n - behind.
             unit = lax.max(self.start + n - behind - self.distance0, jnp.int32(0))
             slot = self.keys.producer_acquire(n)
-            for name in ("key", "value"):
-                copy(self.keys, slot, name, pl.ds(unit * UNIT, UNIT), self.key_head)
+            self.load_tile(self.keys, slot, ("key", "value"), unit, self.key_head)
 
         @pipeline.fetching(self.plan)
         def _():
-            slot = self.tables.producer_acquire(self.n)
-            plgpu.copy_gmem_to_smem(
-                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
-            )
+            self.load_table(self.tables, self.n, self.head)
 
             @pl.when(self.steps > 0)
             def _():
-                pl.loop(0, behind)(copy_keys)
+                pl.loop(0, behind)(load_keys)
 
             @pl.loop(0, self.steps)
             def _(n):
-                unit = self.start + n
-                slot = self.queries.producer_acquire(n)
-                full = self.queries.full.at[slot]
-                plgpu.copy_gmem_to_smem(ref["rows"].at[b, h, unit], ref["rows_smem"].at[slot], full)
-                for name in ("query", "d_out"):
-                    copy(self.queries, slot, name, pl.ds(unit * UNIT, UNIT), h)
-                copy_keys(n + behind)
+                unit, slot = self.start + n, self.queries.producer_acquire(n)
+                self.load_tile(self.queries, slot, ("rows", "query", "d_out"), unit, self.head)
+                load_keys(n + behind)
 
         return self.next_consumed()
 
-    def compute_warpgroup(self) -> tuple[Any, Any]:
-        """Does all that is to be done for one warpgroup's distance; returns as `load_warp` does."""
+    def compute_warpgroup(self) -> TilesConsumed:
+        """Sums dS at one warpgroup's distance; returns `tiles_consumed` of the next work tile."""
         ref, plan = self.ref, self.plan
         behind = self.block.warpgroups - 1
         distance = self.distance0 + self.warpgroup
@@ -283,12 +268,12 @@ class _WorkTile:
         )
         return self.next_consumed()
 
-    def row(self, slot: Any, kind: int) -> Float[Array, "64 64"]:
+    def row(self, slot: Scalar, kind: int) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along its row."""
         x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
-        return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
+        return self.spread(x)
 
-    def softmax(self, x: Array, bias: Array, n: Any, slot: Any, lse: Array) -> Array:
+    def softmax(self, x: Array, bias: Array, n: Scalar, slot: Scalar, lse: Array) -> Array:
         """Returns softmax weights from the products of step n."""
         plan = self.plan
         x = x * plan.exponent_scale + bias
@@ -299,7 +284,9 @@ class _WorkTile:
             x = jnp.where(columns + key0 >= first, x, MASKED)
         return jnp.exp2(x - lse)
 
-    def dead(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
+    def dead(
+        self, bias: Array, n: Scalar, slot: Scalar, key_slot: Scalar, wait: Callable[[], None]
+    ) -> Array:
         """Returns dS of a tile with no live entry."""
         # Loads that are issued after products wait for the tensor cores.
         less, lse = -self.row(slot, RowStat.DELTA), self.row(slot, RowStat.LSE)
@@ -312,7 +299,9 @@ class _WorkTile:
         x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
         return self.softmax(x, bias, n, slot, lse) * less
 
-    def live(self, bias: Array, n: Any, slot: Any, key_slot: Any, wait: Any) -> Array:
+    def live(
+        self, bias: Array, n: Scalar, slot: Scalar, key_slot: Scalar, wait: Callable[[], None]
+    ) -> Array:
         """Returns dS of a tile that may be live."""
         ref = self.ref
         less, lse = -self.row(slot, RowStat.DELTA), self.row(slot, RowStat.LSE)

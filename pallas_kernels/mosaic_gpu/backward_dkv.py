@@ -12,7 +12,7 @@ hold only one of the two sums, dK and dV have a kernel each.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,11 +28,12 @@ from pallas_kernels.mosaic_gpu import (
     launch,
     layout,
     pipeline,
-    scheduler,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.kernel_types import Index, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
 def backward_dkv(
@@ -76,62 +77,73 @@ def backward_dkv(
       far as tiles go that have one, of each unit of keys [batch, units, heads, distances, 64].
     """
     kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
-    results = kernel.launch(
-        list(kernel.results.values()), query, d_out, key, value, table, tail, offset, rows, last,
-        live, masked, tile_order,
-    )  # fmt: skip
-    found = dict(zip(kernel.results, results, strict=True))
+    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
+    operands |= dict(offset=offset, rows=rows, last=last, live=live, masked=masked)
+    found = kernel.launch(WorkTile, operands | {"tile_order": tile_order}, kernel.results)
     if kernel.want_bias:
         axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
         found["sums"] = found["sums"].reshape(axes)
     return found
 
 
-def order(plan: Plan, query: Array, key: Array) -> scheduler.TileOrder:
+def order(plan: Plan, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, kv_heads, head_dim = key.shape
     rows = plan.blocks.backward_key.rows
     group = query.shape[2] // kv_heads
-    return scheduler.TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
+    return TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
 
 
 class _Kernel(launch.Kernel):
-    """The kernel."""
+    """The kernel's static facts.
+
+    Attributes:
+      wanted: gradients that it finds.
+      operands: of "key" and "value", those that it reads.
+      want_bias: it also finds the gradient of the bias table.
+      results: types of what the kernel returns, by name.
+    """
 
     name = "lazy_backward_key"
 
-    def __init__(self, plan: Plan, wanted: tuple[str, ...], query, key, table_shape, rows_shape):
-        self.wanted = wanted
+    def __init__(
+        self,
+        plan: Plan,
+        wanted: tuple[str, ...],
+        query: Array,
+        key: Array,
+        table_shape: tuple[int, ...],
+        rows_shape: tuple[int, ...],
+    ):
         block = plan.blocks.backward_key
         if wanted == ("value",) and plan.blocks.backward_value is not None:
             block, self.name = plan.blocks.backward_value, "lazy_backward_value"
+        super().__init__(plan, block, order(plan, query, key))
+        self.wanted = wanted
         self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.kv_heads = key.shape[2]
-        self.group = self.heads // self.kv_heads
+        self.group = self.heads // key.shape[2]
         self.dtype = query.dtype
         self.units, self.kinds = rows_shape[2:4]
         self.table_shape = table_shape[1:]
-        self.order = order(plan, query, key)
-        super().__init__(plan, block, self.order.work_tiles)
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
         self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
         self.distances = plan.distances(self.units)
         width = plan.width if self.want_bias else 0
-        tiles = config.key_tiles(self.block, self.head_dim, width, len(self.operands))
+        tiles = config.key_tiles(block, self.head_dim, width, len(self.operands))
+        self.tables = config.tables(tiles, table_shape[1])
         same = jax.ShapeDtypeStruct(key.shape, key.dtype)
         self.results = {f"d_{name}": same for name in wanted}
         if self.want_bias:
             shape = (self.batch * self.units * self.heads, UNIT * self.distances)
             self.results["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        self.tables = config.tables(tiles, table_shape[1])
 
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
         tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
         keys = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
-        scratch = {
+        scratch: Scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
             "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
@@ -152,149 +164,79 @@ class _Kernel(launch.Kernel):
             scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
-    def refs(self) -> list[str]:
-        """Returns the names of operands and results."""
-        names = [
-            "query", "d_out", "key", "value", "table", "tail", "offset", "rows", "last", "live",
-            "masked", "tile_order",
-        ]  # fmt: skip
-        return names + list(self.results)
-
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
         stages = self.block.stages
         return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
 
-    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each pipeline so many work tiles took."""
+    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+        """Returns how many tiles of each pipeline a CTA consumed."""
+        queries, d_outs = tiles_consumed
         tables = work_tiles * self.group
-        return {
-            "query": tiles_consumed[0],
-            "d_out": tiles_consumed[1],
-            "key": work_tiles,
-            "table": tables,
-        }
-
-    def work_tile(self, *args: Any) -> "WorkTile":
-        """Returns a work tile."""
-        return WorkTile(*args)
+        return {"query": queries, "d_out": d_outs, "key": work_tiles, "table": tables}
 
 
-class WorkTile:
-    """A block of keys of one key head.
+class WorkTile(launch.WorkTile):
+    """64 keys of one key head a warpgroup; `tiles_consumed` are tiles of queries, and of d_out.
 
-    Args:
-      blocks: what works on it.
-      number: which work tile it is.
-      n: how many work tiles came before it here.
-      tiles_consumed: tiles of queries, and of d_out, that those took.
+    Query tiles are counted in steps from the CTA's first key tile on.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
-        kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        self.warpgroup = blocks.warpgroup
-        self.batch, self.key_head, tile = kernel.order.item(number)
-        # Query tiles are counted in steps from the first key tile of the block on.
-        self.unit0 = tile * self.block.warpgroups
-        self.queries, self.d_outs = blocks.pipelines["query"], blocks.pipelines["d_out"]
-        self.keys = blocks.pipelines["key"]
-        self.tables = blocks.pipelines["table"].after(n * kernel.group)
+    kernel: _Kernel
 
-    def head(self, member: Any) -> Int[Array, ""]:
-        """Returns a query head of the group."""
-        return self.key_head * self.kernel.group + member
+    def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
+        super().__init__(cta, number, n, tiles_consumed)
+        # Its order counts key heads.
+        self.key_head = self.head
+        self.unit0 = self.tile * self.block.warpgroups
+        self.queries, self.d_outs = self.pipelines["query"], self.pipelines["d_out"]
+        self.keys = self.pipelines["key"]
+        self.tables = self.pipelines["table"].after(self.n * self.kernel.group)
 
-    def steps(self, name: str, head: Any) -> Int[Array, ""]:
-        """Returns how many query tiles of a head the block visits, or may be live for it."""
-        ref = self.ref[name]
-        units = [
-            lax.min(self.unit0 + n, jnp.int32(self.kernel.units - 1))
-            for n in range(self.block.warpgroups)
-        ]
-        ends = [ref[self.batch, head, unit] for unit in units]
-        return functools.reduce(lax.max, ends) - self.unit0 + 1
-
-    def both_steps(self, head: Any) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """Returns how many query tiles are visited, and how many of them may be live."""
-        if not self.plan.has_offset:
-            return (self.steps("last", head),) * 2
-        live = self.steps("live", head)
-        # dV asks nothing of the dead ones.
-        return self.steps("last", head) if "key" in self.kernel.wanted else live, live
-
-    def load_warp(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
-        ref, b = self.ref, self.batch
+    def load_warp(self) -> TilesConsumed:
+        """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile."""
 
         @pipeline.fetching(self.plan)
         def _():
-            full = self.keys.full.at[self.keys.producer_acquire(self.n)]
-            for n in range(self.block.warpgroups):
-                rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
-                for name in self.kernel.operands:
-                    plgpu.copy_gmem_to_smem(
-                        ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[n], full
-                    )
+            self.load_own(self.keys, self.kernel.operands, self.key_head)
 
         def one_head(member, tiles_consumed):
             steps_done, live_done = tiles_consumed
-            head = self.head(member)
+            head = self.query_head(member)
             steps, live = self.both_steps(head)
 
             @pipeline.fetching(self.plan)
             def _():
-                slot = self.tables.producer_acquire(member)
-                plgpu.copy_gmem_to_smem(
-                    ref["table"].at[head], ref["table_smem"].at[slot], self.tables.full.at[slot]
-                )
+                self.load_table(self.tables, member, head)
 
-                def copy_query(n):
+                def load_query(n):
                     slot = self.queries.producer_acquire(steps_done + n)
-                    full = self.queries.full.at[slot]
-                    unit = self.unit0 + n
-                    rows = pl.ds(unit * UNIT, UNIT)
-                    plgpu.copy_gmem_to_smem(
-                        ref["rows"].at[b, head, unit], ref["rows_smem"].at[slot], full
-                    )
-                    plgpu.copy_gmem_to_smem(
-                        ref["query"].at[b, rows, head], ref["query_smem"].at[slot], full
-                    )
+                    self.load_tile(self.queries, slot, ("rows", "query"), self.unit0 + n, head)
 
                 @pl.loop(0, live)
                 def _(n):
-                    copy_query(n)
+                    load_query(n)
                     slot = self.d_outs.producer_acquire(live_done + n)
-                    plgpu.copy_gmem_to_smem(
-                        ref["d_out"].at[b, pl.ds((self.unit0 + n) * UNIT, UNIT), head],
-                        ref["d_out_smem"].at[slot],
-                        self.d_outs.full.at[slot],
-                    )
+                    self.load_tile(self.d_outs, slot, ("d_out",), self.unit0 + n, head)
 
-                pl.loop(0, steps - live)(lambda n: copy_query(live + n))
+                pl.loop(0, steps - live)(lambda n: load_query(live + n))
 
             return steps_done + steps, live_done + live
 
         return lax.fori_loop(0, self.kernel.group, one_head, self.tiles_consumed)
 
-    def compute_warpgroup(self) -> tuple[Any, Any]:
-        """Does all for one warpgroup's keys; returns as `load_warp` does."""
+    def compute_warpgroup(self) -> TilesConsumed:
+        """Does all for one warpgroup's keys; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
         unit = self.unit0 + self.warpgroup
         exists = unit < kernel.units
         unit = lax.min(unit, jnp.int32(kernel.units - 1))
         self.key0 = unit * UNIT
         self.keys.consumer_wait(self.n)
-        own = {
-            name: pipeline.operand(
-                ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
-            )
-            for name in kernel.operands
-        }
-        self.key, self.value = own["key"], own.get("value")
-        release_early = self.block.in_registers and not self.interpret
-        if release_early:
+        self.key = self.own("key")
+        if "value" in kernel.operands:
+            self.value = self.own("value")
+        if self.release_early:
             self.keys.consumer_release(self.n)
         begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
         first_masked = None
@@ -308,7 +250,7 @@ class WorkTile:
 
         def one_head(accs, member, tiles_consumed):
             steps_done, live_done = tiles_consumed
-            head = self.head(member)
+            head = self.query_head(member)
             steps, live = self.both_steps(head)
             end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
             end = lax.min(end, steps)
@@ -374,13 +316,33 @@ class WorkTile:
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.key_head])
 
-        if not release_early:
-            if not self.block.in_registers:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.keys.consumer_release(self.n)
+        self.release_own(self.keys)
         return after
 
-    def leave(self, n: Any, d_scores: Array, kind: TileKind) -> None:
+    def own_rows(self, n: int) -> pl.Slice:
+        """Returns the keys of warpgroup n."""
+        return pl.ds((self.unit0 + n) * ROWS, ROWS)
+
+    def query_head(self, member: Index) -> Scalar:
+        """Returns a query head of the group."""
+        return self.key_head * self.kernel.group + member
+
+    def steps(self, name: str, head: Scalar) -> Scalar:
+        """Returns how many query tiles of a head the CTA visits, or may be live for it."""
+        last = jnp.int32(self.kernel.units - 1)
+        units = [lax.min(self.unit0 + n, last) for n in range(self.block.warpgroups)]
+        ends = [self.ref[name][self.batch, head, unit] for unit in units]
+        return functools.reduce(lax.max, ends) - self.unit0 + 1
+
+    def both_steps(self, head: Scalar) -> tuple[Scalar, Scalar]:
+        """Returns how many query tiles are visited, and how many of them may be live."""
+        if not self.plan.has_offset:
+            return (self.steps("last", head),) * 2
+        live = self.steps("live", head)
+        # dV asks nothing of the dead ones.
+        return self.steps("last", head) if "key" in self.kernel.wanted else live, live
+
+    def leave(self, n: Scalar, d_scores: Array, kind: TileKind) -> None:
         """Leaves a tile's dS for the gradient of the bias, if it is inside the table."""
         sums, distance = self.sums, n - self.begin
         if sums is None or kind is TileKind.TAIL:
@@ -389,7 +351,7 @@ class WorkTile:
         inside = True if kind is TileKind.NEAR else distance < self.kernel.distances
         pl.when(inside)(lambda: sums.leave(d_scores, distance))
 
-    def collect(self, n: Any, kind: TileKind = TileKind.NEAR) -> None:
+    def collect(self, n: Scalar, kind: TileKind = TileKind.NEAR) -> None:
         """Adds what the tile before tile n left, while products are under way.
 
         Not for the last one inside the table, unless asked for it from outside a loop.
@@ -402,15 +364,11 @@ class WorkTile:
             wanted = wanted & (distance < self.kernel.distances - 1)
         pl.when(wanted)(lambda: sums.collect(distance))
 
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
-        """Returns one number a query, repeated along the keys."""
-        return lax.broadcast_in_dim(x, (ROWS, UNIT), [1])
-
-    def row(self, slot: Any, kind: int) -> Float[Array, "64"]:
+    def row(self, slot: Scalar, kind: int) -> Float[Array, "64"]:
         """Returns one number a query."""
         return plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=COLUMN, optimized=False)
 
-    def loads(self, n: Any, slot: Any, kind: TileKind) -> tuple[Any, Array]:
+    def loads(self, n: Scalar, slot: Scalar, kind: TileKind) -> tuple[Array | float | None, Array]:
         """Returns a tile's bias, and what is to be subtracted from each query's scores.
 
         Loaded before the tile's products are issued: behind them in the queue to memory it
@@ -426,7 +384,9 @@ class WorkTile:
             return bias, lse - rest
         return (bias, lse) if self.plan.has_slope else (None, lse - bias)
 
-    def softmax(self, kind: TileKind, x: Array, slot: Any, loaded: tuple[Any, Array]) -> Array:
+    def softmax(
+        self, kind: TileKind, x: Array, slot: Scalar, loaded: tuple[Array | float | None, Array]
+    ) -> Array:
         """Returns softmax weights of a tile from its products."""
         bias, less = loaded
         x = x * self.plan.exponent_scale
@@ -434,14 +394,14 @@ class WorkTile:
             x = x + bias
         if self.plan.packed and kind is TileKind.MASKED:
             x = jnp.where(self.in_segment(slot), x, MASKED)
-        return jnp.exp2(x - self.spread(less))
+        return jnp.exp2(x - self.spread(less, 1))
 
-    def in_segment(self, slot: Any) -> Array:
+    def in_segment(self, slot: Scalar) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
         keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
-        return keys >= self.spread(self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32))
+        return keys >= self.spread(self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32), 1)
 
-    def hide(self, weights: Array, n: Any, slot: Any) -> Array:
+    def hide(self, weights: Array, n: Scalar, slot: Scalar) -> Array:
         """Returns weights that are negative where nothing is seen.
 
         Without that, tau / n would be a weight there if it is above 0.
@@ -456,14 +416,22 @@ class WorkTile:
         weights = lax.cond(apart == 0, masked, lambda: weights)
         return jnp.where(self.in_segment(slot), weights, -1.0) if self.plan.packed else weights
 
-    def less(self, slot: Any) -> Array:
+    def less(self, slot: Scalar) -> Array:
         """Returns -delta of each query, repeated along the keys."""
-        return self.spread(-self.row(slot, RowStat.DELTA))
+        return self.spread(-self.row(slot, RowStat.DELTA), 1)
 
-    def live_step(self, kind, accs, n, slots, wait, carry) -> tuple:
+    def live_step(
+        self,
+        kind: TileKind,
+        accs: Refs,
+        n: Scalar,
+        slots: tuple[Scalar, ...],
+        wait: Callable[[], None],
+        carry: tuple[()],
+    ) -> tuple[()]:
         """Adds a tile that may be live."""
         ref, plan, dtype = self.ref, self.plan, self.kernel.dtype
-        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        spare = self.spare()
         slot, d_slot = slots
         loaded = self.loads(n, slot, kind)
 
@@ -473,7 +441,7 @@ class WorkTile:
             self.collect(n, kind)
             p = weights = self.softmax(kind, acc[...], slot, loaded)
             if plan.has_offset:
-                weights = p - self.spread(self.row(slot, RowStat.THRESHOLD))
+                weights = p - self.spread(self.row(slot, RowStat.THRESHOLD), 1)
                 if kind is TileKind.MASKED:
                     weights = self.hide(weights, n, slot)
             return p, layout.pack(weights, dtype, relu=plan.has_offset, interpret=self.interpret)
@@ -494,7 +462,7 @@ class WorkTile:
                     alive = layout.where_positive(weights, d_weights, interpret=self.interpret)
                 else:
                     # In float16 small ones are 0.
-                    live = p > self.spread(self.row(slot, RowStat.THRESHOLD))
+                    live = p > self.spread(self.row(slot, RowStat.THRESHOLD), 1)
                     alive = jnp.where(live, d_weights, 0.0)
                 d_weights = alive + self.less(slot)
             return p * d_weights
@@ -519,10 +487,18 @@ class WorkTile:
         self.queries.consumer_release_slot(slot)
         return carry
 
-    def dead_step(self, kind, accs, n, slots, wait, carry) -> tuple:
+    def dead_step(
+        self,
+        kind: TileKind,
+        accs: Refs,
+        n: Scalar,
+        slots: tuple[Scalar, ...],
+        wait: Callable[[], None],
+        carry: tuple[()],
+    ) -> tuple[()]:
         """Adds a tile with no live entry."""
         ref = self.ref
-        spare = ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        spare = self.spare()
         (slot,) = slots
         loaded, less = self.loads(n, slot, kind), self.less(slot)
 

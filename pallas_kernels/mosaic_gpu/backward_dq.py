@@ -15,7 +15,8 @@ dS = P (dP - delta).
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -32,12 +33,13 @@ from pallas_kernels.mosaic_gpu import (
     mean_k,
     pipeline,
     row_stats,
-    scheduler,
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
 def backward_dq(
@@ -82,63 +84,57 @@ def backward_dq(
       has a slope, for each query the sum of dS over tiles past the table, and of dS times the
       distance past its end [batch, heads, units, 2, 64].
     """
-    kernel = _Kernel(plan, query, key, table.shape, first.shape[-1], list(residuals.given))
-    out_type: list[Any] = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
-    out_type += row_stats.outputs(plan, first)
-    if kernel.want_tail:
-        out_type.append(jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32))
-    results = kernel.launch(
-        out_type, query, d_out, key, value, table, tail, offset, offset_scale,
-        segment_start, first, live, no_overflow, tile_order, weight_sums.ones(query.dtype),
-        *residuals.given.values(),
-    )  # fmt: skip
-    d_query, rows = results.pop(0), results.pop(0)
-    of_offset = results.pop(0) if plan.has_offset else None
-    return d_query, rows, of_offset, results.pop(0) if kernel.want_tail else None
+    kernel = _Kernel(plan, query, key, table.shape, first)
+    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
+    operands |= dict(offset=offset, offset_scale=offset_scale, segment_start=segment_start)
+    operands |= dict(first=first, live=live, no_overflow=no_overflow, tile_order=tile_order)
+    operands |= {"ones": weight_sums.ones(query.dtype)} | residuals.given
+    found = kernel.launch(WorkTile, operands, kernel.results)
+    return found["d_query"], found["rows"], found.get("of_offset"), found.get("tail_sums")
 
 
-def order(plan: Plan, query: Array, key: Array) -> scheduler.TileOrder:
+def order(plan: Plan, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
     rows = plan.blocks.backward_query.rows
-    return scheduler.TileOrder.of_queries(
-        batch, heads, heads // key.shape[2], length, rows, head_dim
-    )
+    return TileOrder.of_queries(batch, heads, heads // key.shape[2], length, rows, head_dim)
 
 
 class _Kernel(launch.Kernel):
-    """The kernel."""
+    """The kernel's static facts.
+
+    Attributes:
+      want_tail: the gradient of the bias's tail is wanted.
+      out_stages: slots for the output, which delta is found from without an offset.
+      results: types of what the kernel returns, by name.
+    """
 
     name = "lazy_backward_query"
 
     def __init__(
-        self,
-        plan: Plan,
-        query: Array,
-        key: Array,
-        table_shape: tuple[int, ...],
-        units: int,
-        residuals: list[str],
+        self, plan: Plan, query: Array, key: Array, table_shape: tuple[int, ...], first: Array
     ):
         block = plan.blocks.backward_query
-        self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.group = self.heads // key.shape[2]
+        super().__init__(plan, block, order(plan, query, key))
+        _, self.length, heads, self.head_dim = query.shape
+        self.group = heads // key.shape[2]
         self.dtype = query.dtype
-        self.units = units
+        self.units = first.shape[-1]
         self.table_shape = table_shape[1:]
         self.want_tail = plan.has_tail(self.length)
-        self.residuals = residuals
-        self.order = order(plan, query, key)
-        super().__init__(plan, block, self.order.work_tiles)
-        tiles, self.out_stages = config.query_tiles(self.block, self.head_dim, plan.has_offset)
+        tiles, self.out_stages = config.query_tiles(block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
+        self.results = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
+        self.results |= row_stats.outputs(plan, first.shape)
+        if self.want_tail:
+            self.results["tail_sums"] = jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32)
 
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
         tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
         rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
-        scratch = {
+        scratch: Scratch = {
             "query_smem": rows,
             "d_out_smem": rows,
             "key_smem": tile,
@@ -162,40 +158,17 @@ class _Kernel(launch.Kernel):
             scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
-    def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
-        """Fetches the ones, or waits for them."""
-        if self.plan.has_offset:
-            weight_sums.prepare(self.plan, ref, fetches)
-
-    def refs(self) -> list[str]:
-        """Returns the names of operands and results."""
-        names = [
-            "query", "d_out", "key", "value", "table", "tail", "offset", "offset_scale",
-            "segment_start", "first", "live", "no_overflow", "tile_order", "ones",
-            *self.residuals, "d_query", "rows",
-        ]  # fmt: skip
-        names += ["of_offset"] if self.plan.has_offset else []
-        return names + (["tail_sums"] if self.want_tail else [])
-
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
         stages = self.block.stages
         slots = {"key": stages, "value": stages, "query": 1, "table": self.tables}
         return slots | ({"out": self.out_stages} if self.out_stages else {})
 
-    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each pipeline so many work tiles took."""
-        tiles = {
-            "key": tiles_consumed[0],
-            "value": tiles_consumed[1],
-            "query": work_tiles,
-            "table": work_tiles,
-        }
+    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+        """Returns how many tiles of each pipeline a CTA consumed."""
+        keys, values = tiles_consumed
+        tiles = {"key": keys, "value": values, "query": work_tiles, "table": work_tiles}
         return tiles | ({"out": 2 * work_tiles} if self.out_stages else {})
-
-    def work_tile(self, *args: Any) -> "WorkTile":
-        """Returns a work tile."""
-        return WorkTile(*args)
 
 
 class _Sums(NamedTuple):
@@ -207,216 +180,213 @@ class _Sums(NamedTuple):
       past: of dS, or without delta's part, over tiles past the table; () if not wanted.
     """
 
-    delta: Any
-    alive: Any
-    past: tuple
+    delta: Array | None
+    alive: Array | None
+    past: tuple[Array, ...]
 
 
-class WorkTile:
-    """A block of queries of one head.
+class _Found(NamedTuple):
+    """What all tiles of 64 queries give, of whole rows.
 
-    Args:
-      blocks: what works on it.
-      number: which work tile it is.
-      n: how many work tiles came before it here.
-      tiles_consumed: tiles of keys, and of values, that those took.
+    Attributes:
+      d_query: before the scale.
+      delta, alive, past: see `_Sums`; delta also without an offset.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
-        kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        self.warpgroup = blocks.warpgroup
-        self.batch, self.head, tile = kernel.order.item(number)
-        self.unit0 = tile * self.block.warpgroups
-        # Everything is counted in steps from the last key tile of the block backwards.
-        self.last = lax.min(self.unit0 + self.block.warpgroups - 1, jnp.int32(kernel.units - 1))
-        self.keys = blocks.pipelines["key"].after(tiles_consumed[0])
-        self.values = blocks.pipelines["value"].after(tiles_consumed[1])
-        self.queries, self.tables = blocks.pipelines["query"], blocks.pipelines["table"]
-        if kernel.out_stages:
-            self.outs = blocks.pipelines["out"].after(2 * n)
+    d_query: Float[Array, "64 head_dim"]
+    delta: Array
+    alive: Array | None
+    past: tuple[Array, ...]
 
-    def count_steps(self) -> None:
-        """Reads how many key tiles the block visits."""
-        units = [
-            lax.min(self.unit0 + n, jnp.int32(self.kernel.units - 1))
-            for n in range(self.block.warpgroups)
-        ]
 
-        def steps(name: str) -> Int[Array, ""]:
-            starts = [self.ref[name][self.batch, self.head, unit] for unit in units]
-            return self.last - functools.reduce(lax.min, starts) + 1
+class WorkTile(launch.WorkTile):
+    """64 queries of one head a warpgroup; `tiles_consumed` are tiles of keys, and of values.
 
-        self.steps = steps("live" if self.plan.has_offset else "first")
+    Everything is counted in steps from the CTA's last tile of keys backwards.
+    """
 
-    def next_consumed(self) -> tuple[Any, Any]:
-        """Returns `tiles_consumed` of the next work tile."""
-        return self.tiles_consumed[0] + self.steps, self.tiles_consumed[1] + self.steps
+    kernel: _Kernel
 
-    def load_warp(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
-        ref, kernel, b, h = self.ref, self.kernel, self.batch, self.head
-        key_head = lax.div(h, jnp.int32(kernel.group))
+    def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
+        super().__init__(cta, number, n, tiles_consumed)
+        self.unit0 = self.tile * self.block.warpgroups
+        last_unit = jnp.int32(self.kernel.units - 1)
+        self.last = lax.min(self.unit0 + self.block.warpgroups - 1, last_unit)
+        self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
+        self.values = self.pipelines["value"].after(self.tiles_consumed[1])
+        self.queries, self.tables = self.pipelines["query"], self.pipelines["table"]
+        # Tiles of keys and of values go together.
+        self.both = ((self.keys, 0), (self.values, 0))
+        if self.kernel.out_stages:
+            self.outs = self.pipelines["out"].after(2 * self.n)
 
-        def copy(pipe, name, n):
-            slot = pipe.producer_acquire(n)
-            rows = pl.ds((self.last - n) * UNIT, UNIT)
-            plgpu.copy_gmem_to_smem(
-                ref[name].at[b, rows, key_head], ref[f"{name}_smem"].at[slot], pipe.full.at[slot]
-            )
+    def load_warp(self) -> TilesConsumed:
+        """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile."""
+        h = self.head
+        key_head = lax.div(h, jnp.int32(self.kernel.group))
 
         @pipeline.fetching(self.plan)
         def _():
-            full = self.queries.full.at[self.queries.producer_acquire(self.n)]
-            for n in range(self.block.warpgroups):
-                rows = pl.ds((self.unit0 + n) * ROWS, ROWS)
-                for name in ("query", "d_out"):
-                    plgpu.copy_gmem_to_smem(
-                        ref[name].at[b, rows, h], ref[f"{name}_smem"].at[n], full
-                    )
-            slot = self.tables.producer_acquire(self.n)
-            plgpu.copy_gmem_to_smem(
-                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
-            )
-            if kernel.out_stages:
+            self.load_own(self.queries, ("query", "d_out"), h)
+            self.load_table(self.tables, self.n, h)
+            if self.kernel.out_stages:
                 row_stats.fetch(self)
 
         row_stats.prefetch(self)
         if self.plan.has_offset:
             mean_k.prefetch(self)
         # What is read here takes time, so it comes after the first copies.
-        self.count_steps()
+        steps = self.count_steps()
 
         @pipeline.fetching(self.plan)
         def _():
-            @pl.loop(0, self.steps)
+            @pl.loop(0, steps)
             def _(n):
-                copy(self.keys, "key", n)
-                copy(self.values, "value", n)
+                slot = self.keys.producer_acquire(n)
+                self.load_tile(self.keys, slot, ("key",), self.last - n, key_head)
+                slot = self.values.producer_acquire(n)
+                self.load_tile(self.values, slot, ("value",), self.last - n, key_head)
 
-        return self.next_consumed()
+        return self.next_consumed(steps)
 
-    def compute_warpgroup(self) -> tuple[Any, Any]:
-        """Does all for one warpgroup's queries; returns as `load_warp` does."""
+    def compute_warpgroup(self) -> TilesConsumed:
+        """Does all for one warpgroup's queries; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel, b, h = self.ref, self.plan, self.kernel, self.batch, self.head
-        self.count_steps()
+        steps = self.count_steps()
         unit = self.unit0 + self.warpgroup
-        exists = unit < kernel.units
-        unit = lax.min(unit, jnp.int32(kernel.units - 1))
-        self.query0 = unit * UNIT
+        self.exists = unit < kernel.units
+        self.unit = lax.min(unit, jnp.int32(kernel.units - 1))
+        self.query0 = self.unit * UNIT
         self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
-        begin = self.last - unit
-        first = ref["live" if plan.has_offset else "first"][b, h, unit]
-        end = lax.select(exists, self.last - first + 1, begin)
-
+        # Steps from the diagonal of the CTA to this warpgroup's, and to its last tile.
+        self.begin = self.last - self.unit
+        first = ref["live" if plan.has_offset else "first"][b, h, self.unit]
+        self.end = lax.select(self.exists, self.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
         self.queries.consumer_wait(self.n)
-        self.row = row_stats.find(self, unit)
-        self.query, self.d_out = (
-            pipeline.operand(ref[name], self.warpgroup, self.block.in_registers, self.interpret)
-            for name in ("query_smem", "d_out_smem")
-        )
-        release_early = self.block.in_registers and not self.interpret
-        if release_early:
+        self.row = row_stats.find(self, self.unit)
+        self.query, self.d_out = self.own("query"), self.own("d_out")
+        if self.release_early:
             self.queries.consumer_release(self.n)
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
-        both = ((self.keys, 0), (self.values, 0))
-        pipeline.skip(0, begin, *both)
-        self.begin = begin
 
-        def run(divided, *accs):
-            zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-            sums = _Sums(
-                *((zero, zero) if plan.has_offset else (None, None)),
-                (zero, zero) if kernel.want_tail else (),
-            )
-
-            def loop(kind, start, stop, sums):
-                step = functools.partial(self.step, divided, kind, accs)
-                return pipeline.steps(start, stop, self.block.ahead, step, sums, *both)
-
-            if divided and kernel.dtype == jnp.bfloat16:
-                # Rare, so one loop for all.
-                sums = loop(TileKind.MASKED, begin, end, sums)
-            else:
-                masked = None
-                if plan.packed:
-                    masked = (
-                        self.last
-                        + 1
-                        - lax.div(self.row.last_segment_start + (UNIT - 1), jnp.int32(UNIT))
-                    )
-                sums = bias_table.loops(
-                    plan, kernel.length, begin, begin, end, loop, sums, masked=masked
-                )
-            d_query = accs[0][...]
-            if self.block.stages > 1:
-                # The last products have been waited for only now.
-                pl.when(end > begin)(lambda: self.keys.consumer_release(end - 1))
-            delta, past = self.row.delta, [finish(x) for x in sums.past]
-            if plan.has_offset:
-                delta = finish(sums.delta)
-                # The mean of the keys times what the tensor cores took for the weights' sum.
-                of_mean = weight_sums.total(accs[1], interpret=self.interpret)
-                y = mean_k.load(self, unit)
-                d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
-            if not divided:
-                factor = jnp.exp2(-self.row.lse)
-                d_query = d_query * lax.broadcast_in_dim(factor, d_query.shape, [0])
-                past = [x * factor for x in past]
-                delta = delta * factor if plan.has_offset else delta
-            if plan.has_offset:
-                return d_query, delta, finish(sums.alive), past
-            return d_query, delta, (), past
-
-        finish = functools.partial(layout.finish_sums, interpret=self.interpret)
+        pipeline.skip(0, self.begin, *self.both)
         accs = [plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)]
         accs += [weight_sums.ACC] if plan.has_offset else []
 
-        def all_tiles(divided: bool) -> Any:
-            return pl.run_scoped(functools.partial(run, divided), *accs)
+        def sum_tiles(divided: bool) -> _Found:
+            return pl.run_scoped(functools.partial(self.sum_tiles, divided), *accs)
 
         if kernel.dtype == jnp.bfloat16:
             no_overflow = ref["no_overflow"][b, h] != 0
             if plan.has_offset:
                 # The other way also serves where unseen entries must be told from seen ones.
                 no_overflow = no_overflow & (self.offset <= 0)
-            d_query, delta, alive, past = lax.cond(
-                no_overflow, lambda: all_tiles(False), lambda: all_tiles(True)
-            )
+            found = lax.cond(no_overflow, lambda: sum_tiles(False), lambda: sum_tiles(True))
         else:
-            d_query, delta, alive, past = all_tiles(True)
-        pipeline.skip(end, self.steps, *both)
+            found = sum_tiles(True)
+        pipeline.skip(self.end, steps, *self.both)
         self.tables.consumer_release(self.n)
-        of_offset = None
-        if plan.has_offset:
-            of_offset = alive * self.row.offset_scale
-            past = [
-                x - delta * self.of_rows(ref["past"].at[b, h, unit, n]) for n, x in enumerate(past)
-            ]
+        self.store(found)
+        return self.next_consumed(steps)
 
-        @pl.when(exists)
+    def sum_tiles(self, divided: bool, *accs: Ref) -> _Found:
+        """Goes over the tiles that may be live.
+
+        Args:
+          divided: exponentials are divided by their sum at once; else at the end.
+          accs: of d_query, and with an offset of the sums of weights as they were rounded.
+        """
+        plan, begin, end = self.plan, self.begin, self.end
+        zero = self.per_row(0.0)
+        of_offset = zero if plan.has_offset else None
+        sums = _Sums(of_offset, of_offset, (zero, zero) if self.kernel.want_tail else ())
+
+        def loop(kind, start, stop, sums):
+            step = functools.partial(self.step, divided, kind, accs)
+            return pipeline.steps(start, stop, self.block.ahead, step, sums, *self.both)
+
+        if divided and self.kernel.dtype == jnp.bfloat16:
+            # Rare, so one loop for all.
+            sums = loop(TileKind.MASKED, begin, end, sums)
+        else:
+            masked = None
+            if self.row.last_segment_start is not None:
+                unseen = self.row.last_segment_start + (UNIT - 1)
+                masked = self.last + 1 - lax.div(unseen, jnp.int32(UNIT))
+            sums = bias_table.loops(
+                plan, self.kernel.length, begin, begin, end, loop, sums, masked=masked
+            )
+        d_query = accs[0][...]
+        if self.block.stages > 1:
+            # The last products have been waited for only now.
+            pl.when(end > begin)(lambda: self.keys.consumer_release(end - 1))
+        finish = functools.partial(layout.finish_sums, interpret=self.interpret)
+        past = [finish(x) for x in sums.past]
+        if sums.delta is None:
+            assert self.row.delta is not None
+            delta = self.row.delta
+        else:
+            delta = finish(sums.delta)
+            # The mean of the keys times what the tensor cores took for the weights' sum.
+            of_mean = weight_sums.total(accs[1], interpret=self.interpret)
+            y = mean_k.load(self, self.unit)
+            d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
+        if not divided:
+            factor = jnp.exp2(-self.row.lse)
+            d_query = d_query * lax.broadcast_in_dim(factor, d_query.shape, [0])
+            past = [x * factor for x in past]
+            delta = delta if sums.delta is None else delta * factor
+        alive = None if sums.alive is None else finish(sums.alive)
+        return _Found(d_query, delta, alive, tuple(past))
+
+    def store(self, found: _Found) -> None:
+        """Writes the results of the queries that exist, and gives the queries back."""
+        ref, b, h = self.ref, self.batch, self.head
+        of_offset, past = None, found.past
+        if found.alive is not None and self.row.offset_scale is not None:
+            of_offset = found.alive * self.row.offset_scale
+            # The forward pass has summed the weights of all tiles there, dead ones too.
+            past = tuple(
+                x - found.delta * self.of_rows(ref["past"].at[b, h, self.unit, n])
+                for n, x in enumerate(past)
+            )
+
+        @pl.when(self.exists)
         def _():
             # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own = "d_query_smem" if self.block.in_registers else "query_smem"
             smem = ref[own].at[self.warpgroup]
-            smem[...] = (d_query * plan.scale).astype(kernel.dtype)
+            smem[...] = (found.d_query * self.plan.scale).astype(self.kernel.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, ref["d_query"].at[b, pl.ds(self.query0, ROWS), h])
             for n, x in enumerate(past):
-                ref["tail_sums"][b, h, unit, n] = x
-            row_stats.write(self, self.row, unit, delta, of_offset)
+                ref["tail_sums"][b, h, self.unit, n] = x
+            row_stats.write(self, self.row, self.unit, found.delta, of_offset)
 
-        if not release_early:
-            if not self.block.in_registers:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.queries.consumer_release(self.n)
-        return self.next_consumed()
+        self.release_own(self.queries)
 
-    def softmax(self, kind: TileKind, x: Array, bias: Any, key0: Any, divided: bool) -> Array:
+    def own_rows(self, n: int) -> pl.Slice:
+        """Returns the queries of warpgroup n."""
+        return pl.ds((self.unit0 + n) * ROWS, ROWS)
+
+    def count_steps(self) -> Scalar:
+        """Returns how many key tiles the CTA visits."""
+        last = jnp.int32(self.kernel.units - 1)
+        units = [lax.min(self.unit0 + n, last) for n in range(self.block.warpgroups)]
+        first = self.ref["live" if self.plan.has_offset else "first"]
+        starts = [first[self.batch, self.head, unit] for unit in units]
+        return self.last - functools.reduce(lax.min, starts) + 1
+
+    def next_consumed(self, steps: Scalar) -> TilesConsumed:
+        """Returns `tiles_consumed` of the next work tile."""
+        return self.tiles_consumed[0] + steps, self.tiles_consumed[1] + steps
+
+    def softmax(
+        self, kind: TileKind, x: Array, bias: Array | float, key0: Scalar, divided: bool
+    ) -> Array:
         """Returns softmax weights of a tile from its products, or only exponentials."""
         x = x * self.plan.exponent_scale + bias
         if self.plan.packed and kind is TileKind.MASKED:
@@ -427,21 +397,20 @@ class WorkTile:
         """Returns the sum of each row, per lane."""
         return layout.lane_sums(x, False, interpret=self.interpret)
 
-    def seen_sums(self, x: Array, key0: Any, kind: TileKind) -> Array:
+    def seen_sums(self, x: Array, key0: Scalar, kind: TileKind) -> Array:
         """Returns sums per lane over what the queries see, if tau is above 0; else over all."""
         if kind is TileKind.TAIL:
             return self.lane_sums(x)
         hidden = key0 == self.query0
-        if self.plan.packed and kind is TileKind.MASKED:
-            hidden = hidden | (key0 < self.row.last_segment_start)
+        last_start = self.row.last_segment_start if kind is TileKind.MASKED else None
+        if last_start is not None:
+            hidden = hidden | (key0 < last_start)
 
         def masked():
             seen = layout.where_seen(
                 x, self.query0 - key0, 0.0, rows_are_keys=False, interpret=self.interpret
             )
-            if self.plan.packed and kind is TileKind.MASKED:
-                seen = self.where_in_segment(seen, key0, 0.0)
-            return seen
+            return seen if last_start is None else self.where_in_segment(seen, key0, 0.0)
 
         return lax.cond(
             hidden & (self.offset > 0),
@@ -449,16 +418,13 @@ class WorkTile:
             lambda: self.lane_sums(x),
         )
 
-    def where_in_segment(self, x: Array, key0: Any, otherwise: float) -> Array:
+    def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:
         """Returns x for keys in the query's document or after its start, else another number."""
-        first = self.row.segment_start - key0
-        return layout.where_from(x, first, otherwise, interpret=self.interpret)
+        start = self.row.segment_start
+        assert start is not None
+        return layout.where_from(x, start - key0, otherwise, interpret=self.interpret)
 
-    def spread(self, x: Any) -> Float[Array, "64 64"]:
-        """Returns a row vector repeated along its rows."""
-        return lax.broadcast_in_dim(x, (ROWS, UNIT), [0])
-
-    def of_rows(self, x: Any) -> Float[Array, "64"]:
+    def of_rows(self, x: Ref) -> Float[Array, "64"]:
         """Returns a row vector from global memory."""
         return plgpu.load(x, layout=ROW, optimized=False)
 
@@ -466,15 +432,15 @@ class WorkTile:
         self,
         divided: bool,
         kind: TileKind,
-        accs: tuple,
-        n: Any,
-        slots: tuple,
-        wait: Any,
-        sums: "_Sums",
-    ) -> "_Sums":
+        accs: tuple[Ref, ...],
+        n: Scalar,
+        slots: tuple[Scalar, Scalar],
+        wait: Callable[[], None],
+        sums: _Sums,
+    ) -> _Sums:
         """Adds a tile."""
         # Products that begin with a number known only now need no wait of their own.
-        begin = 0.0 * self.row.lse if self.plan.has_offset else -self.row.delta
+        begin = 0.0 * self.row.lse if self.row.delta is None else -self.row.delta
         less = self.spread(begin)
         key0 = (self.last - n) * UNIT
         bias, _ = bias_table.tile_bias(
@@ -495,13 +461,13 @@ class WorkTile:
         tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
         self.values.consumer_release_slot(value_slot)
-        if self.plan.has_offset:
-            limit = self.row.threshold
+        limit = self.row.threshold
+        if limit is not None:
             if not divided:
                 limit = limit * jnp.exp2(self.row.lse)
             d_weights = jnp.where(p > self.spread(limit), d_weights, 0.0)
         weighted = p * d_weights
-        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        spare = self.spare()
         x = layout.pack(weighted, self.kernel.dtype, relu=False, interpret=self.interpret)
         if self.plan.has_offset:
             weight_sums.add(accs[1], x, self.ref, spare)
@@ -512,7 +478,7 @@ class WorkTile:
             self.keys.consumer_release_slot(key_slot)
         # Else while that is under way.
         delta, alive, past = sums
-        if self.plan.has_offset:
+        if delta is not None and alive is not None:
             delta = delta + self.lane_sums(weighted)
             if divided:
                 # A weight of tau / n is no weight where nothing is seen.
@@ -526,7 +492,7 @@ class WorkTile:
             )
         return _Sums(delta, alive, past)
 
-    def release_before(self, n: Any, slot: Any) -> None:
+    def release_before(self, n: Scalar, slot: Scalar) -> None:
         """Gives back the keys of the step before this one, unless this is the first.
 
         What reads them last is left in flight while the next step's products begin; those who

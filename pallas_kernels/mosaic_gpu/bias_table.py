@@ -8,13 +8,14 @@ compiler from putting products beside exponentials.
 """
 
 import enum
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory, pipeline
+from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 
 
@@ -40,15 +41,14 @@ def exist(plan: Plan, length: int) -> bool:
 def loops(
     plan: Plan,
     length: int,
-    diagonal: Any,
-    start: Any,
-    stop: Any,
-    loop: Any,
-    carry: Any,
+    diagonal: Index,
+    start: Index,
+    stop: Index,
+    loop: Callable[[TileKind, Scalar, Scalar, Carry], Carry],
+    carry: Carry,
     *,
-    masked: Any = None,
-    units: int = 1,
-) -> Any:
+    masked: Index | None = None,
+) -> Carry:
     """Runs one loop over steps start, ..., stop-1 as several that know more of their tiles.
 
     Args:
@@ -61,7 +61,6 @@ def loops(
         carry. There is no step if `stop` is not above `start`.
       carry: for the first step.
       masked: first step from which on they may; None: never.
-      units: of keys in a tile.
 
     Returns:
       the last carry.
@@ -69,9 +68,7 @@ def loops(
     start, stop = pipeline.as_index(start), pipeline.as_index(stop)
     end = stop if masked is None else lax.min(pipeline.as_index(masked), stop)
     if exist(plan, length):
-        # A wider tile's last unit may be the diagonal's neighbour.
-        near = -(-(plan.near_units + units - 1) // units)
-        first = pipeline.as_index(diagonal + near)
+        first = pipeline.as_index(diagonal + plan.near_units)
         carry = loop(TileKind.NEAR, start, lax.min(first, end), carry)
         carry = loop(TileKind.TAIL, lax.max(first, start), end, carry)
     else:
@@ -81,15 +78,15 @@ def loops(
 
 def tile_bias(
     plan: Plan,
-    table: Any,
-    apart: Int[Array, ""],
+    table: Ref,
+    apart: Scalar,
     tail: tuple[Float[Array, ""], Float[Array, ""]],
     kind: TileKind,
     *,
     falling: bool,
     whole: bool,
     interpret: bool,
-) -> tuple[Any, Any]:
+) -> tuple[Array | float, Array | float]:
     """Returns the bias of a 64 x 64 tile of any kind, and what is still to be added to it.
 
     Loaded before the tile's products are issued: behind them in the queue to memory it would
@@ -110,13 +107,13 @@ def tile_bias(
 
 def tail_bias(
     plan: Plan,
-    apart: Int[Array, ""],
+    apart: Scalar,
     tail: tuple[Float[Array, ""], Float[Array, ""]],
     *,
     falling: bool,
     whole: bool,
     interpret: bool,
-) -> tuple[Any, Any]:
+) -> tuple[Array | float, Array | float]:
     """Returns a tile's bias and what is still to be added to it, as `Plan.bias_of_tile` does.
 
     Args:
@@ -144,7 +141,7 @@ def add_tail_sums(
     plan: Plan,
     sums: tuple[Float[Array, "64"], ...],
     x: Float[Array, "64 64"],
-    apart: Int[Array, ""],
+    apart: Scalar,
     kind: TileKind,
     *,
     interpret: bool,

@@ -1,7 +1,6 @@
 """What a launch is made with."""
 
 import dataclasses
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,17 +47,6 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForwardBlock(Block):
-    """The forward pass.
-
-    Attributes:
-      keys: of a tile, 64 or 128.
-    """
-
-    keys: int = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
     """The blocks of all kernels for one kind of call.
 
@@ -71,8 +59,8 @@ class Blocks:
       backward_value: dV; None: likewise.
     """
 
-    inference: ForwardBlock = ForwardBlock()
-    forward: ForwardBlock = ForwardBlock()
+    inference: Block
+    forward: Block
     backward_query: Block = Block(stages=3)
     backward_key: Block = Block(stages=3)
     backward_bias: Block | None = Block(stages=4)
@@ -82,30 +70,30 @@ class Blocks:
 # By head size.
 _BLOCKS = {
     64: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
-        forward=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
+        inference=Block(warpgroups=3, stages=4, ahead=True),
+        forward=Block(warpgroups=3, stages=4, ahead=True),
         backward_query=Block(stages=4),
         backward_key=Block(stages=3, ahead=True),
         backward_bias=Block(warpgroups=3, stages=3),
     ),
     96: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, ahead=True),
-        forward=ForwardBlock(warpgroups=3, keys=64, stages=3, in_registers=False, ahead=True),
+        inference=Block(warpgroups=3, stages=4, ahead=True),
+        forward=Block(warpgroups=3, stages=3, in_registers=False, ahead=True),
         backward_query=Block(stages=3, in_registers=False),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
     128: Blocks(
-        inference=ForwardBlock(warpgroups=3, keys=64, stages=4, in_registers=False, ahead=True),
-        forward=ForwardBlock(warpgroups=3, keys=64, stages=4, in_registers=False),
+        inference=Block(warpgroups=3, stages=4, in_registers=False, ahead=True),
+        forward=Block(warpgroups=3, stages=4, in_registers=False),
         backward_query=Block(stages=3, in_registers=False, ahead=True),
         backward_key=Block(stages=3, in_registers=False),
         backward_bias=Block(warpgroups=3),
     ),
     # dK and dV of 64 keys would be 256 registers a thread.
     256: Blocks(
-        inference=ForwardBlock(keys=64, in_registers=False),
-        forward=ForwardBlock(keys=64, in_registers=False),
+        inference=Block(in_registers=False),
+        forward=Block(in_registers=False),
         backward_query=Block(stages=1, in_registers=False),
         backward_key=Block(stages=1, in_registers=False),
         backward_value=Block(in_registers=False),
@@ -116,10 +104,10 @@ _BLOCKS = {
 # for longer tables.
 _MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
-_SOFTMAX: dict[int, Any] = {
+_SOFTMAX: dict[int, dict[str, Block]] = {
     64: {"backward_query": Block(stages=3)},
-    96: {"forward": ForwardBlock(keys=64, stages=3, ahead=True)},
-    128: {"forward": ForwardBlock(keys=64, stages=3, in_registers=False, ahead=True)},
+    96: {"forward": Block(stages=3, ahead=True)},
+    128: {"forward": Block(stages=3, in_registers=False, ahead=True)},
 }
 # By head size, dK's kernel when it has room for the gradient of the bias table.
 _KEY_WITH_BIAS = {
@@ -201,7 +189,7 @@ def tables(tiles: int, table_rows: int) -> int:
     return 2 if tiles + 2 * 512 * table_rows <= _SHARED_MEMORY else 1
 
 
-def forward_tiles(block: ForwardBlock, head_dim: int, outputs: int) -> int:
+def forward_tiles(block: Block, head_dim: int, outputs: int) -> int:
     """Returns the bytes of SMEM that the tiles of the forward pass take.
 
     Args:
@@ -210,7 +198,7 @@ def forward_tiles(block: ForwardBlock, head_dim: int, outputs: int) -> int:
       outputs: arrays of the query's size that it writes.
     """
     own = outputs + block.in_registers
-    return (own * block.rows + 2 * block.stages * block.keys) * 2 * head_dim
+    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
 
 
 def query_tiles(block: Block, head_dim: int, has_offset: bool = True) -> tuple[int, int]:

@@ -9,8 +9,6 @@ those of all four are added, sixteen distances apart. Nothing depends on who com
 every run gives the same bits.
 """
 
-from typing import Any
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -22,6 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.config import SKEW_PITCH, SKEW_WORDS, near_words
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Refs, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE
 from pallas_kernels.mosaic_gpu.plan import UNIT
 
@@ -29,7 +28,7 @@ from pallas_kernels.mosaic_gpu.plan import UNIT
 _WARP_ROWS = 16
 
 
-def scratch(warpgroups: int, distances: int) -> dict[str, Any]:
+def scratch(warpgroups: int, distances: int) -> Scratch:
     """Returns the types of SMEM buffers.
 
     Args:
@@ -52,7 +51,7 @@ class Diagonals:
       interpret: for interpret mode, where one row of sums serves for all four warps.
     """
 
-    def __init__(self, ref: dict[str, Any], warpgroup: Any, distances: int, interpret: bool):
+    def __init__(self, ref: Refs, warpgroup: Scalar, distances: int, interpret: bool):
         self.skew, self.near = ref["skew_smem"], ref["near_smem"]
         self.warpgroup = warpgroup
         self.distances, self.interpret = distances, interpret
@@ -78,7 +77,7 @@ class Diagonals:
 
         clear(self.skew, self.warpgroup)
 
-    def leave(self, x: Float[Array, "64 64"], distance: Any) -> None:
+    def leave(self, x: Float[Array, "64 64"], distance: Scalar) -> None:
         """Leaves a tile's sums for `collect`."""
         if self.interpret:
             first = pl.ds(UNIT * distance, 2 * UNIT)
@@ -108,7 +107,7 @@ class Diagonals:
 
         store(x, self.skew, self.warpgroup)
 
-    def collect(self, distance: Any) -> None:
+    def collect(self, distance: Scalar) -> None:
         """Adds what `leave` left, of the tile at this distance from the diagonal.
 
         Called for distances 0, 1, ... in turn.
@@ -153,7 +152,7 @@ class Diagonals:
         if self.interpret:
             self.near[self.warpgroup] = jnp.zeros((4 * self.entries,), jnp.float32)
 
-    def write(self, out: Any, row: Any, tiles: Any) -> None:
+    def write(self, out: Ref, row: Scalar, tiles: Scalar) -> None:
         """Writes a head's sums.
 
         Args:
@@ -205,7 +204,7 @@ class Diagonals:
         )  # fmt: skip
 
 
-def _of_warp(ref: Any, warpgroup: Any, words: int) -> tuple[ir.Value, ir.Value]:
+def _of_warp(ref: ir.Value, warpgroup: ir.Value, words: int) -> tuple[ir.Value, ir.Value]:
     """Returns where a warp's words of SMEM [warpgroups, 4 words] begin, and this lane."""
     # The compiler can't see that it is the same at every step: what follows from it takes a few
     # instructions, but would take registers through the loop.

@@ -13,7 +13,7 @@ says so (`no_overflow`), and another loop serves where it does not hold.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -30,19 +30,18 @@ from pallas_kernels.mosaic_gpu import (
     mean_k,
     memory,
     pipeline,
-    scheduler,
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
-from pallas_kernels.mosaic_gpu.config import ForwardBlock
+from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
-from pallas_kernels.mosaic_gpu.pipeline import as_index
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, MASKED, UNIT, Plan, threshold
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # What the kernel may return.
 RESULTS = ("out", "lse", "rounding", "live", *mean_k.NAMES, "past")
 # Of a warpgroup's queries with one unit of keys.
-_SHAPE = (ROWS, UNIT)
+_SCORES = plgpu.ACC((ROWS, UNIT), jnp.float32)
 
 
 def forward(
@@ -87,42 +86,49 @@ def forward(
       table of the softmax, and of the softmax times the distance past its end [batch, heads,
       units, 2, 64].
     """
-    block = plan.blocks.forward if training else plan.blocks.inference
-    kernel = _Forward(plan, block, training, query, key, table.shape, first.shape[-1])
-    results = kernel.launch(
-        list(kernel.results.values()), query, key, value, table, tail, offset, offset_scale,
-        segment_start, first, no_overflow, tile_order, weight_sums.ones(query.dtype),
-    )  # fmt: skip
-    return dict.fromkeys(RESULTS) | dict(zip(kernel.results, results, strict=True))
+    kernel = _Forward(plan, training, query, key, table.shape, first.shape[-1])
+    operands = dict(query=query, key=key, value=value, table=table, tail=tail)
+    operands |= dict(offset=offset, offset_scale=offset_scale, segment_start=segment_start)
+    operands |= dict(first=first, no_overflow=no_overflow, tile_order=tile_order)
+    operands["ones"] = weight_sums.ones(query.dtype)
+    return dict.fromkeys(RESULTS) | kernel.launch(WorkTile, operands, kernel.results)
 
 
-def order(plan: Plan, training: bool, query: Array, key: Array) -> scheduler.TileOrder:
+def order(plan: Plan, training: bool, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
     block = plan.blocks.forward if training else plan.blocks.inference
     group = heads // key.shape[2]
-    return scheduler.TileOrder.of_queries(batch, heads, group, length, block.rows, head_dim)
+    return TileOrder.of_queries(batch, heads, group, length, block.rows, head_dim)
 
 
 class _Forward(launch.Kernel):
-    """The kernel."""
+    """The kernel's static facts.
+
+    Attributes:
+      want_keys: the mean of the keys is wanted; want_rounding, want_tail: likewise, see `forward`.
+      keys_at_once: it can be summed with exponentials that are not divided yet, by the first
+        sweep, where none overflows.
+      one_sweep: the output can be summed so, and no second sweep is needed then.
+      results: types of what the kernel returns, by name.
+    """
 
     name = "lazy_forward"
-    block: ForwardBlock
 
     def __init__(
         self,
         plan: Plan,
-        block: ForwardBlock,
         training: bool,
         query: Array,
         key: Array,
         table_shape: tuple[int, ...],
         units: int,
     ):
+        block = plan.blocks.forward if training else plan.blocks.inference
+        super().__init__(plan, block, order(plan, training, query, key))
         self.training = training
-        self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.group = self.heads // key.shape[2]
+        batch, self.length, heads, self.head_dim = query.shape
+        self.group = heads // key.shape[2]
         self.dtype = query.dtype
         self.table_shape = table_shape[1:]
         self.want_keys = training and plan.has_offset
@@ -130,17 +136,15 @@ class _Forward(launch.Kernel):
         self.want_tail = self.want_keys and plan.has_tail(self.length)
         # Exponentials that are not divided by their sum yet need the range of bfloat16.
         self.keys_at_once = self.want_keys and self.dtype == jnp.bfloat16
-        self.order = order(plan, training, query, key)
-        super().__init__(plan, block, self.order.work_tiles)
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
         used = config.forward_tiles(block, self.head_dim, 1 + self.want_rounding)
         self.tables = config.tables(used, table_shape[1])
-        of_units = (self.batch, self.heads, units)
+        of_units = (batch, heads, units)
         same = jax.ShapeDtypeStruct(query.shape, query.dtype)
         self.results = {"out": same}
         if training:
-            rows = (*of_units[:2], UNIT * units)
+            rows = (batch, heads, UNIT * units)
             self.results["lse"] = jax.ShapeDtypeStruct(rows, jnp.float32)
         if self.want_rounding:
             self.results["rounding"] = same
@@ -150,13 +154,12 @@ class _Forward(launch.Kernel):
         if self.want_tail:
             self.results["past"] = jax.ShapeDtypeStruct((*of_units, 2, UNIT), jnp.float32)
 
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         block, d = self.block, self.head_dim
-        tile = pipeline.tiled((block.stages, block.keys, d), self.dtype)
+        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
         rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
-        row = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
-        scratch = {
+        scratch: Scratch = {
             "query_smem": rows,
             "key_smem": tile,
             "value_smem": tile,
@@ -177,173 +180,93 @@ class _Forward(launch.Kernel):
         if self.want_rounding:
             scratch["rounding_smem"] = rows
         if self.training:
-            scratch["total_smem"] = row
+            scratch["total_smem"] = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
         if self.interpret:
             scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
-
-    def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
-        """Fetches the ones, or waits for them."""
-        if self.want_keys:
-            weight_sums.prepare(self.plan, ref, fetches)
-
-    def refs(self) -> list[str]:
-        """Returns the names of operands and results."""
-        names = [
-            "query", "key", "value", "table", "tail", "offset", "offset_scale",
-            "segment_start", "first", "no_overflow", "tile_order", "ones",
-        ]  # fmt: skip
-        return names + list(self.results)
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
         stages = self.block.stages
         return {"key": stages, "value": stages, "query": 1, "table": self.tables}
 
-    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each pipeline so many work tiles took."""
-        return {
-            "key": tiles_consumed[0],
-            "value": tiles_consumed[1],
-            "query": work_tiles,
-            "table": work_tiles,
-        }
-
-    def work_tile(self, *args: Any) -> "WorkTile":
-        """Returns a work tile."""
-        return WorkTile(*args)
+    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+        """Returns how many tiles of each pipeline a CTA consumed."""
+        keys, values = tiles_consumed
+        return {"key": keys, "value": values, "query": work_tiles, "table": work_tiles}
 
 
-class WorkTile:
-    """A block of queries of one head, as all warpgroups see it.
+class WorkTile(launch.WorkTile):
+    """64 queries of one head a warpgroup; `tiles_consumed` are tiles of keys, and of values.
 
-    Args:
-      blocks: what works on it.
-      number: which work tile it is.
-      n: how many work tiles came before it here.
-      tiles_consumed: tiles of keys, and of values, that those took.
+    Everything is counted in steps from the CTA's last tile of keys backwards.
     """
 
-    def __init__(self, blocks: launch.Blocks, number: Any, n: Any, tiles_consumed: tuple[Any, Any]):
-        kernel: Any = blocks.kernel
-        self.kernel, self.ref, self.n, self.tiles_consumed = kernel, blocks.ref, n, tiles_consumed
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
-        block = self.block
-        self.warpgroup = blocks.warpgroup
-        self.batch, self.head, tile = kernel.order.item(number)
+    kernel: _Forward
+
+    def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
+        super().__init__(cta, number, n, tiles_consumed)
+        kernel, block = self.kernel, self.block
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
-        self.first_query = tile * block.rows
-        # Everything is counted in steps from the last key tile of the block backwards.
+        self.first_query = self.tile * block.rows
         self.last = lax.min(
-            lax.div(self.first_query + block.rows - 1, jnp.int32(block.keys)),
-            jnp.int32((kernel.length - 1) // block.keys),
+            lax.div(self.first_query + block.rows - 1, jnp.int32(UNIT)),
+            jnp.int32((kernel.length - 1) // UNIT),
         )
-        self.keys = blocks.pipelines["key"].after(tiles_consumed[0])
-        self.values = blocks.pipelines["value"].after(tiles_consumed[1])
-        self.queries, self.tables = blocks.pipelines["query"], blocks.pipelines["table"]
-        self.words = self.ref["words_smem"].at[lax.rem(n, jnp.int32(2))]
+        self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
+        self.values = self.pipelines["value"].after(self.tiles_consumed[1])
+        self.queries, self.tables = self.pipelines["query"], self.pipelines["table"]
+        self.words = self.ref["words_smem"].at[lax.rem(self.n, jnp.int32(2))]
+        self.no_overflow = self.ref["no_overflow"].at[self.batch, self.head]
 
-    def used(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Returns `tiles_consumed` of the next work tile, where this one took so many."""
-        return self.tiles_consumed[0] + keys, self.tiles_consumed[1] + values
+    def load_warp(self) -> TilesConsumed:
+        """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile."""
+        ref = self.ref
 
-    def first_tile(self, unit: Any) -> Int[Array, ""]:
-        """Returns the key tile of a unit of keys."""
-        return lax.div(as_index(unit), jnp.int32(self.block.keys // UNIT))
-
-    def first_of(self, warpgroup: Any) -> Int[Array, ""]:
-        """Returns the first unit of keys that a warpgroup visits."""
-        unit = lax.div(self.first_query, jnp.int32(UNIT)) + warpgroup
-        # Past the end of the sequence: as the unit before.
-        unit = lax.min(unit, jnp.int32(self.ref["first"].shape[-1] - 1))
-        return self.ref["first"][self.batch, self.head, unit]
-
-    def count_steps(self) -> Int[Array, ""]:
-        """Returns how many key tiles the block visits."""
-        first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.block.warpgroups)])
-        return self.last - self.first_tile(first) + 1
-
-    def live_steps(self) -> Int[Array, ""]:
-        """Returns the same of the live ones, once `bound_barrier` is complete."""
-        words = [self.words[n] for n in range(4 * self.block.warpgroups)]
-        return self.last - self.first_tile(functools.reduce(lax.min, words)) + 1
-
-    @property
-    def sum_sweeps(self) -> Any:
-        """How often all tiles are visited before the live ones: see `mean_k.find`."""
-        if not self.kernel.want_keys:
-            return 1
-        if not self.kernel.keys_at_once:
-            return 2
-        no_overflow = self.ref["no_overflow"][self.batch, self.head] != 0
-        return lax.select(no_overflow, jnp.int32(1), jnp.int32(2))
-
-    @property
-    def sweeps_twice(self) -> Any:
-        """Whether there is a second sweep."""
-        if not self.kernel.one_sweep:
-            return True
-        return self.ref["no_overflow"][self.batch, self.head] == 0
-
-    def load_warp(self) -> tuple[Any, Any]:
-        """Fetches all that the block reads; returns `tiles_consumed` of the next work tile."""
-        ref, block, b, h = self.ref, self.block, self.batch, self.head
-
-        def copy(pipe, name, number, step):
+        def load(pipe, name, number, step):
             slot = pipe.producer_acquire(number)
-            rows = pl.ds((self.last - step) * block.keys, block.keys)
-            plgpu.copy_gmem_to_smem(
-                ref[name].at[b, rows, self.key_head], ref[f"{name}_smem"].at[slot],
-                pipe.full.at[slot],
-            )  # fmt: skip
+            self.load_tile(pipe, slot, (name,), self.last - step, self.key_head)
 
-        copy_key = functools.partial(copy, self.keys, "key")
-        copy_value = functools.partial(copy, self.values, "value")
+        load_key = functools.partial(load, self.keys, "key")
+        load_value = functools.partial(load, self.values, "value")
 
         @pipeline.fetching(self.plan)
         def _():
-            slot = self.queries.producer_acquire(self.n)
-            for n in range(block.warpgroups):
-                rows = pl.ds(self.first_query + ROWS * n, ROWS)
-                plgpu.copy_gmem_to_smem(
-                    ref["query"].at[b, rows, h], ref["query_smem"].at[n], self.queries.full.at[slot]
-                )
-            slot = self.tables.producer_acquire(self.n)
-            plgpu.copy_gmem_to_smem(
-                ref["table"].at[h], ref["table_smem"].at[slot], self.tables.full.at[slot]
-            )
+            self.load_own(self.queries, ("query",), self.head)
+            self.load_table(self.tables, self.n, self.head)
 
         wanted = ["offset_scale"] if self.plan.has_offset else []
         wanted += ["segment_start"] if self.plan.packed else []
         for name in wanted:
-            memory.prefetch(ref[name].at[b], self.first_query, block.rows, interpret=self.interpret)
-        twice = self.sweeps_twice
+            rows = ref[name].at[self.batch]
+            memory.prefetch(rows, self.first_query, self.block.rows, interpret=self.interpret)
+        twice = True if not self.kernel.one_sweep else self.no_overflow[...] == 0
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.count_steps()
-        diagonal = self.last - lax.div(self.first_query, jnp.int32(block.keys)) + 1
+        diagonal = self.last - lax.div(self.first_query, jnp.int32(UNIT)) + 1
 
         def one_sweep():
             @pipeline.fetching(self.plan)
             def _():
                 @pl.loop(0, steps)
                 def _(n):
-                    copy_key(n, n)
-                    copy_value(n, n)
+                    load_key(n, n)
+                    load_value(n, n)
 
-            return self.used(steps, steps)
+            return self.next_consumed(steps, steps)
 
         def two_sweeps():
-            before = self.sum_sweeps * steps
+            before = self.sum_sweeps() * steps
 
             @pipeline.fetching(self.plan)
             def _():
-                pl.loop(0, before)(lambda n: copy_key(n, lax.rem(n, steps)))
+                pl.loop(0, before)(lambda n: load_key(n, lax.rem(n, steps)))
 
                 # Tiles on the diagonal are always live: no need to know how many more.
                 @pl.loop(0, diagonal)
                 def _(n):
-                    copy_key(before + n, n)
-                    copy_value(n, n)
+                    load_key(before + n, n)
+                    load_value(n, n)
 
             plgpu.barrier_wait(ref["bound_barrier"])
             live = self.live_steps()
@@ -352,29 +275,25 @@ class WorkTile:
             def _():
                 @pl.loop(diagonal, live)
                 def _(n):
-                    copy_key(before + n, n)
-                    copy_value(n, n)
+                    load_key(before + n, n)
+                    load_value(n, n)
 
-            return self.used(before + live, live)
+            return self.next_consumed(before + live, live)
 
-        if twice is True:
-            return two_sweeps()
-        return lax.cond(twice, two_sweeps, one_sweep)
+        return two_sweeps() if twice is True else lax.cond(twice, two_sweeps, one_sweep)
 
-    def compute_warpgroup(self) -> tuple[Any, Any]:
+    def compute_warpgroup(self) -> TilesConsumed:
         """Does all for one warpgroup's queries; returns `tiles_consumed` of the next work tile."""
-        ref, plan, kernel = self.ref, self.plan, self.kernel
-        b, h = self.batch, self.head
+        ref, plan, kernel, b, h = self.ref, self.plan, self.kernel, self.batch, self.head
         self.query0 = self.first_query + ROWS * self.warpgroup
-        self.rows = pl.ds(self.query0, ROWS)
         self.exists = self.query0 < kernel.length
-        self.no_overflow = ref["no_overflow"][b, h] != 0
+        no_overflow = self.no_overflow[...] != 0
         self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         self.total_steps = self.count_steps()
-        # Steps from the diagonal of the block to this warpgroup's, and to its last tile.
-        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(self.block.keys))
+        # Steps from the diagonal of the CTA to this warpgroup's, and to its last tile.
+        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(UNIT))
         self.begin = self.last - lax.min(diagonal, self.last)
-        first = self.first_tile(self.first_of(self.warpgroup))
+        first = self.first_of(self.warpgroup)
         self.end = lax.select(self.exists, self.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
@@ -385,33 +304,29 @@ class WorkTile:
             last = lax.min(self.query0 + ROWS, jnp.int32(ref["segment_start"].shape[1])) - 1
             self.last_segment_start = ref["segment_start"][b, last]
         self.queries.consumer_wait(self.n)
-        self.query = pipeline.operand(
-            ref["query_smem"], self.warpgroup, self.block.in_registers, self.interpret
-        )
-        self.release_early = self.block.in_registers and not self.interpret
+        self.query = self.own("query")
         if self.release_early:
             self.queries.consumer_release(self.n)
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
 
+        two_sweeps = functools.partial(self.two_sweeps, no_overflow)
         if kernel.one_sweep:
-            keys, values = lax.cond(self.no_overflow, self.softmax, self.two_sweeps)
-        else:
-            keys, values = self.two_sweeps()
-        return self.used(keys, values)
+            return self.next_consumed(*lax.cond(no_overflow, self.softmax, two_sweeps))
+        return self.next_consumed(*two_sweeps())
 
-    def two_sweeps(self) -> tuple[Any, Any]:
+    def two_sweeps(self, no_overflow: Array) -> tuple[Scalar, Scalar]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
         ref, words = self.ref, self.words
-        keys_done = self.sum_sweeps * self.total_steps
+        keys_done = self.sum_sweeps() * self.total_steps
         pipeline.skip(0, self.begin, (self.keys, 0))
-        lse, farthest = lax.cond(self.no_overflow, self.sum_no_overflow, self.sum_any)
+        lse, farthest = lax.cond(no_overflow, self.sum_no_overflow, self.sum_any)
         pipeline.skip(self.end, self.total_steps, (self.keys, keys_done - self.total_steps))
         memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
         live_steps = self.live_steps()
         mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
-        end = lax.select(self.exists, self.last - self.first_tile(mine) + 1, self.begin)
+        end = lax.select(self.exists, self.last - mine + 1, self.begin)
 
         both = ((self.keys, keys_done), (self.values, 0))
         pipeline.skip(0, self.begin, *both)
@@ -425,9 +340,7 @@ class WorkTile:
             out = sweep(False)
         else:
             # The other way also serves where unseen entries must be told from seen ones.
-            usual = (
-                self.no_overflow & (self.offset <= 0) if self.plan.has_offset else self.no_overflow
-            )
+            usual = no_overflow & (self.offset <= 0) if self.plan.has_offset else no_overflow
             out = lax.cond(usual, lambda: sweep(True), lambda: sweep(False))
         pipeline.skip(end, live_steps, *both)
         self.tables.consumer_release(self.n)
@@ -441,11 +354,6 @@ class WorkTile:
 
         return keys_done + live_steps, live_steps
 
-    @property
-    def sums_type(self) -> Any:
-        """Returns the type of sums of keys or values, one a query."""
-        return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-
     def sum_no_overflow(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live unit per lane."""
         if self.kernel.keys_at_once:
@@ -455,73 +363,61 @@ class WorkTile:
             mean_k.find(self, lse)
         return lse, farthest
 
-    def sum_exponentials(self, *key_accs: Any) -> tuple[Array, Array]:
+    def sum_exponentials(self, *key_accs: Ref) -> tuple[Array, Array]:
         """Does what `sum_no_overflow` does, and with accumulators stores the mean of the keys.
 
         What lanes must tell each other of a tile waits until the next tile's products are
         under way: in the queue to memory it would wait for other warps' products.
         """
         marks = self.plan.has_offset and self.plan.skip_dead
+        with_keys = bool(key_accs)
         bar = self.threshold * (1 - DEAD_SLACK) if marks else None
-        units = self.block.keys // UNIT
 
-        def note(n, lane_sums, others, bounds, total, farthest):
-            """Adds what step n found, its units' bounds the last first."""
+        def note(n, lane_sums, others, bound, total, farthest):
+            """Adds what step n found."""
             total = total + layout.add_neighbours(lane_sums, others)
-            if marks:
+            if bar is not None:
                 # The sum only grows, so this never calls a live tile dead; and a NaN is not
                 # below anything.
-                limit = bar * total
-                for last_first, bound in enumerate(bounds):
-                    unit = (self.last - n + 1) * units - 1 - last_first
-                    farthest = jnp.where(bound <= limit, farthest, unit)
+                farthest = jnp.where(bound <= bar * total, farthest, self.last - n)
             return total, farthest
 
         def step(kind, n, slots, wait, carry):
-            total, farthest, lane_sums, bounds, past = carry
+            total, farthest, lane_sums, bound, past = carry
             (slot,) = slots
             others = layout.of_neighbours(lane_sums, interpret=self.interpret)
-
-            def use(x, rest, key0, unit, carry):
-                total, farthest, new_sums, new_bounds, past = carry
-                if not new_bounds:
-                    total, farthest = note(n - 1, lane_sums, others, bounds, total, farthest)
-                e = jnp.exp2(self.hide_segments(x, key0, kind))
-                if key_accs:
-                    mean_k.add(self, key_accs, e, slot, unit)
-                    past = mean_k.add_past(self, past, e, key0, kind)
-                sums, bound = layout.sum_and_bound(e, interpret=self.interpret)
-                if not key_accs:
-                    factor = jnp.exp2(self.per_row(rest))
-                    sums, bound = sums * factor, bound * factor
-                new_sums = new_sums + sums if new_bounds else sums
-                carry = (total, farthest, new_sums, (*new_bounds, bound), past)
-                return carry, len(key_accs)
-
-            start = (total, farthest, None, (), past)
-            keep = bool(key_accs)
-            carry = self.scores(n, slot, wait, use, start, keep=keep, whole=keep, kind=kind)
-            if keep:
+            x, rest, key0 = self.scores(kind, n, slot, wait, keep=with_keys, whole=with_keys)
+            total, farthest = note(n - 1, lane_sums, others, bound, total, farthest)
+            e = jnp.exp2(self.hide_segments(x, key0, kind))
+            if with_keys:
+                mean_k.add(self, key_accs, e, slot)
+                past = mean_k.add_past(self, past, e, key0, kind)
+            lane_sums, bound = layout.sum_and_bound(e, interpret=self.interpret)
+            if with_keys:
                 plgpu.wgmma_wait(0)
                 self.keys.consumer_release_slot(slot)
-            return carry
+            else:
+                factor = jnp.exp2(self.per_row(rest))
+                lane_sums, bound = lane_sums * factor, bound * factor
+            return total, farthest, lane_sums, bound, past
 
         zero = self.per_row(0.0)
-        start = (zero, self.no_unit(), zero, (zero,) * units, mean_k.no_past(self))
+        start = (zero, self.no_unit(), zero, zero, mean_k.no_past(self))
         carry = self.steps_by_distance(self.end, step, start, (self.keys, 0))
-        total, farthest, lane_sums, bounds, past = carry
+        total, farthest, lane_sums, bound, past = carry
         others = layout.of_neighbours(lane_sums, interpret=self.interpret)
         last = lax.max(self.end, self.begin) - 1
-        total, farthest = note(last, lane_sums, others, bounds, total, farthest)
-        if key_accs:
+        total, farthest = note(last, lane_sums, others, bound, total, farthest)
+        if with_keys:
             mean_k.store(self, key_accs, past)
         return jnp.log2(total), self.clip_units(farthest)
 
     def sum_any(self) -> tuple[Array, Array]:
         """First sweep with a running maximum: the same results."""
 
-        def use(x, rest, key0, _, carry):
+        def step(n, slots, wait, carry):
             maximum, total, farthest = carry
+            x, rest, key0 = self.scores(TileKind.MASKED, n, *slots, wait)
             x = self.hide_segments(x, key0)
             highest = x.max(axis=1) + rest
             new = jnp.maximum(maximum, highest)
@@ -530,12 +426,8 @@ class WorkTile:
             if self.plan.has_offset and self.plan.skip_dead:
                 limit = total * (self.threshold * (1 - DEAD_SLACK))
                 dead = jnp.exp2(highest - new) <= limit
-                unit = lax.div(as_index(key0), jnp.int32(UNIT))
-                farthest = jnp.where(dead, farthest, unit)
-            return (new, total, farthest), 0
-
-        def step(n, slots, wait, carry):
-            return self.scores(n, *slots, wait, use, carry)
+                farthest = jnp.where(dead, farthest, lax.div(key0, jnp.int32(UNIT)))
+            return new, total, farthest
 
         start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
         maximum, total, farthest = self.steps(self.end, step, start, (self.keys, 0))
@@ -544,92 +436,58 @@ class WorkTile:
             mean_k.find(self, lse)
         return lse, self.clip_units(farthest)
 
-    def no_unit(self) -> Array:
-        """Returns where the search for the farthest live unit begins: the diagonal."""
-        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
-
-    def clip_units(self, farthest: Array) -> Array:
-        """Returns the first live unit, within what is visited and exists."""
-        first = self.first_of(self.warpgroup)
-        if not (self.plan.has_offset and self.plan.skip_dead):
-            farthest = self.per_row(first, jnp.int32)
-        diagonal = lax.min(
-            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
-        )
-        return jnp.minimum(jnp.maximum(farthest, first), diagonal)
-
-    def add_values(self, lse, end, both, no_overflow, acc) -> Array:
+    def add_values(self, lse, end, both, no_overflow: bool, acc: Ref) -> Array:
         """Second sweep: the output.
 
         With `no_overflow` exponentials can't overflow, and tau is not above 0. Then they are taken
         before their sum is divided by: that and the threshold take one instruction.
         """
-        plan = self.plan
-        dtype = self.kernel.dtype
-        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        has_offset = self.plan.has_offset
 
-        def use(kind, x, rest, key0, unit, slot):
+        def step(kind, n, slots, wait, carry):
+            key_slot, value_slot = slots
+            x, rest, key0 = self.scores(kind, n, key_slot, wait)
             if no_overflow:
                 p = jnp.exp2(x) * self.spread(jnp.exp2(rest - lse))
             else:
                 p = jnp.exp2(x - self.spread(lse - rest))
-            if plan.has_offset:
+            if has_offset:
                 p = p - self.spread(self.threshold)
             if kind is TileKind.MASKED:
                 p = self.hide(p, key0, no_overflow)
-            weights = layout.pack(p, dtype, relu=plan.has_offset, interpret=self.interpret)
-            pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
-            return slot, 1
-
-        def step(kind, n, slots, wait, carry):
-            key_slot, value_slot = slots
-            self.scores(n, key_slot, wait, functools.partial(use, kind), value_slot, kind=kind)
+            self.multiply_values(acc, p, value_slot, relu=has_offset)
             # Left in flight, they would make the compiler wait for each product there is.
             plgpu.wgmma_wait(0)
             self.values.consumer_release_slot(value_slot)
             return carry
 
         if no_overflow:
-            self.steps_by_distance(end, step, (), both[0], both[1:])
+            self.steps_by_distance(end, step, (), *both)
         else:
-            self.steps(end, functools.partial(step, TileKind.MASKED), (), both[0], both[1:])
+            self.steps(end, functools.partial(step, TileKind.MASKED), (), *both)
         return acc[...]
 
-    def values_of(self, slot: Any, unit: int) -> Any:
-        """Returns the values of one unit of the tile in a slot."""
-        return self.ref["value_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-
-    def softmax(self) -> tuple[Any, Any]:
+    def softmax(self) -> tuple[Scalar, Scalar]:
         """The only sweep where there is no offset, and no exponential is too large.
 
         Returns what `two_sweeps` does.
         """
-        spare = self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+        both = ((self.keys, 0), (self.values, 0))
 
         def run(acc):
-            def use(kind, x, rest, key0, unit, carry):
-                slot, total = carry
-                x = self.hide_segments(x, key0, kind)
-                e = jnp.exp2(x)
-                weights = layout.pack(e, self.kernel.dtype, relu=False, interpret=self.interpret)
-                pipeline.multiply(acc, weights, self.values_of(slot, unit), spare)
-                total = total + layout.lane_sums(e, False, interpret=self.interpret)
-                return (slot, total), 1
-
             def step(kind, n, slots, wait, total):
                 key_slot, value_slot = slots
-                start = (value_slot, total)
-                run = functools.partial(use, kind)
-                _, total = self.scores(n, key_slot, wait, run, start, whole=True, kind=kind)
+                x, _, key0 = self.scores(kind, n, key_slot, wait, whole=True)
+                e = jnp.exp2(self.hide_segments(x, key0, kind))
+                self.multiply_values(acc, e, value_slot, relu=False)
+                total = total + layout.lane_sums(e, False, interpret=self.interpret)
                 plgpu.wgmma_wait(0)
                 self.values.consumer_release_slot(value_slot)
                 return total
 
-            zero = self.per_row(0.0)
-            total = self.steps_by_distance(self.end, step, zero, both[0], both[1:])
+            total = self.steps_by_distance(self.end, step, self.per_row(0.0), *both)
             return acc[...], total
 
-        both = ((self.keys, 0), (self.values, 0))
         pipeline.skip(0, self.begin, *both)
         out, total = pl.run_scoped(run, self.sums_type)
         pipeline.skip(self.end, self.total_steps, *both)
@@ -640,155 +498,93 @@ class WorkTile:
         return self.total_steps, self.total_steps
 
     def store(self, out: Array, lse: Array) -> None:
-        """Writes the results of the queries that exist."""
-        ref, b, h = self.ref, self.batch, self.head
+        """Writes the results of the queries that exist, and gives the queries back."""
+        ref, b, h, dtype = self.ref, self.batch, self.head, self.kernel.dtype
+        rows = pl.ds(self.query0, ROWS)
+
+        def staged(name):
+            own = name == "out" and not self.block.in_registers
+            return ref["query_smem" if own else f"{name}_smem"].at[self.warpgroup]
 
         @pl.when(self.exists)
         def _():
             results = {"out": out}
             if self.kernel.want_rounding:
-                results["rounding"] = out - self.round(out).astype(jnp.float32)
+                results["rounding"] = out - out.astype(dtype).astype(jnp.float32)
             # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for name, x in results.items():
-                self.staged(name)[...] = self.round(x)
+                staged(name)[...] = x.astype(dtype)
             if self.kernel.training:
                 ref["total_smem"][self.warpgroup] = lse
             plgpu.commit_smem()
             for name in results:
-                plgpu.copy_smem_to_gmem(self.staged(name), ref[name].at[b, self.rows, h])
+                plgpu.copy_smem_to_gmem(staged(name), ref[name].at[b, rows, h])
             if self.kernel.training:
                 plgpu.copy_smem_to_gmem(
-                    ref["total_smem"].at[self.warpgroup], ref["lse"].at[b, h, self.rows]
+                    ref["total_smem"].at[self.warpgroup], ref["lse"].at[b, h, rows]
                 )
 
-        if not self.release_early:
-            if not self.block.in_registers:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.queries.consumer_release(self.n)
-
-    def staged(self, name: str) -> Any:
-        """Returns where in SMEM an output waits to be written."""
-        own = name == "out" and not self.block.in_registers
-        return self.ref["query_smem" if own else f"{name}_smem"].at[self.warpgroup]
-
-    def round(self, x: Array) -> Array:
-        """Returns x in the dtype of the outputs."""
-        return x.astype(self.kernel.dtype)
-
-    def spread(self, x: Float[Array, "64"]) -> Float[Array, "64 64"]:
-        """Returns a row vector repeated along its rows."""
-        return lax.broadcast_in_dim(x, _SHAPE, [0])
-
-    def per_row(self, x: Any, dtype: Any = jnp.float32) -> Array:
-        """Returns a row vector of one number."""
-        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)
-
-    def load_rows(self, name: str) -> Array:
-        """Returns this warpgroup's rows of an array [batch, padded]."""
-        # Past the end of the sequence, anything that is there.
-        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
-        return plgpu.load(
-            self.ref[name].at[self.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
-        )
-
-    def steps(self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()) -> Any:
-        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`."""
-        return pipeline.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
-
-    def steps_by_distance(
-        self, end: Any, body: Any, carry: Any, keys: Any, values: tuple = ()
-    ) -> Any:
-        """Does what `steps` does, see `bias_table.loops`; body is called with `kind` first."""
-
-        def loop(kind, start, stop, carry):
-            step = functools.partial(body, kind)
-            return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
-
-        units, masked = self.block.keys // UNIT, None
-        if self.plan.packed:
-            unseen = self.last_segment_start + (self.block.keys - 1)
-            masked = self.last + 1 - lax.div(unseen, jnp.int32(self.block.keys))
-        return bias_table.loops(
-            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry,
-            masked=masked, units=units,
-        )  # fmt: skip
+        self.release_own(self.queries)
 
     def scores(
         self,
-        step: Any,
-        slot: Any,
-        wait: Any,
-        use: Any,
-        carry: Any,
+        kind: TileKind,
+        step: Scalar,
+        slot: Scalar,
+        wait: Callable[[], None],
         *,
         keep: bool = False,
         whole: bool = False,
-        kind: TileKind = TileKind.MASKED,
-    ) -> Any:
-        """Goes over the units of a key tile, the last first, with their scores.
+    ) -> tuple[Array, Array | float, Scalar]:
+        """Computes a tile's scores, and releases its keys unless told to keep them.
 
-        The products of all units are issued at once, so that the tensor cores have work while
-        one unit's scores are used. Releases the keys, unless told to keep them.
+        Scores are masked where causality wants it: the table holds `MASKED` there.
 
         Args:
-          step: where the tile lies, see `WorkTile.last`.
-          slot: of the tile.
-          wait: called when all products are issued, see `pipeline.steps`.
-          use: called as use(x, rest, key0, unit, carry) with scores, what is to be added to
-            them, the first key and the index of the unit; returns the carry, and how many
-            products it left in flight. Scores are masked where causality wants it: the table
-            holds `MASKED` there.
-          carry: for the first call.
+          kind: see `bias_table.loops`.
+          step: where the tile lies.
+          slot: of its keys.
+          wait: called when the product is issued, see `pipeline.steps`.
           keep: the keys are needed once more.
           whole: nothing is left to be added.
-          kind: see `bias_table.loops`.
 
         Returns:
-          the last carry.
+          scores; what is to be added to them; the tile's first key.
         """
-        plan = self.plan
-        units = list(reversed(range(self.block.keys // UNIT)))
-
-        key0 = [(self.last - step) * self.block.keys + unit * UNIT for unit in units]
-        # Behind products in the queue to memory, loads would wait for the tensor cores.
-        biases, rests = zip(*(self.bias(x, whole, kind) for x in key0), strict=True)
-
-        def run(*accs):
-            result, in_flight = carry, 0
-            for acc, unit in zip(accs, units, strict=True):
-                keys = self.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-                plgpu.wgmma(acc, self.query(), keys.T)
-            wait()
-            for n, unit in enumerate(units):
-                left = len(units) - 1 - n
-                x = plgpu.wgmma_accumulator_load(accs[n], wait_n=left + in_flight)
-                if unit == 0 and not keep:
-                    self.keys.consumer_release_slot(slot)
-                x = x * plan.exponent_scale + biases[n]
-                result, issued = use(x, rests[n], key0[n], unit, result)
-                in_flight += issued
-            return result
-
-        return pl.run_scoped(run, *(plgpu.ACC(_SHAPE, jnp.float32) for _ in units))
-
-    def bias(self, key0: Any, whole: bool, kind: TileKind) -> tuple[Any, Any]:
-        """Returns a unit's bias, and what is still to be added to it: nothing with `whole`."""
-        return bias_table.tile_bias(
+        key0 = (self.last - step) * UNIT
+        # Behind the product in the queue to memory, loads would wait for the tensor cores.
+        bias, rest = bias_table.tile_bias(
             self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
             falling=True, whole=whole, interpret=self.interpret,
         )  # fmt: skip
 
-    def where_in_segment(self, x: Array, key0: Any, otherwise: float) -> Array:
-        """Returns x for keys in the query's document or after its start, else another number."""
-        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
+        def product(acc):
+            plgpu.wgmma(acc, self.query(), self.ref["key_smem"].at[slot].T)
+            wait()
+            return plgpu.wgmma_accumulator_load(acc)
 
-    def hide_segments(self, x: Array, key0: Any, kind: TileKind = TileKind.MASKED) -> Array:
+        x = pl.run_scoped(product, _SCORES)
+        if not keep:
+            self.keys.consumer_release_slot(slot)
+        return x * self.plan.exponent_scale + bias, rest, key0
+
+    def multiply_values(self, acc: Ref, weights: Array, slot: Scalar, *, relu: bool) -> None:
+        """Issues the product of a tile's weights, or with `relu` of those above 0, with values."""
+        weights = layout.pack(weights, self.kernel.dtype, relu=relu, interpret=self.interpret)
+        pipeline.multiply(acc, weights, self.ref["value_smem"].at[slot], self.spare())
+
+    @property
+    def sums_type(self) -> plgpu.WGMMAAccumulatorRef:
+        """The type of sums of keys or values, one a query."""
+        return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
+
+    def hide_segments(self, x: Array, key0: Scalar, kind: TileKind = TileKind.MASKED) -> Array:
         """Returns scores with those of other documents masked, see `bias_table.loops`."""
         masked = self.plan.packed and kind is TileKind.MASKED
         return self.where_in_segment(x, key0, MASKED) if masked else x
 
-    def hide(self, weights: Array, key0: Any, no_overflow: bool) -> Array:
+    def hide(self, weights: Array, key0: Scalar, no_overflow: bool) -> Array:
         """Returns weights that are not above 0 where nothing is seen.
 
         Documents are not masked before. And tau / n would be a weight if it is above 0, which
@@ -806,3 +602,81 @@ class WorkTile:
             hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
             x = lax.cond(hidden, masked, lambda: weights)
         return self.where_in_segment(x, key0, unseen) if self.plan.packed else x
+
+    def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:
+        """Returns x for keys in the query's document or after its start, else another number."""
+        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
+
+    def steps(self, end: Scalar, body, carry: Carry, keys, *values) -> Carry:
+        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`."""
+        return pipeline.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
+
+    def steps_by_distance(self, end: Scalar, body, carry: Carry, keys, *values) -> Carry:
+        """Does what `steps` does, see `bias_table.loops`; body is called with `kind` first."""
+
+        def loop(kind, start, stop, carry):
+            step = functools.partial(body, kind)
+            return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
+
+        masked = None
+        if self.plan.packed:
+            unseen = self.last_segment_start + (UNIT - 1)
+            masked = self.last + 1 - lax.div(unseen, jnp.int32(UNIT))
+        return bias_table.loops(
+            self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry, masked=masked
+        )
+
+    def no_unit(self) -> Array:
+        """Returns where the search for the farthest live unit begins: the diagonal."""
+        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+
+    def clip_units(self, farthest: Array) -> Array:
+        """Returns the first live unit, within what is visited and exists."""
+        first = self.first_of(self.warpgroup)
+        if not (self.plan.has_offset and self.plan.skip_dead):
+            farthest = self.per_row(first, jnp.int32)
+        diagonal = lax.min(
+            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
+        )
+        return jnp.minimum(jnp.maximum(farthest, first), diagonal)
+
+    def load_rows(self, name: str) -> Array:
+        """Returns this warpgroup's rows of an array [batch, padded]."""
+        # Past the end of the sequence, anything that is there.
+        start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
+        return plgpu.load(
+            self.ref[name].at[self.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
+        )
+
+    def own_rows(self, n: int) -> pl.Slice:
+        """Returns the queries of warpgroup n."""
+        return pl.ds(self.first_query + ROWS * n, ROWS)
+
+    def first_of(self, warpgroup: Index) -> Scalar:
+        """Returns the first unit of keys that a warpgroup visits."""
+        unit = lax.div(self.first_query, jnp.int32(UNIT)) + warpgroup
+        # Past the end of the sequence: as the unit before.
+        unit = lax.min(unit, jnp.int32(self.ref["first"].shape[-1] - 1))
+        return self.ref["first"][self.batch, self.head, unit]
+
+    def count_steps(self) -> Scalar:
+        """Returns how many key tiles the CTA visits."""
+        first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.block.warpgroups)])
+        return self.last - first + 1
+
+    def live_steps(self) -> Scalar:
+        """Returns how many of them may be live, once `bound_barrier` is complete."""
+        words = [self.words[n] for n in range(4 * self.block.warpgroups)]
+        return self.last - functools.reduce(lax.min, words) + 1
+
+    def sum_sweeps(self) -> Index:
+        """Returns how often all tiles are visited before the live ones: see `mean_k.find`."""
+        if not self.kernel.want_keys:
+            return 1
+        if not self.kernel.keys_at_once:
+            return 2
+        return lax.select(self.no_overflow[...] != 0, jnp.int32(1), jnp.int32(2))
+
+    def next_consumed(self, keys: Scalar, values: Scalar) -> TilesConsumed:
+        """Returns `tiles_consumed` of the next work tile, where this one took so many."""
+        return self.tiles_consumed[0] + keys, self.tiles_consumed[1] + values

@@ -1,39 +1,40 @@
-"""What all kernels share: how one is launched, and how its blocks go through work tiles."""
+"""What all kernels share: how one is launched, and how a CTA goes through its work tiles."""
 
-from typing import Any
+from collections.abc import Callable
 
+import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import pipeline, scheduler
+from pallas_kernels.mosaic_gpu import pipeline, scheduler, weight_sums
 from pallas_kernels.mosaic_gpu.config import Block
-from pallas_kernels.mosaic_gpu.plan import Plan
+from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
+from pallas_kernels.mosaic_gpu.pipeline import Pipeline
+from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
 class Kernel:
-    """A kernel's static facts, and its body.
-
-    Those that inherit say what a work tile is.
+    """A kernel's static facts.
 
     Args:
       plan: of the call.
       block: what it is made with.
-      work_tiles: how many there are.
+      order: of its work tiles.
     """
 
     name: str
 
-    def __init__(self, plan: Plan, block: Block, work_tiles: int):
-        self.plan, self.block, self.work_tiles = plan, block, work_tiles
+    def __init__(self, plan: Plan, block: Block, order: TileOrder):
+        self.plan, self.block, self.order = plan, block, order
         self.interpret = plan.interpret is not None
-        self.__name__ = self.name
 
-    def refs(self) -> list[str]:
-        """Returns the names of operands and results; `tile_order` is among them."""
-        raise NotImplementedError
-
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and of the pipelines' barriers."""
         raise NotImplementedError
 
@@ -41,40 +42,42 @@ class Kernel:
         """Returns how many slots each pipeline has."""
         raise NotImplementedError
 
-    def tiles(self, work_tiles: Any, tiles_consumed: tuple[Any, Any]) -> dict[str, Any]:
-        """Returns how many tiles of each pipeline so many work tiles consumed.
+    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+        """Returns how many tiles of each pipeline a CTA consumed.
 
         Args:
-          work_tiles: how many.
-          tiles_consumed: tiles of two pipelines.
+          work_tiles: how many it took.
+          tiles_consumed: what `WorkTile.load_warp` of the last of them returned.
         """
         raise NotImplementedError
 
-    def work_tile(
-        self, blocks: "Blocks", number: Any, n: Any, tiles_consumed: tuple[Any, Any]
-    ) -> Any:
-        """Returns what has `load_warp` and `compute_warpgroup`.
-
-        Both return `tiles_consumed` of the next work tile.
+    def launch(
+        self,
+        work_tile: type["WorkTile"],
+        operands: dict[str, Array],
+        results: dict[str, jax.ShapeDtypeStruct],
+    ) -> dict[str, Array]:
+        """Runs the kernel.
 
         Args:
-          blocks: what works on it.
-          number: which work tile it is.
-          n: how many work tiles came before it here.
-          tiles_consumed: tiles that those took of two pipelines.
+          work_tile: what a CTA does at a time.
+          operands: by the names of their references; `tile_order` is among them.
+          results: types, by name.
+
+        Returns:
+          the results by name.
         """
-        raise NotImplementedError
+        names = [*operands, *results]
 
-    def prepare(self, ref: dict[str, Any], fetches: bool) -> None:
-        """Does what comes before a block's first work tile, in who fetches and in who computes."""
+        def body(*refs: Ref, **scratch: Ref) -> None:
+            Cta(self, work_tile, dict(zip(names, refs, strict=True)) | scratch).run()
 
-    def launch(self, out_type: list[Any], *arrays: Any) -> list[Any]:
-        """Runs the kernel and returns its results."""
-        results = plgpu.kernel(
-            self,
-            out_type=tuple(out_type),
+        body.__name__ = self.name
+        found = plgpu.kernel(
+            body,
+            out_type=tuple(results.values()),
             scratch_types=self.scratch() | scheduler.scratch(),
-            grid=(scheduler.blocks(self.work_tiles, self.interpret),),
+            grid=(scheduler.blocks(self.order.work_tiles, self.interpret),),
             grid_names=("block",),
             num_threads=self.block.warpgroups + 1,
             thread_name="warpgroup",
@@ -83,42 +86,39 @@ class Kernel:
             ),
             kernel_name=self.name,
             interpret=self.plan.interpret,
-        )(*arrays)
-        return list(results)
-
-    def __call__(self, *refs: Any, **scratch: Any) -> None:
-        """The body: one block of the grid."""
-        Blocks(self, dict(zip(self.refs(), refs, strict=True)) | scratch).run()
+        )(*operands.values())
+        return dict(zip(results, found, strict=True))
 
 
-class Blocks:
-    """What a block of the grid does, work tile after work tile, while the body is traced."""
+class Cta:
+    """A CTA, which takes work tile after work tile, while its body is traced."""
 
-    def __init__(self, kernel: Kernel, ref: dict[str, Any]):
-        self.kernel, self.ref = kernel, ref
+    def __init__(self, kernel: Kernel, work_tile: type["WorkTile"], ref: Refs):
+        self.kernel, self.work_tile, self.ref = kernel, work_tile, ref
         self.warpgroup = lax.axis_index("warpgroup")
         self.scheduler = scheduler.PersistentTileScheduler(
-            kernel.work_tiles, ref, lax.axis_index("block"), kernel.interpret
+            kernel.order.work_tiles, ref, lax.axis_index("block"), kernel.interpret
         )
         self.pipelines = pipeline.make(ref, kernel.slots(), kernel.block.warpgroups, kernel.plan)
 
     def run(self) -> None:
         """Divides the warpgroups."""
-        pipeline.divide(self.warpgroup, self.kernel.block, self.fetch, self.compute)
+        pipeline.divide(self.warpgroup, self.kernel.block, self.load, self.compute)
 
-    def each(self, fetches: bool) -> tuple[Any, Any]:
+    def each(self, loads: bool) -> tuple[Scalar, TilesConsumed]:
         """Goes through the work tiles; returns how many, and `tiles_consumed` after the last."""
 
-        def step(number: Any, n: Any, tiles_consumed: tuple[Any, Any]) -> tuple[Any, Any]:
-            work_tile = self.kernel.work_tile(self, number, n, tiles_consumed)
-            return work_tile.load_warp() if fetches else work_tile.compute_warpgroup()
+        def step(number: Scalar, n: Scalar, tiles_consumed: TilesConsumed) -> TilesConsumed:
+            work_tile = self.work_tile(self, number, n, tiles_consumed)
+            return work_tile.load_warp() if loads else work_tile.compute_warpgroup()
 
         zero = jnp.int32(0)
-        return self.scheduler.each(fetches, step, (zero, zero))
+        return self.scheduler.each(loads, step, (zero, zero))
 
-    def fetch(self) -> None:
+    def load(self) -> None:
         """Fetches all that the work tiles read."""
-        self.kernel.prepare(self.ref, True)
+        if "ones_smem" in self.ref:
+            weight_sums.fetch(self.kernel.plan, self.ref)
         for name, tiles in self.kernel.tiles(*self.each(True)).items():
             self.pipelines[name].close(tiles)
 
@@ -126,7 +126,99 @@ class Blocks:
         """Does one warpgroup's part of the work tiles."""
         for pipe in self.pipelines.values():
             pipe.open()
-        self.kernel.prepare(self.ref, False)
+        if "ones_smem" in self.ref:
+            weight_sums.wait(self.ref)
         self.each(False)
         # Results are written from SMEM, which must last as long.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class WorkTile:
+    """What a CTA does at a time, as all its warpgroups see it.
+
+    A kernel's own work tile says what the warp that loads does, and what each warpgroup that
+    computes does for its 64 rows.
+
+    Attributes:
+      kernel: its static facts; `plan`, `block` and `interpret` are the kernel's.
+      ref: operands, results and scratch by name.
+      warpgroup: index of this warpgroup in the CTA.
+      n: how many work tiles came before it here.
+      tiles_consumed: tiles that those took of the kernel's two pipelines of tiles.
+      batch, head, tile: which work tile it is, see `TileOrder.item`.
+      pipelines: by name.
+    """
+
+    kernel: Kernel
+
+    def __init__(self, cta: Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
+        kernel = self.kernel = cta.kernel
+        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        self.ref, self.warpgroup, self.pipelines = cta.ref, cta.warpgroup, cta.pipelines
+        self.n, self.tiles_consumed = n, tiles_consumed
+        self.batch, self.head, self.tile = kernel.order.item(number)
+        # The CTA's own operands, or their copies in registers, are given back when read.
+        self.release_early = self.block.in_registers and not self.interpret
+
+    def load_warp(self) -> TilesConsumed:
+        """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile."""
+        raise NotImplementedError
+
+    def compute_warpgroup(self) -> TilesConsumed:
+        """Does all for one warpgroup's rows; returns what `load_warp` does."""
+        raise NotImplementedError
+
+    def own_rows(self, n: int) -> pl.Slice:
+        """Returns the rows of warpgroup n."""
+        raise NotImplementedError
+
+    def load_own(self, pipe: Pipeline, names: tuple[str, ...], head: Scalar) -> None:
+        """Fetches the CTA's own operands, which stay for a work tile: 64 rows a warpgroup."""
+        slot = pipe.producer_acquire(self.n)
+        for n in range(self.block.warpgroups):
+            rows = self.own_rows(n)
+            for name in names:
+                source = self.ref[name].at[self.batch, rows, head]
+                plgpu.copy_gmem_to_smem(source, self.ref[f"{name}_smem"].at[n], pipe.full.at[slot])
+
+    def load_tile(
+        self, pipe: Pipeline, slot: Scalar, names: tuple[str, ...], unit: Scalar, head: Scalar
+    ) -> None:
+        """Fetches one unit of operands into a slot that was acquired."""
+        rows = pl.ds(unit * UNIT, UNIT)
+        for name in names:
+            # What is known of each row lies unit by unit.
+            at = (head, unit) if name == "rows" else (rows, head)
+            pipe.copy(slot, self.ref[name].at[self.batch, *at], self.ref[f"{name}_smem"])
+
+    def load_table(self, pipe: Pipeline, number: Index, head: Scalar) -> None:
+        """Fetches a head's bias table, into the slot of that number."""
+        slot = pipe.producer_acquire(number)
+        pipe.copy(slot, self.ref["table"].at[head], self.ref["table_smem"])
+
+    def own(self, name: str) -> Callable[[], Ref | Array]:
+        """Returns what gives one of the warpgroup's own operands, see `pipeline.operand`."""
+        return pipeline.operand(
+            self.ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
+        )
+
+    def release_own(self, pipe: Pipeline) -> None:
+        """Gives the own operands back where they were needed to the end."""
+        if self.release_early:
+            return
+        if not self.block.in_registers:
+            # Results lie in their place.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pipe.consumer_release(self.n)
+
+    def spare(self) -> Ref | None:
+        """Returns SMEM for operands that interpret mode can't take from registers."""
+        return self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+
+    def spread(self, x: Float[Array, "64"], axis: int = 0) -> Float[Array, "64 64"]:
+        """Returns a vector repeated along the rows of a tile, or with axis 1 along its columns."""
+        return lax.broadcast_in_dim(x, (ROWS, UNIT), [axis])
+
+    def per_row(self, x: Index | float, dtype: DTypeLike = jnp.float32) -> Array:
+        """Returns a row vector of one number."""
+        return plgpu.layout_cast(jnp.full((ROWS,), x, dtype), ROW)

@@ -6,7 +6,7 @@ With it, dQ's kernel needs neither delta before its end nor any dead tile. Besid
 what the gradient of the bias's tail takes of dead tiles: sums over those past the table.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,8 +17,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weight_sums
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT
+
+if TYPE_CHECKING:  # These import this.
+    from pallas_kernels.mosaic_gpu import backward_dq, forward
 
 # The left half of its columns and the right one: each is as large as an array of queries, so
 # that the gradients, which come later, can have their memory.
@@ -27,42 +31,47 @@ NAMES = ("mean_k_left", "mean_k_right")
 _SHIFT = 10
 
 
-def outputs(head_dim: int, of_units: tuple[int, ...]) -> dict[str, Any]:
+def outputs(head_dim: int, of_units: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the types of both halves, for a shape [batch, heads, units]."""
     half = (*of_units, *memory.registers_shape(head_dim // 2))
     return dict.fromkeys(NAMES, jax.ShapeDtypeStruct(half, jnp.float32))
 
 
-def accumulators(head_dim: int) -> tuple[Any, ...]:
+def accumulators(
+    head_dim: int,
+) -> tuple[plgpu.WGMMAAccumulatorRef, plgpu.WGMMAAccumulatorRef]:
     """Returns the types of what sums of keys, and of weights, are added up in."""
     return plgpu.ACC((ROWS, head_dim), jnp.float32), weight_sums.ACC
 
 
-def add(work_tile: Any, accs: tuple[Any, ...], weights: Array, slot: Any, unit: int) -> None:
-    """Issues the products of weights with one unit of the keys in a slot, and with ones.
+def add(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], weights: Array, slot: Scalar) -> None:
+    """Issues the products of weights with the keys in a slot, and with ones.
 
     Args:
-      work_tile: `forward.WorkTile`, which imports this.
-      accs: of the types that `accumulators` returns; likewise.
-      weights: of one unit of keys, in any unit.
-      slot: of the tile of keys.
-      unit: which of its units.
+      work_tile: of the forward pass.
+      accs: of the types that `accumulators` returns.
+      weights: of the tile, all of a row times any one factor.
+      slot: of the keys.
     """
-    interpret = work_tile.interpret
-    spare = work_tile.ref["spare_smem"].at[work_tile.warpgroup] if interpret else None
-    weights = layout.pack(weights, work_tile.kernel.dtype, relu=False, interpret=interpret)
-    keys = work_tile.ref["key_smem"].at[slot, pl.ds(unit * UNIT, UNIT)]
-    pipeline.multiply(accs[0], weights, keys, spare)
+    weights = layout.pack(
+        weights, work_tile.kernel.dtype, relu=False, interpret=work_tile.interpret
+    )
+    spare = work_tile.spare()
+    pipeline.multiply(accs[0], weights, work_tile.ref["key_smem"].at[slot], spare)
     weight_sums.add(accs[1], weights, work_tile.ref, spare)
 
 
-def no_past(work_tile: Any) -> tuple[Array, ...]:
+def no_past(work_tile: "forward.WorkTile") -> tuple[Array, ...]:
     """Returns sums over tiles past the table before the first, or () if none are wanted."""
     return (work_tile.per_row(0.0),) * 2 if work_tile.kernel.want_tail else ()
 
 
 def add_past(
-    work_tile: Any, past: tuple[Array, ...], weights: Array, key0: Any, kind: TileKind
+    work_tile: "forward.WorkTile",
+    past: tuple[Array, ...],
+    weights: Array,
+    key0: Scalar,
+    kind: TileKind,
 ) -> tuple[Array, ...]:
     """Adds weights of a tile to these sums, see `bias_table.add_tail_sums`."""
     if not past:
@@ -73,7 +82,7 @@ def add_past(
     )
 
 
-def store(work_tile: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> None:
+def store(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], past: tuple[Array, ...]) -> None:
     """Stores the mean of the keys, and what is past the table, of sums not divided yet."""
     ref, b, h = work_tile.ref, work_tile.batch, work_tile.head
     unit = lax.div(work_tile.query0, jnp.int32(UNIT))
@@ -90,8 +99,8 @@ def store(work_tile: Any, accs: tuple[Any, ...], past: tuple[Array, ...]) -> Non
             ref["past"][b, h, unit, n] = whole * factor
 
 
-def find(work_tile: Any, lse: Array) -> None:
-    """Does all of it in a sweep of its own.
+def find(work_tile: "forward.WorkTile", lse: Array) -> None:
+    """Finds and stores the mean in a sweep of its own.
 
     For sums with a running maximum, and for float16, which takes no large exponentials.
     """
@@ -102,14 +111,11 @@ def find(work_tile: Any, lse: Array) -> None:
     def run(*accs):
         def step(n, slots, wait, past):
             (slot,) = slots
-
-            def use(x, rest, key0, unit, past):
-                x = work_tile.hide_segments(x, key0)
-                p = jnp.exp2(x - work_tile.spread(lse - (rest + _SHIFT)))
-                add(work_tile, accs, p, slot, unit)
-                return add_past(work_tile, past, p, key0, TileKind.MASKED), len(accs)
-
-            past = work_tile.scores(n, slot, wait, use, past, keep=True)
+            x, rest, key0 = work_tile.scores(TileKind.MASKED, n, slot, wait, keep=True)
+            x = work_tile.hide_segments(x, key0)
+            p = jnp.exp2(x - work_tile.spread(lse - (rest + _SHIFT)))
+            add(work_tile, accs, p, slot)
+            past = add_past(work_tile, past, p, key0, TileKind.MASKED)
             plgpu.wgmma_wait(0)
             work_tile.keys.consumer_release_slot(slot)
             return past
@@ -120,7 +126,7 @@ def find(work_tile: Any, lse: Array) -> None:
     pl.run_scoped(run, *accumulators(work_tile.kernel.head_dim))
 
 
-def prefetch(work_tile: Any) -> None:
+def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     """Brings the mean of a work tile's keys, of dQ's kernel, into L2; in all that fetch."""
     for n in range(work_tile.block.warpgroups):
         unit = lax.min(work_tile.unit0 + n, jnp.int32(work_tile.kernel.units - 1))
@@ -130,7 +136,7 @@ def prefetch(work_tile: Any) -> None:
             memory.prefetch_tile(half, words, interpret=work_tile.interpret)
 
 
-def load(work_tile: Any, unit: Any) -> Float[Array, "64 head_dim"]:
+def load(work_tile: "backward_dq.WorkTile", unit: Scalar) -> Float[Array, "64 head_dim"]:
     """Returns the mean of one unit's keys, in dQ's kernel."""
     halves = [work_tile.ref[name].at[work_tile.batch, work_tile.head, unit] for name in NAMES]
     return memory.load_registers(halves, interpret=work_tile.interpret)

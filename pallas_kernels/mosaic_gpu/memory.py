@@ -4,8 +4,6 @@ Where numbers lie in registers: see `layout.py`. Each function has a plain twin 
 mode, where it means anything there.
 """
 
-from typing import Any
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.config import DIAGONALS_PITCH, DIAGONALS_ROWS
+from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Scalar
 from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
 
 # Of the SMEM where rows of a tile lie to be added up askew.
@@ -26,7 +25,12 @@ DIAGONALS_WORDS = DIAGONALS_ROWS * DIAGONALS_PITCH
 
 
 def gather(
-    table, start: Int[Array, ""], columns: int, *, interpret: bool, plus: Any = 0.0
+    table: Ref,
+    start: Scalar,
+    columns: int,
+    *,
+    interpret: bool,
+    plus: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "64 columns"]:
     """Returns the tile with tile[r, c] = table[start + c - r] + plus.
 
@@ -87,7 +91,7 @@ def registers_shape(columns: int) -> tuple[int, int, int]:
     return columns // 8, LANES, 4
 
 
-def store_registers(x: Float[Array, "64 columns"], targets: list[Any], *, interpret: bool) -> None:
+def store_registers(x: Float[Array, "64 columns"], targets: list[Ref], *, interpret: bool) -> None:
     """Stores a tile in the order in which a warpgroup's registers hold it, for `load_registers`.
 
     A lane writes 16 bytes at a time, of 8 columns, and a warp 512 that follow each other: no
@@ -116,7 +120,7 @@ def store_registers(x: Float[Array, "64 columns"], targets: list[Any], *, interp
     store(x, *targets)
 
 
-def load_registers(sources: list[Any], *, interpret: bool) -> Float[Array, "64 columns"]:
+def load_registers(sources: list[Ref], *, interpret: bool) -> Float[Array, "64 columns"]:
     """Returns the tile that `store_registers` stored."""
     each = 8 * sources[0].shape[0]
     columns = each * len(sources)
@@ -141,7 +145,7 @@ def load_registers(sources: list[Any], *, interpret: bool) -> Float[Array, "64 c
     return load(*sources)
 
 
-def _of_lane(ref, blocks: int) -> list[ir.Value]:
+def _of_lane(ref: ir.Value, blocks: int) -> list[ir.Value]:
     """Returns where this lane's four numbers of each block of columns lie."""
     lane = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
     at = arith.muli(lane, mlir.constant(4))
@@ -152,7 +156,7 @@ def _of_lane(ref, blocks: int) -> list[ir.Value]:
     ]
 
 
-def sum_diagonals(x: Float[Array, "64 64"], spare, *, interpret: bool) -> Float[Array, "128"]:
+def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> Float[Array, "128"]:
     """Returns the sums over the diagonals of x, the top right corner's first, and one 0.
 
     Args:
@@ -221,9 +225,7 @@ def no_diagonals(*, interpret: bool) -> Float[Array, "128"]:
     return zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED((LANES,), 1))
 
 
-def store_minimum(
-    x: Int[Array, "64"], words, warpgroup: Int[Array, ""], *, interpret: bool
-) -> None:
+def store_minimum(x: Int[Array, "64"], words: Ref, warpgroup: Scalar, *, interpret: bool) -> None:
     """Stores the least of a warpgroup's per-lane x into its four words of SMEM.
 
     Args:
@@ -257,7 +259,7 @@ def store_minimum(
     store(x, words, warpgroup)
 
 
-def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
+def prefetch(x: Ref, start: Scalar, size: int, *, interpret: bool) -> None:
     """Brings some of x into the first cache, a line a thread; past its end nothing.
 
     Args:
@@ -292,7 +294,7 @@ def prefetch(x, start: Int[Array, ""], size: int, *, interpret: bool) -> None:
     fetch(x, start)
 
 
-def prefetch_tile(x, words: int, *, interpret: bool) -> None:
+def prefetch_tile(x: Ref, words: int, *, interpret: bool) -> None:
     """Brings so many words of global memory from the start of x on into L2, a line a thread."""
     if interpret:
         return
@@ -314,7 +316,7 @@ def prefetch_tile(x, words: int, *, interpret: bool) -> None:
     fetch(x)
 
 
-def take_number(numbers, words, slot: Int[Array, ""], takers: int) -> None:
+def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
     """Takes the next of some numbers into a word of SMEM; after the last one, how many they are.
 
     One thread of the warpgroup's second warp does it; the others don't wait.
@@ -363,7 +365,7 @@ def take_number(numbers, words, slot: Int[Array, ""], takers: int) -> None:
     take(numbers, words, jnp.asarray(slot, jnp.int32))
 
 
-def named_barrier(operation: str, number, threads: int) -> None:
+def named_barrier(operation: str, number: Index, threads: int) -> None:
     """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the block."""
 
     @plgpu.inline_mgpu(arg_types=(SCALAR,))
@@ -379,7 +381,7 @@ def named_barrier(operation: str, number, threads: int) -> None:
     bar_op(jnp.asarray(number, jnp.int32))
 
 
-def afresh(index: Int[Array, ""], *, interpret: bool) -> Int[Array, ""]:
+def afresh(index: Scalar, *, interpret: bool) -> Scalar:
     """Returns an index that the compiler takes for another one each time, see `mlir.afresh`.
 
     An operand in SMEM has a descriptor of 64 bits for each 16 columns.

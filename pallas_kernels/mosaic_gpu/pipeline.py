@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory
 from pallas_kernels.mosaic_gpu.config import Block
+from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Refs, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.plan import Plan
 
 # Lower ones belong to the compiler: 0, and one more than its index for every warpgroup. A fourth
@@ -19,16 +21,20 @@ from pallas_kernels.mosaic_gpu.plan import Plan
 FIRST_NAMED_BARRIER = 4
 _NAMED_BARRIERS = 16
 
+# What a loop does at a step, see `steps`: of step, slots, wait and carry the next carry.
+Step = Callable[[Scalar, tuple[Scalar, ...], Callable[[], None], Carry], Carry]
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+
+def tiled(shape: tuple[int, ...], dtype: DTypeLike) -> pl.MemoryRef:
     """Returns an SMEM type for 16-bit matrices that TMA and WGMMA both understand."""
     width = plgpu.find_swizzle(8 * jnp.dtype(dtype).itemsize * shape[-1])
-    transforms: Any = plgpu  # The classes' stubs leave abstract what they inherit.
-    tiling = transforms.TilingTransform((8, width // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, transforms.SwizzleTransform(width)))
+    # JAX's types leave abstract what these classes inherit.
+    tiling = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(width)  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
-def as_index(x: Any) -> Int[Array, ""]:
+def as_index(x: Index) -> Scalar:
     """Returns x as the int32 scalar that index arithmetic is done in."""
     return jnp.asarray(x, jnp.int32)
 
@@ -50,15 +56,15 @@ class Pipeline:
       tiles_consumed: tiles of earlier work tiles.
     """
 
-    full: Any
-    empty: Any
+    full: Ref
+    empty: Ref
     stages: int
     number: int
     warpgroups: int
     plan: Plan
-    tiles_consumed: Any = 0
+    tiles_consumed: Index = 0
 
-    def after(self, tiles: Any) -> "Pipeline":
+    def after(self, tiles: Index) -> "Pipeline":
         """Returns the pipeline as a work tile sees it, before which `tiles` were fetched."""
         return dataclasses.replace(self, tiles_consumed=tiles)
 
@@ -72,7 +78,7 @@ class Pipeline:
         """Threads that meet at an empty slot: all users, and those that fetch."""
         return 128 * self.warpgroups + (128 if self.plan.fetch_by_warpgroup else 32)
 
-    def slot(self, tile: Int[Array, ""]) -> Int[Array, ""]:
+    def slot(self, tile: Index) -> Scalar:
         """Returns the slot of a tile."""
         if self.stages == 1:
             return jnp.int32(0)
@@ -84,7 +90,7 @@ class Pipeline:
             for slot in range(self.stages):
                 memory.named_barrier("arrive", self.number + slot, self.threads)
 
-    def producer_acquire(self, tile: Int[Array, ""]) -> Int[Array, ""]:
+    def producer_acquire(self, tile: Index) -> Scalar:
         """Waits until the slot of a tile may be written; the fetching warp's part."""
         slot = self.slot(tile)
         if self.interpret:
@@ -97,26 +103,30 @@ class Pipeline:
             memory.named_barrier("sync", self.number + slot, self.threads)
         return slot
 
-    def consumer_wait(self, tile: Int[Array, ""]) -> Int[Array, ""]:
+    def copy(self, slot: Scalar, source: Ref, target: Ref) -> None:
+        """Copies from global memory into a slot of `target`; the fetching warp's part."""
+        plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
+
+    def consumer_wait(self, tile: Index) -> Scalar:
         """Waits until a tile is there; returns its slot."""
         slot = self.slot(tile)
         plgpu.barrier_wait(self.full.at[slot])
         return slot
 
-    def following(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+    def following(self, slot: Scalar) -> Scalar:
         """Returns the next tile's slot."""
         after = slot + 1
         return lax.select(after == self.stages, jnp.int32(0), after)
 
-    def preceding(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+    def preceding(self, slot: Scalar) -> Scalar:
         """Returns the slot of the tile before."""
         return lax.select(slot == 0, jnp.int32(self.stages), slot) - 1
 
-    def consumer_release(self, tile: Int[Array, ""]) -> None:
+    def consumer_release(self, tile: Index) -> None:
         """Gives a tile's slot back, see `consumer_release_slot`."""
         self.consumer_release_slot(self.slot(tile))
 
-    def consumer_release_slot(self, slot: Int[Array, ""]) -> None:
+    def consumer_release_slot(self, slot: Scalar) -> None:
         """Gives a slot back, once nothing that reads it is in flight.
 
         On a GPU ordinary loads are done when the threads arrive, and the copy that writes
@@ -128,7 +138,7 @@ class Pipeline:
         else:
             memory.named_barrier("arrive", self.number + slot, self.threads)
 
-    def close(self, tiles: Int[Array, ""]) -> None:
+    def close(self, tiles: Scalar) -> None:
         """Waits until all is released, of all work tiles; the fetching warp's part."""
         if self.interpret:
             # Every completion of a barrier must be waited for.
@@ -137,7 +147,7 @@ class Pipeline:
                 pl.when(tiles > slot)(wait)
 
 
-def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> dict[str, Any]:
+def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> Scratch:
     """Returns the types of a pipeline's barriers.
 
     Args:
@@ -152,9 +162,7 @@ def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> dict[st
     }
 
 
-def make(
-    ref: dict[str, Any], slots: dict[str, int], warpgroups: int, plan: Plan
-) -> dict[str, Pipeline]:
+def make(ref: Refs, slots: dict[str, int], warpgroups: int, plan: Plan) -> dict[str, Pipeline]:
     """Returns the pipelines of a block, given the slots of each."""
     made, number = {}, FIRST_NAMED_BARRIER
     for name, stages in slots.items():
@@ -165,7 +173,9 @@ def make(
     return made
 
 
-def divide(warpgroup: Int[Array, ""], block: Block, fetch: Any, compute: Any) -> None:
+def divide(
+    warpgroup: Scalar, block: Block, fetch: Callable[[], None], compute: Callable[[], None]
+) -> None:
     """Runs `fetch` in the last warpgroup of a block and `compute` in the others."""
     fetches = warpgroup == block.warpgroups
 
@@ -180,7 +190,7 @@ def divide(warpgroup: Int[Array, ""], block: Block, fetch: Any, compute: Any) ->
         compute()
 
 
-def skip(start: Any, stop: Any, *numbered: tuple[Pipeline, Any]) -> None:
+def skip(start: Index, stop: Index, *numbered: tuple[Pipeline, Index]) -> None:
     """Takes and releases steps start, ..., stop-1 without a look at them.
 
     Args:
@@ -198,14 +208,14 @@ def skip(start: Any, stop: Any, *numbered: tuple[Pipeline, Any]) -> None:
 
 
 def steps(
-    start: Any,
-    stop: Any,
+    start: Index,
+    stop: Index,
     ahead: bool,
-    body: Any,
-    carry: Any,
-    *numbered: tuple[Pipeline, Any],
-    late: tuple[tuple[Pipeline, Any], ...] = (),
-) -> Any:
+    body: Step,
+    carry: Carry,
+    *numbered: tuple[Pipeline, Index],
+    late: tuple[tuple[Pipeline, Index], ...] = (),
+) -> Carry:
     """Runs steps start, ..., stop-1 over tiles of some pipelines.
 
     Args:
@@ -252,13 +262,13 @@ def steps(
     return lax.fori_loop(start, stop, step, (first, carry))[1]
 
 
-def fetching(plan: Plan) -> Any:
+def fetching(plan: Plan) -> Callable[[Callable[[], None]], None]:
     """Returns a decorator that runs a function at once, in one warp of the warpgroup.
 
     In all of it where Pallas can't do that.
     """
 
-    def run(body: Any) -> None:
+    def run(body: Callable[[], None]) -> None:
         if plan.fetch_by_warpgroup:
             body()
         else:
@@ -267,7 +277,9 @@ def fetching(plan: Plan) -> Any:
     return run
 
 
-def operand(tiles: Any, warpgroup: Any, in_registers: bool, interpret: bool) -> Any:
+def operand(
+    tiles: Ref, warpgroup: Scalar, in_registers: bool, interpret: bool
+) -> Callable[[], Ref | Array]:
     """Returns a function that gives a warpgroup's tile as first operand of matrix products.
 
     Called at each step; the tile is in registers, or in SMEM.
@@ -284,7 +296,7 @@ def operand(tiles: Any, warpgroup: Any, in_registers: bool, interpret: bool) -> 
     return lambda: tiles.at[memory.afresh(warpgroup, interpret=interpret)]
 
 
-def begin_with(acc: Any, x: Any, interpret: bool) -> Any:
+def begin_with(acc: Ref, x: Float[Array, "64 64"], interpret: bool) -> Array | None:
     """Puts x where products will be added to it; returns what `finish` wants to know.
 
     Interpret mode can't do that, so there it is added at the end.
@@ -295,7 +307,7 @@ def begin_with(acc: Any, x: Any, interpret: bool) -> Any:
     return None
 
 
-def finish(acc: Any, begun: Any, in_flight: int = 0) -> Any:
+def finish(acc: Ref, begun: Array | None, in_flight: int = 0) -> Float[Array, "64 64"]:
     """Returns an accumulator's value.
 
     Args:
@@ -307,7 +319,7 @@ def finish(acc: Any, begun: Any, in_flight: int = 0) -> Any:
     return x if begun is None else x + begun
 
 
-def multiply(acc: Any, x: Any, tile: Any, spare: Any = None) -> None:
+def multiply(acc: Ref, x: Float[Array, "64 64"], tile: Ref, spare: Ref | None = None) -> None:
     """Issues acc += x @ tile, with x in registers; without waiting for it.
 
     Interpret mode takes no such x: there it goes by way of `spare` in SMEM.

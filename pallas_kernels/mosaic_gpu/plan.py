@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -189,7 +188,7 @@ class Plan:
         tail: tuple[Float[Array, ""], Float[Array, ""]],
         *,
         falling: bool,
-    ) -> tuple[Int[Array, ""], Any]:
+    ) -> tuple[Int[Array, ""], Float[Array, ""] | float]:
         """Returns where a tile's bias begins in the table, and what it lacks: 0 without a slope.
 
         Args:

@@ -5,17 +5,22 @@ it: dO is there in any case, and the output is fetched while the work tile befor
 an offset it knows delta at the end.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory, pipeline
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, RowStat, threshold
+
+if TYPE_CHECKING:  # It imports this.
+    from pallas_kernels.mosaic_gpu import backward_dq
 
 
 class Residuals(NamedTuple):
@@ -46,40 +51,39 @@ class Residuals(NamedTuple):
 _OUTPUTS = ("out", "rounding")
 
 
-def outputs(plan: Plan, first: Any) -> list[Any]:
-    """Returns the types of what is written: facts of the rows; with an offset its gradient.
+def outputs(plan: Plan, of_units: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the types of `rows`, and with an offset of what each query adds to its gradient.
 
     Args:
       plan: of the call.
-      first: an array [batch, heads, units].
+      of_units: batch, heads, units.
     """
     kinds = 4 if plan.packed else 3
-    types = [jax.ShapeDtypeStruct((*first.shape, kinds, UNIT), jnp.float32)]
+    types = {"rows": jax.ShapeDtypeStruct((*of_units, kinds, UNIT), jnp.float32)}
     if plan.has_offset:
-        types.append(jax.ShapeDtypeStruct((*first.shape, UNIT), jnp.float32))
+        types["of_offset"] = jax.ShapeDtypeStruct((*of_units, UNIT), jnp.float32)
     return types
 
 
-def scratch(stages: int, warpgroups: int, head_dim: int, dtype: Any) -> dict[str, Any]:
+def scratch(stages: int, warpgroups: int, head_dim: int, dtype: DTypeLike) -> Scratch:
     """Returns the types of the pipeline that the output comes by."""
     tile = pipeline.tiled((stages, warpgroups, ROWS, head_dim), dtype)
     return {"out_smem": tile} | pipeline.barriers("out", stages, warpgroups, copies=warpgroups)
 
 
-def fetch(work_tile: Any) -> None:
+def fetch(work_tile: "backward_dq.WorkTile") -> None:
     """Fetches the output for a work tile; in the warp that fetches."""
+    outs = work_tile.outs
     for number, name in enumerate(_OUTPUTS):
-        slot = work_tile.outs.producer_acquire(number)
+        slot = outs.producer_acquire(number)
         for n in range(work_tile.block.warpgroups):
-            rows = pl.ds((work_tile.unit0 + n) * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(
-                work_tile.ref[name].at[work_tile.batch, rows, work_tile.head],
-                work_tile.ref["out_smem"].at[slot, n],
-                work_tile.outs.full.at[slot],
-            )
+            rows = work_tile.own_rows(n)
+            source = work_tile.ref[name].at[work_tile.batch, rows, work_tile.head]
+            target = work_tile.ref["out_smem"].at[slot, n]
+            plgpu.copy_gmem_to_smem(source, target, outs.full.at[slot])
 
 
-def prefetch(work_tile: Any) -> None:
+def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     """Brings what `find` loads of the rows into the first cache; in all that fetch."""
     ref, plan = work_tile.ref, work_tile.plan
     rows = work_tile.block.rows
@@ -105,14 +109,14 @@ class RowStats(NamedTuple):
     """
 
     lse: Array
-    delta: Any
-    threshold: Any
-    offset_scale: Any
-    segment_start: Any
-    last_segment_start: Any
+    delta: Array | None
+    threshold: Array | None
+    offset_scale: Array | None
+    segment_start: Array | None
+    last_segment_start: Array | None
 
 
-def find(work_tile: Any, unit: Any) -> RowStats:
+def find(work_tile: "backward_dq.WorkTile", unit: Scalar) -> RowStats:
     """Returns the facts of a warpgroup's queries.
 
     Args:
@@ -122,7 +126,7 @@ def find(work_tile: Any, unit: Any) -> RowStats:
     ref, plan, interpret = work_tile.ref, work_tile.plan, work_tile.interpret
     b, h = work_tile.batch, work_tile.head
 
-    def row(x: Any) -> Array:
+    def row(x: Ref) -> Array:
         return plgpu.load(x.at[pl.ds(unit * UNIT, UNIT)], layout=ROW, optimized=False)
 
     lse = row(ref["lse"].at[b, h])
@@ -136,7 +140,7 @@ def find(work_tile: Any, unit: Any) -> RowStats:
         limit = threshold(ref["offset"][h], offset_scale)
         return RowStats(lse, None, limit, offset_scale, segment_start, last_segment_start)
 
-    def tile(x: Any) -> Array:
+    def tile(x: Ref) -> Array:
         x = x[...] if interpret else plgpu.load(x, layout=TILE, optimized=False)
         return x.astype(jnp.float32)
 
@@ -153,7 +157,13 @@ def find(work_tile: Any, unit: Any) -> RowStats:
     return RowStats(lse, delta, None, None, segment_start, last_segment_start)
 
 
-def write(work_tile: Any, row: RowStats, unit: Any, delta: Array, of_offset: Array | None) -> None:
+def write(
+    work_tile: "backward_dq.WorkTile",
+    row: RowStats,
+    unit: Scalar,
+    delta: Array,
+    of_offset: Array | None,
+) -> None:
     """Writes down the facts of a warpgroup's queries.
 
     Args:

@@ -15,7 +15,6 @@ queries, which see more keys, or early keys, which more queries see.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic_gpu import memory
+from pallas_kernels.mosaic_gpu.kernel_types import Carry, Refs, Scalar, Scratch
 
 # SMs of an H100 or H200 SXM. On a smaller one some blocks start late and find nothing left.
 _SMS = 132
@@ -37,7 +37,7 @@ def blocks(work_tiles: int, interpret: bool) -> int:
     return min(work_tiles, _INTERPRETED if interpret else _SMS)
 
 
-def scratch() -> dict[str, Any]:
+def scratch() -> Scratch:
     """Returns the types of the SMEM buffers and barriers that `PersistentTileScheduler` takes."""
     return {
         "persistent_smem": plgpu.SMEM((_SLOTS,), jnp.int32),
@@ -57,11 +57,13 @@ class PersistentTileScheduler:
     """
 
     work_tiles: int
-    ref: dict[str, Any]
-    block: Int[Array, ""]
+    ref: Refs
+    block: Scalar
     interpret: bool
 
-    def each(self, fetches: bool, body: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
+    def each(
+        self, fetches: bool, body: Callable[[Scalar, Scalar, Carry], Carry], carry: Carry
+    ) -> tuple[Scalar, Carry]:
         """Runs body(work tile, n, carry) -> carry for each work tile this block gets, n = 0, 1, ...
 
         Every warpgroup calls it, and gets the same work tiles. Returns how many, and the carry.
@@ -155,7 +157,7 @@ class TileOrder:
         """How many there are in all."""
         return self.pairs * self.tiles
 
-    def item(self, number: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    def item(self, number: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """Returns batch, head and tile of a work tile by its number, as in `tile_order`."""
         pair = lax.div(number, jnp.int32(self.tiles))
         batch = lax.div(pair, jnp.int32(self.heads))

@@ -1,6 +1,6 @@
 """What these kernels can do."""
 
-from typing import Any
+from jax.typing import DTypeLike
 
 from pallas_kernels import target
 from pallas_kernels.gpu import compute_capability
@@ -9,7 +9,9 @@ from pallas_kernels.mosaic_gpu import config
 MAX_HEAD_DIM = 256
 
 
-def unsupported(head_dim: int, value_dim: int, dtype: Any, length: int, width: int) -> str | None:
+def unsupported(
+    head_dim: int, value_dim: int, dtype: DTypeLike, length: int, width: int
+) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can.
 
     Args:

@@ -4,13 +4,13 @@ A sum of weights times keys, over such a sum of the same weights, is a mean of t
 the weights were rounded; and it costs no instruction an entry.
 """
 
-from typing import Any
-
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, pipeline
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Refs, Scratch
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 
@@ -20,32 +20,34 @@ _COLUMNS = 8
 ACC = plgpu.ACC((ROWS, _COLUMNS), jnp.float32)
 
 
-def ones(dtype: Any) -> Float[Array, "8 64"]:
+def ones(dtype: DTypeLike) -> Float[Array, "8 64"]:
     """Returns the kernel's operand `ones`."""
     return jnp.ones((_COLUMNS, UNIT), dtype)
 
 
-def scratch(dtype: Any) -> dict[str, Any]:
+def scratch(dtype: DTypeLike) -> Scratch:
     """Returns the types of what holds the ones in SMEM."""
     return {"ones_smem": pipeline.tiled((_COLUMNS, UNIT), dtype), "ones_full": plgpu.Barrier()}
 
 
-def prepare(plan: Plan, ref: dict[str, Any], fetches: bool) -> None:
-    """Fetches the ones, or waits for them; before a block's first work tile."""
-    if fetches:
-        pipeline.fetching(plan)(
-            lambda: plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
-        )
-    else:
-        plgpu.barrier_wait(ref["ones_full"])
+def fetch(plan: Plan, ref: Refs) -> None:
+    """Fetches the ones; before a CTA's first work tile."""
+    pipeline.fetching(plan)(
+        lambda: plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
+    )
 
 
-def add(acc: Any, weights: Float[Array, "64 64"], ref: dict[str, Any], spare: Any) -> None:
+def wait(ref: Refs) -> None:
+    """Waits for the ones."""
+    plgpu.barrier_wait(ref["ones_full"])
+
+
+def add(acc: Ref, weights: Float[Array, "64 64"], ref: Refs, spare: Ref | None) -> None:
     """Issues the product that adds weights of a tile, see `pipeline.multiply`."""
     pipeline.multiply(acc, weights, ref["ones_smem"].T, spare)
 
 
-def total(acc: Any, *, interpret: bool) -> Float[Array, "64"]:
+def total(acc: Ref, *, interpret: bool) -> Float[Array, "64"]:
     """Returns the sums."""
     # All columns are equal.
     x = layout.lane_sums(acc[...], False, interpret=interpret)

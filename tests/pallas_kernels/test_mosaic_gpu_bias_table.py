@@ -51,25 +51,6 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
             assert kind is (TileKind.TAIL if past else TileKind.NEAR)
 
 
-@pytest.mark.parametrize("apart", [64, 65, 320])
-def test_no_entry_of_a_wide_tile_is_nearer_than_its_loop_knows(apart):
-    plan, units, taken = _plan(apart), 2, set()
-    for unit in range(UNITS):
-        # Tiles of 128 keys, from the last that holds the query's own backwards.
-        last, query0 = UNITS // 2 - 1, unit * UNIT
-        diagonal = last - (query0 + UNIT - 1) // (units * UNIT)
-
-        def loop(kind, start, stop, carry, query0=query0, last=last):
-            for n in range(int(start), int(stop)):
-                nearest = query0 - ((last - n) * units * UNIT + units * UNIT - 1)
-                assert kind is not TileKind.TAIL or nearest >= plan.reach
-                taken.add(kind)
-            return carry
-
-        bias_table.loops(plan, UNITS * UNIT, diagonal, diagonal, last + 1, loop, None, units=units)
-    assert taken == {TileKind.NEAR, TileKind.TAIL}
-
-
 @pytest.mark.parametrize("falling", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
 def test_bias_is_the_tail_s(falling, whole):

@@ -200,16 +200,19 @@ def calls(
     return found
 
 
-def attend(case: str, parts: list[Group], context: int, given: dict[str, Any]) -> list[Array]:
-    """Returns the attention's output of each group."""
-    return [
-        decode_attention(**mine, ring=part.slots < context, skip_mass=SKIP_MASS)
-        for mine, part in zip(
-            calls(case, parts, given["query"], given["caches"], given["lengths"]),
-            parts,
-            strict=True,
-        )
-    ]
+def attend(case: str, parts: list[Group], context: int, given: dict[str, Any]) -> Array:
+    """Returns the attention's output."""
+    each = calls(case, parts, given["query"], given["caches"], given["lengths"])
+    cached = [name for name in ("key_cache", "value_cache", "key_norms") if name in each[0]]
+    return decode_attention(
+        given["query"],
+        lengths=given["lengths"],
+        **{name: [mine[name] for mine in each] for name in cached},
+        **learned(case),
+        head_groups=[part.heads for part in parts],
+        ring=min(part.slots for part in parts) < context,
+        skip_mass=SKIP_MASS,
+    )
 
 
 def bytes_read(case: str, parts: list[Group], given: dict[str, Any]) -> float:
@@ -244,27 +247,21 @@ def _read_pages(rows: dict[str, Array], shared: dict[str, Array]) -> Float[Array
     return jax.lax.map(of_row, rows).sum()
 
 
-def peer(case: str, given: dict[str, Any]) -> list[Array]:
+def peer(case: str, given: dict[str, Any]) -> Array:
     """Returns the output of another implementation, or of ours as it was."""
     ((key, value),) = given["caches"]
     if case == "today":
         start = given["lengths"] - 1
-        return [
-            lazy_attention(
-                given["query"], key, value, **learned("lazy"), query_start=start,
-                implementation="xla",
-            )
-        ]  # fmt: skip
-    return [
-        jax.nn.dot_product_attention(
-            given["query"],
-            key,
-            value,
-            key_value_seq_lengths=given["lengths"],
-            query_seq_lengths=jnp.ones_like(given["lengths"]),
-            implementation="cudnn",
-        )
-    ]
+        how: dict[str, Any] = {"query_start": start, "implementation": "xla"}
+        return lazy_attention(given["query"], key, value, **learned("lazy"), **how)
+    return jax.nn.dot_product_attention(
+        given["query"],
+        key,
+        value,
+        key_value_seq_lengths=given["lengths"],
+        query_seq_lengths=jnp.ones_like(given["lengths"]),
+        implementation="cudnn",
+    )
 
 
 def torch_run(layers: list[dict[str, Any]]) -> Callable[[], Any]:
@@ -333,7 +330,7 @@ def measure(line: Line, case: str, rate: float) -> None:
     read = bytes_read(case if ours else "softmax", parts, layers[0])
 
     @jax.jit
-    def token(layers: list[dict[str, Any]]) -> list[list[Array]]:
+    def token(layers: list[dict[str, Any]]) -> list[Array]:
         if ours:
             return [attend(case, parts, context, given) for given in layers]
         return [peer(case, given) for given in layers]

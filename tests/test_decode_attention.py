@@ -19,7 +19,7 @@ _GOOD = {
     "change, words",
     [
         ({"query": np.zeros((2, 9, 4, 16), np.float32)}, "new at most 8"),
-        ({"query": np.zeros((2, 1, 3, 16), np.float32)}, "a divisor of 3"),
+        ({"query": np.zeros((2, 1, 3, 16), np.float32)}, "a divisor of 3 heads"),
         ({"key_cache": _CACHE.astype(np.float16)}, "float32 as query's, or int8"),
         ({"value_cache": _CACHE[:, :30]}, "that of keys"),
         ({"key_cache": _CACHE[None]}, "axis of layers"),
@@ -34,6 +34,16 @@ _GOOD = {
         (
             {"key_cache": _CACHE.astype(np.int8), "value_cache": _CACHE.astype(np.int8)},
             "given for int8",
+        ),
+        ({"head_groups": ((0,), (1,))}, "2 arrays, one for each group"),
+        ({"head_groups": ((0, 0),), "key_cache": [_CACHE], "value_cache": [_CACHE]}, "once"),
+        (
+            {
+                "head_groups": ((0,), (1,)),
+                "key_cache": [_CACHE, _CACHE],
+                "value_cache": [_CACHE, _CACHE],
+            },
+            "the heads of a group",
         ),
         ({"window": 0}, "at least 1"),
         ({"renormalize": True}, "False without an offset"),

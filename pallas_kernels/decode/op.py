@@ -16,32 +16,30 @@ What a backend need not read:
 - a page of values whose weights are all 0.
 """
 
+import functools
 from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
 from pallas_kernels import target
 from pallas_kernels.decode import xla, xla_chunked
-from pallas_kernels.decode.types import Inputs, Settings
+from pallas_kernels.decode.types import Call, one_by_one
 from pallas_kernels.triton import support as triton_support
 
-Decode = Callable[[Inputs, Settings], Float[Array, "batch new heads head_dim"]]
 
-
-def _triton(inputs: Inputs, settings: Settings) -> Array:
+def _triton(call: Call) -> Array:
     from pallas_kernels.decode import triton  # Triton takes a second to import.
 
-    return triton.attention(inputs, settings)
+    return triton.attention(call)
 
 
-def _triton_unsupported(inputs: Inputs, settings: Settings) -> str | None:
-    del settings
-    head_dim = inputs.query.shape[-1]
-    return triton_support.unsupported(head_dim, head_dim, inputs.query.dtype)
+def _triton_unsupported(call: Call) -> str | None:
+    head_dim = call.query.shape[-1]
+    return triton_support.unsupported(head_dim, head_dim, call.query.dtype)
 
 
-def _does_all(inputs: Inputs, settings: Settings) -> str | None:
-    del inputs, settings
+def _does_all(call: Call) -> str | None:
+    del call
     return None
 
 
@@ -49,31 +47,29 @@ def _does_all(inputs: Inputs, settings: Settings) -> str | None:
 # may be (None: every one).
 BACKENDS: dict[
     str,
-    tuple[Decode, Callable[[Inputs, Settings], str | None], tuple[str, ...] | None],
+    tuple[Callable[[Call], Array], Callable[[Call], str | None], tuple[str, ...] | None],
 ] = {
     "triton": (_triton, _triton_unsupported, ("gpu",)),
-    "xla_chunked": (xla_chunked.attention, _does_all, ("cpu",)),
-    "xla": (xla.attention, _does_all, None),
+    "xla_chunked": (functools.partial(one_by_one, xla_chunked.attention), _does_all, ("cpu",)),
+    "xla": (functools.partial(one_by_one, xla.attention), _does_all, None),
 }
 
 
-def unsupported(name: str, inputs: Inputs, settings: Settings) -> str | None:
+def unsupported(name: str, call: Call) -> str | None:
     """Returns why a backend can't do a call, as the end of "... since ..."; None: it can."""
-    return BACKENDS[name][1](inputs, settings)
+    return BACKENDS[name][1](call)
 
 
-def choose(inputs: Inputs, settings: Settings) -> str:
+def choose(call: Call) -> str:
     """Returns the name of the best backend for a call."""
     for name, (_, reason, platforms) in BACKENDS.items():
         if platforms is not None and target.platform() not in platforms:
             continue
-        if reason(inputs, settings) is None:
+        if reason(call) is None:
             return name
     raise AssertionError("xla does every call")
 
 
-def attention(
-    name: str, inputs: Inputs, settings: Settings
-) -> Float[Array, "batch new heads head_dim"]:
+def attention(name: str, call: Call) -> Float[Array, "batch new heads head_dim"]:
     """Returns the output of the named backend."""
-    return BACKENDS[name][0](inputs, settings)
+    return BACKENDS[name][0](call)

@@ -9,6 +9,9 @@ the scores, and notes each page's highest; `decode_values` then knows the log-su
 the values of pages with a weight above 0. Softmax has no zeros: `decode_softmax` reads keys and
 values at once. `decode_combine` adds up what the splits found.
 
+A call has one launch of each kernel, whatever the number of caches: programs of one cache follow
+those of the other, each compiled for its own sizes.
+
 Scores are in units of log2. Tiles of scores are [keys, rows]: products of tensor cores want
 64 rows or more of the first factor, and 8 columns of the second are enough.
 """
@@ -24,7 +27,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.decode import pages as rule
 from pallas_kernels.decode import types
-from pallas_kernels.decode.types import Inputs, Settings
+from pallas_kernels.decode.types import Call, Inputs, Settings
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
@@ -45,8 +48,54 @@ MAX_ROWS = 32
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 3
+# Caches of one call, as many as the kernels have arguments for.
+MAX_CACHES = 5
 # Splits that `decode_combine` reads at a time.
 COMBINED = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What the kernels are compiled for of one cache.
+
+    Attributes:
+      heads: key/value heads of the cache.
+      slots: keys of a row.
+      window: keys a query sees; 0: all.
+      splits: programs that share a row.
+      turns: pages a program looks after, a power of two.
+      start, stop: which programs of a launch are its own.
+      first_head: where its heads begin in the list of heads.
+      first_score, first_page: where its scores begin, and the notes of its pages.
+      most: softmax mass that no key of a negligible page exceeds; 0: none is negligible.
+    """
+
+    heads: int
+    slots: int
+    window: int
+    splits: int
+    turns: int
+    start: int
+    stop: int
+    first_head: int
+    first_score: int
+    first_page: int
+    most: float
+
+    @property
+    def pages(self) -> int:
+        """Returns how many pages a row of the cache has."""
+        return -(-self.slots // types.PAGE)
+
+    @property
+    def padded_slots(self) -> int:
+        """Returns the slots of whole pages."""
+        return self.pages * types.PAGE
+
+    @property
+    def padded_splits(self) -> int:
+        """Returns the splits, rounded up to a power of two."""
+        return power_of_two(self.splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +103,15 @@ class Static:
     """What the kernels are compiled for; they take it as one constant.
 
     Attributes:
-      batch, new, heads, kv_heads, head_dim, slots: sizes, see `types.Inputs`.
-      splits: programs that share a row.
-      turns: pages a program looks after, a power of two.
+      batch, new, heads, kv_heads, head_dim: sizes, see `types.Call`.
+      parts: of each cache.
       tile_rows: rows of queries of a program, a power of two; a row is one query of one head.
       keys: of a tile, a divisor of the page.
       width: of the bias table; 0: no bias.
       has_slope, has_offset: whether there are such arrays.
-      window: keys a query sees; 0: all.
       offset_scale: what tau is multiplied by; 0: 1 / n.
       scale: factor of the scores.
-      skip_mass: what pages may be left out for; 0: none is.
-      quantized: the cache is of int8 numbers.
+      quantized: the caches are of int8 numbers.
       renormalize, ring: see `types.Settings`.
     """
 
@@ -74,18 +120,14 @@ class Static:
     heads: int
     kv_heads: int
     head_dim: int
-    slots: int
-    splits: int
-    turns: int
+    parts: tuple[Part, ...]
     tile_rows: int
     keys: int
     width: int
     has_slope: bool
     has_offset: bool
-    window: int
     offset_scale: float
     scale: float
-    skip_mass: float
     quantized: bool
     renormalize: bool
     ring: bool
@@ -106,9 +148,44 @@ class Static:
         return -(-self.rows // self.tile_rows)
 
     @property
-    def pages(self) -> int:
-        """Returns how many pages a row of the cache has."""
-        return -(-self.slots // types.PAGE)
+    def number(self) -> int:
+        """Returns how many caches there are."""
+        return len(self.parts)
+
+    @property
+    def part0(self) -> Part:
+        """Returns the sizes of the first cache."""
+        return self.parts[0]
+
+    @property
+    def part1(self) -> Part:
+        """Returns those of the second."""
+        return self.parts[1]
+
+    @property
+    def part2(self) -> Part:
+        """Returns those of the third."""
+        return self.parts[2]
+
+    @property
+    def part3(self) -> Part:
+        """Returns those of the fourth."""
+        return self.parts[3]
+
+    @property
+    def part4(self) -> Part:
+        """Returns those of the fifth."""
+        return self.parts[4]
+
+    @property
+    def splits(self) -> int:
+        """Returns the most splits of any cache, for which there is room in the notes."""
+        return max(part.splits for part in self.parts)
+
+    @property
+    def padded_splits(self) -> int:
+        """Returns these, rounded up to a power of two."""
+        return power_of_two(self.splits)
 
     @property
     def tiles_a_page(self) -> int:
@@ -116,24 +193,9 @@ class Static:
         return types.PAGE // self.keys
 
     @property
-    def padded_slots(self) -> int:
-        """Returns the slots of whole pages."""
-        return self.pages * types.PAGE
-
-    @property
-    def padded_splits(self) -> int:
-        """Returns the splits, rounded up to a power of two."""
-        return power_of_two(self.splits)
-
-    @property
     def padded_dim(self) -> int:
         """Returns the head size of a tile."""
         return padded_head_dim(self.head_dim)
-
-    @property
-    def key_stride(self) -> int:
-        """Returns the numbers from one slot to the next."""
-        return self.kv_heads * self.head_dim
 
     @property
     def score_scale(self) -> float:
@@ -150,25 +212,33 @@ class Static:
         """Returns what is added to bounds of scores, in units of log2."""
         return rule.SLACK * math.log2(math.e)
 
-    @property
-    def most(self) -> float:
-        """Returns the softmax mass that no key of a negligible page exceeds."""
-        return self.skip_mass / (self.pages * types.PAGE)
-
 
 @triton.jit
-def _rows_of(pair, row_tile, static: tl.constexpr):
-    """Returns each row's number, query, head, and whether there is such a row."""
+def _place_of(program, heads_ptr, static: tl.constexpr, part: tl.constexpr):
+    """Returns what a program works on.
+
+    Row, head of the cache, split; the row's head among all, which is where the notes of its
+    splits lie; and of each of its rows of queries the number, query, head, and whether there is
+    such a row.
+    """
+    at = (program - part.start) // part.splits
+    split = (program - part.start) % part.splits
+    row_tile = at % static.row_tiles
+    row = at // static.row_tiles // part.heads
+    own = at // static.row_tiles % part.heads
+    head = own
+    if static.number > 1:
+        head = tl.load(heads_ptr + part.first_head + own)
     number = row_tile * static.tile_rows + tl.arange(0, static.tile_rows)
     real = number < static.rows
-    head = pair % static.kv_heads * static.group + number % static.group
-    return number, number // static.group, tl.where(real, head, 0), real
+    query_head = tl.where(real, head * static.group + number % static.group, 0)
+    pair = row * static.kv_heads + head
+    return row, own, split, pair, number, number // static.group, query_head, real
 
 
 @triton.jit
-def _load_queries(query_ptr, row, place, static: tl.constexpr):
+def _load_queries(query_ptr, row, turn, head, real, static: tl.constexpr):
     """Returns the queries of a program's rows, [rows, head_dim]."""
-    _, turn, head, real = place
     dim = tl.arange(0, static.padded_dim)
     at = ((row * static.new + turn) * static.heads + head) * static.head_dim
     mask = real[:, None] & (dim < static.head_dim)[None, :]
@@ -176,13 +246,15 @@ def _load_queries(query_ptr, row, place, static: tl.constexpr):
 
 
 @triton.jit
-def _load_slots(base, slot, mask, query, static: tl.constexpr):
+def _load_slots(base, slot, mask, query, static: tl.constexpr, part: tl.constexpr):
     """Returns keys or values of slots [n, head_dim] in the dtype of `query`, 0 where not `mask`."""
     dim = tl.arange(0, static.padded_dim)
     mask = mask[:, None]
     if static.head_dim != static.padded_dim:
         mask = mask & (dim < static.head_dim)[None, :]
-    found = tl.load(base + (slot * static.key_stride)[:, None] + dim[None, :], mask=mask, other=0)
+    found = tl.load(
+        base + (slot * (part.heads * static.head_dim))[:, None] + dim[None, :], mask=mask, other=0
+    )
     if static.quantized:
         found = found.to(tl.float32).to(query.dtype)
     return found
@@ -204,27 +276,29 @@ def _bias(table, slope, end, distance, static: tl.constexpr):
 
 
 @triton.jit
-def _back(slot, length, static: tl.constexpr):
+def _back(slot, length, part: tl.constexpr):
     """Returns how far before the newest position the key of a slot lies."""
-    back = (length - 1) % static.slots - slot
-    return tl.where(back < 0, back + static.slots, back)
+    back = (length - 1) % part.slots - slot
+    return tl.where(back < 0, back + part.slots, back)
 
 
 @triton.jit
-def _visible(slot, turn, length, static: tl.constexpr):
+def _visible(slot, turn, length, static: tl.constexpr, part: tl.constexpr):
     """Returns the distance of each row's query from each slot's key, and whether it sees it."""
-    back = _back(slot, length, static)
+    back = _back(slot, length, part)
     distance = back[:, None] - (static.new - 1 - turn)[None, :]
     visible = (distance >= 0) & (back < length)[:, None]
-    if static.padded_slots != static.slots:
-        visible = visible & (slot < static.slots)[:, None]
-    if static.window > 0:
-        visible = visible & (distance < static.window)
+    if part.padded_slots != part.slots:
+        visible = visible & (slot < part.slots)[:, None]
+    if part.window > 0:
+        visible = visible & (distance < part.window)
     return distance, visible
 
 
 @triton.jit
-def _highest_bias(table_ptr, slope_ptr, head, start, nearest, length, static: tl.constexpr):
+def _highest_bias(
+    table_ptr, slope_ptr, head, start, nearest, length, static: tl.constexpr, part: tl.constexpr
+):
     """Returns a bound on the bias of each page's keys, for queries of one head."""
     table = table_ptr + head * static.width
     slope = 0.0
@@ -232,8 +306,8 @@ def _highest_bias(table_ptr, slope_ptr, head, start, nearest, length, static: tl
         slope = tl.load(slope_ptr + head)
     end = tl.load(table + static.width - 1)
     slot = start[:, None] + tl.arange(0, PAGE)[None, :]
-    bias = _bias(table, slope, end, _back(slot, length, static), static)
-    highest = tl.max(tl.where(slot < static.slots, bias, MASKED), 1)
+    bias = _bias(table, slope, end, _back(slot, length, part), static)
+    highest = tl.max(tl.where(slot < part.slots, bias, MASKED), 1)
     if static.new > 1:
         # Queries before the newest are nearer to the keys.
         nearer = 1 + tl.arange(0, 8)[None, :]
@@ -245,29 +319,29 @@ def _highest_bias(table_ptr, slope_ptr, head, start, nearest, length, static: tl
 
 
 @triton.jit
-def _to_read(query, arrays, row, split, length, at_pages, place, static: tl.constexpr):
+def _to_read(query, place, arrays, length, at_pages, static: tl.constexpr, part: tl.constexpr):
     """Returns the range of turns that holds all pages a program must read; see `pages.py`.
 
     Page `turn * splits + split` is the program's at each turn.
     """
+    split, turn, head, real = place
     key, table_ptr, slope_ptr, offset_ptr, norms_ptr, scales_ptr = arrays
-    turns = tl.arange(0, static.turns)
-    page = turns * static.splits + split
+    turns = tl.arange(0, part.turns)
+    page = turns * part.splits + split
     start = page * PAGE
-    last_slot = (length - 1) % static.slots
-    end = tl.minimum(start + PAGE, static.slots) - 1
-    nearest = tl.where(start <= last_slot, 0, last_slot - end + static.slots)
+    last_slot = (length - 1) % part.slots
+    end = tl.minimum(start + PAGE, part.slots) - 1
+    nearest = tl.where(start <= last_slot, 0, last_slot - end + part.slots)
     nearest = tl.where(end <= last_slot, last_slot - end, nearest)
-    read = (page < static.pages) & (nearest < length)
-    if static.window > 0:
-        read = read & (nearest - (static.new - 1) < static.window)
-    if static.skip_mass > 0:
-        _, turn, head, real = place
+    read = (page < part.pages) & (nearest < length)
+    if part.window > 0:
+        read = read & (nearest - (static.new - 1) < part.window)
+    if part.most > 0:
         position = length - static.new + turn
         exists = real & (position >= 0)
-        slot = tl.where(exists, position % static.slots, 0)
+        slot = tl.where(exists, position % part.slots, 0)
         wide = query.to(tl.float32)
-        own = _load_slots(key, slot, exists, query, static).to(tl.float32)
+        own = _load_slots(key, slot, exists, query, static, part).to(tl.float32)
         own_score = tl.sum(wide * own, 1) * static.score_scale
         if static.quantized:
             own_score *= tl.load(scales_ptr + at_pages + slot // PAGE)
@@ -277,21 +351,24 @@ def _to_read(query, arrays, row, split, length, at_pages, place, static: tl.cons
             # Where tau > 0 nothing is negligible.
             own_score = tl.where(tl.load(offset_ptr + head) > 0, MASKED, own_score)
         bound = tl.sqrt(tl.sum(wide * wide, 1)) * static.bound_scale
-        norm = tl.load(norms_ptr + at_pages + page, mask=page < static.pages, other=0.0)
+        norm = tl.load(norms_ptr + at_pages + page, mask=page < part.pages, other=0.0)
         bound = bound[None, :] * norm[:, None] + (static.slack - own_score)[None, :]
-        needed = tl.full((static.turns,), 0, tl.int32)
+        needed = tl.full((part.turns,), 0, tl.int32)
         if static.width > 0:
+            first_head = tl.max(tl.where(real, head, 0), 0) // static.group * static.group
             for member in tl.range(0, static.group):
-                mine = tl.max(tl.where(real, head, 0), 0) // static.group * static.group + member
-                highest = _highest_bias(table_ptr, slope_ptr, mine, start, nearest, length, static)
-                small = tl.exp2(bound + highest[:, None]) <= static.most
+                mine = first_head + member
+                highest = _highest_bias(
+                    table_ptr, slope_ptr, mine, start, nearest, length, static, part
+                )
+                small = tl.exp2(bound + highest[:, None]) <= part.most
                 small = small | ~(exists & (head == mine))[None, :]
                 needed = tl.maximum(needed, tl.max(tl.where(small, 0, 1), 1))
         else:
-            small = (tl.exp2(bound) <= static.most) | ~exists[None, :]
+            small = (tl.exp2(bound) <= part.most) | ~exists[None, :]
             needed = tl.max(tl.where(small, 0, 1), 1)
         read = read & (needed > 0)
-    first = tl.min(tl.where(read, turns, static.turns), 0)
+    first = tl.min(tl.where(read, turns, part.turns), 0)
     stop = tl.max(tl.where(read, turns + 1, 0), 0)
     return first, tl.maximum(stop, first)
 
@@ -319,53 +396,41 @@ def _row_bias(table_ptr, slope_ptr, head, static: tl.constexpr):
 
 
 @triton.jit
-def decode_scores(
-    query_ptr,
-    key_ptr,
-    length_ptr,
-    layer_ptr,
-    table_ptr,
-    slope_ptr,
-    offset_ptr,
-    norms_ptr,
-    scales_ptr,
-    scores_ptr,
-    page_ptr,
-    maximum_ptr,
-    total_ptr,
-    static: tl.constexpr,
+def _keep_scores(
+    key_ptr, norms_ptr, scales_ptr, shared, found, static: tl.constexpr, part: tl.constexpr
 ):
-    """Scores of a program's pages; grid (batch * kv_heads * row tiles, splits)."""
-    at = tl.program_id(0)
-    split = tl.program_id(1)
-    pair = at // static.row_tiles
-    row = pair // static.kv_heads
-    head = pair % static.kv_heads
-    place = _rows_of(pair, at % static.row_tiles, static)
-    number, turn, query_head, real = place
+    """Does a program of `decode_scores`."""
+    query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, offset_ptr, heads_ptr = shared
+    scores_ptr, page_ptr, maximum_ptr, total_ptr = found
+    program = tl.program_id(0)
+    place = _place_of(program, heads_ptr, static, part)
+    row, own, split, pair, number, turn, query_head, real = place
     length = tl.load(length_ptr + row)
     at_row = tl.load(layer_ptr).to(tl.int64) * static.batch + row
-    key = key_ptr + at_row * (static.slots * static.key_stride) + head * static.head_dim
-    at_pages = (at_row * static.kv_heads + head) * static.pages
-    query = _load_queries(query_ptr, row, place, static)
+    stride: tl.constexpr = part.heads * static.head_dim
+    key = key_ptr + at_row * (part.slots * stride) + own * static.head_dim
+    at_pages = (at_row * part.heads + own) * part.pages
+    query = _load_queries(query_ptr, row, turn, query_head, real, static)
+    rows = (split, turn, query_head, real)
     arrays = (key, table_ptr, slope_ptr, offset_ptr, norms_ptr, scales_ptr)
-    first, stop = _to_read(query, arrays, row, split, length, at_pages, place, static)
+    first, stop = _to_read(query, rows, arrays, length, at_pages, static, part)
     table, slope, end = _row_bias(table_ptr, slope_ptr, query_head, static)
 
-    turns = tl.arange(0, static.turns)
-    at_score = (pair.to(tl.int64) * static.rows + number) * static.padded_slots
-    highest = tl.full((static.turns, static.tile_rows), MASKED, tl.float32)
+    turns = tl.arange(0, part.turns)
+    at_score = (row * part.heads + own).to(tl.int64) * static.rows + number
+    at_score = part.first_score + at_score * part.padded_slots
+    highest = tl.full((part.turns, static.tile_rows), MASKED, tl.float32)
     maximum = tl.full((static.tile_rows,), LOWEST, tl.float32)
     total = tl.full((static.tile_rows,), 0, tl.float32)
     for step in tl.range(0, (stop - first) * static.tiles_a_page):
         mine = first + step // static.tiles_a_page
-        page = mine * static.splits + split
+        page = mine * part.splits + split
         slot = page * PAGE + step % static.tiles_a_page * static.keys + tl.arange(0, static.keys)
-        keys = _load_slots(key, slot, slot < static.slots, query, static)
+        keys = _load_slots(key, slot, slot < part.slots, query, static, part)
         factor = static.score_scale
         if static.quantized:
             factor *= tl.load(scales_ptr + at_pages + page)
-        distance, visible = _visible(slot, turn, length, static)
+        distance, visible = _visible(slot, turn, length, static, part)
         bias = (factor, table, slope, end)
         scores = _scores(keys, query, distance, visible, bias, static)
         tl.store(scores_ptr + at_score[None, :] + slot[:, None], scores, mask=real[None, :])
@@ -378,91 +443,131 @@ def decode_scores(
         page_maximum = tl.where((turns == mine)[:, None], page_maximum[None, :], MASKED)
         highest = tl.maximum(highest, page_maximum)
 
-    at_split = pair * static.splits + split
-    tl.store(maximum_ptr + at_split * static.rows + number, maximum, mask=real)
-    tl.store(total_ptr + at_split * static.rows + number, total, mask=real)
-    at_page = (at_split * static.turns + turns)[:, None] * static.rows + number[None, :]
-    tl.store(page_ptr + at_page, highest, mask=real[None, :])
+    at_found = (pair * static.splits + split) * static.rows + number
+    tl.store(maximum_ptr + at_found, maximum, mask=real)
+    tl.store(total_ptr + at_found, total, mask=real)
+    at_split = (row * part.heads + own) * part.splits + split
+    at_page = part.first_page + (at_split * part.turns + turns) * static.rows
+    tl.store(page_ptr + at_page[:, None] + number[None, :], highest, mask=real[None, :])
 
 
 @triton.jit
-def _thresholds(offset_ptr, head, turn, real, length, static: tl.constexpr):
+def decode_scores(
+    query_ptr,
+    length_ptr,
+    layer_ptr,
+    table_ptr,
+    slope_ptr,
+    offset_ptr,
+    heads_ptr,
+    key0_ptr,
+    norms0_ptr,
+    scales0_ptr,
+    key1_ptr,
+    norms1_ptr,
+    scales1_ptr,
+    key2_ptr,
+    norms2_ptr,
+    scales2_ptr,
+    key3_ptr,
+    norms3_ptr,
+    scales3_ptr,
+    key4_ptr,
+    norms4_ptr,
+    scales4_ptr,
+    scores_ptr,
+    page_ptr,
+    maximum_ptr,
+    total_ptr,
+    static: tl.constexpr,
+):
+    """Scores of a program's pages; a program for each row, head, tile of rows and split."""
+    shared = (query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, offset_ptr, heads_ptr)
+    found = (scores_ptr, page_ptr, maximum_ptr, total_ptr)
+    program = tl.program_id(0)
+    if program < static.part0.stop:
+        _keep_scores(key0_ptr, norms0_ptr, scales0_ptr, shared, found, static, static.part0)
+    if static.number > 1:  # noqa: SIM102
+        if (program >= static.part1.start) & (program < static.part1.stop):
+            _keep_scores(key1_ptr, norms1_ptr, scales1_ptr, shared, found, static, static.part1)
+    if static.number > 2:  # noqa: SIM102
+        if (program >= static.part2.start) & (program < static.part2.stop):
+            _keep_scores(key2_ptr, norms2_ptr, scales2_ptr, shared, found, static, static.part2)
+    if static.number > 3:  # noqa: SIM102
+        if (program >= static.part3.start) & (program < static.part3.stop):
+            _keep_scores(key3_ptr, norms3_ptr, scales3_ptr, shared, found, static, static.part3)
+    if static.number > 4:  # noqa: SIM102
+        if (program >= static.part4.start) & (program < static.part4.stop):
+            _keep_scores(key4_ptr, norms4_ptr, scales4_ptr, shared, found, static, static.part4)
+
+
+@triton.jit
+def _thresholds(offset_ptr, head, turn, real, length, static: tl.constexpr, part: tl.constexpr):
     """Returns what a weight must exceed, of each row."""
     scale = static.offset_scale
     if static.offset_scale == 0:
         seen = tl.maximum(length - static.new + turn + 1, 1)
-        if static.window > 0:
-            seen = tl.minimum(seen, static.window)
+        if part.window > 0:
+            seen = tl.minimum(seen, part.window)
         scale = 1.0 / seen.to(tl.float32)
     return thresholds(tl.load(offset_ptr + head, mask=real, other=0.0), scale)
 
 
 @triton.jit
-def decode_values(
-    query_ptr,
-    value_ptr,
-    length_ptr,
-    layer_ptr,
-    offset_ptr,
-    scales_ptr,
-    scores_ptr,
-    page_ptr,
-    maximum_ptr,
-    total_ptr,
-    out_ptr,
-    weight_ptr,
-    static: tl.constexpr,
-):
-    """Weighted values of a program's pages that have a weight; grid as `decode_scores`."""
+def _add_values(value_ptr, scales_ptr, shared, found, static: tl.constexpr, part: tl.constexpr):
+    """Does a program of `decode_values`."""
     tiles: tl.constexpr = static.tiles_a_page
-    at = tl.program_id(0)
-    split = tl.program_id(1)
-    pair = at // static.row_tiles
-    row = pair // static.kv_heads
-    head = pair % static.kv_heads
-    number, turn, query_head, real = _rows_of(pair, at % static.row_tiles, static)
-    at_split = pair * static.splits + split
+    query_ptr, length_ptr, layer_ptr, offset_ptr, heads_ptr = shared
+    scores_ptr, page_ptr, maximum_ptr, total_ptr, out_ptr, weight_ptr = found
+    program = tl.program_id(0)
+    place = _place_of(program, heads_ptr, static, part)
+    row, own, split, pair, number, turn, query_head, real = place
     length = tl.load(length_ptr + row)
-    turns = tl.arange(0, static.turns)
-    at_page = (at_split * static.turns + turns)[:, None] * static.rows + number[None, :]
-    highest = tl.load(page_ptr + at_page, mask=real[None, :], other=MASKED)
-    splits = tl.arange(0, static.padded_splits)
+    turns = tl.arange(0, part.turns)
+    at_split = (row * part.heads + own) * part.splits + split
+    at_page = part.first_page + (at_split * part.turns + turns) * static.rows
+    highest = tl.load(
+        page_ptr + at_page[:, None] + number[None, :], mask=real[None, :], other=MASKED
+    )
+    splits = tl.arange(0, part.padded_splits)
     at_found = (pair * static.splits + splits)[:, None] * static.rows + number[None, :]
-    found = (splits < static.splits)[:, None] & real[None, :]
-    maxima = tl.load(maximum_ptr + at_found, mask=found, other=LOWEST)
-    totals = tl.load(total_ptr + at_found, mask=found, other=0.0)
+    mask = (splits < part.splits)[:, None] & real[None, :]
+    maxima = tl.load(maximum_ptr + at_found, mask=mask, other=LOWEST)
+    totals = tl.load(total_ptr + at_found, mask=mask, other=0.0)
     maximum = tl.max(maxima, 0)
     total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
     log_total = maximum + tl.log2(total)
-    threshold = _thresholds(offset_ptr, query_head, turn, real, length, static)
+    threshold = _thresholds(offset_ptr, query_head, turn, real, length, static, part)
 
     # What is no number is not below anything; a page that was not read has no weights.
     dead = tl.exp2(highest - log_total[None, :]) <= threshold[None, :]
     dead = dead | (highest < LOWEST) | ~real[None, :]
     live = tl.max(tl.where(dead, 0, 1), 1)
-    first = tl.min(tl.where(live > 0, turns, static.turns), 0)
+    first = tl.min(tl.where(live > 0, turns, part.turns), 0)
     stop = tl.max(tl.where(live > 0, turns + 1, 0), 0)
 
     at_row = tl.load(layer_ptr).to(tl.int64) * static.batch + row
-    value = value_ptr + at_row * (static.slots * static.key_stride) + head * static.head_dim
-    at_pages = (at_row * static.kv_heads + head) * static.pages
-    at_score = (pair.to(tl.int64) * static.rows + number) * static.padded_slots
+    stride: tl.constexpr = part.heads * static.head_dim
+    value = value_ptr + at_row * (part.slots * stride) + own * static.head_dim
+    at_pages = (at_row * part.heads + own) * part.pages
+    at_score = (row * part.heads + own).to(tl.int64) * static.rows + number
+    at_score = part.first_score + at_score * part.padded_slots
     out = tl.full((static.tile_rows, static.padded_dim), 0, tl.float32)
     weight = tl.full((static.tile_rows,), 0, tl.float32)
     like = tl.full((1,), 0, query_ptr.dtype.element_ty)
     for mine in tl.range(first, tl.maximum(stop, first)):
         if tl.max(tl.where(turns == mine, live, 0), 0) > 0:
-            page = mine * static.splits + split
-            for part in tl.static_range(0, tiles):
-                slot = page * PAGE + part * static.keys + tl.arange(0, static.keys)
-                _, visible = _visible(slot, turn, length, static)
+            page = mine * part.splits + split
+            for tile in tl.static_range(0, tiles):
+                slot = page * PAGE + tile * static.keys + tl.arange(0, static.keys)
+                _, visible = _visible(slot, turn, length, static, part)
                 visible = visible & real[None, :]
                 scores = tl.load(
                     scores_ptr + at_score[None, :] + slot[:, None], mask=visible, other=MASKED
                 )
                 # What no query sees may be no number.
                 seen = tl.max(tl.where(visible, 1, 0), 1) > 0
-                values = _load_slots(value, slot, seen, like, static)
+                values = _load_slots(value, slot, seen, like, static, part)
                 weights = tl.exp2(scores - log_total[None, :]) - threshold[None, :]
                 weights = tl.where((weights <= 0) | ~visible, 0.0, weights)
                 weight += tl.sum(weights, 0)
@@ -472,61 +577,102 @@ def decode_values(
                 out = tl.dot(weights, values, out, input_precision=PRECISION)
 
     dim = tl.arange(0, static.padded_dim)
-    at_out = (at_split * static.rows + number) * static.head_dim
+    at_own = (pair * static.splits + split) * static.rows + number
     inside = real[:, None] & (dim < static.head_dim)[None, :]
-    tl.store(out_ptr + at_out[:, None] + dim[None, :], out, mask=inside)
-    tl.store(weight_ptr + at_split * static.rows + number, weight, mask=real)
+    at_out = (at_own * static.head_dim)[:, None] + dim[None, :]
+    tl.store(out_ptr + at_out, out, mask=inside)
+    tl.store(weight_ptr + at_own, weight, mask=real)
 
 
 @triton.jit
-def decode_softmax(
+def decode_values(
     query_ptr,
-    key_ptr,
-    value_ptr,
     length_ptr,
     layer_ptr,
-    table_ptr,
-    slope_ptr,
+    offset_ptr,
+    heads_ptr,
+    value0_ptr,
+    scales0_ptr,
+    value1_ptr,
+    scales1_ptr,
+    value2_ptr,
+    scales2_ptr,
+    value3_ptr,
+    scales3_ptr,
+    value4_ptr,
+    scales4_ptr,
+    scores_ptr,
+    page_ptr,
+    maximum_ptr,
+    total_ptr,
+    out_ptr,
+    weight_ptr,
+    static: tl.constexpr,
+):
+    """Weighted values of a program's pages that have a weight; programs as `decode_scores`."""
+    shared = (query_ptr, length_ptr, layer_ptr, offset_ptr, heads_ptr)
+    found = (scores_ptr, page_ptr, maximum_ptr, total_ptr, out_ptr, weight_ptr)
+    program = tl.program_id(0)
+    if program < static.part0.stop:
+        _add_values(value0_ptr, scales0_ptr, shared, found, static, static.part0)
+    if static.number > 1:  # noqa: SIM102
+        if (program >= static.part1.start) & (program < static.part1.stop):
+            _add_values(value1_ptr, scales1_ptr, shared, found, static, static.part1)
+    if static.number > 2:  # noqa: SIM102
+        if (program >= static.part2.start) & (program < static.part2.stop):
+            _add_values(value2_ptr, scales2_ptr, shared, found, static, static.part2)
+    if static.number > 3:  # noqa: SIM102
+        if (program >= static.part3.start) & (program < static.part3.stop):
+            _add_values(value3_ptr, scales3_ptr, shared, found, static, static.part3)
+    if static.number > 4:  # noqa: SIM102
+        if (program >= static.part4.start) & (program < static.part4.stop):
+            _add_values(value4_ptr, scales4_ptr, shared, found, static, static.part4)
+
+
+@triton.jit
+def _add_softmax(
+    key_ptr,
+    value_ptr,
     norms_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    out_ptr,
-    maximum_ptr,
-    total_ptr,
+    shared,
+    found,
     static: tl.constexpr,
+    part: tl.constexpr,
 ):
-    """Softmax attention to a program's pages, up to a factor; grid as `decode_scores`."""
-    at = tl.program_id(0)
-    split = tl.program_id(1)
-    pair = at // static.row_tiles
-    row = pair // static.kv_heads
-    head = pair % static.kv_heads
-    place = _rows_of(pair, at % static.row_tiles, static)
-    number, turn, query_head, real = place
+    """Does a program of `decode_softmax`."""
+    query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, heads_ptr = shared
+    out_ptr, maximum_ptr, total_ptr = found
+    program = tl.program_id(0)
+    place = _place_of(program, heads_ptr, static, part)
+    row, own, split, pair, number, turn, query_head, real = place
     length = tl.load(length_ptr + row)
     at_row = tl.load(layer_ptr).to(tl.int64) * static.batch + row
-    at_head = at_row * (static.slots * static.key_stride) + head * static.head_dim
+    stride: tl.constexpr = part.heads * static.head_dim
+    at_head = at_row * (part.slots * stride) + own * static.head_dim
     key, value = key_ptr + at_head, value_ptr + at_head
-    at_pages = (at_row * static.kv_heads + head) * static.pages
-    query = _load_queries(query_ptr, row, place, static)
+    at_pages = (at_row * part.heads + own) * part.pages
+    query = _load_queries(query_ptr, row, turn, query_head, real, static)
+    rows = (split, turn, query_head, real)
     arrays = (key, table_ptr, slope_ptr, table_ptr, norms_ptr, key_scales_ptr)
-    first, stop = _to_read(query, arrays, row, split, length, at_pages, place, static)
+    first, stop = _to_read(query, rows, arrays, length, at_pages, static, part)
     table, slope, end = _row_bias(table_ptr, slope_ptr, query_head, static)
 
     maximum = tl.full((static.tile_rows,), LOWEST, tl.float32)
     total = tl.full((static.tile_rows,), 0, tl.float32)
     out = tl.full((static.tile_rows, static.padded_dim), 0, tl.float32)
     for step in tl.range(0, (stop - first) * static.tiles_a_page):
-        page = (first + step // static.tiles_a_page) * static.splits + split
+        page = (first + step // static.tiles_a_page) * part.splits + split
         slot = page * PAGE + step % static.tiles_a_page * static.keys + tl.arange(0, static.keys)
         # What is not held may be no number.
-        held = (slot < static.slots) & (_back(slot, length, static) < length)
-        keys = _load_slots(key, slot, held, query, static)
-        values = _load_slots(value, slot, held, query, static)
+        held = (slot < part.slots) & (_back(slot, length, part) < length)
+        keys = _load_slots(key, slot, held, query, static, part)
+        values = _load_slots(value, slot, held, query, static, part)
         factor = static.score_scale
         if static.quantized:
             factor *= tl.load(key_scales_ptr + at_pages + page)
-        distance, visible = _visible(slot, turn, length, static)
+        distance, visible = _visible(slot, turn, length, static, part)
         bias = (factor, table, slope, end)
         scores = _scores(keys, query, distance, visible, bias, static)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
@@ -539,19 +685,128 @@ def decode_softmax(
         weights = tl.trans(weights.to(values.dtype))
         out = tl.dot(weights, values, out * shrink[:, None], input_precision=PRECISION)
 
-    at_split = pair * static.splits + split
-    tl.store(maximum_ptr + at_split * static.rows + number, maximum, mask=real)
-    tl.store(total_ptr + at_split * static.rows + number, total, mask=real)
+    at_own = (pair * static.splits + split) * static.rows + number
+    tl.store(maximum_ptr + at_own, maximum, mask=real)
+    tl.store(total_ptr + at_own, total, mask=real)
     dim = tl.arange(0, static.padded_dim)
-    at_out = (at_split * static.rows + number) * static.head_dim
     inside = real[:, None] & (dim < static.head_dim)[None, :]
-    tl.store(out_ptr + at_out[:, None] + dim[None, :], out, mask=inside)
+    at_out = (at_own * static.head_dim)[:, None] + dim[None, :]
+    tl.store(out_ptr + at_out, out, mask=inside)
+
+
+@triton.jit
+def decode_softmax(
+    query_ptr,
+    length_ptr,
+    layer_ptr,
+    table_ptr,
+    slope_ptr,
+    heads_ptr,
+    key0_ptr,
+    value0_ptr,
+    norms0_ptr,
+    key_scales0_ptr,
+    value_scales0_ptr,
+    key1_ptr,
+    value1_ptr,
+    norms1_ptr,
+    key_scales1_ptr,
+    value_scales1_ptr,
+    key2_ptr,
+    value2_ptr,
+    norms2_ptr,
+    key_scales2_ptr,
+    value_scales2_ptr,
+    key3_ptr,
+    value3_ptr,
+    norms3_ptr,
+    key_scales3_ptr,
+    value_scales3_ptr,
+    key4_ptr,
+    value4_ptr,
+    norms4_ptr,
+    key_scales4_ptr,
+    value_scales4_ptr,
+    out_ptr,
+    maximum_ptr,
+    total_ptr,
+    static: tl.constexpr,
+):
+    """Softmax attention to a program's pages, up to a factor; programs as `decode_scores`."""
+    shared = (query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, heads_ptr)
+    found = (out_ptr, maximum_ptr, total_ptr)
+    program = tl.program_id(0)
+    if program < static.part0.stop:
+        _add_softmax(
+            key0_ptr,
+            value0_ptr,
+            norms0_ptr,
+            key_scales0_ptr,
+            value_scales0_ptr,
+            shared,
+            found,
+            static,
+            static.part0,
+        )
+    if static.number > 1:  # noqa: SIM102
+        if (program >= static.part1.start) & (program < static.part1.stop):
+            _add_softmax(
+                key1_ptr,
+                value1_ptr,
+                norms1_ptr,
+                key_scales1_ptr,
+                value_scales1_ptr,
+                shared,
+                found,
+                static,
+                static.part1,
+            )
+    if static.number > 2:  # noqa: SIM102
+        if (program >= static.part2.start) & (program < static.part2.stop):
+            _add_softmax(
+                key2_ptr,
+                value2_ptr,
+                norms2_ptr,
+                key_scales2_ptr,
+                value_scales2_ptr,
+                shared,
+                found,
+                static,
+                static.part2,
+            )
+    if static.number > 3:  # noqa: SIM102
+        if (program >= static.part3.start) & (program < static.part3.stop):
+            _add_softmax(
+                key3_ptr,
+                value3_ptr,
+                norms3_ptr,
+                key_scales3_ptr,
+                value_scales3_ptr,
+                shared,
+                found,
+                static,
+                static.part3,
+            )
+    if static.number > 4:  # noqa: SIM102
+        if (program >= static.part4.start) & (program < static.part4.stop):
+            _add_softmax(
+                key4_ptr,
+                value4_ptr,
+                norms4_ptr,
+                key_scales4_ptr,
+                value_scales4_ptr,
+                shared,
+                found,
+                static,
+                static.part4,
+            )
 
 
 @triton.jit
 def decode_combine(
     query_ptr,
     length_ptr,
+    sizes_ptr,
     part_ptr,
     maximum_ptr,
     total_ptr,
@@ -567,8 +822,14 @@ def decode_combine(
     head = pair % static.kv_heads * static.group + number % static.group
     turn = number // static.group
     length = tl.load(length_ptr + row)
+    # Splits and slots of the head.
+    used = static.part0.splits
+    slots = static.part0.slots
+    if static.number > 1:
+        used = tl.load(sizes_ptr + pair % static.kv_heads * 2)
+        slots = tl.load(sizes_ptr + pair % static.kv_heads * 2 + 1)
     splits = tl.arange(0, static.padded_splits)
-    inside = splits < static.splits
+    inside = splits < used
     at_found = (pair * static.splits + splits) * static.rows + number
     maxima = tl.load(maximum_ptr + at_found, mask=inside, other=LOWEST)
     totals = tl.load(total_ptr + at_found, mask=inside, other=0.0)
@@ -576,14 +837,14 @@ def decode_combine(
     total = tl.sum(totals * tl.exp2(maxima - maximum), 0)
     dim = tl.arange(0, static.padded_dim)
     out = tl.full((static.padded_dim,), 0, tl.float32)
-    for start in tl.range(0, static.splits, COMBINED_SPLITS):
-        split = start + tl.arange(0, COMBINED_SPLITS)
+    for turn_start in tl.range(0, tl.cdiv(used, COMBINED_SPLITS)):
+        split = turn_start * COMBINED_SPLITS + tl.arange(0, COMBINED_SPLITS)
         at_split = (pair * static.splits + split) * static.rows + number
-        mask = (split < static.splits)[:, None] & (dim < static.head_dim)[None, :]
+        mask = (split < used)[:, None] & (dim < static.head_dim)[None, :]
         at_part = part_ptr + at_split[:, None] * static.head_dim + dim[None, :]
         part = tl.load(at_part, mask=mask, other=0.0)
         if not static.has_offset:
-            own = tl.load(maximum_ptr + at_split, mask=split < static.splits, other=LOWEST)
+            own = tl.load(maximum_ptr + at_split, mask=split < used, other=LOWEST)
             part *= tl.exp2(own - maximum)[:, None]
         out += tl.sum(part, 0)
     if static.renormalize:
@@ -594,7 +855,7 @@ def decode_combine(
     # No mass at all, or what is no number.
     none = ~(total > 0)
     if not static.ring:
-        none = none | (length > static.slots)
+        none = none | (length > slots)
     out = tl.where(none, float("nan"), out)
     out = tl.where(length - static.new + turn >= 0, out, 0.0)
     at_out = ((row * static.new + turn) * static.heads + head) * static.head_dim
@@ -604,54 +865,113 @@ def decode_combine(
 COMBINED_SPLITS = tl.constexpr(COMBINED)
 
 
-def make_static(inputs: Inputs, settings: Settings) -> Static:
+def make_static(call: Call) -> Static:
     """Returns what the kernels are compiled for."""
-    batch, new, heads, head_dim = inputs.query.shape
-    rows = new * inputs.group
+    batch, new, heads, head_dim = call.query.shape
+    rows = new * call.group
     tile_rows = min(MAX_ROWS, max(8, power_of_two(rows)))
-    programs = batch * inputs.kv_heads * -(-rows // tile_rows)
-    splits = max(1, min(inputs.pages, MAX_SPLITS, -(-PROGRAMS // programs)))
-    turns = power_of_two(-(-inputs.pages // splits))
-    turns = min(turns, MAX_TURNS)
-    splits = -(-inputs.pages // turns)
-    keys = TILE_BYTES // (padded_head_dim(head_dim) * inputs.query.dtype.itemsize)
+    programs = batch * -(-rows // tile_rows)
+    pages = [-(-cache.slots // types.PAGE) for cache in call.caches]
+    work = sum(len(cache.heads) * n for cache, n in zip(call.caches, pages, strict=True))
+    # The power of two below what leaves PROGRAMS of them.
+    turns = power_of_two(max(1, programs * work // PROGRAMS) + 1) // 2
+    skip = call.settings.skip_mass > 0 and all(c.key_norms is not None for c in call.caches)
+    parts: list[Part] = []
+    start = first_head = first_score = first_page = 0
+    for cache, count in zip(call.caches, pages, strict=True):
+        own_turns = min(max(turns, power_of_two(-(-count // MAX_SPLITS))), MAX_TURNS)
+        own_turns = min(own_turns, power_of_two(count))
+        splits = -(-count // own_turns)
+        part = Part(
+            heads=len(cache.heads),
+            slots=cache.slots,
+            window=cache.window or 0,
+            splits=splits,
+            turns=own_turns,
+            start=start,
+            stop=start + programs * len(cache.heads) * splits,
+            first_head=first_head,
+            first_score=first_score,
+            first_page=first_page,
+            most=call.settings.skip_mass / (count * types.PAGE) if skip else 0.0,
+        )
+        parts.append(part)
+        start, first_head = part.stop, first_head + part.heads
+        first_score += batch * part.heads * rows * part.padded_slots
+        first_page += batch * part.heads * splits * own_turns * rows
+    keys = TILE_BYTES // (padded_head_dim(head_dim) * call.query.dtype.itemsize)
     return Static(
         batch=batch,
         new=new,
         heads=heads,
-        kv_heads=inputs.kv_heads,
+        kv_heads=call.kv_heads,
         head_dim=head_dim,
-        slots=inputs.slots,
-        splits=splits,
-        turns=turns,
+        parts=tuple(parts),
         tile_rows=tile_rows,
         keys=max(16, min(types.PAGE, keys)),
-        width=0 if inputs.distance_bias is None else inputs.distance_bias.shape[1],
-        has_slope=inputs.distance_slope is not None,
-        has_offset=inputs.offset is not None,
-        window=settings.window or 0,
-        offset_scale=settings.offset_scale or 0.0,
-        scale=settings.scale,
-        skip_mass=0.0 if inputs.key_norms is None else settings.skip_mass,
-        quantized=inputs.key_scales is not None,
-        renormalize=settings.renormalize,
-        ring=settings.ring,
+        width=0 if call.distance_bias is None else call.distance_bias.shape[1],
+        has_slope=call.distance_slope is not None,
+        has_offset=call.offset is not None,
+        offset_scale=call.settings.offset_scale or 0.0,
+        scale=call.settings.scale,
+        quantized=call.caches[0].key_scales is not None,
+        renormalize=call.settings.renormalize,
+        ring=call.settings.ring,
     )
 
 
 @traced_by_own_settings(narrow=True)
-def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new heads head_dim"]:
-    """Returns the output; arguments as in `op.attention`."""
-    static = make_static(inputs, settings)
+def attention(call: Call) -> Float[Array, "batch new heads head_dim"]:
+    """Returns the output of a call of at most `MAX_CACHES` caches; of more, one by one."""
+    if len(call.caches) > MAX_CACHES:
+        return types.one_by_one(_of_one, call)
+    # Those with the most pages first: what is left for the end is short.
+    caches = sorted(call.caches, key=lambda cache: -cache.slots)
+    return _attention(dataclasses.replace(call, caches=tuple(caches)))
+
+
+def _of_one(inputs: Inputs, settings: Settings) -> Array:
+    cache = types.Cache(
+        tuple(range(inputs.kv_heads)),
+        settings.window,
+        inputs.key,
+        inputs.value,
+        inputs.key_norms,
+        inputs.key_scales,
+        inputs.value_scales,
+    )
+    names = ("query", "lengths", "distance_bias", "distance_slope", "offset", "layer")
+    shared = {name: getattr(inputs, name) for name in names}
+    return _attention(Call(**shared, caches=(cache,), settings=settings))
+
+
+def _attention(call: Call) -> Float[Array, "batch new heads head_dim"]:
+    static = make_static(call)
     nothing = jnp.zeros(1, jnp.float32)
 
     def number(x: Array | None) -> Array:
         return nothing if x is None else x.astype(jnp.float32)
 
-    query, lengths, layer = inputs.query, inputs.lengths, inputs.layer.reshape(1)
-    table, slope = number(inputs.distance_bias), number(inputs.distance_slope)
-    offset, norms = number(inputs.offset), number(inputs.key_norms)
-    key_scales, value_scales = number(inputs.key_scales), number(inputs.value_scales)
+    query, lengths, layer = call.query, call.lengths, call.layer.reshape(1)
+    table, slope = number(call.distance_bias), number(call.distance_slope)
+    offset = number(call.offset)
+    heads = [head for cache in call.caches for head in cache.heads]
+    sizes = {
+        head: (part.splits, part.slots)
+        for cache, part in zip(call.caches, static.parts, strict=True)
+        for head in cache.heads
+    }
+    listed = jnp.asarray(heads, jnp.int32)
+    head_sizes = jnp.asarray([sizes[head] for head in range(call.kv_heads)], jnp.int32)
+
+    def cached(*names: str) -> list[Array]:
+        arrays: list[Array] = []
+        for n in range(MAX_CACHES):
+            for name in names:
+                # What there is no cache for is not read.
+                x = getattr(call.caches[n], name) if n < len(call.caches) else None
+                arrays.append(x if name in ("key", "value") and x is not None else number(x))
+        return arrays
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -659,15 +979,20 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
     pairs = static.batch * static.kv_heads
     found = floats(pairs, static.splits, static.rows)
     parts = floats(pairs, static.splits, static.rows, static.head_dim)
-    grid = (pairs * static.row_tiles, static.splits)
+    grid = (static.parts[-1].stop,)
     block = Block(static.tile_rows, static.keys, WARPS, STAGES)
     if static.has_offset:
+        last = static.parts[-1]
+        own = static.batch * last.heads * static.rows
         scores, highest, maximum, total = launch(
             decode_scores,
-            (query, inputs.key, lengths, layer, table, slope, offset, norms, key_scales),
             (
-                floats(pairs, static.rows, static.padded_slots),
-                floats(pairs, static.splits, static.turns, static.rows),
+                *(query, lengths, layer, table, slope, offset, listed),
+                *cached("key", "key_norms", "key_scales"),
+            ),
+            (
+                floats(last.first_score + own * last.padded_slots),
+                floats(last.first_page + own * last.splits * last.turns),
                 found,
                 found,
             ),
@@ -678,7 +1003,8 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
         part, weight = launch(
             decode_values,
             (
-                *(query, inputs.value, lengths, layer, offset, value_scales),
+                *(query, lengths, layer, offset, listed),
+                *cached("value", "value_scales"),
                 *(scores, highest, maximum, total),
             ),
             (parts, found),
@@ -687,12 +1013,10 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
             static,
         )
     else:
+        names = ("key", "value", "key_norms", "key_scales", "value_scales")
         part, maximum, total = launch(
             decode_softmax,
-            (
-                *(query, inputs.key, inputs.value, lengths, layer),
-                *(table, slope, norms, key_scales, value_scales),
-            ),
+            (query, lengths, layer, table, slope, listed, *cached(*names)),
             (parts, found, found),
             grid,
             block,
@@ -701,7 +1025,7 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
         weight = nothing
     (out,) = launch(
         decode_combine,
-        (query, lengths, part, maximum, total, weight),
+        (query, lengths, head_sizes, part, maximum, total, weight),
         (jax.ShapeDtypeStruct(query.shape, query.dtype),),
         (pairs * static.rows,),
         dataclasses.replace(block, stages=1),

@@ -10,6 +10,7 @@ Slots come in pages of `PAGE`. Key norms and the scales of int8 numbers are one 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ PAGE = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arrays of a call, checked; see `lazyattn.decode_attention`.
+    """The arrays of a call whose heads hold equally many keys; see `lazyattn.decode_attention`.
 
     Attributes:
       query: [batch, new, heads, head_dim].
@@ -97,6 +98,104 @@ class Settings:
     offset_scale: float | None
     renormalize: bool
     ring: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What is held of some key/value heads; the arrays are those of `Inputs`.
+
+    Attributes:
+      heads: which ones.
+      window: keys that their queries see at most; None: all.
+    """
+
+    heads: tuple[int, ...]
+    window: int | None
+    key: Array
+    value: Array
+    key_norms: Array | None
+    key_scales: Array | None
+    value_scales: Array | None
+
+    @property
+    def slots(self) -> int:
+        """Returns how many keys a row has room for."""
+        return self.key.shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A checked call: the arrays of all heads, and the cache of each group of them.
+
+    Attributes:
+      query, lengths, distance_bias, distance_slope, offset, layer: as in `Inputs`.
+      caches: that together hold each key/value head once.
+      settings: but for the window.
+    """
+
+    query: Float[Array, "batch new heads head_dim"]
+    lengths: Int[Array, " batch"]
+    distance_bias: Float[Array, "heads width"] | None
+    distance_slope: Float[Array, " heads"] | None
+    offset: Float[Array, " heads"] | None
+    layer: Int[Array, ""]
+    caches: tuple[Cache, ...]
+    settings: Settings
+
+    @property
+    def kv_heads(self) -> int:
+        """Returns how many heads the caches have together."""
+        return sum(len(cache.heads) for cache in self.caches)
+
+    @property
+    def group(self) -> int:
+        """Returns how many query heads read one of them."""
+        return self.query.shape[2] // self.kv_heads
+
+    def readers(self, cache: Cache) -> list[int]:
+        """Returns the query heads that read a cache."""
+        return [head * self.group + i for head in cache.heads for i in range(self.group)]
+
+    def of(self, cache: Cache) -> tuple[Inputs, Settings]:
+        """Returns the call of the heads of one cache."""
+        readers = self.readers(cache)
+
+        def own(x: Array | None, axis: int) -> Array | None:
+            return x if x is None else taken(x, readers, axis)
+
+        inputs = Inputs(
+            taken(self.query, readers, 2),
+            cache.key,
+            cache.value,
+            self.lengths,
+            own(self.distance_bias, 0),
+            own(self.distance_slope, 0),
+            own(self.offset, 0),
+            cache.key_norms,
+            cache.key_scales,
+            cache.value_scales,
+            self.layer,
+        )
+        return inputs, dataclasses.replace(self.settings, window=cache.window)
+
+
+def one_by_one(
+    attention: Callable[[Inputs, Settings], Array], call: Call
+) -> Float[Array, "batch new heads head_dim"]:
+    """Returns the output of a call, one cache after the other."""
+    outs = [attention(*call.of(cache)) for cache in call.caches]
+    if len(outs) == 1:
+        return outs[0]
+    order = [head for cache in call.caches for head in call.readers(cache)]
+    return taken(jnp.concatenate(outs, axis=2), sorted(range(len(order)), key=order.__getitem__), 2)
+
+
+def taken(x: Array, index: list[int], axis: int) -> Array:
+    """Returns entries of an axis; neighbors as a slice, and all as they are."""
+    first, size = index[0], len(index)
+    if index != list(range(first, first + size)):
+        return jnp.take(x, jnp.asarray(index), axis=axis)
+    return x if size == x.shape[axis] else jax.lax.slice_in_dim(x, first, first + size, axis=axis)
 
 
 def backs(inputs: Inputs) -> Int[Array, "batch slots"]:

@@ -383,6 +383,39 @@ def live_slots(decode: Decode) -> np.ndarray:
     return np.pad(live, ((0, 0), (0, 0), (0, slots - live.shape[-1])))
 
 
+def check_groups(implementation: str, tau: float | None = -0.7) -> None:
+    """Heads that hold unequally many keys, in one call: as each group in a call of its own."""
+    groups, windows = ((3, 0), (1,), (4, 2)), (None, 200, None)
+    case = oracle.Case("", (2, 700, 10, 5, 16), 64, tau=None if tau is None else (tau,), **STEEP)
+    whole = Decode(case, 3, 150)
+    parts = [dataclasses.replace(whole, slots=slots) for slots in (130, 384, 705)]
+    cached = ("key_cache", "value_cache", "key_norms")
+    several: dict[str, list[Any]] = {name: [] for name in cached}
+    shared = {k: x for k, x in arrays(whole)[0].items() if k not in (*cached, "ring")}
+    true = np.zeros(shared["query"].shape)
+    for heads, window, part in zip(groups, windows, parts, strict=True):
+        args, _ = arrays(part)
+        mine = {
+            name: args[name][:, list(heads)] if name == "key_norms" else args[name][:, :, heads]
+            for name in cached
+        }
+        for name in cached:
+            several[name].append(mine[name])
+        readers = [2 * head + i for head in heads for i in range(2)]
+        mine |= {name: shared[name][readers] for name in PARAMETERS if name in shared}
+        mine |= {"query": shared["query"][:, :, readers], "lengths": shared["lengths"]}
+        true[:, :, readers] = run(mine | {"ring": True, "window": window}, "xla")
+
+    @jax.jit
+    def call(shared, several):
+        return decode_attention(
+            **shared, **several, head_groups=groups, window=windows, ring=True,
+            implementation=implementation,
+        )  # fmt: skip
+
+    assert oracle.relative_error(np.asarray(call(shared, several), np.float64), true) <= 1e-5
+
+
 # What every backend is checked for besides its output.
 CHECKS: dict[str, Callable[[str], None]] = {
     "half": lambda backend: check_half(backend, SPARSE[1], "bfloat16", 2**-8),
@@ -390,6 +423,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "int8_ring": lambda backend: check_int8(backend, RINGS[2]),
     "int8_softmax": lambda backend: check_int8(backend, SPARSE[2]),
     "layers": lambda backend: check_layers(backend, SPARSE[1]),
+    "groups": check_groups,
+    "groups_softmax": lambda backend: check_groups(backend, None),
     "rows": check_rows_that_do_not_exist,
     "not_a_number": check_not_a_number_comes_through,
     "blind": check_blind,

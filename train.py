@@ -130,13 +130,14 @@ def _inspect() -> None:
 
 def _sample() -> None:
     """Continues prompts with a checkpoint."""
-    sampling, path = generation_options.sampling_config(), command_line.workdir()
+    sampling, cache = generation_options.sampling_config(), generation_options.cache_options()
+    path = command_line.workdir()
     from lazyattn.generation.checkpoint import sample
 
     given = flags.FLAGS
     how = {"seed": given.seed, "stop": given.stop, "beyond_table": given.beyond_table}
     experiment, step = command_line.experiment(), command_line.step()
-    sample(path, given.prompt, sampling, experiment=experiment, step=step, **how)
+    sample(path, given.prompt, sampling, cache=cache, experiment=experiment, step=step, **how)
 
 
 def _export() -> None:

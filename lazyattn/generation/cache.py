@@ -1,6 +1,8 @@
 """The key/value cache of incremental decoding, of static shape: what it holds of which head."""
 
 import dataclasses
+import itertools
+import os
 from typing import Literal
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
-from lazyattn.decode_attention import PAGE
+from lazyattn.decode_attention import MAX_NEW, PAGE
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.heads import head_windows
@@ -16,6 +18,49 @@ from lazyattn.quantity import quantity
 
 # What keys and values are held in: the model's compute dtype, or bytes with a scale a page.
 CacheDtype = Literal["compute", "int8"]
+
+
+# Lengths of rings that heads are sorted into. Fewer lengths are fewer calls of the kernel.
+BUCKETS = (256, 1024, 4096, 16_384)
+
+# Tokens that one step may add besides the first: the oldest of them still sees its span.
+SPARE = MAX_NEW - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """Which keys and values are held, and how.
+
+    Attributes:
+      kind: "spans" holds of each head the keys that it can need, "full" all.
+      dtype: "compute" holds them in the model's compute dtype, "int8" as bytes with a scale
+        for each head and 128 keys.
+      buckets: of "spans", the lengths of rings besides the whole length, shortest first.
+    """
+
+    kind: Literal["spans", "full"] = "spans"
+    dtype: CacheDtype = "compute"
+    buckets: tuple[int, ...] = BUCKETS
+
+    def __post_init__(self):
+        require(self.kind in ("spans", "full"), "--cache", self.kind, "spans or full")
+        allowed = ("compute", "int8")
+        require(self.dtype in allowed, "--cache_dtype", self.dtype, "compute or int8")
+        check_buckets(self.buckets)
+
+
+def check_buckets(buckets: tuple[int, ...]) -> None:
+    """Checks lengths of rings.
+
+    Raises:
+      InputError: if one is too short for a step, or they are not in order.
+    """
+    ordered = all(a < b for a, b in itertools.pairwise(buckets))
+    if not ordered or any(n <= SPARE for n in buckets):
+        raise InputError(
+            f"The bucket lengths (--cache_buckets) are {list(buckets)}, but they must be above"
+            f" {SPARE} and rising."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +274,7 @@ def check_memory(plan: CachePlan, batch: int, available: int | None) -> None:
     Args:
       plan: which keys it holds.
       batch: rows.
-      available: bytes there are for it; None: not known.
+      available: bytes there are for it (`free_memory`); None: not known.
 
     Raises:
       InputError: if it takes more.
@@ -239,8 +284,23 @@ def check_memory(plan: CachePlan, batch: int, available: int | None) -> None:
         raise InputError(
             f"The key/value cache of {quantity(batch, 'row')} of {quantity(plan.length, 'token')}"
             f" takes {in_bytes(needed)}, but it must be at most {in_bytes(available)}, the memory"
-            " that is left: take fewer rows, fewer tokens, shorter bucket lengths or int8."
+            " that is free: take fewer rows, fewer tokens, shorter bucket lengths or int8."
         )
+
+
+def free_memory() -> int | None:
+    """Returns the bytes that are free on all devices of the mesh together; None: not known."""
+    mesh = jax.sharding.get_mesh()
+    devices = [jax.local_devices()[0]] if mesh.empty else list(mesh.devices.flat)
+    stats = [device.memory_stats() for device in devices]
+    if all(stats):
+        return sum(x["bytes_limit"] - x["bytes_in_use"] for x in stats if x)
+    if devices[0].platform != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def in_bytes(number: int) -> str:

@@ -4,6 +4,8 @@ from typing import Any
 
 from absl import flags
 
+from lazyattn.errors import InputError
+from lazyattn.generation.cache import BUCKETS, CacheOptions
 from lazyattn.generation.sampling import SamplingConfig
 
 
@@ -29,6 +31,24 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "seed", 0, "eval, sample: seed of the draws, of --retrieval in eval.", **where
     )
+    flags.DEFINE_string(
+        "cache",
+        "spans",
+        "sample: spans holds of each head the keys that it can need, full holds all.",
+        **where,
+    )
+    flags.DEFINE_string(
+        "cache_dtype",
+        "compute",
+        "sample: what keys and values are held in: compute (the model's dtype) or int8.",
+        **where,
+    )
+    flags.DEFINE_list(
+        "cache_buckets",
+        [str(length) for length in BUCKETS],
+        "sample: lengths that the caches of heads may have, besides the whole length.",
+        **where,
+    )
 
 
 def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:
@@ -45,3 +65,19 @@ def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:
         min_p=values.min_p,
         repetition_penalty=values.repetition_penalty,
     )
+
+
+def cache_options(values: flags.FlagValues = flags.FLAGS) -> CacheOptions:
+    """Returns what to hold of keys and values.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+    try:
+        buckets = tuple(int(length) for length in values.cache_buckets)
+    except ValueError:
+        raise InputError(
+            f"--cache_buckets is {','.join(values.cache_buckets)!r}, but it must be whole numbers"
+            " with commas between them."
+        ) from None
+    return CacheOptions(values.cache, values.cache_dtype, buckets)

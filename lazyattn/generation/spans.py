@@ -9,7 +9,6 @@ sees itself, so lse >= -U + b(0), and all keys from distance S on together hold 
 of its softmax mass. The span is the least S for which that is at most `skip_mass`.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,19 +17,22 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lazyattn.errors import InputError, require
+from lazyattn.errors import require
 from lazyattn.generation import cache as cache_lib
-from lazyattn.generation.cache import CacheDtype, CachePlan, HeadGroup
+from lazyattn.generation.cache import (
+    BUCKETS,
+    SPARE,
+    CacheDtype,
+    CacheOptions,
+    CachePlan,
+    HeadGroup,
+    check_buckets,
+)
 from lazyattn.generation.rings import ROUNDINGS
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.distance_bias import bias_arguments
 from lazyattn.model.heads import head_windows
-
-# Lengths of rings that heads are sorted into. Fewer lengths are fewer calls of the kernel.
-BUCKETS = (256, 1024, 4096, 16_384)
-
-# Tokens that one step may add, besides the first: the oldest of them still sees its span.
-_SPARE = 7
+from lazyattn.quantity import quantity
 
 # 1 + the relative error of a number after it was normalized, rotated and rounded each time.
 _ROUNDED = {"float32": (1 + 2.0**-23) ** 4, "bfloat16": (1 + 2.0**-8) ** 4}
@@ -207,7 +209,7 @@ def plan_cache(
     def groups(layer: Int[np.ndarray, " kv_heads"]) -> tuple[HeadGroup, ...]:
         found: dict[tuple[int, int | None], list[int]] = {}
         for head, (needed, window) in enumerate(zip(layer.tolist(), windows, strict=True)):
-            room = [n for n in buckets if needed + _SPARE <= n < cache_length]
+            room = [n for n in buckets if needed + SPARE <= n < cache_length]
             found.setdefault((min(room, default=cache_length), window), []).append(head)
         return tuple(HeadGroup(tuple(heads), *key) for key, heads in found.items())
 
@@ -221,17 +223,13 @@ def plan_cache(
     )
 
 
-def check_buckets(buckets: tuple[int, ...]) -> None:
-    """Checks lengths of rings.
-
-    Raises:
-      InputError: if one is too short for a step, or they are not in order.
-    """
-    ordered = all(a < b for a, b in itertools.pairwise(buckets))
-    if not ordered or any(n <= _SPARE for n in buckets):
-        raise InputError(
-            f"The bucket lengths are {list(buckets)}, but they must be above {_SPARE} and rising."
-        )
+def plan_by(
+    params: Mapping[str, Any], config: ModelConfig, cache_length: int, options: CacheOptions
+) -> CachePlan:
+    """Returns the plan that the options ask for; arguments and errors as in `plan_cache`."""
+    if options.kind == "full":
+        return cache_lib.full_plan(config, cache_length, dtype=options.dtype)
+    return plan_cache(params, config, cache_length, dtype=options.dtype, buckets=options.buckets)
 
 
 def describe(plan: CachePlan, batch: int) -> str:
@@ -242,8 +240,9 @@ def describe(plan: CachePlan, batch: int) -> str:
     for layer in plan.layers:
         for group in layer:
             sizes[group.slots] = sizes.get(group.slots, 0) + len(group.heads) * plan.shards
-    lengths = ", ".join(f"{heads} of {slots:,}" for slots, heads in sorted(sizes.items()))
+    kept = ", ".join(f"{slots:,} ({heads} heads)" for slots, heads in sorted(sizes.items()))
     total = cache_lib.in_bytes(plan.row_bytes * batch)
     return (
-        f"{total} ({held / whole:.1%} of all keys and values; key/value heads by keys: {lengths})"
+        f"{total} for {quantity(batch, 'row')} of {quantity(plan.length, 'token')}, {plan.dtype},"
+        f" {held / whole:.1%} of all keys and values; keys held: {kept}"
     )

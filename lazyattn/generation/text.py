@@ -116,7 +116,7 @@ def stream_text(
         config,
         tokenizer,
         encoded,
-        width=-(-max(map(len, encoded)) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE,
+        width=prompt_width(max(map(len, encoded))),
         sampling=sampling,
         key=key,
         stop=stop,
@@ -125,6 +125,11 @@ def stream_text(
         every=every,
         texts=prompts,
     )
+
+
+def prompt_width(longest: int) -> int:
+    """Returns what prompts are padded to, of which the longest has so many tokens."""
+    return -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
 
 
 def stream_ids(

@@ -22,6 +22,7 @@ from lazyattn.evaluation.documents import (
 )
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context, trained_cache_length
+from lazyattn.inspection.cache import cache_table
 from lazyattn.inspection.figures import Inspected, model_data, summary_table
 from lazyattn.inspection.measure import measure
 from lazyattn.inspection.options import InspectionOptions
@@ -85,7 +86,8 @@ def inspect(
         data.append(model_data(label, model, found, heads))
         heads = heads or tuple((m["layer"], m["head"]) for m in data[0]["maps"])
     write_report(folder, {"text": name, "models": data})
-    print(f"\n{summary_table(data)}\n\nWritten to {folder}: report.html, report.json.")
+    print(f"\n{summary_table(data)}\n\n{cache_table(data)}\n")
+    print(f"Written to {folder}: report.html, report.json.")
     return folder
 
 

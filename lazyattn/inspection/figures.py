@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from lazyattn.inspection.cache import cache_data
 from lazyattn.inspection.measure import Measured
 from lazyattn.inspection.sequences import LENGTH, THRESHOLD, InsertedToken, SinkMetric
 from lazyattn.inspection.tiles import SIZES, cost_over_softmax
@@ -86,6 +87,7 @@ def model_data(
         "allocation": _allocation(found.measured),
         "distance": _distance(found.measured),
         "bias": learned.get("bias"),
+        "cache": cache_data(model),
         "sink": {
             "by_position": _plain(found.sink.by_position),
             "first_weight": _plain(found.sink.first_weight),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lazyattn.inspection.cache import cache_section
 from lazyattn.inspection.sections import SECTIONS, Section
 from lazyattn.quantity import quantity
 
@@ -53,14 +54,14 @@ def page(data: dict[str, Any]) -> str:
 <body>
 <div class="layout">
 <nav aria-label="Contents"><strong>Attention report</strong>
-<ol><li><a href="#summary">At a glance</a></li>{contents}</ol>
+<ol><li><a href="#summary">At a glance</a></li>{contents}<li><a href="#cache">Cache</a></li></ol>
 <button id="theme" type="button">Dark colours</button></nav>
 <main>
 <header><h1>{title}</h1>{_about(data)}</header>
 <section id="summary"><h2>At a glance</h2>
 <p>Means over all layers and heads, unless a row says otherwise.</p>
 <figure><div class="scroll">{_summary(models)}</div></figure></section>
-{"".join(_section(s) for s in sections)}
+{"".join(_section(s) for s in sections)}{cache_section(models)}
 <noscript>The figures are drawn by a script inside this page, which is switched off.</noscript>
 </main>
 </div>

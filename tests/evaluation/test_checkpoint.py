@@ -1,6 +1,7 @@
 """`--mode=eval` and `--mode=sample` on the folder of a run, called as train.py does."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -162,7 +163,9 @@ def test_the_harness_is_run_and_its_results_kept(trained, tmp_path, capsys, monk
 
 def test_one_prompt_streams_into_what_several_print(trained, capsys):
     sample(trained, ["no word"], GREEDY)
-    alone = capsys.readouterr().out
+    alone, said = capsys.readouterr()
+    assert re.match(r"cache: .* kB for 1 row of \d+ tokens, float32, 100\.0% of all keys", said)
+    assert "cache: every head holds all keys, since the model has no qk_norm" in said
     sample(trained, ["no word", "a"], GREEDY)
     together = capsys.readouterr().out
     assert alone.startswith("no word") and alone.endswith("\n")

@@ -95,6 +95,7 @@ def call(
     parameters: dict[str, Array],
     skip_mass: float = 1e-6,
     window: int | None = None,
+    segment_ids: Array | None = None,
 ) -> tuple[Problem, Inputs]:
     """Returns what a backend gets of a call; arguments as from the functions above."""
     query, key, value, *_ = tensors
@@ -107,7 +108,7 @@ def call(
         parameters.get("offset"),
         offset_divisor="visible",
         renormalize=False,
-        segment_ids=None,
+        segment_ids=segment_ids,
         query_start=None,
         chunk_starts=None,
         window=None if window is None or window >= key.shape[1] else window,

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import cases, timing
-from pallas_kernels.mosaic_gpu import config, op
+from pallas_kernels.mosaic_gpu import backend
 from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
-from pallas_kernels.mosaic_gpu.planning import by_triton
-from pallas_kernels.types import Visibility
+from pallas_kernels.mosaic_gpu.row_stats import Residuals
+from pallas_kernels.problem import Inputs
 
 KERNELS = (
     "inference",
@@ -76,64 +76,43 @@ class Job:
     run: Callable[[], Any] | None = None
 
 
-def _kernels(plan: Plan, arrays: Any, table: Any) -> op.Kernels:
-    query, key, value, bias, slope, offset, visibility = arrays
-    return op.Kernels(
-        plan, query, key, value, visibility.first, visibility.offset_scale, bias, slope, offset,
-        table.falling, table.rising, table.tail,
-    )  # fmt: skip
-
-
-def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Any, Any]:
-    query, key, value, d_out = cases.tensors(shape, "bfloat16", seed=0)
+def _inputs(case: str, shape: cases.Shape) -> tuple[Plan, Inputs, Any]:
+    tensors = cases.tensors(shape, "bfloat16", seed=0)
     parameters = cases.parameters(case, shape, _WIDTH.value, None)
-    position = jnp.arange(1, shape.length + 1, dtype=jnp.float32)
-    scale = jnp.broadcast_to(1 / position, (shape.batch, shape.length))
-    visibility = Visibility(jnp.zeros(scale.shape, jnp.int32), scale)
-    bias, slope = parameters["distance_bias"], parameters.get("distance_slope")
-    offset = parameters["offset"] if _OFFSET.value else None
-    if offset is None and config.is_elastic(shape.head_dim, False):
-        offset = jnp.zeros(shape.heads, jnp.float32)
-    plan = Plan(
-        scale=shape.head_dim**-0.5,
-        skip_mass=1e-6,
-        skip_dead=True,
-        packed=False,
-        width=min(_WIDTH.value, shape.length),
-        has_slope=slope is not None,
-        has_offset=offset is not None,
-        by_triton=by_triton.available(),
-        blocks=config.blocks(shape.head_dim, min(_WIDTH.value, shape.length), offset is not None),
-    )
-    return plan, (query, key, value, bias, slope, offset, visibility), d_out
+    if not _OFFSET.value:
+        del parameters["offset"]
+    problem, inputs = cases.call(tensors, parameters)
+    return backend.plan(problem), inputs, tensors[3]
+
+
+def _table(plan: Plan, inputs: Inputs) -> Any:
+    return backend.table(plan, inputs.distance_bias, inputs.distance_slope, inputs.query.shape[1])
 
 
 def measure(shape: cases.Shape) -> None:
     """Times everything at one shape and prints it."""
-    jobs: list[tuple[Job, Plan, Any, Any]] = []
+    jobs: list[tuple[Job, Plan, Inputs, Any]] = []
     tiles: dict[str, tuple[float, float]] = {}
     for case in _CASES.value:
-        plan, arrays, d_out = _inputs(case, shape)
+        plan, inputs, d_out = _inputs(case, shape)
 
         @jax.jit
-        def before(arrays, d_out, plan=plan):
-            table = op.planning(plan).table(
-                plan, *arrays[3:5], arrays[0].shape[2], arrays[0].shape[1]
-            )
-            kernels = _kernels(plan, arrays, table)
+        def before(inputs, d_out, plan=plan):
+            table = _table(plan, inputs)
+            kernels = backend.Kernels(plan, inputs, table)
             visits = kernels.visits(table.maxima)
             found = kernels.forward(visits, training=True)
             live = visits.first if found["live"] is None else found["live"]
             ranges = kernels.key_ranges(visits.first, live, visits.work)
             if plan.has_offset:
                 found["out"] = None
-            residuals = op.Residuals(*(found[name] for name in op.Residuals._fields))
+            residuals = Residuals(*(found[name] for name in Residuals._fields))
             _, rows, *_ = kernels.backward_query(
                 residuals, visits.first, live, visits.no_overflow, ranges, d_out
             )
             return residuals, rows, visits, live, d_out, table
 
-        saved = before(arrays, d_out)
+        saved = before(inputs, d_out)
         unit = jnp.arange(saved[2].first.shape[-1])
         every = shape.batch * shape.heads * (unit + 1).sum()
         visited, live = ((unit + 1 - x).sum() for x in (saved[2].first, saved[3]))
@@ -145,14 +124,14 @@ def measure(shape: cases.Shape) -> None:
             for block in candidates(kernel, shape.head_dim, getattr(plan.blocks, kernel)):
                 blocks = dataclasses.replace(plan.blocks, **{kernel: block})
                 job = Job(case, kernel, block)
-                jobs.append((job, dataclasses.replace(plan, blocks=blocks), arrays, saved))
+                jobs.append((job, dataclasses.replace(plan, blocks=blocks), inputs, saved))
 
-    def compiled(item: tuple[Job, Plan, Any, Any]) -> None:
-        job, plan, arrays, saved = item
+    def compiled(item: tuple[Job, Plan, Inputs, Any]) -> None:
+        job, plan, inputs, saved = item
 
-        def run(arrays, saved):
+        def run(inputs, saved):
             residuals, rows, visits, live, d_out, table = saved
-            kernels = _kernels(plan, arrays, table)
+            kernels = backend.Kernels(plan, inputs, table)
             if job.kernel in ("inference", "forward"):
                 return kernels.forward(visits, training=job.kernel == "forward")["out"]
             ranges = kernels.key_ranges(visits.first, live, visits.work)
@@ -166,9 +145,9 @@ def measure(shape: cases.Shape) -> None:
             return kernels.backward_bias(rows, ranges, d_out)
 
         try:
-            program = jax.jit(run).lower(arrays, saved).compile()
-            jax.block_until_ready(program(arrays, saved))
-            job.run = lambda: program(arrays, saved)
+            program = jax.jit(run).lower(inputs, saved).compile()
+            jax.block_until_ready(program(inputs, saved))
+            job.run = lambda: program(inputs, saved)
         except Exception as error:
             print(job.case, job.kernel, job.block, str(error).splitlines()[0][:150], flush=True)
 

@@ -23,9 +23,9 @@ from jax.experimental import topologies
 
 from lazyattn import lazy_attention, paths
 from pallas_kernels import gpu
-from pallas_kernels.mosaic_gpu import op
+from pallas_kernels.mosaic_gpu import backend
 
-assert op  # What it imports sets MOSAIC_GPU_CUDA_ROOT, which --cuda_root replaces.
+assert backend  # What it imports sets MOSAIC_GPU_CUDA_ROOT, which --cuda_root replaces.
 
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "Sequence length.")

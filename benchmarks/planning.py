@@ -30,17 +30,16 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from benchmarks import cases, timing
-from lazyattn import paths
+from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
-from pallas_kernels.mosaic_gpu import config, forward, op
-from pallas_kernels.mosaic_gpu.plan import Plan
-from pallas_kernels.types import AttentionSettings, Visibility
+from pallas_kernels import problem
+from pallas_kernels.mosaic_gpu import backend, forward
+from pallas_kernels.mosaic_gpu.row_stats import Residuals
 
 _PLANNERS = ("triton", "xla")
-_SETTINGS = AttentionSettings(scale=0.125, skip_mass=1e-6)
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["16x16x2048x64", "4x16x4096x64", "1x16x16384x64"], "As for attention.py."
@@ -84,25 +83,24 @@ HEAD = (
 )
 
 
-def visibility(shape: cases.Shape, documents: int) -> Visibility:
-    """Returns what queries see in rows of so many documents."""
+def segment_ids(shape: cases.Shape, documents: int) -> Int[Array, "batch length"] | None:
+    """Returns rows of so many documents of equal length; None: one."""
+    if documents == 1:
+        return None
     place = jnp.arange(shape.length, dtype=jnp.int32)
-    size = shape.length // documents
-    first = jnp.broadcast_to(place // size * size, (shape.batch, shape.length))
-    return Visibility(first, 1 / (place - first + 1).astype(jnp.float32))
+    return jnp.broadcast_to(place // (shape.length // documents), (shape.batch, shape.length))
 
 
-def training(packed: bool, planner: str) -> Callable[..., Any]:
-    """Returns a function of (tensors, parameters, visibility): out and all gradients."""
+def training(planner: str) -> Callable[..., Any]:
+    """Returns a function of (tensors, parameters, segment ids): out and all gradients."""
 
-    def run(tensors: Any, parameters: dict[str, Array], seen: Visibility) -> Any:
+    def run(tensors: Any, parameters: dict[str, Array], ids: Array | None) -> Any:
         query, key, value, d_out = tensors
 
         def attention(query, key, value, parameters):
-            given = (parameters.get(x) for x in ("distance_bias", "distance_slope", "offset"))
-            return op.attention(
-                *(query, key, value), *given, seen, _SETTINGS, packed=packed, planner=planner
-            )
+            settings = {"segment_ids": ids, "implementation": "mosaic_gpu"}
+            with problem.options(planner=planner):
+                return lazy_attention(query, key, value, **parameters, **settings)
 
         out, vjp = jax.vjp(attention, query, key, value, parameters)
         return out, vjp(d_out)
@@ -113,44 +111,30 @@ def training(packed: bool, planner: str) -> Callable[..., Any]:
 class Planning:
     """The planning alone, of calls of one shape and case, by one planner.
 
-    Its functions take tensors, parameters and visibility.
+    Its functions take tensors, parameters and segment ids.
     """
 
-    def __init__(self, shape: cases.Shape, packed: bool, parameters: Any, planner: str):
-        width = min(_WIDTH.value, shape.length)
-        self.plan = Plan(
-            scale=_SETTINGS.scale,
-            skip_mass=_SETTINGS.skip_mass,
-            skip_dead=True,
-            packed=packed,
-            width=width,
-            has_slope="distance_slope" in parameters,
-            has_offset="offset" in parameters,
-            blocks=config.blocks(shape.head_dim, width, "offset" in parameters),
-            by_triton=planner == "triton",
-        )
+    def __init__(self, planner: str):
+        self.planner = planner
 
-    def _kernels(self, tensors: Any, parameters: Any, seen: Visibility) -> tuple[op.Kernels, Any]:
-        query, key, value = tensors[:3]
-        bias, slope, offset = (
-            parameters.get(x) for x in ("distance_bias", "distance_slope", "offset")
-        )
-        table = op.planning(self.plan).table(self.plan, bias, slope, query.shape[2], query.shape[1])
-        kernels = op.Kernels(
-            self.plan, query, key, value, seen.first, seen.offset_scale, bias, slope, offset,
-            table.falling, table.rising, table.tail,
-        )  # fmt: skip
-        return kernels, table
+    def _kernels(
+        self, tensors: Any, parameters: Any, ids: Array | None
+    ) -> tuple[backend.Kernels, Any]:
+        with problem.options(planner=self.planner):
+            call, inputs = cases.call(tensors, parameters, segment_ids=ids)
+        plan, length = backend.plan(call), inputs.query.shape[1]
+        table = backend.table(plan, inputs.distance_bias, inputs.distance_slope, length)
+        return backend.Kernels(plan, inputs, table), table
 
-    def leftovers(self, tensors: Any, parameters: Any, seen: Visibility) -> tuple[Any, ...]:
+    def leftovers(self, tensors: Any, parameters: Any, ids: Array | None) -> tuple[Any, ...]:
         """Returns what the attention kernels leave: live, of_offset, sums, tail_sums."""
-        kernels, table = self._kernels(tensors, parameters, seen)
+        kernels, table = self._kernels(tensors, parameters, ids)
         visits = kernels.visits(table.maxima)
         found = kernels.forward(visits, training=True)
         live = visits.first if found["live"] is None else found["live"]
         ranges = kernels.key_ranges(visits.first, live, visits.work)
-        saved = found | {"out": None} if self.plan.has_offset else found
-        residuals = op.Residuals(*(saved[name] for name in op.Residuals._fields))
+        saved = found | {"out": None} if kernels.plan.has_offset else found
+        residuals = Residuals(*(saved[name] for name in Residuals._fields))
         _, rows, of_offset, tail_sums = kernels.backward_query(
             residuals, visits.first, live, visits.no_overflow, ranges, tensors[3]
         )
@@ -159,13 +143,13 @@ class Planning:
             sums = kernels.backward_bias(rows, ranges, tensors[3])
         return live, of_offset, sums, tail_sums
 
-    def once(self, tensors: Any, parameters: Any, seen: Visibility, leftovers: Any) -> Any:
+    def once(self, tensors: Any, parameters: Any, ids: Array | None, leftovers: Any) -> Any:
         """Returns all that a training call plans."""
         live, of_offset, sums, tail_sums = leftovers
-        kernels, table = self._kernels(tensors, parameters, seen)
+        kernels, table = self._kernels(tensors, parameters, ids)
         visits = kernels.visits(table.maxima)
-        order = forward.order(self.plan, True, kernels.query, kernels.key)
-        orders = op.planning(self.plan).tile_orders(visits.work, kernels.group, [order])
+        order = forward.order(kernels.plan, True, kernels.query, kernels.key)
+        orders = kernels.planning.tile_orders(visits.work, kernels.group, [order])
         # As between forward and backward pass, whose orders are made apart.
         visits = lax.optimization_barrier(visits)
         ranges = kernels.key_ranges(visits.first, live, visits.work)
@@ -198,16 +182,17 @@ def measure(case: str, documents: int, shapes: list[cases.Shape]) -> list[Line]:
     lines = []
     for shape in shapes:
         parameters = cases.parameters(case, shape, _WIDTH.value)
-        args = (cases.tensors(shape, "bfloat16", seed=0), parameters, visibility(shape, documents))
+        ids = segment_ids(shape, documents)
+        args = (cases.tensors(shape, "bfloat16", seed=0), parameters, ids)
         for planner in _PLANNERS:
             line = Line(str(shape), case, documents, planner)
             lines.append(line)
-            plans = Planning(shape, documents > 1, parameters, planner)
+            plans = Planning(planner)
             kinds = jax.eval_shape(plans.leftovers, *args)
             leftovers = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
             jobs.append((line, "once", plans.once, (*args, leftovers)))
             jobs.append((line, "planning", plans.many, (*args, leftovers)))
-            jobs.append((line, "training", training(documents > 1, planner), args))
+            jobs.append((line, "training", training(planner), args))
 
     def compiled(job: tuple[Line, str, Any, tuple[Any, ...]]) -> Any:
         line, name, function, args = job

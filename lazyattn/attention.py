@@ -8,6 +8,7 @@ it does not.
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from lazyattn import explicit_mesh, placement, reference
+from lazyattn import explicit_mesh, reference
 from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
 from lazyattn.compile_target import check_platform
 from lazyattn.derivatives import first_order_reverse_mode
@@ -26,7 +27,6 @@ from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
-from pallas_kernels.types import AttentionSettings
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -259,7 +259,7 @@ def _names() -> str:
 
 
 def _run_xla(call: Call) -> Any:
-    visibility = call.visibility()
+    segment_start, offset_scale = call.visibility()
     out, weights = reference.lazy_attention(
         call.query,
         call.key,
@@ -268,8 +268,8 @@ def _run_xla(call: Call) -> Any:
         call.distance_slope,
         call.offset,
         call.position(),
-        visibility.first,
-        offset_scale=visibility.offset_scale,
+        segment_start,
+        offset_scale=offset_scale,
         renormalize=call.renormalize,
         scale=call.scale,
     )
@@ -303,30 +303,6 @@ def _fused_unsupported(call: Call) -> str | None:
     return None
 
 
-def _mosaic_gpu_unsupported(call: Call) -> str | None:
-    return _fused_unsupported(call) or mosaic_gpu_support.unsupported(
-        call.query.shape[-1],
-        call.value.shape[-1],
-        call.query.dtype,
-        call.key.shape[1],
-        0 if call.distance_bias is None else call.distance_bias.shape[1],
-    )
-
-
-def _triton_unsupported(call: Call) -> str | None:
-    return _fused_unsupported(call) or triton_support.unsupported(
-        call.query.shape[-1], call.value.shape[-1], call.query.dtype
-    )
-
-
-def _tpu_unsupported(call: Call) -> str | None:
-    batch, _, heads, head_dim = call.query.shape
-    shape = (batch, call.key.shape[1], heads, head_dim)
-    return _fused_unsupported(call) or tpu_support.unsupported(
-        shape, call.key.shape[2], call.value.shape[-1], call.query.dtype
-    )
-
-
 def _run_backend(name: str, call: Call) -> Float[Array, "batch length heads value_dim"]:
     return attention.attention(
         name,
@@ -337,47 +313,23 @@ def _run_backend(name: str, call: Call) -> Float[Array, "batch length heads valu
     )
 
 
-def _backend(
-    name: str, unsupported: Callable[[Call], str | None], *platforms: str
-) -> Implementation:
-    return Implementation(
-        name, unsupported, functools.partial(_run_backend, name), platforms or None
-    )
+def _fused(name: str, support: ModuleType, *platforms: str) -> Implementation:
+    def unsupported(call: Call) -> str | None:
+        return _fused_unsupported(call) or support.unsupported(call.problem(), call.query.shape[0])
 
-
-def _run_mosaic_gpu(call: Call) -> Float[Array, "batch length heads head_dim"]:
-    from pallas_kernels.mosaic_gpu import op
-
-    return _run_fused(op, call)
-
-
-def _run_fused(op: Any, call: Call) -> Float[Array, "batch length heads head_dim"]:
-    def parameter(x: Array | None) -> Array | None:
-        return None if x is None else x.astype(jnp.float32)
-
-    query, visibility = placement.fill(call)
-    out = op.attention(
-        query,
-        call.key,
-        call.value,
-        parameter(call.distance_bias),
-        parameter(call.distance_slope),
-        parameter(call.offset),
-        visibility,
-        AttentionSettings(call.scale, call.skip_mass),
-        packed=call.narrowed,
-    )
-    return placement.take(call, out)
+    return Implementation(name, unsupported, functools.partial(_run_backend, name), platforms)
 
 
 # Best first. A kernel joins by an entry here; callers never name one.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
-        Implementation("mosaic_gpu", _mosaic_gpu_unsupported, _run_mosaic_gpu, ("gpu",)),
-        _backend("tpu", _tpu_unsupported, "tpu"),
-        _backend("triton", _triton_unsupported, "gpu"),
-        _backend("xla_chunked", _chunked_unsupported),
+        _fused("mosaic_gpu", mosaic_gpu_support, "gpu"),
+        _fused("tpu", tpu_support, "tpu"),
+        _fused("triton", triton_support, "gpu"),
+        Implementation(
+            "xla_chunked", _chunked_unsupported, functools.partial(_run_backend, "xla_chunked")
+        ),
         Implementation("xla", lambda call: None, _run_xla),
     )
 }

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels.problem import Inputs, Problem, current_options
-from pallas_kernels.types import Visibility
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -96,8 +95,8 @@ class Call:
             return list(self.chunk_starts)
         return list(jnp.clip(self.chunk_starts, 0, last))
 
-    def visibility(self) -> Visibility:
-        """Returns the first key each query sees, and its factor of tau."""
+    def visibility(self) -> tuple[Int[Array, "batch length"], Float[Array, "batch length"]]:
+        """Returns the first key that each query sees, and its factor of tau."""
         position = self.position()
         if self.segment_ids is None:
             first = jnp.zeros_like(position)
@@ -114,7 +113,7 @@ class Call:
             scale = 1 / (position - first + 1).astype(dtype)
         else:
             scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)
-        return Visibility(first, scale)
+        return first, scale
 
     def problem(self) -> Problem:
         """Returns what backends know of the call when it is traced."""
@@ -143,13 +142,13 @@ class Call:
         def parameter(x: Array | None) -> Array | None:
             return None if x is None else x.astype(dtype)
 
-        visibility = self.visibility()
+        segment_start, offset_scale = self.visibility()
         return Inputs(
             query=self.query,
             key=self.key,
             value=self.value,
-            segment_start=visibility.first,
-            offset_scale=visibility.offset_scale,
+            segment_start=segment_start,
+            offset_scale=offset_scale,
             distance_bias=parameter(self.distance_bias),
             distance_slope=parameter(self.distance_slope),
             offset=parameter(self.offset),

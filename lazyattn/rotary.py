@@ -70,7 +70,7 @@ def norm_rotate(
     known = implementation is None or implementation in IMPLEMENTATIONS
     require(known, "implementation", implementation, allowed)
     head_dim = x.shape[-1]
-    reason = triton_support.unsupported(head_dim, head_dim, x.dtype)
+    reason = triton_support.refusal(head_dim, head_dim, x.dtype)
     if implementation == "triton":
         require(reason is None, "implementation", implementation, f'"xla" or None, since {reason}')
     if implementation == "xla" or reason is not None:

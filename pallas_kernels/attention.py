@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import placement
-from pallas_kernels.batching import over_batch_of_trees
+from pallas_kernels.batching import over_batch
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.problem import Gradients, Inputs, Problem
 from pallas_kernels.varying import vary_alike
@@ -192,4 +192,4 @@ def _forward(
 def _batched(name: str, run: Any, rows: Any, shared: Any) -> Any:
     if backend(name).PLAIN_JAX:
         return run(1, rows, shared)
-    return over_batch_of_trees(run, rows, shared)
+    return over_batch(run, rows, shared)

@@ -11,7 +11,7 @@ from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.varying import vary_alike
 
 
-def over_batch_of_trees(run: Callable[[int, Any, Any], Any], rows: Any, shared: Any) -> Any:
+def over_batch(run: Callable[[int, Any, Any], Any], rows: Any, shared: Any) -> Any:
     """Returns run(1, rows, shared), in a form that can be vmapped.
 
     Args:
@@ -32,14 +32,14 @@ def over_batch_of_trees(run: Callable[[int, Any, Any], Any], rows: Any, shared: 
         return vary_alike(*found, like=leaves)
 
     is_shared = [False] * len(jax.tree.leaves(rows)) + [True] * len(jax.tree.leaves(shared))
-    found = over_batch(flat, is_shared, 1)(*leaves)
+    found = _over_batch(flat, is_shared, 1)(*leaves)
     # None is no array, and can't be returned through a batching rule.
     return jax.tree.unflatten(form, found)
 
 
-def over_batch(
-    run: Callable[..., Any], parameters: Sequence[bool], groups: int = 1
-) -> Callable[..., Any]:
+def _over_batch(
+    run: Callable[..., list[Array]], parameters: Sequence[bool], groups: int
+) -> Callable[..., list[Array]]:
     """Returns `run` as a function of arrays that can be vmapped.
 
     Args:
@@ -79,12 +79,10 @@ def over_batch(
                     x = jnp.broadcast_to(x, (size, *x.shape))
                 return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-            folded = over_batch(run, parameters, size * groups)(
+            folded = _over_batch(run, parameters, size * groups)(
                 *map(fold, arrays, mapped, parameters)
             )
-            results = jax.tree.map(
-                lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), folded
-            )
-        return results, jax.tree.map(lambda _: True, results)
+            results = [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in folded]
+        return results, [True] * len(results)
 
     return call

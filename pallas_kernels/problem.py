@@ -11,7 +11,7 @@ Queries and keys are cut into tiles. For one head, a tile of queries x keys is
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,14 @@ class Options:
         visited tile in full.
       interpret: parameters of Pallas's interpret mode; None: kernels are compiled.
       launch_triton: called in place of `triton.call.launch`; None: jax-triton launches.
+      planner: what plans calls of the Hopper kernels, "triton" or "xla"; None: Triton where
+        there is jax-triton.
     """
 
     skip_dead: bool = True
     interpret: Any = None
     launch_triton: Any = None
+    planner: Literal["triton", "xla"] | None = None
 
 
 _options = jax.make_user_context(Options())

@@ -35,7 +35,7 @@ def _triton(call: Call) -> Array:
 
 def _triton_unsupported(call: Call) -> str | None:
     head_dim = call.query.shape[-1]
-    return triton_support.unsupported(head_dim, head_dim, call.query.dtype)
+    return triton_support.refusal(head_dim, head_dim, call.query.dtype)
 
 
 def _does_all(call: Call) -> str | None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.config import Blocks
+from pallas_kernels.problem import Problem
 
 LOG2_E = math.log2(math.e)
 # A running maximum below any other, finite so that differences stay numbers.
@@ -61,37 +62,31 @@ def reference(distance_bias: Float[Array, "heads width"]) -> Float[Array, " head
     return jnp.where(first == -jnp.inf, 0, first)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when a call is traced.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Problem):
+    """A call, and how it is done.
 
     Attributes:
-      scale: factor of the scores.
-      skip_mass: softmax mass a row may lose to negligible tiles.
-      skip_dead: leave dead tiles out of what they don't contribute to.
-      packed: some query does not see the first key of its row: documents, or a window.
-      width: length of the bias table, at most the sequence's; 0: no bias.
-      has_slope: the bias goes on past its table.
-      has_offset: Elastic-Softmax rather than softmax.
       blocks: of every kernel.
-      interpret: parameters of interpret mode, or None.
       by_triton: plan the call by Triton kernels.
       fetch_by_warpgroup: all of a warpgroup fetches rather than one warp of it. Interpret
         mode knows no warps, and nor does Pallas inside a `shard_map` that checks what
         varies.
     """
 
-    scale: float
-    skip_mass: float
-    skip_dead: bool
-    packed: bool
-    width: int
-    has_slope: bool
-    has_offset: bool
     blocks: Blocks
-    interpret: object = None
     by_triton: bool = False
     fetch_by_warpgroup: bool = False
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows, and numbers a head, by which the kernels want queries, keys and values longer.
+
+        TMA clips what lies past the end, but wants whole groups of 8 rows; interpret mode wants
+        whole tiles.
+        """
+        rows = -self.length % (8 if self.interpret is None else 128)
+        return rows, config.padded_head_dim(self.head_dim) - self.head_dim
 
     @property
     def reach(self) -> int:

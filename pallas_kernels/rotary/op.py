@@ -36,10 +36,11 @@ def norm_rotate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _norm_rotate(x: Array, scale: Array, cos: Array, sin: Array, epsilon: float) -> Array:
-    def run(_: int, *arrays: Array) -> Array:
-        return kernels.forward(epsilon, *arrays)
+    def run(_: int, rows: tuple[Array, ...], scale: Array) -> Array:
+        x, *angles = rows
+        return kernels.forward(epsilon, x, scale, *angles)
 
-    return over_batch(run, (False, True, False, False))(x, scale, cos, sin)
+    return over_batch(run, (x, cos, sin), scale)
 
 
 def _forward(x: Array, scale: Array, cos: Array, sin: Array, epsilon: float) -> tuple[Array, Any]:
@@ -50,10 +51,13 @@ def _forward(x: Array, scale: Array, cos: Array, sin: Array, epsilon: float) -> 
 
 @traced_by_own_settings(narrow=True)
 def _backward(epsilon: float, kept: Any, d_out: Array) -> tuple[Array | None, ...]:
-    def run(_: int, *arrays: Array) -> tuple[Array, Array]:
-        return kernels.backward(epsilon, *arrays)
+    x, scale, *angles = kept
 
-    d_x, d_scale = over_batch(run, (False, True, False, False, False))(*kept, d_out)
+    def run(_: int, rows: tuple[Array, ...], scale: Array) -> tuple[Array, Array]:
+        x, *rest = rows
+        return kernels.backward(epsilon, x, scale, *rest)
+
+    d_x, d_scale = over_batch(run, (x, *angles, d_out), scale)
     return d_x, jnp.sum(d_scale, axis=0), None, None
 
 

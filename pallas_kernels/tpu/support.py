@@ -2,11 +2,11 @@
 
 import re
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 
 from pallas_kernels import target
+from pallas_kernels.problem import Problem
 from pallas_kernels.tpu import config
 
 GENERATIONS = target.TPU_GENERATIONS
@@ -46,26 +46,19 @@ def generation_of(device_kind: str) -> str | None:
     return named
 
 
-def unsupported(shape: tuple[int, ...], key_heads: int, value_dim: int, dtype: Any) -> str | None:
-    """Returns why a call can't be done, as the end of "... since ..."; None: it can.
-
-    Args:
-      shape: of the queries, [batch, length, heads, head_dim].
-      key_heads: heads of the keys.
-      value_dim: head size of the values.
-      dtype: of the inputs.
-    """
+def unsupported(problem: Problem, batch: int) -> str | None:
+    """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
     tpu = generation()
     if tpu is None:
         if target.platform() == "tpu":
             return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
         return f"it needs a TPU and JAX runs on {target.platform()!r}"
-    batch, length, heads, head_dim = shape
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"
-    if value_dim != head_dim:
-        return f"value_dim is {value_dim} and head_dim {head_dim}"
-    if str(dtype) not in ("float32", "bfloat16"):
-        return f"inputs are {dtype}"
-    itemsize = 4 if str(dtype) == "float32" else 2
-    return config.refusal(tpu, batch, heads, length, head_dim, itemsize)
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {problem.head_dim}, above {MAX_HEAD_DIM}"
+    if problem.value_dim != problem.head_dim:
+        return f"value_dim is {problem.value_dim} and head_dim {problem.head_dim}"
+    if problem.dtype not in ("float32", "bfloat16"):
+        return f"inputs are {problem.dtype}"
+    return config.refusal(
+        tpu, batch, problem.heads, problem.length, problem.head_dim, problem.itemsize
+    )

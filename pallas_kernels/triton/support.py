@@ -5,12 +5,19 @@ from typing import Any
 
 from pallas_kernels import target
 from pallas_kernels.gpu import compute_capability
+from pallas_kernels.problem import Problem
 
 MAX_HEAD_DIM = 256
 
 
-def unsupported(head_dim: int, value_dim: int, dtype: Any) -> str | None:
+def unsupported(problem: Problem, batch: int) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
+    del batch
+    return refusal(problem.head_dim, problem.value_dim, problem.dtype)
+
+
+def refusal(head_dim: int, value_dim: int, dtype: Any) -> str | None:
+    """Returns why kernels can't do these sizes here, like `unsupported`."""
     capability = compute_capability()
     if capability is None:
         return f"it needs an NVIDIA GPU and JAX runs on {target.platform()!r}"

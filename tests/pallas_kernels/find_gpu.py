@@ -5,6 +5,6 @@ import sys
 from pallas_kernels.triton import support
 
 if __name__ == "__main__":
-    reason = support.unsupported(64, 64, "bfloat16")
+    reason = support.refusal(64, 64, "bfloat16")
     if reason is not None:
         sys.exit(f"make test-gpu can't run here, since {reason}; BUILD.md says what it takes.")

@@ -8,8 +8,8 @@ from unittest import mock
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu
-from pallas_kernels.mosaic_gpu import config, op
+from pallas_kernels import gpu, problem
+from pallas_kernels.mosaic_gpu import config
 from tests import oracle
 from tests.pallas_kernels import kernel_suite as suite
 
@@ -73,8 +73,8 @@ CHECKS = {
 
 def main() -> None:
     """Checks the named cases, output and gradients."""
-    op.interpret = plgpu.InterpretGPUParams(detect_races=True)
-    with gpu.pretend_capability(90):
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    with gpu.pretend_capability(90), problem.options(interpret=interpret):
         for name in sys.argv[1:]:
             if name in CHECKS:
                 CHECKS[name]()

@@ -7,22 +7,14 @@ import pytest
 from pallas_kernels.mosaic_gpu import bias_table, config
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.plan import LOG2_E, UNIT, Plan
+from tests.pallas_kernels.problems import problem
 
 UNITS = 12
 
 
 def _plan(width, has_slope=True):
-    return Plan(
-        scale=1.0,
-        skip_mass=0.0,
-        skip_dead=True,
-        packed=False,
-        width=width,
-        has_slope=has_slope,
-        has_offset=True,
-        blocks=config.blocks(64, width),
-        interpret=object(),
-    )
+    call = problem(width=width, has_slope=has_slope, interpret=object())
+    return Plan(**call.facts(), blocks=config.blocks(64, width))
 
 
 @pytest.mark.parametrize("width", [0, 1, 64, 65, 66, 300, UNITS * UNIT])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic_gpu import support
+from tests.pallas_kernels.problems import problem
 
-_REASON = support.unsupported(64, 64, "bfloat16", 64, 64)
+_REASON = support.unsupported(problem(), 1)
 if _REASON is not None:
     pytest.skip(f"no Hopper kernels here: {_REASON}", allow_module_level=True)
 

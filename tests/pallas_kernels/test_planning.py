@@ -13,6 +13,7 @@ from pallas_kernels.mosaic_gpu.plan import Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from tests import oracle
+from tests.pallas_kernels.problems import problem
 
 # Lengths that are and aren't a multiple of a unit, tables shorter and longer than them; with
 # and without slope, table, offset, documents, skipped tiles.
@@ -31,16 +32,17 @@ def _plan(case, args, skip_mass):
     length, heads = args["query"].shape[1:3]
     bias = args.get("distance_bias")
     width = 0 if bias is None else bias.shape[1]
-    plan = Plan(
+    call = problem(
+        length=length,
+        heads=heads,
         scale=-0.3,
         skip_mass=skip_mass,
-        skip_dead=True,
         packed=bool(case.documents),
         width=min(width, length),
         has_slope=args.get("distance_slope") is not None,
         has_offset=args.get("offset") is not None,
-        blocks=config.blocks(64, 0),
     )
+    plan = Plan(**call.facts(), blocks=config.blocks(64, 0))
     return plan, length, heads
 
 

@@ -1,31 +1,18 @@
 """How a tile's keys are dealt out over strips, halves and rows."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-from lazyattn.attention import Call
 from pallas_kernels.tpu import backend, config
 from pallas_kernels.tpu.buffers import ALONE, HALF, Layout, half_of, strips
 from pallas_kernels.tpu.support import pretend_generation
+from tests.pallas_kernels.problems import problem
 
 
 def _plan(dtype):
-    x = jax.ShapeDtypeStruct((1, 4096, 1, 128), dtype)
-    call = Call(
-        *(x, x, x, None, None, None),
-        offset_divisor="visible",
-        renormalize=False,
-        segment_ids=None,
-        query_start=None,
-        chunk_starts=None,
-        window=None,
-        scale=1.0,
-        skip_mass=0.0,
-        return_weights=False,
-    )
+    call = problem(length=4096, heads=1, head_dim=128, dtype=jnp.dtype(dtype).name)
     with pretend_generation("v5p"):
-        return backend.plan(call.problem())
+        return backend.plan(call)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])

@@ -14,6 +14,7 @@ from lazyattn import InputError, attention, lazy_attention
 from lazyattn.ahead_of_time.libtpu import library
 from pallas_kernels.tpu import config, support
 from tests import oracle
+from tests.pallas_kernels.problems import problem
 
 ARGS = oracle.inputs(oracle.Case("small"))
 
@@ -49,7 +50,9 @@ def test_what_is_refused_by_name():
 def test_memory_is_checked_before_anything_is_compiled():
     def reason(shape, generation="v4", dtype="bfloat16"):
         with support.pretend_generation(generation):
-            return support.unsupported(shape, shape[2], shape[3], dtype)
+            batch, length, heads, dim = shape
+            sizes = dict(length=length, heads=heads, head_dim=dim, value_dim=dim, dtype=dtype)
+            return support.unsupported(problem(**sizes), batch)
 
     assert reason((1, 32768, 16, 128)) is None
     assert "MiB of VMEM at length 524288" in reason((1, 524288, 16, 128))

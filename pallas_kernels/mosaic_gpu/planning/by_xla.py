@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -227,18 +226,9 @@ def gradients(
             near = near.reshape(*near.shape[:2], -1)
         else:
             near = bias_lib.join_diagonals(near[:, :, :distances, :-1])
-        heads, reached = near.shape[1], min(near.shape[2], length)
-        parameters = [jnp.zeros((heads, width)), jnp.zeros(heads) if has_slope else None]
-
-        def expand(distance_bias, distance_slope):
-            return bias_lib.expand(distance_bias, distance_slope, reached)
-
-        _, vjp = jax.vjp(expand, *parameters)
-        d_bias, d_slope = jax.vmap(vjp)(near[:, :, :reached])
-        if tail_sums is not None:
-            past = by_group(tail_sums).sum(axis=(1, 3, 5))
-            # In one fusion with what made it, unlike `at`.
-            end = jnp.arange(width) == width - 1
-            d_bias = d_bias + jnp.where(end, past[:, :, :1], 0)
-            d_slope = d_slope - past[:, :, 1]
+        past = None if tail_sums is None else by_group(tail_sums).sum(axis=(1, 3, 5))
+        reached = min(near.shape[2], length)
+        d_bias, d_slope = bias_lib.adjoint(
+            near[:, :, :reached], width, has_slope=has_slope, past=past
+        )
     return Gradients(d_bias, d_slope, d_offset)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Scalar, Scratch, TilesConsumed
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
@@ -108,15 +108,12 @@ class _Kernel(launch.Kernel):
         ranges_shape: tuple[int, ...],
     ):
         block = _block(plan)
-        super().__init__(plan, block, order(plan, query, key, ranges_shape))
-        batch, _, heads, self.head_dim = query.shape
-        self.group = heads // key.shape[2]
-        self.dtype = query.dtype
+        work_tiles = order(plan, query, key, ranges_shape)
+        super().__init__(plan, block, work_tiles, query, key, table_shape)
         self.kinds = rows_shape[3]
-        self.table_shape = table_shape[1:]
         chunks, self.distances = ranges_shape[2:4]
         self.tables = config.tables(config.bias_tiles(block, self.head_dim), table_shape[1])
-        shape = (batch, chunks, heads, self.distances, 2 * UNIT)
+        shape = (self.batch, chunks, self.heads, self.distances, 2 * UNIT)
         self.results = {"sums": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def scratch(self) -> Scratch:
@@ -270,8 +267,7 @@ class _WorkTile(launch.WorkTile):
 
     def row(self, slot: Scalar, kind: int) -> Float[Array, "64 64"]:
         """Returns one number a query, repeated along its row."""
-        x = plgpu.load(self.ref["rows_smem"].at[slot, kind], layout=ROW, optimized=False)
-        return self.spread(x)
+        return self.spread(self.load_row(self.ref["rows_smem"].at[slot, kind]))
 
     def softmax(self, x: Array, bias: Array, n: Scalar, slot: Scalar, lse: Array) -> Array:
         """Returns softmax weights from the products of step n."""

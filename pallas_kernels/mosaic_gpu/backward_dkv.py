@@ -118,13 +118,9 @@ class _Kernel(launch.Kernel):
         block = plan.blocks.backward_key
         if wanted == ("value",) and plan.blocks.backward_value is not None:
             block, self.name = plan.blocks.backward_value, "lazy_backward_value"
-        super().__init__(plan, block, order(plan, query, key))
+        super().__init__(plan, block, order(plan, query, key), query, key, table_shape)
         self.wanted = wanted
-        self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.group = self.heads // key.shape[2]
-        self.dtype = query.dtype
         self.units, self.kinds = rows_shape[2:4]
-        self.table_shape = table_shape[1:]
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
         self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
@@ -160,8 +156,6 @@ class _Kernel(launch.Kernel):
             scratch |= {"d_key_smem": keys, "d_value_smem": keys}
         if self.want_bias:
             scratch |= diagonals.scratch(block.warpgroups, self.distances)
-        if self.interpret:
-            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def slots(self) -> dict[str, int]:
@@ -300,8 +294,7 @@ class WorkTile(launch.WorkTile):
             after = lax.fori_loop(0, kernel.group, step, self.tiles_consumed)
             return tuple(acc[...] for acc in accs), after
 
-        acc = plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)
-        sums, after = pl.run_scoped(run, *(acc for _ in kernel.wanted))
+        sums, after = pl.run_scoped(run, *(kernel.sums for _ in kernel.wanted))
 
         @pl.when(exists)
         def _():

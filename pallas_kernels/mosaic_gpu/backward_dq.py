@@ -37,7 +37,7 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesConsumed
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
@@ -115,12 +115,8 @@ class _Kernel(launch.Kernel):
         self, plan: Plan, query: Array, key: Array, table_shape: tuple[int, ...], first: Array
     ):
         block = plan.blocks.backward_query
-        super().__init__(plan, block, order(plan, query, key))
-        _, self.length, heads, self.head_dim = query.shape
-        self.group = heads // key.shape[2]
-        self.dtype = query.dtype
+        super().__init__(plan, block, order(plan, query, key), query, key, table_shape)
         self.units = first.shape[-1]
-        self.table_shape = table_shape[1:]
         self.want_tail = plan.has_tail(self.length)
         tiles, self.out_stages = config.query_tiles(block, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
@@ -154,8 +150,6 @@ class _Kernel(launch.Kernel):
         if block.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["d_query_smem"] = rows
-        if self.interpret:
-            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def slots(self) -> dict[str, int]:
@@ -266,13 +260,15 @@ class WorkTile(launch.WorkTile):
             self.offset = ref["offset"][h]
         self.queries.consumer_wait(self.n)
         self.row = row_stats.find(self, self.unit)
+        if self.row.segment_start is not None:
+            self.segment_start = self.row.segment_start
         self.query, self.d_out = self.own("query"), self.own("d_out")
         if self.release_early:
             self.queries.consumer_release(self.n)
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
 
         pipeline.skip(0, self.begin, *self.both)
-        accs = [plgpu.ACC((ROWS, kernel.head_dim), jnp.float32)]
+        accs = [kernel.sums]
         accs += [weight_sums.ACC] if plan.has_offset else []
 
         def sum_tiles(divided: bool) -> _Found:
@@ -311,10 +307,7 @@ class WorkTile(launch.WorkTile):
             # Rare, so one loop for all.
             sums = loop(TileKind.MASKED, begin, end, sums)
         else:
-            masked = None
-            if self.row.last_segment_start is not None:
-                unseen = self.row.last_segment_start + (UNIT - 1)
-                masked = self.last + 1 - lax.div(unseen, jnp.int32(UNIT))
+            masked = self.first_masked(self.last, self.row.last_segment_start)
             sums = bias_table.loops(
                 plan, self.kernel.length, begin, begin, end, loop, sums, masked=masked
             )
@@ -349,7 +342,7 @@ class WorkTile(launch.WorkTile):
             of_offset = found.alive * self.row.offset_scale
             # The forward pass has summed the weights of all tiles there, dead ones too.
             past = tuple(
-                x - found.delta * self.of_rows(ref["past"].at[b, h, self.unit, n])
+                x - found.delta * self.load_row(ref["past"].at[b, h, self.unit, n])
                 for n, x in enumerate(past)
             )
 
@@ -418,16 +411,6 @@ class WorkTile(launch.WorkTile):
             lambda: self.lane_sums(x),
         )
 
-    def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:
-        """Returns x for keys in the query's document or after its start, else another number."""
-        start = self.row.segment_start
-        assert start is not None
-        return layout.where_from(x, start - key0, otherwise, interpret=self.interpret)
-
-    def of_rows(self, x: Ref) -> Float[Array, "64"]:
-        """Returns a row vector from global memory."""
-        return plgpu.load(x, layout=ROW, optimized=False)
-
     def step(
         self,
         divided: bool,
@@ -443,10 +426,7 @@ class WorkTile(launch.WorkTile):
         begin = 0.0 * self.row.lse if self.row.delta is None else -self.row.delta
         less = self.spread(begin)
         key0 = (self.last - n) * UNIT
-        bias, _ = bias_table.tile_bias(
-            self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
-            falling=True, whole=True, interpret=self.interpret,
-        )  # fmt: skip
+        bias, _ = self.tile_bias(kind, key0, whole=True)
         key_slot, value_slot = slots
 
         def products(s_acc, d_acc):

@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Scratch, TilesConsumed
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, MASKED, UNIT, Plan, threshold
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
@@ -125,12 +125,8 @@ class _Forward(launch.Kernel):
         units: int,
     ):
         block = plan.blocks.forward if training else plan.blocks.inference
-        super().__init__(plan, block, order(plan, training, query, key))
+        super().__init__(plan, block, order(plan, training, query, key), query, key, table_shape)
         self.training = training
-        batch, self.length, heads, self.head_dim = query.shape
-        self.group = heads // key.shape[2]
-        self.dtype = query.dtype
-        self.table_shape = table_shape[1:]
         self.want_keys = training and plan.has_offset
         self.want_rounding = training and not plan.has_offset
         self.want_tail = self.want_keys and plan.has_tail(self.length)
@@ -140,11 +136,11 @@ class _Forward(launch.Kernel):
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
         used = config.forward_tiles(block, self.head_dim, 1 + self.want_rounding)
         self.tables = config.tables(used, table_shape[1])
-        of_units = (batch, heads, units)
+        of_units = (self.batch, self.heads, units)
         same = jax.ShapeDtypeStruct(query.shape, query.dtype)
         self.results = {"out": same}
         if training:
-            rows = (batch, heads, UNIT * units)
+            rows = (*of_units[:2], UNIT * units)
             self.results["lse"] = jax.ShapeDtypeStruct(rows, jnp.float32)
         if self.want_rounding:
             self.results["rounding"] = same
@@ -181,8 +177,6 @@ class _Forward(launch.Kernel):
             scratch["rounding_smem"] = rows
         if self.training:
             scratch["total_smem"] = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
-        if self.interpret:
-            scratch["spare_smem"] = pipeline.tiled((block.warpgroups, ROWS, UNIT), self.dtype)
         return scratch
 
     def slots(self) -> dict[str, int]:
@@ -230,6 +224,12 @@ class WorkTile(launch.WorkTile):
         load_key = functools.partial(load, self.keys, "key")
         load_value = functools.partial(load, self.values, "value")
 
+        def load_both(before, start, stop):
+            @pl.loop(start, stop)
+            def _(n):
+                load_key(before + n, n)
+                load_value(n, n)
+
         @pipeline.fetching(self.plan)
         def _():
             self.load_own(self.queries, ("query",), self.head)
@@ -246,13 +246,7 @@ class WorkTile(launch.WorkTile):
         diagonal = self.last - lax.div(self.first_query, jnp.int32(UNIT)) + 1
 
         def one_sweep():
-            @pipeline.fetching(self.plan)
-            def _():
-                @pl.loop(0, steps)
-                def _(n):
-                    load_key(n, n)
-                    load_value(n, n)
-
+            pipeline.fetching(self.plan)(lambda: load_both(0, 0, steps))
             return self.next_consumed(steps, steps)
 
         def two_sweeps():
@@ -263,21 +257,11 @@ class WorkTile(launch.WorkTile):
                 pl.loop(0, before)(lambda n: load_key(n, lax.rem(n, steps)))
 
                 # Tiles on the diagonal are always live: no need to know how many more.
-                @pl.loop(0, diagonal)
-                def _(n):
-                    load_key(before + n, n)
-                    load_value(n, n)
+                load_both(before, 0, diagonal)
 
             plgpu.barrier_wait(ref["bound_barrier"])
             live = self.live_steps()
-
-            @pipeline.fetching(self.plan)
-            def _():
-                @pl.loop(diagonal, live)
-                def _(n):
-                    load_key(before + n, n)
-                    load_value(n, n)
-
+            pipeline.fetching(self.plan)(lambda: load_both(before, diagonal, live))
             return self.next_consumed(before + live, live)
 
         return two_sweeps() if twice is True else lax.cond(twice, two_sweeps, one_sweep)
@@ -298,6 +282,7 @@ class WorkTile(launch.WorkTile):
         if plan.has_offset:
             self.offset = ref["offset"][h]
             self.threshold = threshold(self.offset, self.load_rows("offset_scale"))
+        self.last_segment_start = None
         if plan.packed:
             self.segment_start = self.load_rows("segment_start")
             # Documents and windows begin later and later: the last query's masks the most.
@@ -333,7 +318,7 @@ class WorkTile(launch.WorkTile):
 
         def sweep(no_overflow: bool) -> Array:
             add = functools.partial(self.add_values, lse, end, both, no_overflow)
-            return pl.run_scoped(add, self.sums_type)
+            return pl.run_scoped(add, self.kernel.sums)
 
         if self.kernel.one_sweep:
             # Here only where scores are large.
@@ -357,7 +342,7 @@ class WorkTile(launch.WorkTile):
     def sum_no_overflow(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live unit per lane."""
         if self.kernel.keys_at_once:
-            return pl.run_scoped(self.sum_exponentials, *mean_k.accumulators(self.kernel.head_dim))
+            return pl.run_scoped(self.sum_exponentials, self.kernel.sums, weight_sums.ACC)
         lse, farthest = self.sum_exponentials()
         if self.kernel.want_keys:
             mean_k.find(self, lse)
@@ -402,8 +387,9 @@ class WorkTile(launch.WorkTile):
             return total, farthest, lane_sums, bound, past
 
         zero = self.per_row(0.0)
-        start = (zero, self.no_unit(), zero, zero, mean_k.no_past(self))
-        carry = self.steps_by_distance(self.end, step, start, (self.keys, 0))
+        diagonal = self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+        start = (zero, diagonal, zero, zero, mean_k.no_past(self))
+        carry = self.steps(self.end, step, start, (self.keys, 0))
         total, farthest, lane_sums, bound, past = carry
         others = layout.of_neighbours(lane_sums, interpret=self.interpret)
         last = lax.max(self.end, self.begin) - 1
@@ -415,10 +401,10 @@ class WorkTile(launch.WorkTile):
     def sum_any(self) -> tuple[Array, Array]:
         """First sweep with a running maximum: the same results."""
 
-        def step(n, slots, wait, carry):
+        def step(kind, n, slots, wait, carry):
             maximum, total, farthest = carry
-            x, rest, key0 = self.scores(TileKind.MASKED, n, *slots, wait)
-            x = self.hide_segments(x, key0)
+            x, rest, key0 = self.scores(kind, n, *slots, wait)
+            x = self.hide_segments(x, key0, kind)
             highest = x.max(axis=1) + rest
             new = jnp.maximum(maximum, highest)
             total = total * jnp.exp2(maximum - new)
@@ -429,8 +415,10 @@ class WorkTile(launch.WorkTile):
                 farthest = jnp.where(dead, farthest, lax.div(key0, jnp.int32(UNIT)))
             return new, total, farthest
 
-        start = (self.per_row(LOWEST), self.per_row(0.0), self.no_unit())
-        maximum, total, farthest = self.steps(self.end, step, start, (self.keys, 0))
+        diagonal = self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+        start = (self.per_row(LOWEST), self.per_row(0.0), diagonal)
+        carry = self.steps(self.end, step, start, (self.keys, 0), by_distance=False)
+        maximum, total, farthest = carry
         lse = maximum + jnp.log2(total)
         if self.kernel.want_keys:
             mean_k.find(self, lse)
@@ -461,10 +449,7 @@ class WorkTile(launch.WorkTile):
             self.values.consumer_release_slot(value_slot)
             return carry
 
-        if no_overflow:
-            self.steps_by_distance(end, step, (), *both)
-        else:
-            self.steps(end, functools.partial(step, TileKind.MASKED), (), *both)
+        self.steps(end, step, (), *both, by_distance=no_overflow)
         return acc[...]
 
     def softmax(self) -> tuple[Scalar, Scalar]:
@@ -485,11 +470,11 @@ class WorkTile(launch.WorkTile):
                 self.values.consumer_release_slot(value_slot)
                 return total
 
-            total = self.steps_by_distance(self.end, step, self.per_row(0.0), *both)
+            total = self.steps(self.end, step, self.per_row(0.0), *both)
             return acc[...], total
 
         pipeline.skip(0, self.begin, *both)
-        out, total = pl.run_scoped(run, self.sums_type)
+        out, total = pl.run_scoped(run, self.kernel.sums)
         pipeline.skip(self.end, self.total_steps, *both)
         self.tables.consumer_release(self.n)
         total = layout.finish_sums(total, interpret=self.interpret)
@@ -554,10 +539,7 @@ class WorkTile(launch.WorkTile):
         """
         key0 = (self.last - step) * UNIT
         # Behind the product in the queue to memory, loads would wait for the tensor cores.
-        bias, rest = bias_table.tile_bias(
-            self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
-            falling=True, whole=whole, interpret=self.interpret,
-        )  # fmt: skip
+        bias, rest = self.tile_bias(kind, key0, whole=whole)
 
         def product(acc):
             plgpu.wgmma(acc, self.query(), self.ref["key_smem"].at[slot].T)
@@ -574,12 +556,7 @@ class WorkTile(launch.WorkTile):
         weights = layout.pack(weights, self.kernel.dtype, relu=relu, interpret=self.interpret)
         pipeline.multiply(acc, weights, self.ref["value_smem"].at[slot], self.spare())
 
-    @property
-    def sums_type(self) -> plgpu.WGMMAAccumulatorRef:
-        """The type of sums of keys or values, one a query."""
-        return plgpu.ACC((ROWS, self.kernel.head_dim), jnp.float32)
-
-    def hide_segments(self, x: Array, key0: Scalar, kind: TileKind = TileKind.MASKED) -> Array:
+    def hide_segments(self, x: Array, key0: Scalar, kind: TileKind) -> Array:
         """Returns scores with those of other documents masked, see `bias_table.loops`."""
         masked = self.plan.packed and kind is TileKind.MASKED
         return self.where_in_segment(x, key0, MASKED) if masked else x
@@ -603,32 +580,28 @@ class WorkTile(launch.WorkTile):
             x = lax.cond(hidden, masked, lambda: weights)
         return self.where_in_segment(x, key0, unseen) if self.plan.packed else x
 
-    def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:
-        """Returns x for keys in the query's document or after its start, else another number."""
-        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
+    def steps(self, end: Scalar, body, carry: Carry, keys, *values, by_distance=True) -> Carry:
+        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`.
 
-    def steps(self, end: Scalar, body, carry: Carry, keys, *values) -> Carry:
-        """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`."""
-        return pipeline.steps(self.begin, end, self.block.ahead, body, carry, keys, late=values)
-
-    def steps_by_distance(self, end: Scalar, body, carry: Carry, keys, *values) -> Carry:
-        """Does what `steps` does, see `bias_table.loops`; body is called with `kind` first."""
+        Args:
+          end: step after the last.
+          body: called as `pipeline.steps` does, but with the tile's kind first.
+          carry: for the first step.
+          keys: pipeline of the keys, and its tile of step 0.
+          *values: the same of the values; they come late.
+          by_distance: in loops that know what tiles they have, see `bias_table.loops`.
+        """
 
         def loop(kind, start, stop, carry):
             step = functools.partial(body, kind)
             return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
 
-        masked = None
-        if self.plan.packed:
-            unseen = self.last_segment_start + (UNIT - 1)
-            masked = self.last + 1 - lax.div(unseen, jnp.int32(UNIT))
+        if not by_distance:
+            return loop(TileKind.MASKED, self.begin, end, carry)
+        masked = self.first_masked(self.last, self.last_segment_start)
         return bias_table.loops(
             self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry, masked=masked
         )
-
-    def no_unit(self) -> Array:
-        """Returns where the search for the farthest live unit begins: the diagonal."""
-        return self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
 
     def clip_units(self, farthest: Array) -> Array:
         """Returns the first live unit, within what is visited and exists."""
@@ -644,9 +617,7 @@ class WorkTile(launch.WorkTile):
         """Returns this warpgroup's rows of an array [batch, padded]."""
         # Past the end of the sequence, anything that is there.
         start = lax.min(self.query0, jnp.int32(self.ref[name].shape[1] - ROWS))
-        return plgpu.load(
-            self.ref[name].at[self.batch, pl.ds(start, ROWS)], layout=ROW, optimized=False
-        )
+        return self.load_row(self.ref[name].at[self.batch, pl.ds(start, ROWS)])
 
     def own_rows(self, n: int) -> pl.Slice:
         """Returns the queries of warpgroup n."""

@@ -8,9 +8,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import pipeline, scheduler, weight_sums
+from pallas_kernels.mosaic_gpu import bias_table, layout, pipeline, scheduler, weight_sums
+from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.config import Block
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
@@ -26,13 +27,30 @@ class Kernel:
       plan: of the call.
       block: what it is made with.
       order: of its work tiles.
+      query: of the call, like the next.
+      key: its heads may be fewer.
+      table_shape: of all heads' bias tables.
     """
 
     name: str
 
-    def __init__(self, plan: Plan, block: Block, order: TileOrder):
+    def __init__(
+        self,
+        plan: Plan,
+        block: Block,
+        order: TileOrder,
+        query: Array,
+        key: Array,
+        table_shape: tuple[int, ...],
+    ):
         self.plan, self.block, self.order = plan, block, order
         self.interpret = plan.interpret is not None
+        self.batch, self.length, self.heads, self.head_dim = query.shape
+        self.group = self.heads // key.shape[2]
+        self.dtype = query.dtype
+        self.table_shape = table_shape[1:]
+        # Sums of 64 rows by columns of the head size.
+        self.sums = plgpu.ACC((ROWS, self.head_dim), jnp.float32)
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and of the pipelines' barriers."""
@@ -73,10 +91,14 @@ class Kernel:
             Cta(self, work_tile, dict(zip(names, refs, strict=True)) | scratch).run()
 
         body.__name__ = self.name
+        scratch = self.scratch() | scheduler.scratch()
+        if self.interpret:
+            shape = (self.block.warpgroups, ROWS, UNIT)
+            scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)
         found = plgpu.kernel(
             body,
             out_type=tuple(results.values()),
-            scratch_types=self.scratch() | scheduler.scratch(),
+            scratch_types=scratch,
             grid=(scheduler.blocks(self.order.work_tiles, self.interpret),),
             grid_names=("block",),
             num_threads=self.block.warpgroups + 1,
@@ -147,9 +169,18 @@ class WorkTile:
       tiles_consumed: tiles that those took of the kernel's two pipelines of tiles.
       batch, head, tile: which work tile it is, see `TileOrder.item`.
       pipelines: by name.
+      query0: first query of this warpgroup, where rows are queries; like the rest set by
+        `compute_warpgroup`.
+      table: the head's bias table in SMEM.
+      bias_tail: value and slope of what follows it, see `Plan.table`.
+      segment_start: first key that each query sees, where some don't see their row's first.
     """
 
     kernel: Kernel
+    query0: Scalar
+    table: Ref
+    bias_tail: tuple[Scalar, Scalar]
+    segment_start: Int[Array, "64"]
 
     def __init__(self, cta: Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         kernel = self.kernel = cta.kernel
@@ -214,6 +245,41 @@ class WorkTile:
     def spare(self) -> Ref | None:
         """Returns SMEM for operands that interpret mode can't take from registers."""
         return self.ref["spare_smem"].at[self.warpgroup] if self.interpret else None
+
+    def load_row(self, x: Ref) -> Array:
+        """Returns 64 numbers of memory as a row vector: one for each row of a tile."""
+        return plgpu.load(x, layout=ROW, optimized=False)
+
+    def tile_bias(
+        self, kind: TileKind, key0: Scalar, *, whole: bool
+    ) -> tuple[Array | float, Array | float]:
+        """Returns the bias of a tile whose rows are queries, see `bias_table.tile_bias`.
+
+        Reads `query0`, `table` and `bias_tail`.
+        """
+        return bias_table.tile_bias(
+            self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
+            falling=True, whole=whole, interpret=self.interpret,
+        )  # fmt: skip
+
+    def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:
+        """Returns x for keys in the query's document or after its start, else another number.
+
+        Of tiles whose rows are queries; reads `segment_start` of each.
+        """
+        return layout.where_from(x, self.segment_start - key0, otherwise, interpret=self.interpret)
+
+    def first_masked(self, last: Scalar, last_segment_start: Scalar | None) -> Scalar | None:
+        """Returns the first step with a key that some query doesn't see, but for causality.
+
+        Args:
+          last: unit of keys of step 0, from which steps lead backwards.
+          last_segment_start: first key that the last query sees, which sees the least; None: all
+            see the first key of their row.
+        """
+        if last_segment_start is None:
+            return None
+        return last + 1 - lax.div(last_segment_start + (UNIT - 1), jnp.int32(UNIT))
 
     def spread(self, x: Float[Array, "64"], axis: int = 0) -> Float[Array, "64 64"]:
         """Returns a vector repeated along the rows of a tile, or with axis 1 along its columns."""

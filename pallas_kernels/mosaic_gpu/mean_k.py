@@ -37,19 +37,12 @@ def outputs(head_dim: int, of_units: tuple[int, ...]) -> dict[str, jax.ShapeDtyp
     return dict.fromkeys(NAMES, jax.ShapeDtypeStruct(half, jnp.float32))
 
 
-def accumulators(
-    head_dim: int,
-) -> tuple[plgpu.WGMMAAccumulatorRef, plgpu.WGMMAAccumulatorRef]:
-    """Returns the types of what sums of keys, and of weights, are added up in."""
-    return plgpu.ACC((ROWS, head_dim), jnp.float32), weight_sums.ACC
-
-
 def add(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], weights: Array, slot: Scalar) -> None:
     """Issues the products of weights with the keys in a slot, and with ones.
 
     Args:
       work_tile: of the forward pass.
-      accs: of the types that `accumulators` returns.
+      accs: of the sums of keys, and of weights.
       weights: of the tile, all of a row times any one factor.
       slot: of the keys.
     """
@@ -109,21 +102,22 @@ def find(work_tile: "forward.WorkTile", lse: Array) -> None:
     pipeline.skip(0, work_tile.begin, again)
 
     def run(*accs):
-        def step(n, slots, wait, past):
+        def step(kind, n, slots, wait, past):
             (slot,) = slots
-            x, rest, key0 = work_tile.scores(TileKind.MASKED, n, slot, wait, keep=True)
-            x = work_tile.hide_segments(x, key0)
+            x, rest, key0 = work_tile.scores(kind, n, slot, wait, keep=True)
+            x = work_tile.hide_segments(x, key0, kind)
             p = jnp.exp2(x - work_tile.spread(lse - (rest + _SHIFT)))
             add(work_tile, accs, p, slot)
-            past = add_past(work_tile, past, p, key0, TileKind.MASKED)
+            past = add_past(work_tile, past, p, key0, kind)
             plgpu.wgmma_wait(0)
             work_tile.keys.consumer_release_slot(slot)
             return past
 
-        past = work_tile.steps(work_tile.end, step, no_past(work_tile), again)
+        past = no_past(work_tile)
+        past = work_tile.steps(work_tile.end, step, past, again, by_distance=False)
         store(work_tile, accs, past)
 
-    pl.run_scoped(run, *accumulators(work_tile.kernel.head_dim))
+    pl.run_scoped(run, work_tile.kernel.sums, weight_sums.ACC)
 
 
 def prefetch(work_tile: "backward_dq.WorkTile") -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, RowStat, threshold
 
 if TYPE_CHECKING:  # It imports this.
@@ -127,7 +127,7 @@ def find(work_tile: "backward_dq.WorkTile", unit: Scalar) -> RowStats:
     b, h = work_tile.batch, work_tile.head
 
     def row(x: Ref) -> Array:
-        return plgpu.load(x.at[pl.ds(unit * UNIT, UNIT)], layout=ROW, optimized=False)
+        return work_tile.load_row(x.at[pl.ds(unit * UNIT, UNIT)])
 
     lse = row(ref["lse"].at[b, h])
     segment_start = last_segment_start = None

@@ -189,28 +189,31 @@ class _Work:
         real = jnp.arange(length) < count[:, None]
         # A row without new tokens has nothing to read either.
         lengths = jnp.where(count > 0, start + length, 0)
-        outs, held = [], []
+        held = []
         for group, of in zip(self.groups, cache, strict=True):
-            mine = _heads(given, group.heads)
-            of = rings.append(of, mine["key"], mine["value"], start, real)
-            learned: dict[str, Any] = {k: mine[k] for k in _BY_HEAD if k in mine and k != "query"}
-            out = decode_attention(
-                mine["query"],
-                of.keys,
-                of.values,
-                lengths,
-                window=group.window,
-                ring=group.slots < self.plan.length,
-                key_norms=of.key_norms,
-                key_scales=of.key_scales,
-                value_scales=of.value_scales,
-                skip_mass=self.plan.skip_mass,
-                **learned,
-                **self.variant,
-            )
-            outs.append(out)
-            held.append(of)
-        return _joined(outs, [group.heads for group in self.groups]), tuple(held)
+            key, value = (_taken(given[x], list(group.heads), 2) for x in ("key", "value"))
+            held.append(rings.append(of, key, value, start, real))
+        cached: dict[str, Any] = {
+            "key_cache": [of.keys for of in held],
+            "value_cache": [of.values for of in held],
+            "key_norms": [of.key_norms for of in held],
+        }
+        if self.plan.quantized:
+            cached["key_scales"] = [of.key_scales for of in held]
+            cached["value_scales"] = [of.value_scales for of in held]
+        learned: dict[str, Any] = {k: given[k] for k in _BY_HEAD if k in given and k != "query"}
+        out = decode_attention(
+            given["query"],
+            lengths=lengths,
+            head_groups=[group.heads for group in self.groups],
+            window=[group.window for group in self.groups],
+            ring=any(group.slots < self.plan.length for group in self.groups),
+            skip_mass=self.plan.skip_mass,
+            **cached,
+            **learned,
+            **self.variant,
+        )
+        return out, tuple(held)
 
 
 def _heads(given: dict[str, Array], heads: Sequence[int]) -> dict[str, Array]:

@@ -36,13 +36,14 @@ from pallas_kernels.triton.tile import LOWEST, MASKED, PRECISION, gather, thresh
 PAGE = tl.constexpr(types.PAGE)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Programs that a launch has at least, where there are pages for them: some for each
+# Programs that a launch has at least, where there are pages for them: four for each
 # multiprocessor of a large GPU.
-PROGRAMS = 1024
-# Of splits of a row, since each reads what all have found; of pages that a program looks
-# after, since it takes notes of each; of rows of queries in a program.
+PROGRAMS = 512
+# Pages that a program looks after at most, since it takes notes of each, unless a row had more
+# splits than MAX_SPLITS, which all read what all have found.
+MAX_TURNS = 32
 MAX_SPLITS = 256
-MAX_TURNS = 64
+# Rows of queries of a program at most.
 MAX_ROWS = 32
 # Bytes of a tile of keys.
 TILE_BYTES = 16384
@@ -221,11 +222,12 @@ def _place_of(program, heads_ptr, static: tl.constexpr, part: tl.constexpr):
     splits lie; and of each of its rows of queries the number, query, head, and whether there is
     such a row.
     """
-    at = (program - part.start) // part.splits
-    split = (program - part.start) % part.splits
+    # Neighbors read the heads of the same slots, which lie side by side.
+    own = (program - part.start) % part.heads
+    at = (program - part.start) // part.heads
     row_tile = at % static.row_tiles
-    row = at // static.row_tiles // part.heads
-    own = at // static.row_tiles % part.heads
+    split = at // static.row_tiles % part.splits
+    row = at // static.row_tiles // part.splits
     head = own
     if static.number > 1:
         head = tl.load(heads_ptr + part.first_head + own)
@@ -879,7 +881,7 @@ def make_static(call: Call) -> Static:
     parts: list[Part] = []
     start = first_head = first_score = first_page = 0
     for cache, count in zip(call.caches, pages, strict=True):
-        own_turns = min(max(turns, power_of_two(-(-count // MAX_SPLITS))), MAX_TURNS)
+        own_turns = max(min(turns, MAX_TURNS), power_of_two(-(-count // MAX_SPLITS)))
         own_turns = min(own_turns, power_of_two(count))
         splits = -(-count // own_turns)
         part = Part(

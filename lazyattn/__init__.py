@@ -4,5 +4,14 @@ from lazyattn.attention import lazy_attention
 from lazyattn.compile_target import compile_for
 from lazyattn.decode_attention import decode_attention
 from lazyattn.errors import InputError
+from lazyattn.op_parameters import alibi_slopes, init_offset, t5_buckets_to_table
 
-__all__ = ["InputError", "compile_for", "decode_attention", "lazy_attention"]
+__all__ = [
+    "InputError",
+    "alibi_slopes",
+    "compile_for",
+    "decode_attention",
+    "init_offset",
+    "lazy_attention",
+    "t5_buckets_to_table",
+]

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lazyattn.model.config import AttentionConfig
+from lazyattn.op_parameters import alibi_slopes
 from lazyattn.sharding.balance import visited_tiles
 
 # What work is foretold for: queries and keys of `_SCORE_BOUND` nats, as heads of 64 have at
@@ -107,20 +108,13 @@ def initial_slopes(config: AttentionConfig) -> Float[np.ndarray, " heads"]:
     return found.astype(np.float32)
 
 
-def alibi_slopes(
-    num_heads: int, num_kv_heads: int, slope_shards: int = 1
-) -> Float[np.ndarray, " heads"]:
-    """Returns `initial_slopes` of a layer without global heads."""
-    return _slopes((False,) * num_heads, num_kv_heads, slope_shards).astype(np.float32)
-
-
 @functools.cache
 def _slopes(
     everywhere: tuple[bool, ...], kv_heads: int, slope_shards: int
 ) -> Float[np.ndarray, " heads"]:
     is_global = np.asarray(everywhere)
     local = np.flatnonzero(~is_global)
-    steep_to_flat = np.exp2(-8.0 * (np.arange(local.size) + 1) / max(local.size, 1))
+    steep_to_flat = alibi_slopes(max(local.size, 1))[: local.size].astype(np.float64)
     groups = np.arange(is_global.size) // (is_global.size // kv_heads)
     shards = np.arange(is_global.size) // (is_global.size // slope_shards)
     slopes = np.zeros(is_global.size)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from lazyattn.model.config import AttentionConfig
-from lazyattn.model.heads import alibi_slopes, global_heads, head_windows, initial_slopes
+from lazyattn.model.heads import global_heads, head_windows, initial_slopes
 from lazyattn.sharding.balance import imbalance, visited_tiles
+from tests.model.tiny import dealt_slopes
 
 SOME = {8, 12, 15, 16, 24, 28, 32, 40, 48, 60, 64}
 # All with 8 to 64 heads and 1 to 16 key heads; some of them are in the default suite.
@@ -41,7 +42,7 @@ def _imbalance(slopes, shares):
 def test_slopes_are_those_of_the_formula(heads, kv_heads):
     expected = [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
     for slope_shards in _shares(kv_heads):
-        slopes = alibi_slopes(heads, kv_heads, slope_shards)
+        slopes = dealt_slopes(heads, kv_heads, slope_shards)
         assert slopes.shape == (heads,) and slopes.dtype == np.float32
         np.testing.assert_allclose(np.sort(slopes)[::-1], expected, rtol=1e-6)
 
@@ -49,7 +50,7 @@ def test_slopes_are_those_of_the_formula(heads, kv_heads):
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
 def test_heads_of_a_group_are_neighbors(heads, kv_heads):
     for slope_shards in _shares(kv_heads):
-        slopes = alibi_slopes(heads, kv_heads, slope_shards)
+        slopes = dealt_slopes(heads, kv_heads, slope_shards)
         # By their ranks among the heads of their shard, which for one shard are all.
         for shard in slopes.reshape(slope_shards, kv_heads // slope_shards, -1):
             ranks = np.sort(_ranks(shard.ravel()).reshape(shard.shape), axis=1)
@@ -58,7 +59,7 @@ def test_heads_of_a_group_are_neighbors(heads, kv_heads):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
 def test_whole_groups_give_every_device_equal_work_where_it_has_three(heads, kv_heads):
-    slopes = alibi_slopes(heads, kv_heads)
+    slopes = dealt_slopes(heads, kv_heads)
     for shares in _shares(kv_heads):
         groups = kv_heads // shares
         # Fifteen groups on five devices come to 5.2% at best; two and one a device can't be
@@ -70,13 +71,13 @@ def test_whole_groups_give_every_device_equal_work_where_it_has_three(heads, kv_
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
 def test_heads_dealt_to_so_many_devices_give_each_equal_work(heads, kv_heads):
     for shares in _shares(kv_heads):
-        found = _imbalance(alibi_slopes(heads, kv_heads, shares), shares)
+        found = _imbalance(dealt_slopes(heads, kv_heads, shares), shares)
         assert found <= {1: 1.1, 2: 0.24, 3: 0.06}.get(heads // shares, 0.045), shares
 
 
 @pytest.mark.parametrize("heads", [40, 48, 64, 96, 128])
 def test_many_groups_are_even_and_found_quickly(heads):
-    slopes = alibi_slopes(heads, heads)
+    slopes = dealt_slopes(heads, heads)
     for shares in (2, 4, 8):
         assert _imbalance(slopes, shares) < 0.04
 
@@ -84,7 +85,7 @@ def test_many_groups_are_even_and_found_quickly(heads):
 def test_a_cache_keeps_least_where_groups_are_neighbors():
     def kept(slope_shards):
         # What a group keeps of 32,768 keys: those until its longest head has fallen by 22.
-        span = np.minimum(22 / alibi_slopes(32, 8, slope_shards), 32_768)
+        span = np.minimum(22 / dealt_slopes(32, 8, slope_shards), 32_768)
         return span.reshape(8, -1).max(axis=1).mean() / 32_768
 
     found = [kept(shards) for shards in (1, 2, 4, 8)]

@@ -8,7 +8,6 @@ import pytest
 from lazyattn import sharding
 from lazyattn.model.config import RECIPES, VARIANTS
 from lazyattn.model.distance_bias import NAMES
-from lazyattn.model.heads import alibi_slopes
 from lazyattn.model.parameters import (
     init_params,
     logical_axes,
@@ -17,7 +16,7 @@ from lazyattn.model.parameters import (
     stack_blocks,
     unstack_blocks,
 )
-from tests.model.tiny import VOCAB, make_config
+from tests.model.tiny import VOCAB, dealt_slopes, make_config
 
 CONFIG = make_config(attention={"qk_norm": True, "output_gate": True})
 IS_NAMES = {"is_leaf": lambda node: isinstance(node, tuple)}
@@ -120,7 +119,7 @@ def test_sharp_recipe_is_the_default():
     np.testing.assert_array_equal(att["offset"], -0.5)
     for layer in range(2):
         theta = att["distance_log_slope"][layer]
-        np.testing.assert_allclose(theta, np.log(alibi_slopes(4, 2)), rtol=1e-6)
+        np.testing.assert_allclose(theta, np.log(dealt_slopes(4, 2)), rtol=1e-6)
     np.testing.assert_array_equal(att["distance_delta"], np.zeros((2, 4, 6)))
     assert set(att) == {"distance_log_slope", "distance_delta", "offset"}
 
@@ -129,8 +128,8 @@ def test_sharp_table_recipe():
     att = _recipe("sharp_table")
     np.testing.assert_array_equal(att["offset"], -0.5)
     for layer in range(2):
-        np.testing.assert_array_equal(att["distance_slope"][layer], alibi_slopes(4, 2))
-        expected = -alibi_slopes(4, 2)[:, None] * np.arange(6)
+        np.testing.assert_array_equal(att["distance_slope"][layer], dealt_slopes(4, 2))
+        expected = -dealt_slopes(4, 2)[:, None] * np.arange(6)
         np.testing.assert_allclose(att["distance_bias"][layer], expected, rtol=1e-6)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.heads import initial_slopes
 from lazyattn.model.parameters import parameter_shapes
 
 VOCAB = 31
@@ -68,3 +69,10 @@ def make_batch(seed=0, rows=2, length=11):
     segment_ids[-1, length - 2 :] = 0
     batch = {"inputs": inputs, "targets": targets, "segment_ids": segment_ids}
     return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+def dealt_slopes(heads, kv_heads, slope_shards=1):
+    """Returns which slope each head of a layer without global heads starts with."""
+    return initial_slopes(
+        AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, slope_shards=slope_shards)
+    )

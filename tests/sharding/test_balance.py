@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from lazyattn.model.heads import alibi_slopes
 from lazyattn.sharding.balance import imbalance, visited_tiles
 from pallas_kernels.visit import TileSizes, visit_ranges
+from tests.model.tiny import dealt_slopes
 
 
 def _alibi(heads, kv_heads, length):
-    return -alibi_slopes(heads, kv_heads)[:, None] * np.arange(length)
+    return -dealt_slopes(heads, kv_heads)[:, None] * np.arange(length)
 
 
 def _visited(bias, bound=8.0, skip_mass=1e-6, tile=128):
@@ -84,7 +84,7 @@ def test_dealt_slopes_and_chunks_are_about_even(heads, kv_heads, length):
     for shares in (2, 4, 8):
         if heads // shares < 4:
             continue
-        slopes = alibi_slopes(heads, kv_heads, shares)
+        slopes = dealt_slopes(heads, kv_heads, shares)
         visited = _visited(-slopes[:, None] * np.arange(length))
         found = imbalance(visited, head_shards=shares, sequence_shards=shares)
         unsorted = imbalance(

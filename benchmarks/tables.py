@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.study import summary
+from benchmarks.study import rule
+from benchmarks.study.summary import main_tokens
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -191,23 +192,22 @@ def loss() -> str:
         "window512": "softmax, 3/4 of the heads with a window of 512",
         "softmax_alibi": "softmax with the learned bias of `sharp`",
         "sharp": "`sharp`, our default",
-        "sharp_qk_norm": "the same with QK norm",
+        "softmax_alibi_qk_norm": "softmax with the learned bias and QK norm",
+        "sharp_qk_norm_steady": "`sharp` with QK norm, slopes that move slowly",
     }
     lines = [json.loads(line) for line in (RESULTS / "study.jsonl").read_text().splitlines()]
-    groups = summary.groups(lines, summary.main_tokens(lines) or 0)
+    found = {row.group.variant: row for row in rule.apply(lines, main_tokens(lines) or 0).rows}
     rows = []
     for variant, said in words.items():
-        if variant in groups:
-            group = groups[variant]
-            found = [group.stat(key) for key in ("val", "val_4x", "ms_per_step", "visited_16384")]
-            texts = [
-                "" if stat is None else f"{stat.mean:.{digits}f}"
-                for stat, digits in zip(found, (3, 3, 0, 2), strict=True)
-            ]
-            if found[0] is not None and found[0].error is not None:
-                texts[0] = found[0].text()
-            rows.append([said, str(len(group.lines)), *texts])
-    head = "| seeds | loss | in rows of 16,384 | ms a step | visited at 16,384"
+        if variant in found:
+            row = found[variant]
+            means = [row.group.stat(key) for key in ("val_4x", "visited_16384")]
+            longer, visited = ("" if stat is None else f"{stat.mean:.2f}" for stat in means)
+            ms = "" if row.ms is None else f"{row.ms.mean:.0f}"
+            equal = "" if row.equal is None else f"{row.equal:.2f}"
+            seeds = str(len(row.group.lines))
+            rows.append([said, seeds, row.val.text(), ms, equal, longer, visited])
+    head = "| seeds | loss | ms a step | in softmax's time | rows of 16,384 | visited there"
     return _table(" " + head, rows)
 
 

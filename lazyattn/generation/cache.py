@@ -20,7 +20,7 @@ from lazyattn.quantity import quantity
 CacheDtype = Literal["compute", "int8"]
 
 
-# Lengths of rings that heads are sorted into. Fewer lengths are fewer calls of the kernel.
+# Lengths of rings that heads are sorted into. Fewer lengths are fewer arrays to write to.
 BUCKETS = (256, 1024, 4096, 16_384)
 
 # Tokens that one step may add besides the first: the oldest of them still sees its span.

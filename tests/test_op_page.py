@@ -1,0 +1,73 @@
+"""The code of docs/op.md, run as it stands."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "op.md"
+
+
+def blocks():
+    """Returns (heading, code) of each Python block of the page."""
+    found, heading = [], ""
+    for match in re.finditer(
+        r"^## ([^\n]*)$|^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S
+    ):
+        heading = match[1] or heading
+        if match[2]:
+            found.append((heading, match[2]))
+    return found
+
+
+BLOCKS = blocks()
+EQUINOX = [code for _, code in BLOCKS if "import equinox" in code]
+
+
+def missing_packages(code):
+    """Returns the packages that the code imports and that aren't installed."""
+    roots = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add(node.module.split(".")[0])
+    return sorted(root for root in roots if importlib.util.find_spec(root) is None)
+
+
+@pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])
+def test_code_runs_as_it_stands(heading, code):
+    if missing := missing_packages(code):
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    exec(compile(code, f"{PAGE.name}, {heading}", "exec"), {"__name__": "__page__"})
+
+
+@pytest.mark.slow
+def test_equinox_block(tmp_path):
+    """In a folder of its own: the package is none of ours. It needs what jaxtyping needs."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", tmp_path, "equinox"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip("equinox could not be installed")
+    (code,) = EQUINOX
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_missing_package_is_seen():
+    code = "import jax.numpy, no_such_package.part\nfrom nowhere_at_all import x"
+    assert missing_packages(code) == ["no_such_package", "nowhere_at_all"]
+    assert len(BLOCKS) >= 6 and len(EQUINOX) == 1

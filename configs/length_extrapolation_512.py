@@ -8,9 +8,9 @@ python train.py --config=configs/length_extrapolation_512.py --workdir=DIR --con
 
 import ml_collections
 
-from configs.fineweb_edu import recipe
+from lazyattn.recipes import recipe
 
 
 def get_config(attention: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the run; `attention` as in `configs.base.with_attention`."""
+    """Returns the run; `attention` as in `lazyattn.experiment.with_attention`."""
     return recipe("340m", "10b", attention, sequence_length=512)

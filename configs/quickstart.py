@@ -6,12 +6,11 @@ python train.py --config=configs/quickstart.py:softmax --workdir=runs/softmax
 
 import ml_collections
 
-from configs.base import with_attention
-from lazyattn.experiment import defaults
+from lazyattn.experiment import defaults, with_attention
 
 
 def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
-    """Returns the quickstart; `attention` as in `configs.base.with_attention`."""
+    """Returns the quickstart; `attention` as in `lazyattn.experiment.with_attention`."""
     config = defaults()
 
     config.model.vocab_size = 4096

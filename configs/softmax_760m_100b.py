@@ -5,9 +5,9 @@ python train.py --config=configs/softmax_760m_100b.py --workdir=DIR --config.dat
 
 import ml_collections
 
-from configs.fineweb_edu import recipe
+from lazyattn.recipes import recipe
 
 
 def get_config(attention: str = "softmax") -> ml_collections.ConfigDict:
-    """Returns the run; `attention` as in `configs.base.with_attention`."""
+    """Returns the run; `attention` as in `lazyattn.experiment.with_attention`."""
     return recipe("760m", "100b", attention)

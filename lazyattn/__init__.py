@@ -6,8 +6,11 @@ from lazyattn.decode_attention import decode_attention
 from lazyattn.errors import InputError
 from lazyattn.op_parameters import alibi_slopes, init_offset, t5_buckets_to_table
 
+__version__ = "0.1.0"
+
 __all__ = [
     "InputError",
+    "__version__",
     "alibi_slopes",
     "compile_for",
     "decode_attention",

@@ -27,7 +27,8 @@ def parse(
 ) -> list[str]:
     """Parses the command line.
 
-    A config file `configs/...` that is not below the current folder is the package's own.
+    A config may be the name of one that comes with the package, with or without `configs/`
+    before and `.py` behind it; a file of that path goes first.
 
     Args:
       argv: program name and arguments.
@@ -120,14 +121,25 @@ def _checked(arguments: list[str]) -> list[str]:
     return found
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Returns the config files that come with the package, by name: "ablations/no_rope"."""
+    here = Path(__file__).parent
+    # A wheel has them below this folder, the repository beside it.
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    files = sorted(folder.rglob("[!_]*.py"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
 def _config_file(path: str) -> str:
-    """Returns the path of a config file: as given, or the one that came with the package."""
+    """Returns the path of a config file: as given, or of the one of that name in the package."""
     if Path(path).is_file():
         return path
-    shipped = Path(__file__).parents[1] / path
-    if Path(path).parts[:1] == ("configs",) and shipped.is_file():
-        return str(shipped)
-    raise bad_value("--config", path, "a config file that exists, such as configs/quickstart.py")
+    shipped = shipped_configs()
+    name = path.removeprefix("configs/").removesuffix(".py")
+    if name in shipped:
+        return str(shipped[name])
+    names = ", ".join(name for name in shipped if "/" not in name)
+    raise bad_value("--config", path, f"a config file that exists, or one of {names}")
 
 
 def _translated(error: BaseException) -> InputError:

@@ -17,7 +17,7 @@ import ml_collections
 
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value, require
-from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
 from lazyattn.sharding import MeshConfig
 from lazyattn.training.config import OptimizerConfig, TrainingConfig
 
@@ -135,6 +135,33 @@ def defaults() -> ml_collections.ConfigDict:
     None may be given a value of its annotated type.
     """
     return _placeholders(ExperimentConfig)
+
+
+def with_attention(config: ml_collections.ConfigDict, names: str) -> ml_collections.ConfigDict:
+    """Sets the kind of attention, and nothing else, so that runs can be compared.
+
+    Args:
+      config: what to change.
+      names: recipes and variants (`lazyattn.model.config`) joined by "+", applied
+        in turn, e.g. "sharp", "softmax" or "paper+lazy_no_bias".
+
+    Returns:
+      `config`.
+
+    Raises:
+      InputError: for an unknown name.
+    """
+    for name in names.split("+"):
+        if name in RECIPES:
+            config.model.attention.update(RECIPES[name])
+        elif name in VARIANTS:
+            config.model.attention.variant = name
+        else:
+            raise InputError(
+                f"The attention {name!r} after the config file's colon is unknown; it must be one"
+                f" of {', '.join([*RECIPES, *VARIANTS])}, or several joined by '+'."
+            )
+    return config
 
 
 def _placeholders(cls: type) -> ml_collections.ConfigDict:

@@ -79,7 +79,7 @@ def _own(values: flags.FlagValues) -> list[flags.Flag]:
     found: dict[str, flags.Flag] = {}
     for module, defined in values.flags_by_module_dict().items():
         # A program that is run goes by its path.
-        if module.startswith("lazyattn.") or module in ("train", sys.argv[0]):
+        if module.startswith("lazyattn.") or module == sys.argv[0]:
             found |= {flag.name: flag for flag in defined}
     return [found[name] for name in sorted(found) if "." not in name]
 

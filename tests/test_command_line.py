@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lazyattn.command_line import parse
+from lazyattn.command_line import parse, shipped_configs
 from lazyattn.errors import InputError
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -39,6 +39,31 @@ def test_overrides_reach_the_config():
     assert config.training.steps == 7
     assert config.model.attention.rope is False
     assert config.model.attention.num_kv_heads == 2
+
+
+@pytest.mark.parametrize("folder", [".", "tests"])
+@pytest.mark.parametrize(
+    "name", ["quickstart:softmax", "configs/quickstart:softmax", "configs/quickstart.py:softmax"]
+)
+def test_a_config_by_its_name(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = _parse(f"--config={name}").config
+    assert (config.model.attention.variant, config.model.width) == ("softmax", 192)
+
+
+def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text(
+        "from lazyattn.experiment import defaults\n"
+        "def get_config():\n  c = defaults()\n  c.model.width = 96\n  return c\n"
+    )
+    assert _parse("--config=quickstart").config.model.width == 96
+
+
+def test_names_of_configs():
+    names = set(shipped_configs())
+    assert {"base", "quickstart", "lazy_7b_100b", "ablations/no_rope"} <= names
+    assert not any("__init__" in name for name in names)
 
 
 def test_no_config_at_all():

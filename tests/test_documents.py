@@ -25,6 +25,7 @@ _CODE = re.compile(r"`([^`]+)`")
 _FILE = re.compile(r"[\w.*/-]+\.(?:py|md|jsonl|toml|txt|yml|png)")
 _MODULE = re.compile(r"python3? -m ([\w.]+)")
 _COMMAND = re.compile(r"python3? (-m [\w.]+|train\.py)([^`#\n]*)")
+_LAZYATTN = re.compile(r"\blazyattn (?=--)")
 
 
 def by_name(paths):
@@ -100,7 +101,7 @@ def missing_files(text):
 
 def missing_modules(text):
     missing = []
-    for name in set(_MODULE.findall(text)) - {"pytest", "ruff", "mypy", "pip", "train"}:
+    for name in set(_MODULE.findall(text)) - {"pytest", "ruff", "mypy", "pip", "build"}:
         try:
             found = importlib.util.find_spec(name) is not None
         except ModuleNotFoundError:
@@ -121,17 +122,19 @@ def _source(module):
 
 def unknown_flags(text):
     """Returns (program, flag) of commands whose program has no such flag."""
-    import train
+    from lazyattn import main as train
 
     del train
     own = {*flag_help.own_flags(), "help", "verbosity"}
     settings = experiment.defaults()
     unknown = []
     spans = [span.replace("\n", " ") for span in _CODE.findall(text)]
-    for program, arguments in _COMMAND.findall("\n".join([text, *spans])):
+    for program, arguments in _COMMAND.findall(
+        _LAZYATTN.sub("python train.py ", "\n".join([text, *spans]))
+    ):
         module = program.removeprefix("-m ")
         for flag in re.findall(r"(?:^|\s)--([\w.]+)", arguments):
-            if program == "train.py" or module == "train":
+            if program == "train.py" or module == "lazyattn":
                 if flag.startswith("config."):
                     known = _has(settings, flag.split(".")[1:])
                 else:
@@ -193,9 +196,11 @@ def test_what_is_wrong_is_found():
     ]
     assert unknown_flags(
         "python train.py --mode=eval --modes=1 --config.model.width=1 --config.model.no=1\n"
-        "python -m benchmarks.attention --cases=dense --no_such=1"
+        "python -m benchmarks.attention --cases=dense --no_such=1\n"
+        "lazyattn --workdir=RUN --none=1"
     ) == [
         ("train.py", "modes"),
         ("train.py", "config.model.no"),
         ("-m benchmarks.attention", "no_such"),
+        ("train.py", "none"),
     ]

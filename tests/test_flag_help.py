@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def _sections():
     """Returns {heading: names of flags} of train.py's help."""
-    import train
+    from lazyattn import main as train
 
     sections, heading = {}, ""
     for line in train._help().splitlines():
@@ -31,7 +31,7 @@ def _sections():
 
 
 def test_every_flag_is_under_its_modes():
-    import train
+    from lazyattn import main as train
 
     sections = _sections()
     assert list(sections) == [
@@ -55,7 +55,7 @@ def test_every_flag_is_under_its_modes():
 
 
 def test_defaults_are_shown():
-    import train
+    from lazyattn import main as train
 
     for expected in (
         "Seed of the draws, of --retrieval in eval (0).",
@@ -107,7 +107,7 @@ def test_it_is_printed_with_status_0(program, asking):
 
 
 def test_every_flag_is_in_a_document():
-    import train
+    from lazyattn import main as train
 
     del train
     documents = [ROOT / "README.md", ROOT / "BUILD.md", *(ROOT / "docs").glob("*.md")]

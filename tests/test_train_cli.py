@@ -267,7 +267,7 @@ def test_mistakes_are_one_sentence(story):
     ],
 )
 def test_missing_and_bad_flags(arguments, message, monkeypatch, capsys):
-    import train
+    from lazyattn import main as train
 
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with flagsaver.flagsaver():
@@ -277,7 +277,7 @@ def test_missing_and_bad_flags(arguments, message, monkeypatch, capsys):
 
 
 def test_the_settings_are_printed_as_they_come_out(monkeypatch, capsys):
-    import train
+    from lazyattn import main as train
 
     arguments = ["--config=configs/quickstart.py:softmax", "--config.training.steps=7"]
     arguments += ["--print_config", "--init_from=runs/a", "--config.mesh.fsdp=2"]
@@ -298,7 +298,7 @@ def test_the_settings_are_printed_as_they_come_out(monkeypatch, capsys):
 
 
 def test_ctrl_c_before_training_shows_no_traceback(monkeypatch, capsys):
-    import train
+    from lazyattn import main as train
 
     def interrupted():
         raise KeyboardInterrupt

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import lazyattn
+from lazyattn.command_line import shipped_configs
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
@@ -35,18 +38,34 @@ def _run(*command, cwd, **environment):
     return done.stdout
 
 
+BUILD = """
+import setuptools.build_meta as backend, sys
+print(backend.build_sdist(sys.argv[1]))
+"""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def sdist(tmp_path_factory):
     """Built from a copy: setuptools writes beside what it builds."""
     source = tmp_path_factory.mktemp("source")
     for name in ("lazyattn", "pallas_kernels", "configs"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("train.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source / path.name)
+    made = tmp_path_factory.mktemp("sdist")
+    _run(sys.executable, "-c", BUILD, made, cwd=source)
+    (path,) = made.glob("lazyattn-*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the source distribution, as pip does where there is no wheel."""
     made = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "-q", "-w", made)
-    _run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=made)
+    _run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=made)
     (path,) = made.glob("lazyattn-*.whl")
     return path
 
@@ -67,15 +86,18 @@ def test_what_is_in_it(wheel):
         names = set(files.namelist())
         (about,) = (name for name in names if name.endswith("dist-info/METADATA"))
         metadata = files.read(about).decode()
-    assert {"train.py", "configs/quickstart.py", "configs/ablations/no_bias.py"} <= names
-    for folder in ("lazyattn", "pallas_kernels", "configs"):
+    for folder, inside in (("lazyattn", ""), ("pallas_kernels", ""), ("configs", "lazyattn/")):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                assert path.relative_to(ROOT).as_posix() in names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
+                assert inside + path.relative_to(ROOT).as_posix() in names
+    # Nothing else that another project may have, too.
+    about = f"lazyattn-{lazyattn.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"lazyattn", "pallas_kernels", about}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: jax<0.13,>=0.11.2" in metadata
+    for extra in ("cuda", "tpu", "evaluation", "export", "data"):
+        assert f"Provides-Extra: {extra}\n" in metadata
 
 
 def test_it_runs_the_op_and_trains_the_quickstart(python, tmp_path):
@@ -85,28 +107,25 @@ def test_it_runs_the_op_and_trains_the_quickstart(python, tmp_path):
         *("--config.data.sequence_length=32", "--config.data.vocab_size=300"),
         *("--config.training.eval_batches=1", "--config.model.attention.bias_width=16"),
     )
-    out = _run(
-        python,
-        *("-m", "train", "--config=configs/quickstart.py", "--workdir=run", *small),
-        cwd=tmp_path,
-        LAZYATTN_CACHE=str(tmp_path / "cache"),
-    )
+    command = python.with_name("lazyattn")
+    cache = {"LAZYATTN_CACHE": str(tmp_path / "cache")}
+    out = _run(command, "--config=quickstart", "--workdir=run", *small, cwd=tmp_path, **cache)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    assert "python -m train --mode=sample --workdir=run" in out
-    sampled = _run(
-        python,
-        *("-m", "train", "--mode=sample", "--workdir=run", "--prompt=The", "--max_new_tokens=4"),
-        cwd=tmp_path,
-    )
-    assert sampled.startswith("The")
-    assert "--mode=eval" in _run(python, "-m", "train", "--help", cwd=tmp_path)
+    assert "  lazyattn --mode=sample --workdir=run" in out
+    again = ("-m", "lazyattn", "--config=configs/quickstart.py", "--workdir=run", *small)
+    assert "python -m lazyattn --mode=sample" in _run(python, *again, cwd=tmp_path, **cache)
+    sampling = ("--mode=sample", "--workdir=run", "--prompt=The", "--max_new_tokens=4")
+    assert _run(command, *sampling, cwd=tmp_path).startswith("The")
+    assert "--mode=eval" in _run(command, "--help", cwd=tmp_path)
     assert "--on_fault" in _run(python, "-m", "lazyattn.data.prepare", "-h", cwd=tmp_path)
+    version = _run(python, "-c", "import lazyattn; print(lazyattn.__version__)", cwd=tmp_path)
+    assert version.strip() == lazyattn.__version__
 
 
 def test_it_finds_all_configs(python, tmp_path):
-    configs = [path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("[a-z]*.py")]
-    configs = [name for name in configs if name != "configs/base.py"]
+    configs = list(shipped_configs())
+    assert len(configs) == len(list((ROOT / "configs").rglob("[a-z]*.py")))
     script = f"""
 from absl import flags
 from ml_collections import config_flags

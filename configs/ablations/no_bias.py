@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.fineweb_edu import recipe
+from lazyattn.recipes import recipe
 
 
 def get_config(attention: str = "paper") -> ml_collections.ConfigDict:

@@ -117,7 +117,9 @@ def _continuation(experiment: ExperimentConfig, prepared: TrainingData, state: T
 
 def _program() -> str:
     """Returns how to call the program: with a Python below the current folder by its path."""
+    if Path(sys.argv[0]).name == "lazyattn":
+        return "lazyattn"
     path = Path(sys.executable)
     here = Path.cwd()
     python = str(path.relative_to(here)) if path.is_relative_to(here) else "python"
-    return f"{python} {'train.py' if Path('train.py').is_file() else '-m train'}"
+    return f"{python} {'train.py' if Path('train.py').is_file() else '-m lazyattn'}"

@@ -6,7 +6,6 @@ import math
 import jax
 import pytest
 
-from configs.fineweb_edu import recipe
 from lazyattn.ahead_of_time import compiler, estimate, report, run, topology
 from lazyattn.ahead_of_time.chips import CHIPS
 from lazyattn.ahead_of_time.roofline import roofline
@@ -14,6 +13,7 @@ from lazyattn.ahead_of_time.suggestions import suggest
 from lazyattn.errors import InputError
 from lazyattn.experiment import check_override, from_config_dict
 from lazyattn.model.accounting import flops_per_token
+from lazyattn.recipes import recipe
 from lazyattn.training.metrics import PEAK_FLOPS
 
 EIGHT = topology.parse("h100:8")

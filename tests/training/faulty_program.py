@@ -83,12 +83,12 @@ def main(argv):
         poison(int(step), here)
     elif here:
         _in_a_save(int(step), {"kill": kill, "full": full}[what])
-    import train
+    from lazyattn import main as train
 
     return train.main(argv)
 
 
 if __name__ == "__main__":
-    import train
+    from lazyattn import main as train
 
     app.run(main, flags_parser=train._parse)

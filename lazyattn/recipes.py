@@ -11,9 +11,8 @@ import dataclasses
 
 import ml_collections
 
-from configs.base import with_attention
 from lazyattn.errors import require
-from lazyattn.experiment import defaults
+from lazyattn.experiment import defaults, with_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def recipe(
     Args:
       size: a key of `SIZES`.
       tokens: a key of `TOKENS`: the run's length, and the sample of FineWeb-Edu.
-      attention: as in `configs.base.with_attention`, e.g. "paper" or "sharp".
+      attention: as in `lazyattn.experiment.with_attention`, e.g. "paper" or "sharp".
       sequence_length: tokens a row. paper: 4096.
     """
     require(size in SIZES, "the size", size, "one of " + ", ".join(SIZES))

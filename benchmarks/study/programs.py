@@ -69,10 +69,6 @@ class Compiler:
         """Calls a function in that thread, before what is asked for later."""
         return self._pool.submit(function)
 
-    def wait(self) -> None:
-        """Waits for all that has been asked for."""
-        self._pool.submit(lambda: None).result()
-
     def _compile(self, make: Callable[[], Any]) -> Program:
         with self._lock:
             start = time.perf_counter()

@@ -318,8 +318,6 @@ class Study:
             self._stream = programs.put(self.tokens.train)
         course = train.Course(self._stream, programs.put(order.starts), self._found)
         ready = [ask().result() for ask in (programs.create, programs.cut, programs.step)]
-        if options.turn is not None:
-            self._compiler.wait()
         waited = time.perf_counter() - began
         with self._turn(spec):
             # Who takes turns leaves compiling to those who wait.

@@ -158,11 +158,11 @@ def _design(
     width = 0 if table is None else min(table.shape[1], shape.length)
     head_dim = config.padded_head_dim(shape.head_dim)
     offset = config.is_elastic(head_dim, given)
-    blocks = config.blocks(head_dim, width, offset)
+    tunings = config.tunings(head_dim, width, offset)
     return offset, shares.Design(
         mean_key=True,
-        bias_apart=blocks.backward_bias is not None,
-        value_apart=blocks.backward_value is not None,
+        bias_apart=tunings.backward_bias is not None,
+        value_apart=tunings.backward_value is not None,
     )
 
 

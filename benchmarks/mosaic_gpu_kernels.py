@@ -1,8 +1,8 @@
-"""Times each of the Hopper kernels, with several blocks, on the cases of attention.py.
+"""Times each of the Hopper kernels, with several tunings, on the cases of attention.py.
 
     python -m benchmarks.mosaic_gpu_kernels --shapes=4x16x4096x64 --cases=dense,alibi
 
-Prints one line a kernel, case and block: milliseconds, and what a tile of 64 queries x 64
+Prints one line a kernel, case and tuning: milliseconds, and what a tile of 64 queries x 64
 keys that is not negligible costs in clocks of one SM. What is best belongs into
 pallas_kernels/mosaic_gpu/config.py. MOSAIC_GPU_DUMP_PTXAS=1 adds registers and spills.
 """
@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import backend
-from pallas_kernels.mosaic_gpu.config import Block
+from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
 from pallas_kernels.mosaic_gpu.row_stats import Residuals
 from pallas_kernels.problem import Inputs
@@ -36,7 +36,7 @@ _SHAPES = flags.DEFINE_list("shapes", ["4x16x4096x64"], "As for attention.py.")
 _CASES = flags.DEFINE_list("cases", ["dense", "alibi"], "As for attention.py.")
 _KERNELS = flags.DEFINE_list("kernels", list(KERNELS), "Which to time.")
 _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
-_CANDIDATES = flags.DEFINE_boolean("candidates", True, "Try other blocks than the config's.")
+_CANDIDATES = flags.DEFINE_boolean("candidates", True, "Try other tunings than the config's.")
 _OFFSET = flags.DEFINE_boolean("offset", True, "Elastic-Softmax; else softmax.")
 _JOBS = flags.DEFINE_integer("jobs", 12, "Programs compiled at once.")
 _CALLS = flags.DEFINE_integer("calls", 10, "Calls in a row.")
@@ -47,7 +47,7 @@ _SMS, _GIGAHERTZ = 132, 1.98
 
 
 def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
-    """Returns blocks worth trying, the config's `chosen` first."""
+    """Returns tunings worth trying, the config's `chosen` first."""
     yield chosen
     if not _CANDIDATES.value:
         return
@@ -55,24 +55,24 @@ def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
     small = head_dim == 64
     if kernel in ("inference", "forward"):
         for groups, stages in ((2, 3), (3, 3), (3, 4)):
-            block = Block(warpgroups=groups, stages=stages, in_registers=small)
-            found += [block, dataclasses.replace(block, ahead=True)]
+            tuning = Tuning(warpgroups=groups, stages=stages, in_registers=small)
+            found += [tuning, dataclasses.replace(tuning, ahead=True)]
     elif kernel == "backward_bias":
-        found += [Block(stages=4 if small else 2), Block(warpgroups=3, stages=3)]
+        found += [Tuning(stages=4 if small else 2), Tuning(warpgroups=3, stages=3)]
     else:
         for groups, stages, registers in ((2, 4, True), (2, 2, False), (3, 3, False)):
             if small or not registers:
-                found.append(Block(warpgroups=groups, stages=stages, in_registers=registers))
-    yield from (block for block in found if block != chosen)
+                found.append(Tuning(warpgroups=groups, stages=stages, in_registers=registers))
+    yield from (tuning for tuning in found if tuning != chosen)
 
 
 @dataclasses.dataclass
 class Job:
-    """One kernel, with one block, on one case."""
+    """One kernel, with one tuning, on one case."""
 
     case: str
     kernel: str
-    block: Any
+    tuning: Any
     run: Callable[[], Any] | None = None
 
 
@@ -119,12 +119,12 @@ def measure(shape: cases.Shape) -> None:
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
-            if getattr(plan.blocks, kernel) is None:
+            if getattr(plan.tunings, kernel) is None:
                 continue  # dK's kernel does its work.
-            for block in candidates(kernel, shape.head_dim, getattr(plan.blocks, kernel)):
-                blocks = dataclasses.replace(plan.blocks, **{kernel: block})
-                job = Job(case, kernel, block)
-                jobs.append((job, dataclasses.replace(plan, blocks=blocks), inputs, saved))
+            for tuning in candidates(kernel, shape.head_dim, getattr(plan.tunings, kernel)):
+                tunings = dataclasses.replace(plan.tunings, **{kernel: tuning})
+                job = Job(case, kernel, tuning)
+                jobs.append((job, dataclasses.replace(plan, tunings=tunings), inputs, saved))
 
     def compiled(item: tuple[Job, Plan, Inputs, Any]) -> None:
         job, plan, inputs, saved = item
@@ -149,7 +149,7 @@ def measure(shape: cases.Shape) -> None:
             jax.block_until_ready(program(inputs, saved))
             job.run = lambda: program(inputs, saved)
         except Exception as error:
-            print(job.case, job.kernel, job.block, str(error).splitlines()[0][:150], flush=True)
+            print(job.case, job.kernel, job.tuning, str(error).splitlines()[0][:150], flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
         list(pool.map(compiled, jobs))
@@ -158,7 +158,7 @@ def measure(shape: cases.Shape) -> None:
             continue
         ms = timing.milliseconds(job.run, calls=_CALLS.value, rounds=_ROUNDS.value)
         clocks = ms * 1e6 * _GIGAHERTZ * _SMS / tiles[job.case][0]
-        fields = dataclasses.asdict(job.block)
+        fields = dataclasses.asdict(job.tuning)
         said = " ".join(f"{name}={value}" for name, value in fields.items())
         print(
             f"{job.case:6s} {job.kernel:15s} {ms:7.3f} ms {clocks:6.0f} clocks  {said}", flush=True

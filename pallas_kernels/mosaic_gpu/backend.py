@@ -24,7 +24,7 @@ PLAIN_JAX = False
 
 
 def plan(problem: Problem, inputs: Inputs | None = None) -> Plan:
-    """Returns what is static: the call, its blocks, and who plans it.
+    """Returns what is static: the call, its tunings, and who plans it.
 
     Args:
       problem: the call.
@@ -40,7 +40,7 @@ def plan(problem: Problem, inputs: Inputs | None = None) -> Plan:
         planner = "triton" if not interpreted and by_triton.available() else "xla"
     return Plan(
         **problem.facts() | {"has_offset": elastic},
-        blocks=config.blocks(head_dim, problem.width, elastic),
+        tunings=config.tunings(head_dim, problem.width, elastic),
         by_triton=planner == "triton",
         fetch_by_warpgroup=interpreted or bool(varies),
     )
@@ -157,16 +157,16 @@ class Kernels:
 
     def key_ranges(self, first: Array, live: Array, work: Array) -> KeyRanges:
         """Returns the ranges of the backward pass, and the order of its kernels' work tiles."""
-        block = self.plan.blocks.backward_bias
+        tuning = self.plan.tunings.backward_bias
         batch = first.shape[0]
         orders = [
             f(self.plan, self.query, self.key) for f in (backward_dq.order, backward_dkv.order)
         ]
         distances = filled = parts = 0
-        if self.distances and block is not None:
+        if self.distances and tuning is not None:
             distances = self.distances
             # Those that only fill up the warpgroups have nothing to do.
-            filled = distances + -distances % block.warpgroups
+            filled = distances + -distances % tuning.warpgroups
             parts = backward_dbias.chunks(self.plan, batch, self.heads, self.units)
             shape = (batch, self.heads, parts, filled, 3)
             orders.append(backward_dbias.order(self.plan, self.query, self.key, shape))
@@ -222,7 +222,7 @@ class Kernels:
                 self.tau, rows, ranges.last, ranges.last_live, masked, tile_order,
             )  # fmt: skip
 
-        if self.plan.blocks.backward_value is None:
+        if self.plan.tunings.backward_value is None:
             found = run(("key", "value"), ranges.tile_order[1])
         else:
             order = backward_dkv.order(self.plan, self.query, self.key)

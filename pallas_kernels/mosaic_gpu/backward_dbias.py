@@ -2,7 +2,7 @@
 
 All tiles of a head at one distance from the diagonal share one bias tile, so dS is summed
 over these tiles elementwise first, in registers, and the diagonals of the sum are added up
-at the end. A block takes work tile after work tile: a run of queries down which it walks. Each
+at the end. A CTA takes work tile after work tile: a run of queries down which it walks. Each
 of its warpgroups has a distance of its own, one unit further from the diagonal than the one
 before: the keys that one warpgroup has used are the next one's at the next step, so that each
 step fetches only one tile of each operand.
@@ -32,7 +32,7 @@ _UNITS_A_WORK_TILE = 16
 
 def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
     """Returns into how many runs of queries a row is cut."""
-    groups = -(-plan.distances(units) // _block(plan).warpgroups)
+    groups = -(-plan.distances(units) // _tuning(plan).warpgroups)
     wanted = -(-_WORK_TILES // (batch * heads * groups))
     return max(1, min(wanted, units // _UNITS_A_WORK_TILE))
 
@@ -78,14 +78,14 @@ def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> Tile
     """Returns the order of the kernel's work tiles, for ranges of that shape."""
     batch, _, heads, _ = query.shape
     chunks, distances = ranges[2:4]
-    tiles = chunks * distances // _block(plan).warpgroups
+    tiles = chunks * distances // _tuning(plan).warpgroups
     return TileOrder.by_head(batch, heads, heads // key.shape[2], tiles)
 
 
-def _block(plan: Plan) -> config.Block:
-    block = plan.blocks.backward_bias
-    assert block is not None, "dK's kernel finds the gradient of the bias."
-    return block
+def _tuning(plan: Plan) -> config.Tuning:
+    tuning = plan.tunings.backward_bias
+    assert tuning is not None, "dK's kernel finds the gradient of the bias."
+    return tuning
 
 
 class _Kernel(launch.Kernel):
@@ -107,19 +107,19 @@ class _Kernel(launch.Kernel):
         rows_shape: tuple[int, ...],
         ranges_shape: tuple[int, ...],
     ):
-        block = _block(plan)
+        tuning = _tuning(plan)
         work_tiles = order(plan, query, key, ranges_shape)
-        super().__init__(plan, block, work_tiles, query, key, table_shape)
+        super().__init__(plan, tuning, work_tiles, query, key, table_shape)
         self.kinds = rows_shape[3]
         chunks, self.distances = ranges_shape[2:4]
-        self.tables = config.tables(config.bias_tiles(block, self.head_dim), table_shape[1])
+        self.tables = config.tables(config.bias_tiles(tuning, self.head_dim), table_shape[1])
         shape = (self.batch, chunks, self.heads, self.distances, 2 * UNIT)
         self.results = {"sums": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
-        block, d = self.block, self.head_dim
-        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
+        tuning, d = self.tuning, self.head_dim
+        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
         # Warpgroups lag behind each other by one tile of keys.
         keys = pipeline.tiled((self.key_stages, UNIT, d), self.dtype)
         scratch: Scratch = {
@@ -127,23 +127,23 @@ class _Kernel(launch.Kernel):
             "d_out_smem": tile,
             "key_smem": keys,
             "value_smem": keys,
-            "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
+            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
-            "sums_smem": plgpu.SMEM((block.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
+            "sums_smem": plgpu.SMEM((tuning.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
         }
-        scratch |= pipeline.barriers("query", block.stages, block.warpgroups, copies=3)
-        scratch |= pipeline.barriers("key", self.key_stages, block.warpgroups, copies=2)
-        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", tuning.stages, tuning.warpgroups, copies=3)
+        scratch |= pipeline.barriers("key", self.key_stages, tuning.warpgroups, copies=2)
+        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
         return scratch
 
     @property
     def key_stages(self) -> int:
         """Slots for tiles of keys, and of values."""
-        return self.block.stages + self.block.warpgroups - 1
+        return self.tuning.stages + self.tuning.warpgroups - 1
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has: of queries and d_out, of keys and values."""
-        return {"query": self.block.stages, "key": self.key_stages, "table": self.tables}
+        return {"query": self.tuning.stages, "key": self.key_stages, "table": self.tables}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""
@@ -160,20 +160,20 @@ class _WorkTile(launch.WorkTile):
 
     def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         super().__init__(cta, number, n, tiles_consumed)
-        kernel, block = self.kernel, self.block
+        kernel, tuning = self.kernel, self.tuning
         # All distances of a chunk side by side, so that they share its tiles in L2.
-        self.chunk = lax.div(self.tile, jnp.int32(kernel.distances // block.warpgroups))
-        group = self.tile - self.chunk * (kernel.distances // block.warpgroups)
+        self.chunk = lax.div(self.tile, jnp.int32(kernel.distances // tuning.warpgroups))
+        group = self.tile - self.chunk * (kernel.distances // tuning.warpgroups)
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
-        self.distance0 = group * block.warpgroups
+        self.distance0 = group * tuning.warpgroups
         starts, _, stops = zip(
-            *(self.range_of(self.distance0 + n) for n in range(block.warpgroups)), strict=True
+            *(self.range_of(self.distance0 + n) for n in range(tuning.warpgroups)), strict=True
         )
         # Steps are query units, all warpgroups' together.
         self.start = functools.reduce(lax.min, starts)
         self.stop = lax.max(functools.reduce(lax.max, stops), self.start)
         self.steps = self.stop - self.start
-        behind = jnp.int32(block.warpgroups - 1)
+        behind = jnp.int32(tuning.warpgroups - 1)
         self.key_tiles = lax.select(self.steps > 0, self.steps + behind, jnp.int32(0))
         self.queries = self.pipelines["query"].after(self.tiles_consumed[0])
         self.keys = self.pipelines["key"].after(self.tiles_consumed[1])
@@ -194,7 +194,7 @@ class _WorkTile(launch.WorkTile):
 
         Dead tiles need neither values nor d_out, but there are few of them near the diagonal.
         """
-        behind = self.block.warpgroups - 1
+        behind = self.tuning.warpgroups - 1
 
         def load_keys(n):
             # Tile n is the nearest warpgroup's at step n - behind.
@@ -221,7 +221,7 @@ class _WorkTile(launch.WorkTile):
     def compute_warpgroup(self) -> TilesConsumed:
         """Sums dS at one warpgroup's distance; returns `tiles_consumed` of the next work tile."""
         ref, plan = self.ref, self.plan
-        behind = self.block.warpgroups - 1
+        behind = self.tuning.warpgroups - 1
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
         none = (jnp.float32(0.0), jnp.float32(0.0))
@@ -245,7 +245,7 @@ class _WorkTile(launch.WorkTile):
                 return total
 
             last = lax.max(first, last)
-            return pipeline.steps(first, last, self.block.ahead, step, total, *both), last
+            return pipeline.steps(first, last, self.tuning.ahead, step, total, *both), last
 
         # Tiles before this warpgroup's first, and after its last.
         pipeline.skip(0, lax.select(self.steps > 0, lag, jnp.int32(0)), (self.keys, 0))

@@ -4,7 +4,7 @@ With m the live entries, dP = dO V^T and delta_i = sum_j P_ij m_ij dP_ij:
 
     dS = P (m dP - delta)     dV = A^T dO     dK = scale dS^T Q
 
-A block takes work tile after work tile: 64 keys of one key head a warpgroup. For each query head
+A CTA takes work tile after work tile: 64 keys of one key head a warpgroup. For each query head
 of the group it goes over the query tiles from the diagonal on: those that may be live first,
 then the dead ones, where dS = -P delta and dO is not needed. Tiles are [keys, queries] here. All
 sums stay in registers until they are complete, so every run gives the same bits. Where registers
@@ -89,7 +89,7 @@ def backward_dkv(
 def order(plan: Plan, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, kv_heads, head_dim = key.shape
-    rows = plan.blocks.backward_key.rows
+    rows = plan.tunings.backward_key.rows
     group = query.shape[2] // kv_heads
     return TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
 
@@ -115,18 +115,18 @@ class _Kernel(launch.Kernel):
         table_shape: tuple[int, ...],
         rows_shape: tuple[int, ...],
     ):
-        block = plan.blocks.backward_key
-        if wanted == ("value",) and plan.blocks.backward_value is not None:
-            block, self.name = plan.blocks.backward_value, "lazy_backward_value"
-        super().__init__(plan, block, order(plan, query, key), query, key, table_shape)
+        tuning = plan.tunings.backward_key
+        if wanted == ("value",) and plan.tunings.backward_value is not None:
+            tuning, self.name = plan.tunings.backward_value, "lazy_backward_value"
+        super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
         self.wanted = wanted
         self.units, self.kinds = rows_shape[2:4]
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
-        self.want_bias = plan.width > 0 and plan.blocks.backward_bias is None and len(wanted) == 2
+        self.want_bias = plan.width > 0 and plan.tunings.backward_bias is None and len(wanted) == 2
         self.distances = plan.distances(self.units)
         width = plan.width if self.want_bias else 0
-        tiles = config.key_tiles(block, self.head_dim, width, len(self.operands))
+        tiles = config.key_tiles(tuning, self.head_dim, width, len(self.operands))
         self.tables = config.tables(tiles, table_shape[1])
         same = jax.ShapeDtypeStruct(key.shape, key.dtype)
         self.results = {f"d_{name}": same for name in wanted}
@@ -136,31 +136,31 @@ class _Kernel(launch.Kernel):
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
-        block, d = self.block, self.head_dim
-        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
-        keys = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tuning, d = self.tuning, self.head_dim
+        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        keys = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
-            "rows_smem": plgpu.SMEM((block.stages, self.kinds, UNIT), jnp.float32),
+            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, UNIT), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
         scratch |= {f"{name}_smem": keys for name in self.operands}
-        copies = len(self.operands) * block.warpgroups
-        scratch |= pipeline.barriers("key", 1, block.warpgroups, copies=copies)
-        scratch |= pipeline.barriers("query", block.stages, block.warpgroups, copies=2)
-        scratch |= pipeline.barriers("d_out", block.stages, block.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
-        if block.in_registers:
+        copies = len(self.operands) * tuning.warpgroups
+        scratch |= pipeline.barriers("key", 1, tuning.warpgroups, copies=copies)
+        scratch |= pipeline.barriers("query", tuning.stages, tuning.warpgroups, copies=2)
+        scratch |= pipeline.barriers("d_out", tuning.stages, tuning.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
+        if tuning.in_registers:
             # Else the keys' and values' own places, which they need to the end.
             scratch |= {"d_key_smem": keys, "d_value_smem": keys}
         if self.want_bias:
-            scratch |= diagonals.scratch(block.warpgroups, self.distances)
+            scratch |= diagonals.scratch(tuning.warpgroups, self.distances)
         return scratch
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
-        stages = self.block.stages
+        stages = self.tuning.stages
         return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
@@ -182,7 +182,7 @@ class WorkTile(launch.WorkTile):
         super().__init__(cta, number, n, tiles_consumed)
         # Its order counts key heads.
         self.key_head = self.head
-        self.unit0 = self.tile * self.block.warpgroups
+        self.unit0 = self.tile * self.tuning.warpgroups
         self.queries, self.d_outs = self.pipelines["query"], self.pipelines["d_out"]
         self.keys = self.pipelines["key"]
         self.tables = self.pipelines["table"].after(self.n * self.kernel.group)
@@ -260,7 +260,7 @@ class WorkTile(launch.WorkTile):
 
             def loop(step, late, kind, start, stop, _):
                 step = functools.partial(step, kind, accs)
-                return pipeline.steps(start, stop, self.block.ahead, step, (), both[0], late=late)
+                return pipeline.steps(start, stop, self.tuning.ahead, step, (), both[0], late=late)
 
             def loops(step, start, stop, late, masked):
                 run = functools.partial(loop, step, late)
@@ -301,7 +301,7 @@ class WorkTile(launch.WorkTile):
             # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             rows = pl.ds(self.key0, ROWS)
-            prefix = "d_" if self.block.in_registers else ""
+            prefix = "d_" if self.tuning.in_registers else ""
             for name, x in zip(kernel.wanted, sums, strict=True):
                 place = name if name in kernel.operands else "key"
                 smem = ref[f"{prefix}{place}_smem"].at[self.warpgroup]
@@ -323,7 +323,7 @@ class WorkTile(launch.WorkTile):
     def steps(self, name: str, head: Scalar) -> Scalar:
         """Returns how many query tiles of a head the CTA visits, or may be live for it."""
         last = jnp.int32(self.kernel.units - 1)
-        units = [lax.min(self.unit0 + n, last) for n in range(self.block.warpgroups)]
+        units = [lax.min(self.unit0 + n, last) for n in range(self.tuning.warpgroups)]
         ends = [self.ref[name][self.batch, head, unit] for unit in units]
         return functools.reduce(lax.max, ends) - self.unit0 + 1
 

@@ -4,7 +4,7 @@ With m the live entries, dP = dO V^T, and Y = P K from the forward pass:
 
     delta_i = sum_j P_ij m_ij dP_ij     dQ = scale ((P m dP) K - delta Y)
 
-A block takes work tile after work tile: 64 queries of one head a warpgroup. It goes over those
+A CTA takes work tile after work tile: 64 queries of one head a warpgroup. It goes over those
 of their key tiles that may be live, from the diagonal backwards, and sums up delta, and what
 dtau takes, on the way. Where no exponential is too large, all of this is summed with
 exponentials for P, and divided by their sum at the end.
@@ -96,7 +96,7 @@ def backward_dq(
 def order(plan: Plan, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
-    rows = plan.blocks.backward_query.rows
+    rows = plan.tunings.backward_query.rows
     return TileOrder.of_queries(batch, heads, heads // key.shape[2], length, rows, head_dim)
 
 
@@ -114,11 +114,11 @@ class _Kernel(launch.Kernel):
     def __init__(
         self, plan: Plan, query: Array, key: Array, table_shape: tuple[int, ...], first: Array
     ):
-        block = plan.blocks.backward_query
-        super().__init__(plan, block, order(plan, query, key), query, key, table_shape)
+        tuning = plan.tunings.backward_query
+        super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
         self.units = first.shape[-1]
         self.want_tail = plan.has_tail(self.length)
-        tiles, self.out_stages = config.query_tiles(block, self.head_dim, plan.has_offset)
+        tiles, self.out_stages = config.query_tiles(tuning, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
         self.results = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
         self.results |= row_stats.outputs(plan, first.shape)
@@ -127,9 +127,9 @@ class _Kernel(launch.Kernel):
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
-        block, d = self.block, self.head_dim
-        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
-        rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tuning, d = self.tuning, self.head_dim
+        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": rows,
             "d_out_smem": rows,
@@ -141,20 +141,20 @@ class _Kernel(launch.Kernel):
             scratch |= weight_sums.scratch(self.dtype)
         if self.out_stages:
             scratch |= row_stats.scratch(
-                self.out_stages, block.warpgroups, self.head_dim, self.dtype
+                self.out_stages, tuning.warpgroups, self.head_dim, self.dtype
             )
-        scratch |= pipeline.barriers("query", 1, block.warpgroups, copies=2 * block.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", 1, tuning.warpgroups, copies=2 * tuning.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
         for name in ("key", "value"):
-            scratch |= pipeline.barriers(name, block.stages, block.warpgroups)
-        if block.in_registers:
+            scratch |= pipeline.barriers(name, tuning.stages, tuning.warpgroups)
+        if tuning.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["d_query_smem"] = rows
         return scratch
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
-        stages = self.block.stages
+        stages = self.tuning.stages
         slots = {"key": stages, "value": stages, "query": 1, "table": self.tables}
         return slots | ({"out": self.out_stages} if self.out_stages else {})
 
@@ -203,9 +203,9 @@ class WorkTile(launch.WorkTile):
 
     def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         super().__init__(cta, number, n, tiles_consumed)
-        self.unit0 = self.tile * self.block.warpgroups
+        self.unit0 = self.tile * self.tuning.warpgroups
         last_unit = jnp.int32(self.kernel.units - 1)
-        self.last = lax.min(self.unit0 + self.block.warpgroups - 1, last_unit)
+        self.last = lax.min(self.unit0 + self.tuning.warpgroups - 1, last_unit)
         self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
         self.values = self.pipelines["value"].after(self.tiles_consumed[1])
         self.queries, self.tables = self.pipelines["query"], self.pipelines["table"]
@@ -301,7 +301,7 @@ class WorkTile(launch.WorkTile):
 
         def loop(kind, start, stop, sums):
             step = functools.partial(self.step, divided, kind, accs)
-            return pipeline.steps(start, stop, self.block.ahead, step, sums, *self.both)
+            return pipeline.steps(start, stop, self.tuning.ahead, step, sums, *self.both)
 
         if divided and self.kernel.dtype == jnp.bfloat16:
             # Rare, so one loop for all.
@@ -312,7 +312,7 @@ class WorkTile(launch.WorkTile):
                 plan, self.kernel.length, begin, begin, end, loop, sums, masked=masked
             )
         d_query = accs[0][...]
-        if self.block.stages > 1:
+        if self.tuning.stages > 1:
             # The last products have been waited for only now.
             pl.when(end > begin)(lambda: self.keys.consumer_release(end - 1))
         finish = functools.partial(layout.finish_sums, interpret=self.interpret)
@@ -350,7 +350,7 @@ class WorkTile(launch.WorkTile):
         def _():
             # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            own = "d_query_smem" if self.block.in_registers else "query_smem"
+            own = "d_query_smem" if self.tuning.in_registers else "query_smem"
             smem = ref[own].at[self.warpgroup]
             smem[...] = (found.d_query * self.plan.scale).astype(self.kernel.dtype)
             plgpu.commit_smem()
@@ -368,7 +368,7 @@ class WorkTile(launch.WorkTile):
     def count_steps(self) -> Scalar:
         """Returns how many key tiles the CTA visits."""
         last = jnp.int32(self.kernel.units - 1)
-        units = [lax.min(self.unit0 + n, last) for n in range(self.block.warpgroups)]
+        units = [lax.min(self.unit0 + n, last) for n in range(self.tuning.warpgroups)]
         first = self.ref["live" if self.plan.has_offset else "first"]
         starts = [first[self.batch, self.head, unit] for unit in units]
         return self.last - functools.reduce(lax.min, starts) + 1
@@ -452,7 +452,7 @@ class WorkTile(launch.WorkTile):
         if self.plan.has_offset:
             weight_sums.add(accs[1], x, self.ref, spare)
         pipeline.multiply(accs[0], x, self.ref["key_smem"].at[key_slot], spare)
-        if self.block.stages == 1:
+        if self.tuning.stages == 1:
             # Nothing can be fetched before.
             plgpu.wgmma_wait(0)
             self.keys.consumer_release_slot(key_slot)
@@ -478,7 +478,7 @@ class WorkTile(launch.WorkTile):
         What reads them last is left in flight while the next step's products begin; those who
         have waited for these need not wait for it again.
         """
-        if self.block.stages == 1:
+        if self.tuning.stages == 1:
             return
         before = self.keys.preceding(slot)
         pl.when(n > self.begin)(lambda: self.keys.consumer_release_slot(before))

@@ -4,13 +4,13 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
+class Tuning:
     """What all kernels are made with.
 
     Attributes:
-      warpgroups: how many compute; each has 64 rows of the block's own operand.
+      warpgroups: how many compute; each has 64 rows of the CTA's own operand.
       stages: tiles of each other operand that are fetched ahead.
-      in_registers: the block's own operand is kept in registers rather than read from SMEM
+      in_registers: the CTA's own operand is kept in registers rather than read from SMEM
         again and again.
       ahead: a step's tiles are waited for during the step before.
     """
@@ -22,7 +22,7 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """Queries, or keys, of a block."""
+        """Queries, or keys, of a CTA."""
         return 64 * self.warpgroups
 
     @property
@@ -37,7 +37,7 @@ class Block:
 
     @property
     def registers_at_start(self) -> int:
-        """Registers of every thread when the block starts."""
+        """Registers of every thread when the CTA starts."""
         return min(65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 248)
 
     @property
@@ -47,8 +47,8 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """The blocks of all kernels for one kind of call.
+class Tunings:
+    """The tunings of all kernels for one kind of call.
 
     Attributes:
       inference: forward pass without residuals.
@@ -59,61 +59,61 @@ class Blocks:
       backward_value: dV; None: likewise.
     """
 
-    inference: Block
-    forward: Block
-    backward_query: Block = Block(stages=3)
-    backward_key: Block = Block(stages=3)
-    backward_bias: Block | None = Block(stages=4)
-    backward_value: Block | None = None
+    inference: Tuning
+    forward: Tuning
+    backward_query: Tuning = Tuning(stages=3)
+    backward_key: Tuning = Tuning(stages=3)
+    backward_bias: Tuning | None = Tuning(stages=4)
+    backward_value: Tuning | None = None
 
 
 # By head size.
-_BLOCKS = {
-    64: Blocks(
-        inference=Block(warpgroups=3, stages=4, ahead=True),
-        forward=Block(warpgroups=3, stages=4, ahead=True),
-        backward_query=Block(stages=4),
-        backward_key=Block(stages=3, ahead=True),
-        backward_bias=Block(warpgroups=3, stages=3),
+_TUNINGS = {
+    64: Tunings(
+        inference=Tuning(warpgroups=3, stages=4, ahead=True),
+        forward=Tuning(warpgroups=3, stages=4, ahead=True),
+        backward_query=Tuning(stages=4),
+        backward_key=Tuning(stages=3, ahead=True),
+        backward_bias=Tuning(warpgroups=3, stages=3),
     ),
-    96: Blocks(
-        inference=Block(warpgroups=3, stages=4, ahead=True),
-        forward=Block(warpgroups=3, stages=3, in_registers=False, ahead=True),
-        backward_query=Block(stages=3, in_registers=False),
-        backward_key=Block(stages=3, in_registers=False),
-        backward_bias=Block(warpgroups=3),
+    96: Tunings(
+        inference=Tuning(warpgroups=3, stages=4, ahead=True),
+        forward=Tuning(warpgroups=3, stages=3, in_registers=False, ahead=True),
+        backward_query=Tuning(stages=3, in_registers=False),
+        backward_key=Tuning(stages=3, in_registers=False),
+        backward_bias=Tuning(warpgroups=3),
     ),
-    128: Blocks(
-        inference=Block(warpgroups=3, stages=4, in_registers=False, ahead=True),
-        forward=Block(warpgroups=3, stages=4, in_registers=False),
-        backward_query=Block(stages=3, in_registers=False, ahead=True),
-        backward_key=Block(stages=3, in_registers=False),
-        backward_bias=Block(warpgroups=3),
+    128: Tunings(
+        inference=Tuning(warpgroups=3, stages=4, in_registers=False, ahead=True),
+        forward=Tuning(warpgroups=3, stages=4, in_registers=False),
+        backward_query=Tuning(stages=3, in_registers=False, ahead=True),
+        backward_key=Tuning(stages=3, in_registers=False),
+        backward_bias=Tuning(warpgroups=3),
     ),
     # dK and dV of 64 keys would be 256 registers a thread.
-    256: Blocks(
-        inference=Block(in_registers=False),
-        forward=Block(in_registers=False),
-        backward_query=Block(stages=1, in_registers=False),
-        backward_key=Block(stages=1, in_registers=False),
-        backward_value=Block(in_registers=False),
-        backward_bias=Block(stages=1),
+    256: Tunings(
+        inference=Tuning(in_registers=False),
+        forward=Tuning(in_registers=False),
+        backward_query=Tuning(stages=1, in_registers=False),
+        backward_key=Tuning(stages=1, in_registers=False),
+        backward_value=Tuning(in_registers=False),
+        backward_bias=Tuning(stages=1),
     ),
 }
-# Head sizes above this one have no softmax of their own, see `is_elastic`, and no smaller blocks
+# Head sizes above this one have no softmax of their own, see `is_elastic`, and no smaller tunings
 # for longer tables.
 _MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
-_SOFTMAX: dict[int, dict[str, Block]] = {
-    64: {"backward_query": Block(stages=3)},
-    96: {"forward": Block(stages=3, ahead=True)},
-    128: {"forward": Block(stages=3, in_registers=False, ahead=True)},
+_SOFTMAX: dict[int, dict[str, Tuning]] = {
+    64: {"backward_query": Tuning(stages=3)},
+    96: {"forward": Tuning(stages=3, ahead=True)},
+    128: {"forward": Tuning(stages=3, in_registers=False, ahead=True)},
 }
 # By head size, dK's kernel when it has room for the gradient of the bias table.
 _KEY_WITH_BIAS = {
-    64: Block(stages=3),
-    96: Block(stages=3, in_registers=False),
-    128: Block(in_registers=False),
+    64: Tuning(stages=3),
+    96: Tuning(stages=3, in_registers=False),
+    128: Tuning(in_registers=False),
 }
 
 # Where dS's diagonals are added up: rows of a tile at a time, a quarter of them, and words from
@@ -129,13 +129,13 @@ SKEW_WORDS = 7 * SKEW_PITCH + 132
 _ROW_STATS = 4 * 64 * 4
 # Entries around a bias table.
 _AROUND_TABLE = 640
-# Bytes of shared memory a block may have, less what barriers, a tile of ones and alignment take.
+# Bytes of shared memory a CTA may have, less what barriers, a tile of ones and alignment take.
 _SHARED_MEMORY = 227 * 1024 - 4096
 
 
 def padded_head_dim(head_dim: int) -> int:
     """Returns the head size that the kernels compute with, for one of at most 256."""
-    return next(d for d in _BLOCKS if d >= head_dim)
+    return next(d for d in _TUNINGS if d >= head_dim)
 
 
 def is_elastic(head_dim: int, given: bool) -> bool:
@@ -150,8 +150,8 @@ def is_elastic(head_dim: int, given: bool) -> bool:
     return given or head_dim > _MAX_HEAD_DIM_OF_SOFTMAX
 
 
-def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
-    """Returns the blocks for a padded head size and a bias table.
+def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
+    """Returns the tunings for a padded head size and a bias table.
 
     Args:
       head_dim: padded head size.
@@ -167,7 +167,7 @@ def blocks(head_dim: int, width: int, has_offset: bool = True) -> Blocks:
     if width > _widest_table(found, head_dim, has_offset):
         found = _small(found, head_dim)
     if not has_offset:
-        # Without what an offset needs in between, ptxas puts dS where the block's own
+        # Without what an offset needs in between, ptxas puts dS where the CTA's own
         # operand is and never brings that back: `benchmarks.machine_code` finds it out.
         in_smem = {
             name: dataclasses.replace(getattr(found, name), in_registers=False)
@@ -189,40 +189,40 @@ def tables(tiles: int, table_rows: int) -> int:
     return 2 if tiles + 2 * 512 * table_rows <= _SHARED_MEMORY else 1
 
 
-def forward_tiles(block: Block, head_dim: int, outputs: int) -> int:
+def forward_tiles(tuning: Tuning, head_dim: int, outputs: int) -> int:
     """Returns the bytes of SMEM that the tiles of the forward pass take.
 
     Args:
-      block: of the kernel.
+      tuning: of the kernel.
       head_dim: padded head size.
       outputs: arrays of the query's size that it writes.
     """
-    own = outputs + block.in_registers
-    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim
+    own = outputs + tuning.in_registers
+    return (own * tuning.rows + 2 * tuning.stages * 64) * 2 * head_dim
 
 
-def query_tiles(block: Block, head_dim: int, has_offset: bool = True) -> tuple[int, int]:
+def query_tiles(tuning: Tuning, head_dim: int, has_offset: bool = True) -> tuple[int, int]:
     """Returns the bytes of SMEM that the tiles of dQ's kernel take, and how many of the output
     and its rounding, which it wants without an offset, are fetched ahead."""
     outputs = 0 if has_offset else 2 if head_dim <= 64 else 1
-    own = 2 + block.in_registers + outputs
-    return (own * block.rows + 2 * block.stages * 64) * 2 * head_dim, outputs
+    own = 2 + tuning.in_registers + outputs
+    return (own * tuning.rows + 2 * tuning.stages * 64) * 2 * head_dim, outputs
 
 
-def key_tiles(block: Block, head_dim: int, width: int = 0, own: int = 2) -> int:
+def key_tiles(tuning: Tuning, head_dim: int, width: int = 0, own: int = 2) -> int:
     """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take.
 
     Args:
-      block: of the kernel.
+      tuning: of the kernel.
       head_dim: padded head size.
       width: of the bias table, if the kernel also finds its gradient.
-      own: operands that are the block's own.
+      own: operands that are the CTA's own.
     """
-    tiles = (own * (1 + block.in_registers) * block.rows + 2 * block.stages * 64) * 2 * head_dim
+    tiles = (own * (1 + tuning.in_registers) * tuning.rows + 2 * tuning.stages * 64) * 2 * head_dim
     if width:
         warp = SKEW_WORDS + near_words(distances(width))
-        tiles += 4 * block.warpgroups * 4 * warp
-    return tiles + block.stages * _ROW_STATS
+        tiles += 4 * tuning.warpgroups * 4 * warp
+    return tiles + tuning.stages * _ROW_STATS
 
 
 def distances(width: int) -> int:
@@ -238,11 +238,11 @@ def near_words(distances: int) -> int:
     return 64 * distances + 64
 
 
-def bias_tiles(block: Block, head_dim: int) -> int:
+def bias_tiles(tuning: Tuning, head_dim: int) -> int:
     """Returns the bytes of SMEM that the tiles of dbias's kernel take."""
-    keys = block.stages + block.warpgroups - 1
-    sums = block.warpgroups * DIAGONALS_ROWS * DIAGONALS_PITCH * 4
-    return 2 * (block.stages + keys) * 64 * 2 * head_dim + block.stages * _ROW_STATS + sums
+    keys = tuning.stages + tuning.warpgroups - 1
+    sums = tuning.warpgroups * DIAGONALS_ROWS * DIAGONALS_PITCH * 4
+    return 2 * (tuning.stages + keys) * 64 * 2 * head_dim + tuning.stages * _ROW_STATS + sums
 
 
 def widest_table(head_dim: int) -> int:
@@ -260,14 +260,14 @@ def widest_table(head_dim: int) -> int:
     return min(widest)
 
 
-def _usual(head_dim: int, has_offset: bool) -> Blocks:
-    """Returns blocks for the usual table."""
-    found = _BLOCKS[head_dim]
+def _usual(head_dim: int, has_offset: bool) -> Tunings:
+    """Returns tunings for the usual table."""
+    found = _TUNINGS[head_dim]
     return found if has_offset else dataclasses.replace(found, **_SOFTMAX[head_dim])
 
 
-def _small(found: Blocks, head_dim: int) -> Blocks:
-    """Returns blocks that leave more room for the bias table."""
+def _small(found: Tunings, head_dim: int) -> Tunings:
+    """Returns tunings that leave more room for the bias table."""
     if head_dim > _MAX_HEAD_DIM_OF_SOFTMAX:
         return found
     fewer = {
@@ -275,10 +275,10 @@ def _small(found: Blocks, head_dim: int) -> Blocks:
         for name in ("inference", "forward")
     }
     fewer["backward_query"] = dataclasses.replace(found.backward_query, warpgroups=2)
-    return dataclasses.replace(found, backward_bias=Block(), **fewer)
+    return dataclasses.replace(found, backward_bias=Tuning(), **fewer)
 
 
-def _widest_table(found: Blocks, head_dim: int, has_offset: bool) -> int:
+def _widest_table(found: Tunings, head_dim: int, has_offset: bool) -> int:
     used = [
         forward_tiles(found.inference, head_dim, 1),
         # Out, and without an offset its rounding.

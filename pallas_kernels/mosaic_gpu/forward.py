@@ -1,6 +1,6 @@
 """The forward pass.
 
-A block stays, and takes work tile after work tile: 64 queries of one head a warpgroup. One more
+A CTA stays, and takes work tile after work tile: 64 queries of one head a warpgroup. One more
 warpgroup has one warp that fetches, tiles of keys and values and the next work tile's queries.
 The first sweep goes from the diagonal backwards over the tiles that are not negligible, sums
 the exponentials, and in training the keys with them (see `mean_k.py`), and notes the farthest
@@ -97,9 +97,9 @@ def forward(
 def order(plan: Plan, training: bool, query: Array, key: Array) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
     batch, length, heads, head_dim = query.shape
-    block = plan.blocks.forward if training else plan.blocks.inference
+    tuning = plan.tunings.forward if training else plan.tunings.inference
     group = heads // key.shape[2]
-    return TileOrder.of_queries(batch, heads, group, length, block.rows, head_dim)
+    return TileOrder.of_queries(batch, heads, group, length, tuning.rows, head_dim)
 
 
 class _Forward(launch.Kernel):
@@ -124,8 +124,8 @@ class _Forward(launch.Kernel):
         table_shape: tuple[int, ...],
         units: int,
     ):
-        block = plan.blocks.forward if training else plan.blocks.inference
-        super().__init__(plan, block, order(plan, training, query, key), query, key, table_shape)
+        tuning = plan.tunings.forward if training else plan.tunings.inference
+        super().__init__(plan, tuning, order(plan, training, query, key), query, key, table_shape)
         self.training = training
         self.want_keys = training and plan.has_offset
         self.want_rounding = training and not plan.has_offset
@@ -134,7 +134,7 @@ class _Forward(launch.Kernel):
         self.keys_at_once = self.want_keys and self.dtype == jnp.bfloat16
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
-        used = config.forward_tiles(block, self.head_dim, 1 + self.want_rounding)
+        used = config.forward_tiles(tuning, self.head_dim, 1 + self.want_rounding)
         self.tables = config.tables(used, table_shape[1])
         of_units = (self.batch, self.heads, units)
         same = jax.ShapeDtypeStruct(query.shape, query.dtype)
@@ -152,23 +152,23 @@ class _Forward(launch.Kernel):
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
-        block, d = self.block, self.head_dim
-        tile = pipeline.tiled((block.stages, UNIT, d), self.dtype)
-        rows = pipeline.tiled((block.warpgroups, ROWS, d), self.dtype)
+        tuning, d = self.tuning, self.head_dim
+        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": rows,
             "key_smem": tile,
             "value_smem": tile,
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
             # Of two work tiles, since one warpgroup may be at the next.
-            "words_smem": plgpu.SMEM((2, 4 * block.warpgroups), jnp.int32),
-            "bound_barrier": plgpu.Barrier(num_arrivals=block.warpgroups),
+            "words_smem": plgpu.SMEM((2, 4 * tuning.warpgroups), jnp.int32),
+            "bound_barrier": plgpu.Barrier(num_arrivals=tuning.warpgroups),
         }
-        scratch |= pipeline.barriers("query", 1, block.warpgroups, copies=block.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, block.warpgroups)
+        scratch |= pipeline.barriers("query", 1, tuning.warpgroups, copies=tuning.warpgroups)
+        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
         for name in ("key", "value"):
-            scratch |= pipeline.barriers(name, block.stages, block.warpgroups)
-        if block.in_registers:
+            scratch |= pipeline.barriers(name, tuning.stages, tuning.warpgroups)
+        if tuning.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["out_smem"] = rows
         if self.want_keys:
@@ -176,12 +176,12 @@ class _Forward(launch.Kernel):
         if self.want_rounding:
             scratch["rounding_smem"] = rows
         if self.training:
-            scratch["total_smem"] = plgpu.SMEM((block.warpgroups, ROWS), jnp.float32)
+            scratch["total_smem"] = plgpu.SMEM((tuning.warpgroups, ROWS), jnp.float32)
         return scratch
 
     def slots(self) -> dict[str, int]:
         """Returns how many slots each pipeline has."""
-        stages = self.block.stages
+        stages = self.tuning.stages
         return {"key": stages, "value": stages, "query": 1, "table": self.tables}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
@@ -200,11 +200,11 @@ class WorkTile(launch.WorkTile):
 
     def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         super().__init__(cta, number, n, tiles_consumed)
-        kernel, block = self.kernel, self.block
+        kernel, tuning = self.kernel, self.tuning
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
-        self.first_query = self.tile * block.rows
+        self.first_query = self.tile * tuning.rows
         self.last = lax.min(
-            lax.div(self.first_query + block.rows - 1, jnp.int32(UNIT)),
+            lax.div(self.first_query + tuning.rows - 1, jnp.int32(UNIT)),
             jnp.int32((kernel.length - 1) // UNIT),
         )
         self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
@@ -239,7 +239,7 @@ class WorkTile(launch.WorkTile):
         wanted += ["segment_start"] if self.plan.packed else []
         for name in wanted:
             rows = ref[name].at[self.batch]
-            memory.prefetch(rows, self.first_query, self.block.rows, interpret=self.interpret)
+            memory.prefetch(rows, self.first_query, self.tuning.rows, interpret=self.interpret)
         twice = True if not self.kernel.one_sweep else self.no_overflow[...] == 0
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.count_steps()
@@ -488,7 +488,7 @@ class WorkTile(launch.WorkTile):
         rows = pl.ds(self.query0, ROWS)
 
         def staged(name):
-            own = name == "out" and not self.block.in_registers
+            own = name == "out" and not self.tuning.in_registers
             return ref["query_smem" if own else f"{name}_smem"].at[self.warpgroup]
 
         @pl.when(self.exists)
@@ -594,7 +594,7 @@ class WorkTile(launch.WorkTile):
 
         def loop(kind, start, stop, carry):
             step = functools.partial(body, kind)
-            return pipeline.steps(start, stop, self.block.ahead, step, carry, keys, late=values)
+            return pipeline.steps(start, stop, self.tuning.ahead, step, carry, keys, late=values)
 
         if not by_distance:
             return loop(TileKind.MASKED, self.begin, end, carry)
@@ -632,12 +632,12 @@ class WorkTile(launch.WorkTile):
 
     def count_steps(self) -> Scalar:
         """Returns how many key tiles the CTA visits."""
-        first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.block.warpgroups)])
+        first = functools.reduce(lax.min, [self.first_of(n) for n in range(self.tuning.warpgroups)])
         return self.last - first + 1
 
     def live_steps(self) -> Scalar:
         """Returns how many of them may be live, once `bound_barrier` is complete."""
-        words = [self.words[n] for n in range(4 * self.block.warpgroups)]
+        words = [self.words[n] for n in range(4 * self.tuning.warpgroups)]
         return self.last - functools.reduce(lax.min, words) + 1
 
     def sum_sweeps(self) -> Index:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import bias_table, layout, pipeline, scheduler, weight_sums
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
-from pallas_kernels.mosaic_gpu.config import Block
+from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.pipeline import Pipeline
@@ -25,7 +25,7 @@ class Kernel:
 
     Args:
       plan: of the call.
-      block: what it is made with.
+      tuning: what it is made with.
       order: of its work tiles.
       query: of the call, like the next.
       key: its heads may be fewer.
@@ -37,13 +37,13 @@ class Kernel:
     def __init__(
         self,
         plan: Plan,
-        block: Block,
+        tuning: Tuning,
         order: TileOrder,
         query: Array,
         key: Array,
         table_shape: tuple[int, ...],
     ):
-        self.plan, self.block, self.order = plan, block, order
+        self.plan, self.tuning, self.order = plan, tuning, order
         self.interpret = plan.interpret is not None
         self.batch, self.length, self.heads, self.head_dim = query.shape
         self.group = self.heads // key.shape[2]
@@ -93,15 +93,15 @@ class Kernel:
         body.__name__ = self.name
         scratch = self.scratch() | scheduler.scratch()
         if self.interpret:
-            shape = (self.block.warpgroups, ROWS, UNIT)
+            shape = (self.tuning.warpgroups, ROWS, UNIT)
             scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)
         found = plgpu.kernel(
             body,
             out_type=tuple(results.values()),
             scratch_types=scratch,
-            grid=(scheduler.blocks(self.order.work_tiles, self.interpret),),
-            grid_names=("block",),
-            num_threads=self.block.warpgroups + 1,
+            grid=(scheduler.ctas(self.order.work_tiles, self.interpret),),
+            grid_names=("cta",),
+            num_threads=self.tuning.warpgroups + 1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
@@ -119,13 +119,13 @@ class Cta:
         self.kernel, self.work_tile, self.ref = kernel, work_tile, ref
         self.warpgroup = lax.axis_index("warpgroup")
         self.scheduler = scheduler.PersistentTileScheduler(
-            kernel.order.work_tiles, ref, lax.axis_index("block"), kernel.interpret
+            kernel.order.work_tiles, ref, lax.axis_index("cta"), kernel.interpret
         )
-        self.pipelines = pipeline.make(ref, kernel.slots(), kernel.block.warpgroups, kernel.plan)
+        self.pipelines = pipeline.make(ref, kernel.slots(), kernel.tuning.warpgroups, kernel.plan)
 
     def run(self) -> None:
         """Divides the warpgroups."""
-        pipeline.divide(self.warpgroup, self.kernel.block, self.load, self.compute)
+        pipeline.divide(self.warpgroup, self.kernel.tuning, self.load, self.compute)
 
     def each(self, loads: bool) -> tuple[Scalar, TilesConsumed]:
         """Goes through the work tiles; returns how many, and `tiles_consumed` after the last."""
@@ -162,7 +162,7 @@ class WorkTile:
     computes does for its 64 rows.
 
     Attributes:
-      kernel: its static facts; `plan`, `block` and `interpret` are the kernel's.
+      kernel: its static facts; `plan`, `tuning` and `interpret` are the kernel's.
       ref: operands, results and scratch by name.
       warpgroup: index of this warpgroup in the CTA.
       n: how many work tiles came before it here.
@@ -184,12 +184,12 @@ class WorkTile:
 
     def __init__(self, cta: Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         kernel = self.kernel = cta.kernel
-        self.plan, self.block, self.interpret = kernel.plan, kernel.block, kernel.interpret
+        self.plan, self.tuning, self.interpret = kernel.plan, kernel.tuning, kernel.interpret
         self.ref, self.warpgroup, self.pipelines = cta.ref, cta.warpgroup, cta.pipelines
         self.n, self.tiles_consumed = n, tiles_consumed
         self.batch, self.head, self.tile = kernel.order.item(number)
         # The CTA's own operands, or their copies in registers, are given back when read.
-        self.release_early = self.block.in_registers and not self.interpret
+        self.release_early = self.tuning.in_registers and not self.interpret
 
     def load_warp(self) -> TilesConsumed:
         """Fetches all that the CTA reads; returns `tiles_consumed` of the next work tile."""
@@ -206,7 +206,7 @@ class WorkTile:
     def load_own(self, pipe: Pipeline, names: tuple[str, ...], head: Scalar) -> None:
         """Fetches the CTA's own operands, which stay for a work tile: 64 rows a warpgroup."""
         slot = pipe.producer_acquire(self.n)
-        for n in range(self.block.warpgroups):
+        for n in range(self.tuning.warpgroups):
             rows = self.own_rows(n)
             for name in names:
                 source = self.ref[name].at[self.batch, rows, head]
@@ -230,14 +230,14 @@ class WorkTile:
     def own(self, name: str) -> Callable[[], Ref | Array]:
         """Returns what gives one of the warpgroup's own operands, see `pipeline.operand`."""
         return pipeline.operand(
-            self.ref[f"{name}_smem"], self.warpgroup, self.block.in_registers, self.interpret
+            self.ref[f"{name}_smem"], self.warpgroup, self.tuning.in_registers, self.interpret
         )
 
     def release_own(self, pipe: Pipeline) -> None:
         """Gives the own operands back where they were needed to the end."""
         if self.release_early:
             return
-        if not self.block.in_registers:
+        if not self.tuning.in_registers:
             # Results lie in their place.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pipe.consumer_release(self.n)

@@ -122,7 +122,7 @@ def find(work_tile: "forward.WorkTile", lse: Array) -> None:
 
 def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     """Brings the mean of a work tile's keys, of dQ's kernel, into L2; in all that fetch."""
-    for n in range(work_tile.block.warpgroups):
+    for n in range(work_tile.tuning.warpgroups):
         unit = lax.min(work_tile.unit0 + n, jnp.int32(work_tile.kernel.units - 1))
         for name in NAMES:
             half = work_tile.ref[name].at[work_tile.batch, work_tile.head, unit]

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory
-from pallas_kernels.mosaic_gpu.config import Block
+from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Refs, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.plan import Plan
 
@@ -41,7 +41,7 @@ def as_index(x: Index) -> Scalar:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """One pipeline, as seen by all warps of a block.
+    """One pipeline, as seen by all warps of a CTA.
 
     Tiles are numbered from 0 in the order they are fetched; tile n lies in slot
     (tiles_consumed + n) mod stages. Every warpgroup takes and releases every tile.
@@ -163,7 +163,7 @@ def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> Scratch
 
 
 def make(ref: Refs, slots: dict[str, int], warpgroups: int, plan: Plan) -> dict[str, Pipeline]:
-    """Returns the pipelines of a block, given the slots of each."""
+    """Returns the pipelines of a CTA, given the slots of each."""
     made, number = {}, FIRST_NAMED_BARRIER
     for name, stages in slots.items():
         full, empty = (ref[f"{name}_{end}"] for end in ("full", "empty"))
@@ -174,19 +174,19 @@ def make(ref: Refs, slots: dict[str, int], warpgroups: int, plan: Plan) -> dict[
 
 
 def divide(
-    warpgroup: Scalar, block: Block, fetch: Callable[[], None], compute: Callable[[], None]
+    warpgroup: Scalar, tuning: Tuning, fetch: Callable[[], None], compute: Callable[[], None]
 ) -> None:
-    """Runs `fetch` in the last warpgroup of a block and `compute` in the others."""
-    fetches = warpgroup == block.warpgroups
+    """Runs `fetch` in the last warpgroup of a CTA and `compute` in the others."""
+    fetches = warpgroup == tuning.warpgroups
 
     @pl.when(fetches)
     def _():
-        plgpu.set_max_registers(block.fetch_registers, action="decrease")
+        plgpu.set_max_registers(tuning.fetch_registers, action="decrease")
         fetch()
 
     @pl.when(jnp.logical_not(fetches))
     def _():
-        plgpu.set_max_registers(block.registers, action="increase")
+        plgpu.set_max_registers(tuning.registers, action="increase")
         compute()
 
 

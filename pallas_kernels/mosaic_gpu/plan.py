@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import config
-from pallas_kernels.mosaic_gpu.config import Blocks
+from pallas_kernels.mosaic_gpu.config import Tunings
 from pallas_kernels.problem import Problem
 
 LOG2_E = math.log2(math.e)
@@ -67,14 +67,14 @@ class Plan(Problem):
     """A call, and how it is done.
 
     Attributes:
-      blocks: of every kernel.
+      tunings: of every kernel.
       by_triton: plan the call by Triton kernels.
       fetch_by_warpgroup: all of a warpgroup fetches rather than one warp of it. Interpret
         mode knows no warps, and nor does Pallas inside a `shard_map` that checks what
         varies.
     """
 
-    blocks: Blocks
+    tunings: Tunings
     by_triton: bool = False
     fetch_by_warpgroup: bool = False
 

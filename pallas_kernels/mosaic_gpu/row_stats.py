@@ -76,7 +76,7 @@ def fetch(work_tile: "backward_dq.WorkTile") -> None:
     outs = work_tile.outs
     for number, name in enumerate(_OUTPUTS):
         slot = outs.producer_acquire(number)
-        for n in range(work_tile.block.warpgroups):
+        for n in range(work_tile.tuning.warpgroups):
             rows = work_tile.own_rows(n)
             source = work_tile.ref[name].at[work_tile.batch, rows, work_tile.head]
             target = work_tile.ref["out_smem"].at[slot, n]
@@ -86,7 +86,7 @@ def fetch(work_tile: "backward_dq.WorkTile") -> None:
 def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     """Brings what `find` loads of the rows into the first cache; in all that fetch."""
     ref, plan = work_tile.ref, work_tile.plan
-    rows = work_tile.block.rows
+    rows = work_tile.tuning.rows
     found = [ref["lse"].at[work_tile.batch, work_tile.head]]
     if plan.has_offset:
         found.append(ref["offset_scale"].at[work_tile.batch])

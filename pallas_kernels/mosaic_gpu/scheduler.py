@@ -1,7 +1,7 @@
-"""Who does what when: blocks that stay, one an SM, take work tile after work tile.
+"""Who does what when: CTAs that stay, one an SM, take work tile after work tile.
 
 So the warp that fetches is already at the next work tile while the warpgroups that compute end
-the one before, and what starts a block is paid for once. A counter in global memory deals work
+the one before, and what starts a CTA is paid for once. A counter in global memory deals work
 tiles out, to whoever is free, in the order of `TileOrder`.
 
 Heads differ tenfold in what they visit, and work tiles of one head as much again; whoever gets a
@@ -24,7 +24,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.mosaic_gpu import memory
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Refs, Scalar, Scratch
 
-# SMs of an H100 or H200 SXM. On a smaller one some blocks start late and find nothing left.
+# SMs of an H100 or H200 SXM. On a smaller one some CTAs start late and find nothing left.
 _SMS = 132
 _INTERPRETED = 2
 # Work tiles whose number is kept: the one in work, the next, and those that a warpgroup may not
@@ -32,8 +32,8 @@ _INTERPRETED = 2
 _SLOTS = 4
 
 
-def blocks(work_tiles: int, interpret: bool) -> int:
-    """Returns how many blocks to launch."""
+def ctas(work_tiles: int, interpret: bool) -> int:
+    """Returns how many CTAs to launch."""
     return min(work_tiles, _INTERPRETED if interpret else _SMS)
 
 
@@ -47,24 +47,24 @@ def scratch() -> Scratch:
 
 @dataclasses.dataclass(frozen=True)
 class PersistentTileScheduler:
-    """The work tiles of one launch, as seen by all warpgroups of a block.
+    """The work tiles of one launch, as seen by all warpgroups of a CTA.
 
     Attributes:
       work_tiles: how many there are.
       ref: the kernel's refs, with what `scratch` describes, and their `tile_order`.
-      block: index of this block; its grid has `blocks(work_tiles, interpret)`.
+      cta: index of this CTA; the grid has `ctas(work_tiles, interpret)`.
       interpret: whether this is interpret mode, which has no counter: work tiles go round in turn.
     """
 
     work_tiles: int
     ref: Refs
-    block: Scalar
+    cta: Scalar
     interpret: bool
 
     def each(
         self, fetches: bool, body: Callable[[Scalar, Scalar, Carry], Carry], carry: Carry
     ) -> tuple[Scalar, Carry]:
-        """Runs body(work tile, n, carry) -> carry for each work tile this block gets, n = 0, 1, ...
+        """Runs body(work tile, n, carry) -> carry for each work tile this CTA gets, n = 0, 1, ...
 
         Every warpgroup calls it, and gets the same work tiles. Returns how many, and the carry.
 
@@ -76,10 +76,10 @@ class PersistentTileScheduler:
           carry: for the first call: a tree of scalars.
         """
         if self.interpret:
-            count = blocks(self.work_tiles, self.interpret)
-            mine = lax.div(jnp.int32(self.work_tiles - 1 + count) - self.block, jnp.int32(count))
+            count = ctas(self.work_tiles, self.interpret)
+            mine = lax.div(jnp.int32(self.work_tiles - 1 + count) - self.cta, jnp.int32(count))
             return mine, lax.fori_loop(
-                0, mine, lambda n, carry: body(self.block + n * count, n, carry), carry
+                0, mine, lambda n, carry: body(self.cta + n * count, n, carry), carry
             )
         words, full = self.ref["persistent_smem"], self.ref["persistent_full"]
 
@@ -89,8 +89,8 @@ class PersistentTileScheduler:
         def next_work_tile(n):
             if fetches:
                 # Not before all copies for the work tile before are under way: who takes early
-                # holds a work tile back that another block could begin.
-                takers = blocks(self.work_tiles, self.interpret)
+                # holds a work tile back that another CTA could begin.
+                takers = ctas(self.work_tiles, self.interpret)
                 memory.take_number(self.ref["tile_order"], words, slot(n), takers)
                 plgpu.barrier_arrive(full.at[slot(n)])
             plgpu.barrier_wait(full.at[slot(n)])

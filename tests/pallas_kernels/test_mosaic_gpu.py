@@ -95,8 +95,8 @@ def test_widest_tables_are_as_documented():
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_tiles_fit_with_the_usual_table(head_dim):
-    assert config.blocks(head_dim, 1024).backward_bias is None
-    assert config.blocks(head_dim, 2048).backward_bias is not None
+    assert config.tunings(head_dim, 1024).backward_bias is None
+    assert config.tunings(head_dim, 2048).backward_bias is not None
     assert config.padded_head_dim(head_dim) == config.padded_head_dim(head_dim - 1) == head_dim
 
 
@@ -177,20 +177,20 @@ def test_asked_for_by_name_without_a_gpu():
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_softmax_keeps_what_a_loop_reads_in_memory(head_dim):
-    blocks = config.blocks(head_dim, 1024, has_offset=False)
-    assert not blocks.backward_query.in_registers
-    assert not blocks.backward_key.in_registers
+    tunings = config.tunings(head_dim, 1024, has_offset=False)
+    assert not tunings.backward_query.in_registers
+    assert not tunings.backward_key.in_registers
 
 
 def test_registers_are_only_traded():
     for warpgroups in (1, 2, 3):
-        block = config.Block(warpgroups=warpgroups)
+        tuning = config.Tuning(warpgroups=warpgroups)
         threads = 128 * (warpgroups + 1)
-        held = 128 * (warpgroups * block.registers + block.fetch_registers)
-        at_start = block.registers_at_start
+        held = 128 * (warpgroups * tuning.registers + tuning.fetch_registers)
+        at_start = tuning.registers_at_start
         assert threads * at_start <= 65536
         assert held <= threads * at_start
-        assert block.fetch_registers <= at_start <= block.registers
+        assert tuning.fetch_registers <= at_start <= tuning.registers
 
 
 # A process of its own: interpret mode wants a thread of XLA's a warpgroup, however few cores

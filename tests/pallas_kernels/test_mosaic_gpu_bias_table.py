@@ -14,7 +14,7 @@ UNITS = 12
 
 def _plan(width, has_slope=True):
     call = problem(width=width, has_slope=has_slope, interpret=object())
-    return Plan(**call.facts(), blocks=config.blocks(64, width))
+    return Plan(**call.facts(), tunings=config.tunings(64, width))
 
 
 @pytest.mark.parametrize("width", [0, 1, 64, 65, 66, 300, UNITS * UNIT])

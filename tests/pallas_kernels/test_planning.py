@@ -42,7 +42,7 @@ def _plan(case, args, skip_mass):
         has_slope=args.get("distance_slope") is not None,
         has_offset=args.get("offset") is not None,
     )
-    plan = Plan(**call.facts(), blocks=config.blocks(64, 0))
+    plan = Plan(**call.facts(), tunings=config.tunings(64, 0))
     return plan, length, heads
 
 

@@ -19,7 +19,7 @@ from absl import app, flags
 from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import backend
 from pallas_kernels.mosaic_gpu.config import Tuning
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 from pallas_kernels.mosaic_gpu.row_stats import Residuals
 from pallas_kernels.problem import Inputs
 
@@ -113,9 +113,9 @@ def measure(shape: cases.Shape) -> None:
             return residuals, rows, visits, live, d_out, table
 
         saved = before(inputs, d_out)
-        unit = jnp.arange(saved[2].first.shape[-1])
-        every = shape.batch * shape.heads * (unit + 1).sum()
-        visited, live = ((unit + 1 - x).sum() for x in (saved[2].first, saved[3]))
+        block = jnp.arange(saved[2].first.shape[-1])
+        every = shape.batch * shape.heads * (block + 1).sum()
+        visited, live = ((block + 1 - x).sum() for x in (saved[2].first, saved[3]))
         print(f"{shape} {case}: visited {visited / every:.3f}, live {live / every:.3f}")
         tiles[case] = (float(visited), float(live))
         for kernel in _KERNELS.value:
@@ -168,7 +168,7 @@ def measure(shape: cases.Shape) -> None:
 def main(argv: list[str]) -> None:
     """Measures every shape."""
     del argv
-    print(jax.devices()[0].device_kind, "tiles of", UNIT)
+    print(jax.devices()[0].device_kind, "tiles of", BLOCK)
     for text in _SHAPES.value:
         measure(cases.Shape.parse(text))
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import visit
 from pallas_kernels.chunked.tiling import tile_size
-from pallas_kernels.mosaic_gpu.plan import UNIT
+from pallas_kernels.mosaic_gpu.plan import BLOCK
 from pallas_kernels.tpu import config as tpu_config
 from pallas_kernels.triton import config as triton_config
 from pallas_kernels.visit import TileSizes
@@ -26,7 +26,7 @@ _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size, at most 256; inputs
 
 def tiles(head_dim: int, length: int) -> Iterator[tuple[str, TileSizes]]:
     """Returns implementations by name, and their tiles for training."""
-    yield "mosaic_gpu", TileSizes(UNIT, UNIT)
+    yield "mosaic_gpu", TileSizes(BLOCK, BLOCK)
     for capability in (80, 90):
         block = triton_config.blocks(capability, 2, head_dim).forward
         yield f"triton, {capability / 10}", TileSizes(block.queries, block.keys)

@@ -14,7 +14,7 @@ from pallas_kernels.mosaic_gpu import (
     row_stats,
 )
 from pallas_kernels.mosaic_gpu import forward as forward_kernel
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients as GradientsOfParameters
 from pallas_kernels.mosaic_gpu.planning.by_xla import KeyRanges, Table, Visits
@@ -68,7 +68,7 @@ def forward(
 ) -> tuple[Float[Array, "batch length heads head_dim"], Residuals | None]:
     """Returns the output and, with `training`, the residuals: see `row_stats.Residuals`.
 
-    `live` is the first unit of keys, of each unit of queries, that may be live.
+    `live` is the first block of keys, of each block of queries, that may be live.
     """
     found: Any = Kernels(plan, inputs, table).forward(ranges, training=training)
     if not training:
@@ -138,15 +138,15 @@ class Kernels:
         self.offset, self.first_visible = inputs.offset, inputs.segment_start
         _, self.length, self.heads, _ = inputs.query.shape
         self.group = self.heads // inputs.key.shape[2]
-        self.units = -(-self.length // UNIT)
+        self.blocks = -(-self.length // BLOCK)
         self.tau = jnp.zeros(self.heads, jnp.float32) if self.offset is None else self.offset
-        missing = self.units * UNIT - self.length
+        missing = self.blocks * BLOCK - self.length
         # A row of padding sees what the last row sees.
         self.segment_start, self.offset_scale = (
             jnp.pad(x, ((0, 0), (0, missing)), mode="edge") if missing else x
             for x in (inputs.segment_start, inputs.offset_scale)
         )
-        self.distances = plan.distances(self.units) if plan.width else 0
+        self.distances = plan.distances(self.blocks) if plan.width else 0
 
     def visits(self, maxima: Array | None) -> Visits:
         """Returns which tiles are visited, and whether scores are small."""
@@ -167,7 +167,7 @@ class Kernels:
             distances = self.distances
             # Those that only fill up the warpgroups have nothing to do.
             filled = distances + -distances % tuning.warpgroups
-            parts = backward_dbias.chunks(self.plan, batch, self.heads, self.units)
+            parts = backward_dbias.chunks(self.plan, batch, self.heads, self.blocks)
             shape = (batch, self.heads, parts, filled, 3)
             orders.append(backward_dbias.order(self.plan, self.query, self.key, shape))
         return self.planning.key_ranges(
@@ -211,9 +211,9 @@ class Kernels:
 
         masked = ranges.last
         if self.plan.packed:
-            # Documents and windows begin later and later: units are masked from some one on.
-            starts = self.segment_start[:, None, UNIT - 1 :: UNIT]
-            keys = UNIT * jnp.arange(self.units)
+            # Documents and windows begin later and later: blocks are masked from some one on.
+            starts = self.segment_start[:, None, BLOCK - 1 :: BLOCK]
+            keys = BLOCK * jnp.arange(self.blocks)
             masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
 
         def run(wanted: tuple[str, ...], tile_order: Array) -> dict[str, Array]:

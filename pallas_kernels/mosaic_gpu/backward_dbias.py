@@ -3,7 +3,7 @@
 All tiles of a head at one distance from the diagonal share one bias tile, so dS is summed
 over these tiles elementwise first, in registers, and the diagonals of the sum are added up
 at the end. A CTA takes work tile after work tile: a run of queries down which it walks. Each
-of its warpgroups has a distance of its own, one unit further from the diagonal than the one
+of its warpgroups has a distance of its own, one block further from the diagonal than the one
 before: the keys that one warpgroup has used are the next one's at the next step, so that each
 step fetches only one tile of each operand.
 """
@@ -21,20 +21,20 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan, RowStat
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
-# Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query units
+# Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query blocks
 # that a work tile should at least have.
 _WORK_TILES = 2048
-_UNITS_A_WORK_TILE = 16
+_BLOCKS_A_WORK_TILE = 16
 
 
-def chunks(plan: Plan, batch: int, heads: int, units: int) -> int:
+def chunks(plan: Plan, batch: int, heads: int, blocks: int) -> int:
     """Returns into how many runs of queries a row is cut."""
-    groups = -(-plan.distances(units) // _tuning(plan).warpgroups)
+    groups = -(-plan.distances(blocks) // _tuning(plan).warpgroups)
     wanted = -(-_WORK_TILES // (batch * heads * groups))
-    return max(1, min(wanted, units // _UNITS_A_WORK_TILE))
+    return max(1, min(wanted, blocks // _BLOCKS_A_WORK_TILE))
 
 
 def backward_dbias(
@@ -44,7 +44,7 @@ def backward_dbias(
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
     table: Float[Array, "heads rows 128"],
-    rows: Float[Array, "batch heads units kinds 64"],
+    rows: Float[Array, "batch heads blocks kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
     tile_order: Int[Array, " work_tiles+1"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
@@ -58,7 +58,7 @@ def backward_dbias(
       value: values.
       table: from `plan.table`.
       rows: what `RowStat` says of each query.
-      ranges: for each distance, a multiple of the warpgroups, the first query unit of the
+      ranges: for each distance, a multiple of the warpgroups, the first query block of the
         chunk that visits the tile there, the first for which it may be live, and the one
         after the last that visits it; live ones are taken to be those from there on. Where
         nothing is visited the last is not above the first.
@@ -113,21 +113,21 @@ class _Kernel(launch.Kernel):
         self.kinds = rows_shape[3]
         chunks, self.distances = ranges_shape[2:4]
         self.tables = config.tables(config.bias_tiles(tuning, self.head_dim), table_shape[1])
-        shape = (self.batch, chunks, self.heads, self.distances, 2 * UNIT)
+        shape = (self.batch, chunks, self.heads, self.distances, 2 * BLOCK)
         self.results = {"sums": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
         # Warpgroups lag behind each other by one tile of keys.
-        keys = pipeline.tiled((self.key_stages, UNIT, d), self.dtype)
+        keys = pipeline.tiled((self.key_stages, BLOCK, d), self.dtype)
         scratch: Scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
             "key_smem": keys,
             "value_smem": keys,
-            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, UNIT), jnp.float32),
+            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, BLOCK), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
             "sums_smem": plgpu.SMEM((tuning.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
         }
@@ -169,7 +169,7 @@ class _WorkTile(launch.WorkTile):
         starts, _, stops = zip(
             *(self.range_of(self.distance0 + n) for n in range(tuning.warpgroups)), strict=True
         )
-        # Steps are query units, all warpgroups' together.
+        # Steps are query blocks, all warpgroups' together.
         self.start = functools.reduce(lax.min, starts)
         self.stop = lax.max(functools.reduce(lax.max, stops), self.start)
         self.steps = self.stop - self.start
@@ -180,7 +180,7 @@ class _WorkTile(launch.WorkTile):
         self.tables = self.pipelines["table"]
 
     def range_of(self, distance: Scalar) -> tuple[Scalar, Scalar, Scalar]:
-        """Returns the first visited, the first live and the last query unit at a distance."""
+        """Returns the first visited, the first live and the last query block at a distance."""
         ref = self.ref["ranges"]
         start, live, stop = (ref[self.batch, self.head, self.chunk, distance, n] for n in range(3))
         return start, live, stop
@@ -198,9 +198,9 @@ class _WorkTile(launch.WorkTile):
 
         def load_keys(n):
             # Tile n is the nearest warpgroup's at step n - behind.
-            unit = lax.max(self.start + n - behind - self.distance0, jnp.int32(0))
+            block = lax.max(self.start + n - behind - self.distance0, jnp.int32(0))
             slot = self.keys.producer_acquire(n)
-            self.load_tile(self.keys, slot, ("key", "value"), unit, self.key_head)
+            self.load_tile(self.keys, slot, ("key", "value"), block, self.key_head)
 
         @pipeline.fetching(self.plan)
         def _():
@@ -212,8 +212,8 @@ class _WorkTile(launch.WorkTile):
 
             @pl.loop(0, self.steps)
             def _(n):
-                unit, slot = self.start + n, self.queries.producer_acquire(n)
-                self.load_tile(self.queries, slot, ("rows", "query", "d_out"), unit, self.head)
+                block, slot = self.start + n, self.queries.producer_acquire(n)
+                self.load_tile(self.queries, slot, ("rows", "query", "d_out"), block, self.head)
                 load_keys(n + behind)
 
         return self.next_consumed()
@@ -225,16 +225,16 @@ class _WorkTile(launch.WorkTile):
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
         none = (jnp.float32(0.0), jnp.float32(0.0))
-        start, _ = plan.bias_of_tile(distance * UNIT, UNIT, none, falling=True)
+        start, _ = plan.bias_of_tile(distance * BLOCK, BLOCK, none, falling=True)
         table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
-        bias = memory.gather(table, start, UNIT, interpret=self.interpret)
+        bias = memory.gather(table, start, BLOCK, interpret=self.interpret)
         self.tables.consumer_release(self.n)
-        zero = plgpu.layout_cast(jnp.zeros((ROWS, UNIT), jnp.float32), TILE)
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), TILE)
         lag = behind - self.warpgroup
         both = ((self.queries, 0), (self.keys, lag))
 
         def steps(add, first, last, total):
-            # Of query units, as the ranges are.
+            # Of query blocks, as the ranges are.
             first, last = (lax.clamp(self.start, x, self.stop) - self.start for x in (first, last))
 
             def step(n, slots, wait, total):
@@ -274,8 +274,8 @@ class _WorkTile(launch.WorkTile):
         plan = self.plan
         x = x * plan.exponent_scale + bias
         if plan.packed:
-            key0 = (self.start + n - self.distance0 - self.warpgroup) * UNIT
-            columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 1, layout=TILE)
+            key0 = (self.start + n - self.distance0 - self.warpgroup) * BLOCK
+            columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=TILE)
             first = self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32)
             x = jnp.where(columns + key0 >= first, x, MASKED)
         return jnp.exp2(x - lse)
@@ -292,7 +292,7 @@ class _WorkTile(launch.WorkTile):
             wait()
             return acc[...]
 
-        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
         return self.softmax(x, bias, n, slot, lse) * less
 
     def live(
@@ -313,7 +313,7 @@ class _WorkTile(launch.WorkTile):
             wait()
             return p, pipeline.finish(d_acc, d_begun)
 
-        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        tile = plgpu.ACC((ROWS, BLOCK), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
         if limit is not None:
             d_weights = jnp.where(p > limit, d_weights, less)

@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan, RowStat
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan, RowStat
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
@@ -46,10 +46,10 @@ def backward_dkv(
     table: Float[Array, "heads rows 128"],
     tail: Float[Array, "heads 2"],
     offset: Float[Array, " heads"],
-    rows: Float[Array, "batch heads units kinds 64"],
-    last: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
-    masked: Int[Array, "batch units"],
+    rows: Float[Array, "batch heads blocks kinds 64"],
+    last: Int[Array, "batch heads blocks"],
+    live: Int[Array, "batch heads blocks"],
+    masked: Int[Array, "batch blocks"],
     tile_order: Int[Array, " work_tiles+1"],
 ) -> dict[str, Array]:
     """Launches the kernel.
@@ -65,23 +65,23 @@ def backward_dkv(
       tail: from `plan.table`.
       offset: tau; not read without an offset.
       rows: what `RowStat` says of each query.
-      last: last unit of queries that visits each unit of keys.
+      last: last block of queries that visits each block of keys.
       live: last one for which it may be live.
-      masked: first one of which some query doesn't see all of the unit, for its document or
+      masked: first one of which some query doesn't see all of the block, for its document or
         window begins later; not read unless `plan.packed`.
       tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
       `d_key` and `d_value`, of those that are wanted; and with both of them, where there is room
       for it and no other kernel for it, `sums` of dS over distances inside the bias table and as
-      far as tiles go that have one, of each unit of keys [batch, units, heads, distances, 64].
+      far as tiles go that have one, of each block of keys [batch, blocks, heads, distances, 64].
     """
     kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
     operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
     operands |= dict(offset=offset, rows=rows, last=last, live=live, masked=masked)
     found = kernel.launch(WorkTile, operands | {"tile_order": tile_order}, kernel.results)
     if kernel.want_bias:
-        axes = (kernel.batch, kernel.units, kernel.heads, kernel.distances, UNIT)
+        axes = (kernel.batch, kernel.blocks, kernel.heads, kernel.distances, BLOCK)
         found["sums"] = found["sums"].reshape(axes)
     return found
 
@@ -120,29 +120,29 @@ class _Kernel(launch.Kernel):
             tuning, self.name = plan.tunings.backward_value, "lazy_backward_value"
         super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
         self.wanted = wanted
-        self.units, self.kinds = rows_shape[2:4]
+        self.blocks, self.kinds = rows_shape[2:4]
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
         self.want_bias = plan.width > 0 and plan.tunings.backward_bias is None and len(wanted) == 2
-        self.distances = plan.distances(self.units)
+        self.distances = plan.distances(self.blocks)
         width = plan.width if self.want_bias else 0
         tiles = config.key_tiles(tuning, self.head_dim, width, len(self.operands))
         self.tables = config.tables(tiles, table_shape[1])
         same = jax.ShapeDtypeStruct(key.shape, key.dtype)
         self.results = {f"d_{name}": same for name in wanted}
         if self.want_bias:
-            shape = (self.batch * self.units * self.heads, UNIT * self.distances)
+            shape = (self.batch * self.blocks * self.heads, BLOCK * self.distances)
             self.results["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
         keys = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": tile,
             "d_out_smem": tile,
-            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, UNIT), jnp.float32),
+            "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, BLOCK), jnp.float32),
             "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
         scratch |= {f"{name}_smem": keys for name in self.operands}
@@ -182,7 +182,7 @@ class WorkTile(launch.WorkTile):
         super().__init__(cta, number, n, tiles_consumed)
         # Its order counts key heads.
         self.key_head = self.head
-        self.unit0 = self.tile * self.tuning.warpgroups
+        self.block0 = self.tile * self.tuning.warpgroups
         self.queries, self.d_outs = self.pipelines["query"], self.pipelines["d_out"]
         self.keys = self.pipelines["key"]
         self.tables = self.pipelines["table"].after(self.n * self.kernel.group)
@@ -205,13 +205,13 @@ class WorkTile(launch.WorkTile):
 
                 def load_query(n):
                     slot = self.queries.producer_acquire(steps_done + n)
-                    self.load_tile(self.queries, slot, ("rows", "query"), self.unit0 + n, head)
+                    self.load_tile(self.queries, slot, ("rows", "query"), self.block0 + n, head)
 
                 @pl.loop(0, live)
                 def _(n):
                     load_query(n)
                     slot = self.d_outs.producer_acquire(live_done + n)
-                    self.load_tile(self.d_outs, slot, ("d_out",), self.unit0 + n, head)
+                    self.load_tile(self.d_outs, slot, ("d_out",), self.block0 + n, head)
 
                 pl.loop(0, steps - live)(lambda n: load_query(live + n))
 
@@ -222,21 +222,21 @@ class WorkTile(launch.WorkTile):
     def compute_warpgroup(self) -> TilesConsumed:
         """Does all for one warpgroup's keys; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
-        unit = self.unit0 + self.warpgroup
-        exists = unit < kernel.units
-        unit = lax.min(unit, jnp.int32(kernel.units - 1))
-        self.key0 = unit * UNIT
+        block = self.block0 + self.warpgroup
+        exists = block < kernel.blocks
+        block = lax.min(block, jnp.int32(kernel.blocks - 1))
+        self.key0 = block * BLOCK
         self.keys.consumer_wait(self.n)
         self.key = self.own("key")
         if "value" in kernel.operands:
             self.value = self.own("value")
         if self.release_early:
             self.keys.consumer_release(self.n)
-        begin = self.begin = lax.select(exists, unit - self.unit0, jnp.int32(0))
+        begin = self.begin = lax.select(exists, block - self.block0, jnp.int32(0))
         first_masked = None
         if plan.packed:
             # Documents and windows begin later and later.
-            first_masked = ref["masked"][b, unit] - self.unit0
+            first_masked = ref["masked"][b, block] - self.block0
         self.sums = None
         if kernel.want_bias:
             self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
@@ -246,7 +246,7 @@ class WorkTile(launch.WorkTile):
             steps_done, live_done = tiles_consumed
             head = self.query_head(member)
             steps, live = self.both_steps(head)
-            end = lax.select(exists, ref["last"][b, head, unit] - self.unit0 + 1, begin)
+            end = lax.select(exists, ref["last"][b, head, block] - self.block0 + 1, begin)
             end = lax.min(end, steps)
             live_end = lax.min(live, end)
             self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
@@ -283,7 +283,7 @@ class WorkTile(launch.WorkTile):
 
                 @pl.when(exists)
                 def _():
-                    row = (b * kernel.units + unit) * kernel.heads + head
+                    row = (b * kernel.blocks + block) * kernel.heads + head
                     tiles = lax.min(lax.max(end - begin, 0), jnp.int32(kernel.distances))
                     self.sums.write(ref["sums"], row, tiles)
 
@@ -314,7 +314,7 @@ class WorkTile(launch.WorkTile):
 
     def own_rows(self, n: int) -> pl.Slice:
         """Returns the keys of warpgroup n."""
-        return pl.ds((self.unit0 + n) * ROWS, ROWS)
+        return pl.ds((self.block0 + n) * ROWS, ROWS)
 
     def query_head(self, member: Index) -> Scalar:
         """Returns a query head of the group."""
@@ -322,10 +322,10 @@ class WorkTile(launch.WorkTile):
 
     def steps(self, name: str, head: Scalar) -> Scalar:
         """Returns how many query tiles of a head the CTA visits, or may be live for it."""
-        last = jnp.int32(self.kernel.units - 1)
-        units = [lax.min(self.unit0 + n, last) for n in range(self.tuning.warpgroups)]
-        ends = [self.ref[name][self.batch, head, unit] for unit in units]
-        return functools.reduce(lax.max, ends) - self.unit0 + 1
+        last = jnp.int32(self.kernel.blocks - 1)
+        blocks = [lax.min(self.block0 + n, last) for n in range(self.tuning.warpgroups)]
+        ends = [self.ref[name][self.batch, head, block] for block in blocks]
+        return functools.reduce(lax.max, ends) - self.block0 + 1
 
     def both_steps(self, head: Scalar) -> tuple[Scalar, Scalar]:
         """Returns how many query tiles are visited, and how many of them may be live."""
@@ -367,7 +367,7 @@ class WorkTile(launch.WorkTile):
         Loaded before the tile's products are issued: behind them in the queue to memory it
         would wait for the tensor cores.
         """
-        apart = (self.unit0 + n) * UNIT - self.key0
+        apart = (self.block0 + n) * BLOCK - self.key0
         bias, rest = bias_table.tile_bias(
             self.plan, self.table, apart, self.tail, kind,
             falling=False, whole=kind is TileKind.TAIL, interpret=self.interpret,
@@ -391,7 +391,7 @@ class WorkTile(launch.WorkTile):
 
     def in_segment(self, slot: Scalar) -> Array:
         """Returns which keys of a tile lie in the query's document or after its start."""
-        keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, UNIT), 0, layout=TILE) + self.key0
+        keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0, layout=TILE) + self.key0
         return keys >= self.spread(self.row(slot, RowStat.SEGMENT_START).astype(jnp.int32), 1)
 
     def hide(self, weights: Array, n: Scalar, slot: Scalar) -> Array:
@@ -399,7 +399,7 @@ class WorkTile(launch.WorkTile):
 
         Without that, tau / n would be a weight there if it is above 0.
         """
-        apart = (self.unit0 + n) * UNIT - self.key0
+        apart = (self.block0 + n) * BLOCK - self.key0
 
         def masked():
             return layout.where_seen(
@@ -461,7 +461,7 @@ class WorkTile(launch.WorkTile):
             return p * d_weights
 
         # One accumulator after the other, since there is no room in registers for both.
-        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        tile = plgpu.ACC((ROWS, BLOCK), jnp.float32)
         p, weights = pl.run_scoped(weigh, tile)
         if "key" not in accs:
             pipeline.multiply(accs["value"], weights, ref["d_out_smem"].at[d_slot], spare)
@@ -501,7 +501,7 @@ class WorkTile(launch.WorkTile):
             self.collect(n, kind)
             return s_acc[...]
 
-        x = pl.run_scoped(product, plgpu.ACC((ROWS, UNIT), jnp.float32))
+        x = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
         d_scores = self.softmax(kind, x, slot, loaded) * less
         packed = layout.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)

@@ -38,7 +38,7 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import MASKED, UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
@@ -54,8 +54,8 @@ def backward_dq(
     offset: Float[Array, " heads"],
     offset_scale: Float[Array, "batch padded"],
     segment_start: Int[Array, "batch padded"],
-    first: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
+    first: Int[Array, "batch heads blocks"],
+    live: Int[Array, "batch heads blocks"],
     no_overflow: Int[Array, "batch heads"],
     tile_order: Int[Array, " work_tiles+1"],
 ) -> tuple[Array, Array, Array | None, Array | None]:
@@ -73,16 +73,16 @@ def backward_dq(
       offset: tau; not read without an offset.
       offset_scale: as in the forward pass, like the next.
       segment_start: first key each query sees; not read unless `plan.packed`.
-      first: first unit of keys that each unit of queries visits.
+      first: first block of keys that each block of queries visits.
       live: first one of them that may be live.
       no_overflow: as in the forward pass.
       tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
-      d_query; what `RowStat` says of each query [batch, heads, units, kinds, 64]; with an offset
-      what each query adds to the gradient of tau [batch, heads, units, 64]; and if the bias
+      d_query; what `RowStat` says of each query [batch, heads, blocks, kinds, 64]; with an offset
+      what each query adds to the gradient of tau [batch, heads, blocks, 64]; and if the bias
       has a slope, for each query the sum of dS over tiles past the table, and of dS times the
-      distance past its end [batch, heads, units, 2, 64].
+      distance past its end [batch, heads, blocks, 2, 64].
     """
     kernel = _Kernel(plan, query, key, table.shape, first)
     operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
@@ -116,19 +116,19 @@ class _Kernel(launch.Kernel):
     ):
         tuning = plan.tunings.backward_query
         super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
-        self.units = first.shape[-1]
+        self.blocks = first.shape[-1]
         self.want_tail = plan.has_tail(self.length)
         tiles, self.out_stages = config.query_tiles(tuning, self.head_dim, plan.has_offset)
         self.tables = config.tables(tiles, table_shape[1])
         self.results = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
         self.results |= row_stats.outputs(plan, first.shape)
         if self.want_tail:
-            self.results["tail_sums"] = jax.ShapeDtypeStruct((*first.shape, 2, UNIT), jnp.float32)
+            self.results["tail_sums"] = jax.ShapeDtypeStruct((*first.shape, 2, BLOCK), jnp.float32)
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
         rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": rows,
@@ -203,9 +203,9 @@ class WorkTile(launch.WorkTile):
 
     def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         super().__init__(cta, number, n, tiles_consumed)
-        self.unit0 = self.tile * self.tuning.warpgroups
-        last_unit = jnp.int32(self.kernel.units - 1)
-        self.last = lax.min(self.unit0 + self.tuning.warpgroups - 1, last_unit)
+        self.block0 = self.tile * self.tuning.warpgroups
+        last_block = jnp.int32(self.kernel.blocks - 1)
+        self.last = lax.min(self.block0 + self.tuning.warpgroups - 1, last_block)
         self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
         self.values = self.pipelines["value"].after(self.tiles_consumed[1])
         self.queries, self.tables = self.pipelines["query"], self.pipelines["table"]
@@ -247,19 +247,19 @@ class WorkTile(launch.WorkTile):
         """Does all for one warpgroup's queries; returns `tiles_consumed` of the next work tile."""
         ref, plan, kernel, b, h = self.ref, self.plan, self.kernel, self.batch, self.head
         steps = self.count_steps()
-        unit = self.unit0 + self.warpgroup
-        self.exists = unit < kernel.units
-        self.unit = lax.min(unit, jnp.int32(kernel.units - 1))
-        self.query0 = self.unit * UNIT
+        block = self.block0 + self.warpgroup
+        self.exists = block < kernel.blocks
+        self.block = lax.min(block, jnp.int32(kernel.blocks - 1))
+        self.query0 = self.block * BLOCK
         self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         # Steps from the diagonal of the CTA to this warpgroup's, and to its last tile.
-        self.begin = self.last - self.unit
-        first = ref["live" if plan.has_offset else "first"][b, h, self.unit]
+        self.begin = self.last - self.block
+        first = ref["live" if plan.has_offset else "first"][b, h, self.block]
         self.end = lax.select(self.exists, self.last - first + 1, self.begin)
         if plan.has_offset:
             self.offset = ref["offset"][h]
         self.queries.consumer_wait(self.n)
-        self.row = row_stats.find(self, self.unit)
+        self.row = row_stats.find(self, self.block)
         if self.row.segment_start is not None:
             self.segment_start = self.row.segment_start
         self.query, self.d_out = self.own("query"), self.own("d_out")
@@ -324,7 +324,7 @@ class WorkTile(launch.WorkTile):
             delta = finish(sums.delta)
             # The mean of the keys times what the tensor cores took for the weights' sum.
             of_mean = weight_sums.total(accs[1], interpret=self.interpret)
-            y = mean_k.load(self, self.unit)
+            y = mean_k.load(self, self.block)
             d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
         if not divided:
             factor = jnp.exp2(-self.row.lse)
@@ -342,7 +342,7 @@ class WorkTile(launch.WorkTile):
             of_offset = found.alive * self.row.offset_scale
             # The forward pass has summed the weights of all tiles there, dead ones too.
             past = tuple(
-                x - found.delta * self.load_row(ref["past"].at[b, h, self.unit, n])
+                x - found.delta * self.load_row(ref["past"].at[b, h, self.block, n])
                 for n, x in enumerate(past)
             )
 
@@ -356,21 +356,21 @@ class WorkTile(launch.WorkTile):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, ref["d_query"].at[b, pl.ds(self.query0, ROWS), h])
             for n, x in enumerate(past):
-                ref["tail_sums"][b, h, self.unit, n] = x
-            row_stats.write(self, self.row, self.unit, found.delta, of_offset)
+                ref["tail_sums"][b, h, self.block, n] = x
+            row_stats.write(self, self.row, self.block, found.delta, of_offset)
 
         self.release_own(self.queries)
 
     def own_rows(self, n: int) -> pl.Slice:
         """Returns the queries of warpgroup n."""
-        return pl.ds((self.unit0 + n) * ROWS, ROWS)
+        return pl.ds((self.block0 + n) * ROWS, ROWS)
 
     def count_steps(self) -> Scalar:
         """Returns how many key tiles the CTA visits."""
-        last = jnp.int32(self.kernel.units - 1)
-        units = [lax.min(self.unit0 + n, last) for n in range(self.tuning.warpgroups)]
+        last = jnp.int32(self.kernel.blocks - 1)
+        blocks = [lax.min(self.block0 + n, last) for n in range(self.tuning.warpgroups)]
         first = self.ref["live" if self.plan.has_offset else "first"]
-        starts = [first[self.batch, self.head, unit] for unit in units]
+        starts = [first[self.batch, self.head, block] for block in blocks]
         return self.last - functools.reduce(lax.min, starts) + 1
 
     def next_consumed(self, steps: Scalar) -> TilesConsumed:
@@ -425,7 +425,7 @@ class WorkTile(launch.WorkTile):
         # Products that begin with a number known only now need no wait of their own.
         begin = 0.0 * self.row.lse if self.row.delta is None else -self.row.delta
         less = self.spread(begin)
-        key0 = (self.last - n) * UNIT
+        key0 = (self.last - n) * BLOCK
         bias, _ = self.tile_bias(kind, key0, whole=True)
         key_slot, value_slot = slots
 
@@ -438,7 +438,7 @@ class WorkTile(launch.WorkTile):
             wait()
             return self.softmax(kind, x, bias, key0, divided), pipeline.finish(d_acc, d_begun)
 
-        tile = plgpu.ACC((ROWS, UNIT), jnp.float32)
+        tile = plgpu.ACC((ROWS, BLOCK), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
         self.values.consumer_release_slot(value_slot)
         limit = self.row.threshold

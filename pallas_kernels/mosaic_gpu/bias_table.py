@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import layout, memory, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 
 
 class TileKind(enum.Enum):
@@ -35,7 +35,7 @@ class TileKind(enum.Enum):
 
 def exist(plan: Plan, length: int) -> bool:
     """Returns whether a row of this length has such tiles."""
-    return -(-length // UNIT) > plan.near_units
+    return -(-length // BLOCK) > plan.near_blocks
 
 
 def loops(
@@ -68,7 +68,7 @@ def loops(
     start, stop = pipeline.as_index(start), pipeline.as_index(stop)
     end = stop if masked is None else lax.min(pipeline.as_index(masked), stop)
     if exist(plan, length):
-        first = pipeline.as_index(diagonal + plan.near_units)
+        first = pipeline.as_index(diagonal + plan.near_blocks)
         carry = loop(TileKind.NEAR, start, lax.min(first, end), carry)
         carry = loop(TileKind.TAIL, lax.max(first, start), end, carry)
     else:
@@ -100,9 +100,9 @@ def tile_bias(
     """
     if kind is TileKind.TAIL:
         return tail_bias(plan, apart, tail, falling=falling, whole=whole, interpret=interpret)
-    start, rest = plan.bias_of_tile(apart, UNIT, tail, falling=falling)
+    start, rest = plan.bias_of_tile(apart, BLOCK, tail, falling=falling)
     plus = rest if whole else 0.0
-    return memory.gather(table, start, UNIT, interpret=interpret, plus=plus), rest
+    return memory.gather(table, start, BLOCK, interpret=interpret, plus=plus), rest
 
 
 def tail_bias(
@@ -131,9 +131,9 @@ def tail_bias(
     if not plan.has_slope:
         return value, 0.0
     # The nearest entry has a distance of at least one more than that past the table's end.
-    rest = value - slope * (apart - UNIT - (plan.reach - 1)).astype(jnp.float32)
-    base = -UNIT * slope + rest if whole else -UNIT * slope
-    tile = layout.slanted(base, slope if falling else -slope, UNIT, interpret=interpret)
+    rest = value - slope * (apart - BLOCK - (plan.reach - 1)).astype(jnp.float32)
+    base = -BLOCK * slope + rest if whole else -BLOCK * slope
+    tile = layout.slanted(base, slope if falling else -slope, BLOCK, interpret=interpret)
     return tile, 0.0 if whole else rest
 
 
@@ -165,5 +165,5 @@ def add_tail_sums(
         return sums[0] + plain, sums[1] + plain * distance - moment
 
     if kind is TileKind.MASKED:
-        return lax.cond(apart >= UNIT * plan.near_units, added, lambda: sums)
+        return lax.cond(apart >= BLOCK * plan.near_blocks, added, lambda: sums)
     return added() if kind is TileKind.TAIL else sums

@@ -22,7 +22,7 @@ from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.config import SKEW_PITCH, SKEW_WORDS, near_words
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Refs, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE
-from pallas_kernels.mosaic_gpu.plan import UNIT
+from pallas_kernels.mosaic_gpu.plan import BLOCK
 
 # Rows of a tile that a warp has.
 _WARP_ROWS = 16
@@ -80,7 +80,7 @@ class Diagonals:
     def leave(self, x: Float[Array, "64 64"], distance: Scalar) -> None:
         """Leaves a tile's sums for `collect`."""
         if self.interpret:
-            first = pl.ds(UNIT * distance, 2 * UNIT)
+            first = pl.ds(BLOCK * distance, 2 * BLOCK)
             # Diagonals are counted from the top right corner: here keys are the rows.
             sums = jnp.pad(bias_lib.sum_diagonals(x.T), (0, 1))
             near = self.near.at[self.warpgroup]
@@ -90,7 +90,7 @@ class Diagonals:
         @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), SCALAR))
         def store(_, x, skew, warpgroup):
             registers = mlir.registers(x)
-            blocks = registers.shape[1]
+            octets = registers.shape[1]
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
             g, t = (op(lane, mlir.constant(4)) for op in (arith.divui, arith.remui))
             # Diagonal e - g lies in column e - g + 16, where e is from -8 to 63.
@@ -99,11 +99,11 @@ class Diagonals:
             )
             _sync_warp()
             # Entries g, c and g + 8, c + 8 lie on one diagonal and belong to one lane.
-            for block in range(-1, blocks):
-                entries = [(half, block + half) for half in range(2) if 0 <= block + half < blocks]
+            for octet in range(-1, octets):
+                entries = [(half, octet + half) for half in range(2) if 0 <= octet + half < octets]
                 for i in range(2):
                     total = mlir.tree(mlir.add, [mlir.element(registers[at], i) for at in entries])
-                    llvm.store(total, _at(base, start, _WARP_ROWS + 8 * block + i))
+                    llvm.store(total, _at(base, start, _WARP_ROWS + 8 * octet + i))
 
         store(x, self.skew, self.warpgroup)
 
@@ -124,7 +124,7 @@ class Diagonals:
             sums, _ = _of_warp(near, warpgroup, self.entries)
             column = arith.muli(lane, mlir.constant(4))
             distance = mlir.scalar(distance)
-            first = arith.addi(arith.muli(distance, mlir.constant(UNIT)), column)
+            first = arith.addi(arith.muli(distance, mlir.constant(BLOCK)), column)
             _sync_warp()
             rows = [
                 llvm.load(four, _at(base, column, row * SKEW_PITCH), alignment=16)
@@ -160,9 +160,9 @@ class Diagonals:
           row: of `out`.
           tiles: how many were added, at most all distances; of those further away it is 0.
         """
-        size = UNIT * self.distances
+        size = BLOCK * self.distances
         if self.interpret:
-            out[row] = self.near[self.warpgroup, pl.ds(UNIT - 1, size)]
+            out[row] = self.near[self.warpgroup, pl.ds(BLOCK - 1, size)]
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR, SCALAR))
@@ -177,7 +177,7 @@ class Diagonals:
                 arith.constant(i64, ir.IntegerAttr.get(i64, size)),
             )
             target = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [row], f32)
-            end = arith.muli(mlir.scalar(tiles), mlir.constant(UNIT))
+            end = arith.muli(mlir.scalar(tiles), mlir.constant(BLOCK))
             # All warps have added what they have.
             mgpu.utils.warpgroup_barrier()
             for chunk in range(0, size, LANES):

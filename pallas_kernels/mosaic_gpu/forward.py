@@ -4,7 +4,7 @@ A CTA stays, and takes work tile after work tile: 64 queries of one head a warpg
 warpgroup has one warp that fetches, tiles of keys and values and the next work tile's queries.
 The first sweep goes from the diagonal backwards over the tiles that are not negligible, sums
 the exponentials, and in training the keys with them (see `mean_k.py`), and notes the farthest
-unit that may be live; the second goes the same way over the live ones. Without an offset one
+block that may be live; the second goes the same way over the live ones. Without an offset one
 sweep does it.
 
 Scores are small as a rule: their bound by Cauchy-Schwarz is far below what float32 can take the
@@ -35,13 +35,13 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import DEAD_SLACK, LOWEST, MASKED, UNIT, Plan, threshold
+from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, Plan, threshold
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # What the kernel may return.
 RESULTS = ("out", "lse", "rounding", "live", *mean_k.NAMES, "past")
-# Of a warpgroup's queries with one unit of keys.
-_SCORES = plgpu.ACC((ROWS, UNIT), jnp.float32)
+# Of a warpgroup's queries with one block of keys.
+_SCORES = plgpu.ACC((ROWS, BLOCK), jnp.float32)
 
 
 def forward(
@@ -55,7 +55,7 @@ def forward(
     offset: Float[Array, " heads"],
     offset_scale: Float[Array, "batch padded"],
     segment_start: Int[Array, "batch padded"],
-    first: Int[Array, "batch heads units"],
+    first: Int[Array, "batch heads blocks"],
     no_overflow: Int[Array, "batch heads"],
     tile_order: Int[Array, " work_tiles+1"],
 ) -> dict[str, Array | None]:
@@ -70,21 +70,21 @@ def forward(
       table: from `plan.table`.
       tail: from `plan.table`.
       offset: tau; not read without an offset.
-      offset_scale: factor of tau for each query; rows are padded to units of 64.
+      offset_scale: factor of tau for each query; rows are padded to blocks of 64.
       segment_start: first key each query sees; not read unless `plan.packed`.
-      first: first unit of keys that each unit of queries visits.
+      first: first block of keys that each block of queries visits.
       no_overflow: whether no exponential of a score of this head can overflow.
       tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
       By name: `out`; in training `lse`, log2-sum-exp2 of each row's scores less b(0)
       [batch, heads, padded], and without an offset `rounding`, what rounding took from out, of
-      the same shape. In training with an offset `live`, the first live unit of keys of each
-      unit of queries [batch, heads, units]; `mean_k.NAMES`, the mean of the keys weighted by the
-      softmax, two times [batch, heads, units, head_dim / 16, 128, 4], see
+      the same shape. In training with an offset `live`, the first live block of keys of each
+      block of queries [batch, heads, blocks]; `mean_k.NAMES`, the mean of the keys weighted by the
+      softmax, two times [batch, heads, blocks, head_dim / 16, 128, 4], see
       `memory.store_registers`; and if the bias has a tail `past`, the sums over tiles past its
       table of the softmax, and of the softmax times the distance past its end [batch, heads,
-      units, 2, 64].
+      blocks, 2, 64].
     """
     kernel = _Forward(plan, training, query, key, table.shape, first.shape[-1])
     operands = dict(query=query, key=key, value=value, table=table, tail=tail)
@@ -122,7 +122,7 @@ class _Forward(launch.Kernel):
         query: Array,
         key: Array,
         table_shape: tuple[int, ...],
-        units: int,
+        blocks: int,
     ):
         tuning = plan.tunings.forward if training else plan.tunings.inference
         super().__init__(plan, tuning, order(plan, training, query, key), query, key, table_shape)
@@ -136,24 +136,24 @@ class _Forward(launch.Kernel):
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
         used = config.forward_tiles(tuning, self.head_dim, 1 + self.want_rounding)
         self.tables = config.tables(used, table_shape[1])
-        of_units = (self.batch, self.heads, units)
+        of_blocks = (self.batch, self.heads, blocks)
         same = jax.ShapeDtypeStruct(query.shape, query.dtype)
         self.results = {"out": same}
         if training:
-            rows = (*of_units[:2], UNIT * units)
+            rows = (*of_blocks[:2], BLOCK * blocks)
             self.results["lse"] = jax.ShapeDtypeStruct(rows, jnp.float32)
         if self.want_rounding:
             self.results["rounding"] = same
         if self.want_keys:
-            self.results["live"] = jax.ShapeDtypeStruct(of_units, jnp.int32)
-            self.results |= mean_k.outputs(self.head_dim, of_units)
+            self.results["live"] = jax.ShapeDtypeStruct(of_blocks, jnp.int32)
+            self.results |= mean_k.outputs(self.head_dim, of_blocks)
         if self.want_tail:
-            self.results["past"] = jax.ShapeDtypeStruct((*of_units, 2, UNIT), jnp.float32)
+            self.results["past"] = jax.ShapeDtypeStruct((*of_blocks, 2, BLOCK), jnp.float32)
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers and barriers."""
         tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, UNIT, d), self.dtype)
+        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
         rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
         scratch: Scratch = {
             "query_smem": rows,
@@ -204,8 +204,8 @@ class WorkTile(launch.WorkTile):
         self.key_head = lax.div(self.head, jnp.int32(kernel.group))
         self.first_query = self.tile * tuning.rows
         self.last = lax.min(
-            lax.div(self.first_query + tuning.rows - 1, jnp.int32(UNIT)),
-            jnp.int32((kernel.length - 1) // UNIT),
+            lax.div(self.first_query + tuning.rows - 1, jnp.int32(BLOCK)),
+            jnp.int32((kernel.length - 1) // BLOCK),
         )
         self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
         self.values = self.pipelines["value"].after(self.tiles_consumed[1])
@@ -243,7 +243,7 @@ class WorkTile(launch.WorkTile):
         twice = True if not self.kernel.one_sweep else self.no_overflow[...] == 0
         # One warp copies; but it can't load numbers, which is done here for it.
         steps = self.count_steps()
-        diagonal = self.last - lax.div(self.first_query, jnp.int32(UNIT)) + 1
+        diagonal = self.last - lax.div(self.first_query, jnp.int32(BLOCK)) + 1
 
         def one_sweep():
             pipeline.fetching(self.plan)(lambda: load_both(0, 0, steps))
@@ -275,7 +275,7 @@ class WorkTile(launch.WorkTile):
         self.bias_tail = (ref["tail"][h, 0], ref["tail"][h, 1])
         self.total_steps = self.count_steps()
         # Steps from the diagonal of the CTA to this warpgroup's, and to its last tile.
-        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(UNIT))
+        diagonal = lax.div(self.query0 + ROWS - 1, jnp.int32(BLOCK))
         self.begin = self.last - lax.min(diagonal, self.last)
         first = self.first_of(self.warpgroup)
         self.end = lax.select(self.exists, self.last - first + 1, self.begin)
@@ -334,13 +334,13 @@ class WorkTile(launch.WorkTile):
 
             @pl.when(self.exists)
             def _():
-                unit = lax.div(self.query0, jnp.int32(UNIT))
-                ref["live"][self.batch, self.head, unit] = mine
+                block = lax.div(self.query0, jnp.int32(BLOCK))
+                ref["live"][self.batch, self.head, block] = mine
 
         return keys_done + live_steps, live_steps
 
     def sum_no_overflow(self) -> tuple[Array, Array]:
-        """First sweep without a maximum: log2 of the sums, first live unit per lane."""
+        """First sweep without a maximum: log2 of the sums, first live block per lane."""
         if self.kernel.keys_at_once:
             return pl.run_scoped(self.sum_exponentials, self.kernel.sums, weight_sums.ACC)
         lse, farthest = self.sum_exponentials()
@@ -387,7 +387,7 @@ class WorkTile(launch.WorkTile):
             return total, farthest, lane_sums, bound, past
 
         zero = self.per_row(0.0)
-        diagonal = self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+        diagonal = self.per_row(lax.div(self.query0, jnp.int32(BLOCK)), jnp.int32)
         start = (zero, diagonal, zero, zero, mean_k.no_past(self))
         carry = self.steps(self.end, step, start, (self.keys, 0))
         total, farthest, lane_sums, bound, past = carry
@@ -396,7 +396,7 @@ class WorkTile(launch.WorkTile):
         total, farthest = note(last, lane_sums, others, bound, total, farthest)
         if with_keys:
             mean_k.store(self, key_accs, past)
-        return jnp.log2(total), self.clip_units(farthest)
+        return jnp.log2(total), self.clip_blocks(farthest)
 
     def sum_any(self) -> tuple[Array, Array]:
         """First sweep with a running maximum: the same results."""
@@ -412,17 +412,17 @@ class WorkTile(launch.WorkTile):
             if self.plan.has_offset and self.plan.skip_dead:
                 limit = total * (self.threshold * (1 - DEAD_SLACK))
                 dead = jnp.exp2(highest - new) <= limit
-                farthest = jnp.where(dead, farthest, lax.div(key0, jnp.int32(UNIT)))
+                farthest = jnp.where(dead, farthest, lax.div(key0, jnp.int32(BLOCK)))
             return new, total, farthest
 
-        diagonal = self.per_row(lax.div(self.query0, jnp.int32(UNIT)), jnp.int32)
+        diagonal = self.per_row(lax.div(self.query0, jnp.int32(BLOCK)), jnp.int32)
         start = (self.per_row(LOWEST), self.per_row(0.0), diagonal)
         carry = self.steps(self.end, step, start, (self.keys, 0), by_distance=False)
         maximum, total, farthest = carry
         lse = maximum + jnp.log2(total)
         if self.kernel.want_keys:
             mean_k.find(self, lse)
-        return lse, self.clip_units(farthest)
+        return lse, self.clip_blocks(farthest)
 
     def add_values(self, lse, end, both, no_overflow: bool, acc: Ref) -> Array:
         """Second sweep: the output.
@@ -537,7 +537,7 @@ class WorkTile(launch.WorkTile):
         Returns:
           scores; what is to be added to them; the tile's first key.
         """
-        key0 = (self.last - step) * UNIT
+        key0 = (self.last - step) * BLOCK
         # Behind the product in the queue to memory, loads would wait for the tensor cores.
         bias, rest = self.tile_bias(kind, key0, whole=whole)
 
@@ -576,7 +576,7 @@ class WorkTile(launch.WorkTile):
 
         x = weights
         if self.plan.has_offset and not no_overflow:
-            hidden = (self.offset > 0) & (key0 + UNIT > self.query0)
+            hidden = (self.offset > 0) & (key0 + BLOCK > self.query0)
             x = lax.cond(hidden, masked, lambda: weights)
         return self.where_in_segment(x, key0, unseen) if self.plan.packed else x
 
@@ -603,13 +603,13 @@ class WorkTile(launch.WorkTile):
             self.plan, self.kernel.length, self.begin, self.begin, end, loop, carry, masked=masked
         )
 
-    def clip_units(self, farthest: Array) -> Array:
-        """Returns the first live unit, within what is visited and exists."""
+    def clip_blocks(self, farthest: Array) -> Array:
+        """Returns the first live block, within what is visited and exists."""
         first = self.first_of(self.warpgroup)
         if not (self.plan.has_offset and self.plan.skip_dead):
             farthest = self.per_row(first, jnp.int32)
         diagonal = lax.min(
-            lax.div(self.query0, jnp.int32(UNIT)), jnp.int32((self.kernel.length - 1) // UNIT)
+            lax.div(self.query0, jnp.int32(BLOCK)), jnp.int32((self.kernel.length - 1) // BLOCK)
         )
         return jnp.minimum(jnp.maximum(farthest, first), diagonal)
 
@@ -624,11 +624,11 @@ class WorkTile(launch.WorkTile):
         return pl.ds(self.first_query + ROWS * n, ROWS)
 
     def first_of(self, warpgroup: Index) -> Scalar:
-        """Returns the first unit of keys that a warpgroup visits."""
-        unit = lax.div(self.first_query, jnp.int32(UNIT)) + warpgroup
-        # Past the end of the sequence: as the unit before.
-        unit = lax.min(unit, jnp.int32(self.ref["first"].shape[-1] - 1))
-        return self.ref["first"][self.batch, self.head, unit]
+        """Returns the first block of keys that a warpgroup visits."""
+        block = lax.div(self.first_query, jnp.int32(BLOCK)) + warpgroup
+        # Past the end of the sequence: as the block before.
+        block = lax.min(block, jnp.int32(self.ref["first"].shape[-1] - 1))
+        return self.ref["first"][self.batch, self.head, block]
 
     def count_steps(self) -> Scalar:
         """Returns how many key tiles the CTA visits."""

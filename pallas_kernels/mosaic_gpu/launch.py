@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.pipeline import Pipeline
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
@@ -93,7 +93,7 @@ class Kernel:
         body.__name__ = self.name
         scratch = self.scratch() | scheduler.scratch()
         if self.interpret:
-            shape = (self.tuning.warpgroups, ROWS, UNIT)
+            shape = (self.tuning.warpgroups, ROWS, BLOCK)
             scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)
         found = plgpu.kernel(
             body,
@@ -213,13 +213,13 @@ class WorkTile:
                 plgpu.copy_gmem_to_smem(source, self.ref[f"{name}_smem"].at[n], pipe.full.at[slot])
 
     def load_tile(
-        self, pipe: Pipeline, slot: Scalar, names: tuple[str, ...], unit: Scalar, head: Scalar
+        self, pipe: Pipeline, slot: Scalar, names: tuple[str, ...], block: Scalar, head: Scalar
     ) -> None:
-        """Fetches one unit of operands into a slot that was acquired."""
-        rows = pl.ds(unit * UNIT, UNIT)
+        """Fetches one block of operands into a slot that was acquired."""
+        rows = pl.ds(block * BLOCK, BLOCK)
         for name in names:
-            # What is known of each row lies unit by unit.
-            at = (head, unit) if name == "rows" else (rows, head)
+            # What is known of each row lies block by block.
+            at = (head, block) if name == "rows" else (rows, head)
             pipe.copy(slot, self.ref[name].at[self.batch, *at], self.ref[f"{name}_smem"])
 
     def load_table(self, pipe: Pipeline, number: Index, head: Scalar) -> None:
@@ -273,17 +273,17 @@ class WorkTile:
         """Returns the first step with a key that some query doesn't see, but for causality.
 
         Args:
-          last: unit of keys of step 0, from which steps lead backwards.
+          last: block of keys of step 0, from which steps lead backwards.
           last_segment_start: first key that the last query sees, which sees the least; None: all
             see the first key of their row.
         """
         if last_segment_start is None:
             return None
-        return last + 1 - lax.div(last_segment_start + (UNIT - 1), jnp.int32(UNIT))
+        return last + 1 - lax.div(last_segment_start + (BLOCK - 1), jnp.int32(BLOCK))
 
     def spread(self, x: Float[Array, "64"], axis: int = 0) -> Float[Array, "64 64"]:
         """Returns a vector repeated along the rows of a tile, or with axis 1 along its columns."""
-        return lax.broadcast_in_dim(x, (ROWS, UNIT), [axis])
+        return lax.broadcast_in_dim(x, (ROWS, BLOCK), [axis])
 
     def per_row(self, x: Index | float, dtype: DTypeLike = jnp.float32) -> Array:
         """Returns a row vector of one number."""

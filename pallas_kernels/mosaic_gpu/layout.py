@@ -47,8 +47,8 @@ def sum_and_bound(
                 mlir.tree(
                     mlir.add,
                     [
-                        mlir.element(registers[half, block], i)
-                        for block in range(4 * group, 4 * group + 4)
+                        mlir.element(registers[half, octet], i)
+                        for octet in range(4 * group, 4 * group + 4)
                         for i in range(2)
                     ],
                 )
@@ -166,8 +166,8 @@ def slanted(
                 entries[distance] = math.fma(slope, by, base)
             return entries[distance]
 
-        def build(half, block):
-            return mlir.vector_of([entry(8 * (block - half) + i) for i in range(2)])
+        def build(half, octet):
+            return mlir.vector_of([entry(8 * (octet - half) + i) for i in range(2)])
 
         return mlir.tile(build, columns)
 
@@ -209,15 +209,15 @@ def where_seen(
         registers = mlir.registers(x)
         seen: dict[int, ir.Value] = {}
 
-        def chosen(half, block, i):
-            distance = 8 * (block - half) + i
+        def chosen(half, octet, i):
+            distance = 8 * (octet - half) + i
             if distance not in seen:
                 limit = mlir.constant(-distance if rows_are_keys else distance)
                 seen[distance] = arith.cmpi(arith.CmpIPredicate.sge, start, limit)
-            return arith.select(seen[distance], mlir.element(registers[half, block], i), other)
+            return arith.select(seen[distance], mlir.element(registers[half, octet], i), other)
 
-        def build(half, block):
-            return mlir.vector_of([chosen(half, block, i) for i in range(2)])
+        def build(half, octet):
+            return mlir.vector_of([chosen(half, octet, i) for i in range(2)])
 
         return mlir.tile(build, x.shape[1])
 
@@ -242,13 +242,13 @@ def where_from(
         other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
         registers = mlir.registers(x)
 
-        def chosen(half, block, i):
-            column = mlir.constant(8 * block + i)
+        def chosen(half, octet, i):
+            column = mlir.constant(8 * octet + i)
             seen = arith.cmpi(arith.CmpIPredicate.sle, starts[half], column)
-            return arith.select(seen, mlir.element(registers[half, block], i), other)
+            return arith.select(seen, mlir.element(registers[half, octet], i), other)
 
-        def build(half, block):
-            return mlir.vector_of([chosen(half, block, i) for i in range(2)])
+        def build(half, octet):
+            return mlir.vector_of([chosen(half, octet, i) for i in range(2)])
 
         return mlir.tile(build, x.shape[1])
 
@@ -286,8 +286,8 @@ def pack(
         registers = mlir.registers(x)
         two = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
 
-        def build(half, block):
-            low, high = (mlir.element(registers[half, block], i) for i in range(2))
+        def build(half, octet):
+            low, high = (mlir.element(registers[half, octet], i) for i in range(2))
             instruction = f"cvt.rn{'.relu' if relu else ''}.{kind}.f32 $0, $1, $2;"
             word = llvm.inline_asm(mlir.i32(), [high, low], instruction, "=r,f,f")
             return mgpu.utils.bitcast(word, two)
@@ -318,9 +318,9 @@ def where_positive(
         f32 = ir.F32Type.get()
         both = ir.Type.parse("!llvm.struct<(f32, f32)>")
 
-        def build(half, block):
-            word = mgpu.utils.bitcast(of_weights[half, block], mlir.i32())
-            entries = [mlir.element(of_x[half, block], i) for i in range(2)]
+        def build(half, octet):
+            word = mgpu.utils.bitcast(of_weights[half, octet], mlir.i32())
+            entries = [mlir.element(of_x[half, octet], i) for i in range(2)]
             chosen = llvm.inline_asm(
                 both, [word, mlir.constant(0), *entries], instructions, "=f,=f,r,r,f,f"
             )

@@ -19,7 +19,7 @@ from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weig
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import UNIT
+from pallas_kernels.mosaic_gpu.plan import BLOCK
 
 if TYPE_CHECKING:  # These import this.
     from pallas_kernels.mosaic_gpu import backward_dq, forward
@@ -31,9 +31,9 @@ NAMES = ("mean_k_left", "mean_k_right")
 _SHIFT = 10
 
 
-def outputs(head_dim: int, of_units: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the types of both halves, for a shape [batch, heads, units]."""
-    half = (*of_units, *memory.registers_shape(head_dim // 2))
+def outputs(head_dim: int, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the types of both halves, for a shape [batch, heads, blocks]."""
+    half = (*of_blocks, *memory.registers_shape(head_dim // 2))
     return dict.fromkeys(NAMES, jax.ShapeDtypeStruct(half, jnp.float32))
 
 
@@ -78,18 +78,18 @@ def add_past(
 def store(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], past: tuple[Array, ...]) -> None:
     """Stores the mean of the keys, and what is past the table, of sums not divided yet."""
     ref, b, h = work_tile.ref, work_tile.batch, work_tile.head
-    unit = lax.div(work_tile.query0, jnp.int32(UNIT))
+    block = lax.div(work_tile.query0, jnp.int32(BLOCK))
     sums = accs[0][...]
     factor = 1 / weight_sums.total(accs[1], interpret=work_tile.interpret)
 
     @pl.when(work_tile.exists)
     def _():
         mean = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
-        targets = [ref[name].at[b, h, unit] for name in NAMES]
+        targets = [ref[name].at[b, h, block] for name in NAMES]
         memory.store_registers(mean, targets, interpret=work_tile.interpret)
         for n, x in enumerate(past):
             whole = layout.finish_sums(x, interpret=work_tile.interpret)
-            ref["past"][b, h, unit, n] = whole * factor
+            ref["past"][b, h, block, n] = whole * factor
 
 
 def find(work_tile: "forward.WorkTile", lse: Array) -> None:
@@ -123,14 +123,14 @@ def find(work_tile: "forward.WorkTile", lse: Array) -> None:
 def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     """Brings the mean of a work tile's keys, of dQ's kernel, into L2; in all that fetch."""
     for n in range(work_tile.tuning.warpgroups):
-        unit = lax.min(work_tile.unit0 + n, jnp.int32(work_tile.kernel.units - 1))
+        block = lax.min(work_tile.block0 + n, jnp.int32(work_tile.kernel.blocks - 1))
         for name in NAMES:
-            half = work_tile.ref[name].at[work_tile.batch, work_tile.head, unit]
+            half = work_tile.ref[name].at[work_tile.batch, work_tile.head, block]
             words = ROWS * work_tile.kernel.head_dim // 2
             memory.prefetch_tile(half, words, interpret=work_tile.interpret)
 
 
-def load(work_tile: "backward_dq.WorkTile", unit: Scalar) -> Float[Array, "64 head_dim"]:
-    """Returns the mean of one unit's keys, in dQ's kernel."""
-    halves = [work_tile.ref[name].at[work_tile.batch, work_tile.head, unit] for name in NAMES]
+def load(work_tile: "backward_dq.WorkTile", block: Scalar) -> Float[Array, "64 head_dim"]:
+    """Returns the mean of one block's keys, in dQ's kernel."""
+    halves = [work_tile.ref[name].at[work_tile.batch, work_tile.head, block] for name in NAMES]
     return memory.load_registers(halves, interpret=work_tile.interpret)

@@ -71,8 +71,8 @@ def gather(
         two = ir.VectorType.get((2,), f32)
         loaded: dict[int, ir.Value] = {}
 
-        def build(half, block):
-            distance = 8 * block - 8 * half
+        def build(half, octet):
+            distance = 8 * octet - 8 * half
             if distance not in loaded:
                 pointer = mgpu.utils.getelementptr(base, [distance], f32)
                 loaded[distance] = llvm.load(two, pointer, alignment=8)
@@ -112,8 +112,8 @@ def store_registers(x: Float[Array, "64 columns"], targets: list[Ref], *, interp
     def store(_, x, *targets):
         registers = mlir.registers(x)
         pointers = [y for target in targets for y in _of_lane(target, columns // 8)]
-        for block, pointer in enumerate(pointers):
-            halves = [registers[half, block] for half in range(2)]
+        for octet, pointer in enumerate(pointers):
+            halves = [registers[half, octet] for half in range(2)]
             numbers = [mlir.element(y, i) for y in halves for i in range(2)]
             llvm.store(mlir.vector_of(numbers), pointer, alignment=16)
 
@@ -136,8 +136,8 @@ def load_registers(sources: list[Ref], *, interpret: bool) -> Float[Array, "64 c
         pointers = [x for source in sources for x in _of_lane(source, each // 8)]
         loaded = [llvm.load(four, x, alignment=16) for x in pointers]
 
-        def build(half, block):
-            numbers = [mlir.element(loaded[block], 2 * half + i) for i in range(2)]
+        def build(half, octet):
+            numbers = [mlir.element(loaded[octet], 2 * half + i) for i in range(2)]
             return mlir.vector_of(numbers)
 
         return mlir.tile(build, columns)
@@ -145,14 +145,14 @@ def load_registers(sources: list[Ref], *, interpret: bool) -> Float[Array, "64 c
     return load(*sources)
 
 
-def _of_lane(ref: ir.Value, blocks: int) -> list[ir.Value]:
-    """Returns where this lane's four numbers of each block of columns lie."""
+def _of_lane(ref: ir.Value, octets: int) -> list[ir.Value]:
+    """Returns where this lane's four numbers of each octet of columns lie."""
     lane = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
     at = arith.muli(lane, mlir.constant(4))
     base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
     step = 4 * LANES
     return [
-        mgpu.utils.getelementptr(base, [step * block], ir.F32Type.get()) for block in range(blocks)
+        mgpu.utils.getelementptr(base, [step * octet], ir.F32Type.get()) for octet in range(octets)
     ]
 
 
@@ -196,10 +196,10 @@ def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> F
             of_pair = mlir.constant(pair)
             own = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(warp, two), of_pair)
             with mgpu.utils.when(own):
-                for block in range(ROWS // 8):
+                for octet in range(ROWS // 8):
                     for i in range(2):
-                        at = arith.addi(first, mlir.constant(8 * block + i))
-                        llvm.store(mlir.element(registers[half, block], i), pointer(at))
+                        at = arith.addi(first, mlir.constant(8 * octet + i))
+                        llvm.store(mlir.element(registers[half, octet], i), pointer(at))
             mgpu.utils.warpgroup_barrier()
             for n in range(DIAGONALS_ROWS):
                 row = (2 * pair + n // 8) * 16 + n % 8 + 8 * half
@@ -326,7 +326,7 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
         those taken. It is 0 before the first call and again after the last.
       words: SMEM int32.
       slot: which of them.
-      takers: how many blocks take numbers, each until it is told how many they are.
+      takers: how many CTAs take numbers, each until it is told how many they are.
     """
     count = numbers.shape[0] - 1
 
@@ -357,7 +357,7 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
             left = arith.cmpi(arith.CmpIPredicate.ule, turn, last)
             number = arith.select(left, llvm.load(i32, place), mlir.constant(count))
             llvm.store(number, target)
-            # Every block is told once that nothing is left; the last one puts the counter back.
+            # Every CTA is told once that nothing is left; the last one puts the counter back.
             end = mlir.constant(count + takers - 1)
             with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, turn, end)):
                 llvm.store(mlir.constant(0), counter)
@@ -366,7 +366,7 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
 
 
 def named_barrier(operation: str, number: Index, threads: int) -> None:
-    """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the block."""
+    """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the CTA."""
 
     @plgpu.inline_mgpu(arg_types=(SCALAR,))
     def bar_op(_, number):

@@ -90,19 +90,19 @@ def tree(combine, values: list[ir.Value]) -> ir.Value:
 
 
 def registers(x: mgpu.FragmentedArray) -> np.ndarray:
-    """Returns a tile's registers as [row half, block of 8 columns], each a pair."""
+    """Returns a tile's registers as [row half, octet of columns], each a pair."""
     columns = x.shape[1]
-    # Tiled as (64, 8), (16, 8), (8, 8), (2): blocks of columns, then the halves of 16 rows.
+    # Tiled as (64, 8), (16, 8), (8, 8), (2): octets of columns, then the halves of 16 rows.
     return x.registers.reshape(columns // 8, 2).T
 
 
 def tile(build, columns: int) -> mgpu.FragmentedArray:
-    """Returns the tile whose register (row half, block of 8 columns) `build` makes."""
+    """Returns the tile whose register (row half, octet of columns) `build` makes."""
     layout = TILE.to_mgpu()
     shape = layout.registers_shape((ROWS, columns))
     registers = np.empty((columns // 8, 2), object)
-    for block, half in np.ndindex(registers.shape):
-        registers[block, half] = build(half, block)
+    for octet, half in np.ndindex(registers.shape):
+        registers[octet, half] = build(half, octet)
     return mgpu.FragmentedArray(
         _registers=registers.reshape(shape), _layout=layout, _is_signed=None
     )

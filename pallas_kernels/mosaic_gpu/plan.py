@@ -18,7 +18,7 @@ LOWEST = -1.0e30
 # A masked score. Where a row has no other, its sum is 0 and its weights are no numbers.
 MASKED = -math.inf
 # Queries and keys that visit ranges and live ranges are counted in.
-UNIT = 64
+BLOCK = 64
 # A tile counts as dead only if it is so by this share: more than the rounding of exponentials.
 DEAD_SLACK = 1e-3
 # Exponents of two that sums of exponentials may reach without a running maximum.
@@ -94,17 +94,17 @@ class Plan(Problem):
         return max(self.width, 1)
 
     @property
-    def near_units(self) -> int:
-        """Tiles of 64 x 64 this many units from the diagonal, or more, lie past the table."""
-        return -(-(self.reach + UNIT - 1) // UNIT)
+    def near_blocks(self) -> int:
+        """Tiles of 64 x 64 this many blocks from the diagonal, or more, lie past the table."""
+        return -(-(self.reach + BLOCK - 1) // BLOCK)
 
     def has_tail(self, length: int) -> bool:
         """Returns whether some distance of a row of this length is past the table, and counts."""
         return self.has_slope and length > self.width
 
-    def distances(self, units: int) -> int:
+    def distances(self, blocks: int) -> int:
         """Returns how many distances of tiles, of a row of so many, the bias table reaches."""
-        return min(config.distances(self.width), units)
+        return min(config.distances(self.width), blocks)
 
     @property
     def near(self) -> int:

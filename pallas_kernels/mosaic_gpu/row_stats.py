@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic_gpu import layout, memory, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan, RowStat, threshold
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan, RowStat, threshold
 
 if TYPE_CHECKING:  # It imports this.
     from pallas_kernels.mosaic_gpu import backward_dq
@@ -51,17 +51,17 @@ class Residuals(NamedTuple):
 _OUTPUTS = ("out", "rounding")
 
 
-def outputs(plan: Plan, of_units: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def outputs(plan: Plan, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the types of `rows`, and with an offset of what each query adds to its gradient.
 
     Args:
       plan: of the call.
-      of_units: batch, heads, units.
+      of_blocks: batch, heads, blocks.
     """
     kinds = 4 if plan.packed else 3
-    types = {"rows": jax.ShapeDtypeStruct((*of_units, kinds, UNIT), jnp.float32)}
+    types = {"rows": jax.ShapeDtypeStruct((*of_blocks, kinds, BLOCK), jnp.float32)}
     if plan.has_offset:
-        types["of_offset"] = jax.ShapeDtypeStruct((*of_units, UNIT), jnp.float32)
+        types["of_offset"] = jax.ShapeDtypeStruct((*of_blocks, BLOCK), jnp.float32)
     return types
 
 
@@ -93,7 +93,7 @@ def prefetch(work_tile: "backward_dq.WorkTile") -> None:
     if plan.packed:
         found.append(ref["segment_start"].at[work_tile.batch])
     for x in found:
-        memory.prefetch(x, work_tile.unit0 * UNIT, rows, interpret=work_tile.interpret)
+        memory.prefetch(x, work_tile.block0 * BLOCK, rows, interpret=work_tile.interpret)
 
 
 class RowStats(NamedTuple):
@@ -116,25 +116,25 @@ class RowStats(NamedTuple):
     last_segment_start: Array | None
 
 
-def find(work_tile: "backward_dq.WorkTile", unit: Scalar) -> RowStats:
+def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
     """Returns the facts of a warpgroup's queries.
 
     Args:
       work_tile: of dQ's kernel; its own operands have arrived.
-      unit: of queries.
+      block: of queries.
     """
     ref, plan, interpret = work_tile.ref, work_tile.plan, work_tile.interpret
     b, h = work_tile.batch, work_tile.head
 
     def row(x: Ref) -> Array:
-        return work_tile.load_row(x.at[pl.ds(unit * UNIT, UNIT)])
+        return work_tile.load_row(x.at[pl.ds(block * BLOCK, BLOCK)])
 
     lse = row(ref["lse"].at[b, h])
     segment_start = last_segment_start = None
     if plan.packed:
         segment_start = row(ref["segment_start"].at[b])
         # Documents and windows begin later and later: the last query's masks the most.
-        last_segment_start = ref["segment_start"][b, unit * UNIT + UNIT - 1]
+        last_segment_start = ref["segment_start"][b, block * BLOCK + BLOCK - 1]
     if plan.has_offset:
         offset_scale = row(ref["offset_scale"].at[b])
         limit = threshold(ref["offset"][h], offset_scale)
@@ -160,7 +160,7 @@ def find(work_tile: "backward_dq.WorkTile", unit: Scalar) -> RowStats:
 def write(
     work_tile: "backward_dq.WorkTile",
     row: RowStats,
-    unit: Scalar,
+    block: Scalar,
     delta: Array,
     of_offset: Array | None,
 ) -> None:
@@ -169,16 +169,16 @@ def write(
     Args:
       work_tile: as for `find`.
       row: what that returned.
-      unit: of queries.
+      block: of queries.
       delta: see above.
       of_offset: what each query adds to the gradient of tau; None without an offset.
     """
     b, h = work_tile.batch, work_tile.head
-    rows = work_tile.ref["rows"].at[b, h, unit]
+    rows = work_tile.ref["rows"].at[b, h, block]
     rows[RowStat.LSE] = row.lse
     rows[RowStat.DELTA] = delta
     rows[RowStat.THRESHOLD] = delta * 0.0 if row.threshold is None else row.threshold
     if row.segment_start is not None:
         rows[RowStat.SEGMENT_START] = row.segment_start.astype(jnp.float32)
     if of_offset is not None:
-        work_tile.ref["of_offset"][b, h, unit] = of_offset
+        work_tile.ref["of_offset"][b, h, block] = of_offset

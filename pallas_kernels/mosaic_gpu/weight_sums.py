@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.mosaic_gpu import layout, pipeline
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Refs, Scratch
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 
 # The fewest columns that a product may have.
 _COLUMNS = 8
@@ -22,12 +22,12 @@ ACC = plgpu.ACC((ROWS, _COLUMNS), jnp.float32)
 
 def ones(dtype: DTypeLike) -> Float[Array, "8 64"]:
     """Returns the kernel's operand `ones`."""
-    return jnp.ones((_COLUMNS, UNIT), dtype)
+    return jnp.ones((_COLUMNS, BLOCK), dtype)
 
 
 def scratch(dtype: DTypeLike) -> Scratch:
     """Returns the types of what holds the ones in SMEM."""
-    return {"ones_smem": pipeline.tiled((_COLUMNS, UNIT), dtype), "ones_full": plgpu.Barrier()}
+    return {"ones_smem": pipeline.tiled((_COLUMNS, BLOCK), dtype), "ones_full": plgpu.Barrier()}
 
 
 def fetch(plan: Plan, ref: Refs) -> None:

@@ -6,10 +6,10 @@ import pytest
 
 from pallas_kernels.mosaic_gpu import bias_table, config
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
-from pallas_kernels.mosaic_gpu.plan import LOG2_E, UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, LOG2_E, Plan
 from tests.pallas_kernels.problems import problem
 
-UNITS = 12
+BLOCKS = 12
 
 
 def _plan(width, has_slope=True):
@@ -17,7 +17,7 @@ def _plan(width, has_slope=True):
     return Plan(**call.facts(), tunings=config.tunings(64, width))
 
 
-@pytest.mark.parametrize("width", [0, 1, 64, 65, 66, 300, UNITS * UNIT])
+@pytest.mark.parametrize("width", [0, 1, 64, 65, 66, 300, BLOCKS * BLOCK])
 @pytest.mark.parametrize("start, stop", [(2, 14), (2, 2), (5, 4), (7, 14), (3, 8)])
 @pytest.mark.parametrize("masked", [None, 0, 4, 9, 20])
 def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, stop, masked):
@@ -30,7 +30,7 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
 
     def run(stop):
         loops = bias_table.loops
-        return loops(plan, UNITS * UNIT, diagonal, start, stop, loop, 0, masked=masked)
+        return loops(plan, BLOCKS * BLOCK, diagonal, start, stop, loop, 0, masked=masked)
 
     assert run(stop) >= 1
     assert [n for _, n in taken] == list(range(start, stop))
@@ -39,7 +39,7 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
             assert kind is TileKind.MASKED
         else:
             # Its nearest query and key.
-            past = UNIT * (n - diagonal) - (UNIT - 1) >= plan.reach
+            past = BLOCK * (n - diagonal) - (BLOCK - 1) >= plan.reach
             assert kind is (TileKind.TAIL if past else TileKind.NEAR)
 
 
@@ -48,12 +48,12 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
 def test_bias_is_the_tail_s(falling, whole):
     width, value, slope = 100, -3.0, 0.25
     plan = _plan(width)
-    apart = jnp.int32(UNIT * plan.near_units)
+    apart = jnp.int32(BLOCK * plan.near_blocks)
     tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
     tile, rest = bias_table.tail_bias(
         plan, apart, tail, falling=falling, whole=whole, interpret=True
     )
-    r, c = np.mgrid[:UNIT, :UNIT]
+    r, c = np.mgrid[:BLOCK, :BLOCK]
     distance = int(apart) + (r - c if falling else c - r)
     expected = (value - slope * (distance - (width - 1))) * LOG2_E
     np.testing.assert_allclose(tile + rest, expected, rtol=1e-6)

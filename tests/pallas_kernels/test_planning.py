@@ -15,7 +15,7 @@ from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from tests import oracle
 from tests.pallas_kernels.problems import problem
 
-# Lengths that are and aren't a multiple of a unit, tables shorter and longer than them; with
+# Lengths that are and aren't a multiple of a block, tables shorter and longer than them; with
 # and without slope, table, offset, documents, skipped tiles.
 CASES = [
     oracle.Case("slope", (2, 1100, 2, 1, 64), 100, "alibi", True),
@@ -90,7 +90,7 @@ def test_tables_and_visits(case, skip_mass):
     assert not np.asarray(found.no_overflow).any()
 
 
-def test_a_unit_visits_what_any_of_its_queries_sees():
+def test_a_block_visits_what_any_of_its_queries_sees():
     """Not what its first one sees: where chunks are filled up, queries before see less."""
     case = oracle.Case("", (1, 300, 2, 1, 64), 64, documents=(300,))
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
@@ -129,17 +129,17 @@ def test_a_number_that_is_none_is_visited():
 
 
 @pytest.mark.parametrize(
-    "units, distances, filled, parts", [(5, 3, 4, 2), (70, 18, 18, 4), (3, 0, 0, 1)]
+    "blocks, distances, filled, parts", [(5, 3, 4, 2), (70, 18, 18, 4), (3, 0, 0, 1)]
 )
-def test_ranges_of_the_backward_pass(units, distances, filled, parts):
-    rng = np.random.default_rng(units)
-    first = np.minimum(rng.integers(0, units, (2, 2, units)), np.arange(units))
-    live = np.minimum(first + rng.integers(0, 3, first.shape), np.arange(units))
+def test_ranges_of_the_backward_pass(blocks, distances, filled, parts):
+    rng = np.random.default_rng(blocks)
+    first = np.minimum(rng.integers(0, blocks, (2, 2, blocks)), np.arange(blocks))
+    live = np.minimum(first + rng.integers(0, 3, first.shape), np.arange(blocks))
     work = rng.integers(0, 9, (2, 2, 3))
     arrays = (jnp.asarray(x, jnp.int32) for x in (first, live, work))
     orders = [
-        TileOrder.of_queries(2, 2, 2, 64 * units, 192, 8192),
-        TileOrder.of_keys(2, 1, 2, 64 * units, 128, 64),
+        TileOrder.of_queries(2, 2, 2, 64 * blocks, 192, 8192),
+        TileOrder.of_keys(2, 1, 2, 64 * blocks, 128, 64),
         TileOrder.by_head(2, 2, 2, max(parts * filled, 1)),
     ][: 3 if distances else 2]
     ours, expected = _both("key_ranges", *arrays, 2, orders, distances, filled, parts)
@@ -171,14 +171,14 @@ def test_order_of_work_tiles():
 )
 def test_gradients(length, width, has_slope, straight, groups):
     rng = np.random.default_rng(groups)
-    units, heads = -(-length // 64), 2
-    distances = min((min(width, length) + 62) // 64 + 1, units)
-    # Of dK's kernel a part for each unit of keys, but more than are added at once.
+    blocks, heads = -(-length // 64), 2
+    distances = min((min(width, length) + 62) // 64 + 1, blocks)
+    # Of dK's kernel a part for each block of keys, but more than are added at once.
     sums = (37, heads, distances, 64) if straight else (2, heads, distances + 1, 128)
     shapes = {
-        "of_offset": (2, heads, units, 64),
+        "of_offset": (2, heads, blocks, 64),
         "sums": (2, *sums),
-        "tail_sums": (2, heads, units, 2, 64),
+        "tail_sums": (2, heads, blocks, 2, 64),
     }
     arrays = {name: jnp.asarray(rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
     if not has_slope or width > length:

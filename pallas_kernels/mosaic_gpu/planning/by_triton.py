@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, UNIT, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.planning.static import Static
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
@@ -20,7 +20,7 @@ from pallas_kernels.problem import current_options
 from pallas_kernels.triton import call
 from pallas_kernels.triton.config import Block, power_of_two
 
-# Units x units of a program's bounds.
+# Blocks x blocks of a program's bounds.
 _TILE = 4096
 # Distances of a program that adds up the table's gradient.
 _DISTANCES = 256
@@ -56,11 +56,11 @@ def table(
     """Returns the bias in the kernels' form, and what `visits` wants of it."""
     if distance_bias is None:
         return Table(*plan.table(None, None, heads), None)
-    units, rows = -(-length // UNIT), plan.table_rows
+    blocks, rows = -(-length // BLOCK), plan.table_rows
     static = dict(
         length=length,
         heads=heads,
-        units=units,
+        blocks=blocks,
         width=distance_bias.shape[1],
         reach=plan.reach,
         near=plan.near,
@@ -68,7 +68,7 @@ def table(
         lead=plan.lead,
         has_slope=distance_slope is not None,
     )
-    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, units)]
+    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, blocks)]
     slope = jnp.zeros(heads, jnp.float32) if distance_slope is None else distance_slope
     return Table(*_launch("lazy_table", (heads, 2), static, shapes, distance_bias, slope))
 
@@ -81,33 +81,33 @@ def visits(
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
     offset: Float[Array, " heads"] | None,
-    maxima: Float[Array, "heads units"] | None,
+    maxima: Float[Array, "heads blocks"] | None,
 ) -> Visits:
     """Returns which tiles are visited, and whether scores are small."""
     del distance_slope
     batch, length, heads, _ = query.shape
-    units = -(-length // UNIT)
-    block = _units_at_once(units)
+    blocks = -(-length // BLOCK)
+    at_once = _blocks_at_once(blocks)
     static = dict(
         length=length,
         heads=heads,
-        units=units,
-        block=block,
+        blocks=blocks,
+        at_once=at_once,
         width=0 if distance_bias is None else distance_bias.shape[1],
         has_offset=offset is not None,
         packed=plan.packed,
         skip_mass=plan.skip_mass,
         exponent_limit=EXPONENT_LIMIT,
     )
-    of_units = unused = norms(plan, query, key)
-    blocks = -(-units // block)
-    shapes = [((batch, heads, n), jnp.int32) for n in (units, 1, blocks)]
+    of_blocks = unused = norms(plan, query, key)
+    programs = -(-blocks // at_once)
+    shapes = [((batch, heads, n), jnp.int32) for n in (blocks, 1, programs)]
     first, no_overflow, work = _launch(
         "lazy_visits",
-        (blocks, heads, batch),
+        (programs, heads, batch),
         static,
         shapes,
-        of_units,
+        of_blocks,
         first_visible if plan.packed else unused,
         unused if distance_bias is None else distance_bias,
         unused if maxima is None else maxima,
@@ -120,15 +120,15 @@ def norms(
     plan: Plan,
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
-) -> Float[Array, "batch 3 heads units"]:
-    """Returns of each unit the largest norms of queries, times the scale, and of keys, and the
+) -> Float[Array, "batch 3 heads blocks"]:
+    """Returns of each block the largest norms of queries, times the scale, and of keys, and the
     least product of a query with its own key, times the scale; infinite where one is NaN."""
     batch, length, heads, head_dim = query.shape
-    units = -(-length // UNIT)
-    static = dict(length=length, heads=heads, units=units, scale=plan.scale)
+    blocks = -(-length // BLOCK)
+    static = dict(length=length, heads=heads, blocks=blocks, scale=plan.scale)
     static |= dict(group=heads // key.shape[2], head_dim=head_dim)
-    shapes = [(batch, 3, heads, units)]
-    return _launch("lazy_norms", (units * heads, batch), static, shapes, query, key)[0]
+    shapes = [(batch, 3, heads, blocks)]
+    return _launch("lazy_norms", (blocks * heads, batch), static, shapes, query, key)[0]
 
 
 def tile_orders(
@@ -154,8 +154,8 @@ def _ranked(
 
 
 def key_ranges(
-    first: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
+    first: Int[Array, "batch heads blocks"],
+    live: Int[Array, "batch heads blocks"],
     work: Int[Array, "batch heads parts"],
     group: int,
     orders: Sequence[TileOrder],
@@ -164,17 +164,17 @@ def key_ranges(
     parts: int,
 ) -> KeyRanges:
     """Returns the ranges of the backward pass, and the order of its work tiles."""
-    batch, heads, units = first.shape
-    block = _units_at_once(units)
+    batch, heads, blocks = first.shape
+    at_once = _blocks_at_once(blocks)
     shapes: list[Any] = [(first.shape, jnp.int32), (first.shape, jnp.int32)]
     # Something must be there.
     shapes.append(((batch, heads, max(parts, 1), max(filled, 1), 3), jnp.int32))
     work_tiles = [order.work_tiles for order in orders]
     shapes += [((n + 1,), jnp.int32) for n in (*work_tiles, 0)[:3]]
     static = _ranked(work, group, orders)
-    static |= dict(heads=heads, group=group, units=units, block=block)
+    static |= dict(heads=heads, group=group, blocks=blocks, at_once=at_once)
     static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)
-    grid = (max(-(-units // block), parts), heads, batch)
+    grid = (max(-(-blocks // at_once), parts), heads, batch)
     last, last_live, found, *found_orders = _launch(
         "lazy_key_ranges", grid, static, shapes, first, live, work
     )
@@ -185,9 +185,9 @@ def gradients(
     groups: int,
     width: int | None,
     has_slope: bool,
-    of_offset: Float[Array, "batch heads units 64"] | None,
+    of_offset: Float[Array, "batch heads blocks 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
-    tail_sums: Float[Array, "batch heads units 2 64"] | None,
+    tail_sums: Float[Array, "batch heads blocks 2 64"] | None,
     *,
     length: int,
     distances: int,
@@ -199,7 +199,7 @@ def gradients(
     static = dict(
         length=length,
         heads=heads,
-        units=-(-length // UNIT),
+        blocks=-(-length // BLOCK),
         width=width,
         has_slope=has_slope,
         has_offset=of_offset is not None,
@@ -207,14 +207,14 @@ def gradients(
         has_tail_sums=tail_sums is not None,
         distances=distances,
     )
-    block = _DISTANCES
+    at_once = _DISTANCES
     if sums is not None:
-        straight = sums.shape[4] == UNIT
+        straight = sums.shape[4] == BLOCK
         static |= dict(filled=sums.shape[3], parts=sums.shape[1], straight=straight)
-        # One part for each unit of keys: more programs, each with fewer distances.
-        block = UNIT if straight else block
-    static |= dict(block=block)
-    grid = (heads, groups, 1 + -(-width // block))
+        # One part for each block of keys: more programs, each with fewer distances.
+        at_once = BLOCK if straight else at_once
+    static |= dict(at_once=at_once)
+    grid = (heads, groups, 1 + -(-width // at_once))
     operands = [given if x is None else x for x in (of_offset, sums, tail_sums)]
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
     d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)
@@ -225,9 +225,9 @@ def gradients(
     )
 
 
-def _units_at_once(units: int) -> int:
-    """Returns how many of a row's units a program takes, with all units on the other side."""
-    padded = power_of_two(units)
+def _blocks_at_once(blocks: int) -> int:
+    """Returns how many of a row's blocks a program takes, with all blocks on the other side."""
+    padded = power_of_two(blocks)
     return max(1, min(padded, _TILE // padded))
 
 
@@ -237,6 +237,6 @@ def _launch(
     """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
     with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
     outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
-    block = Block(queries=UNIT, keys=UNIT, warps=_WARPS.get(name, 4), stages=1)
+    block = Block(queries=BLOCK, keys=BLOCK, warps=_WARPS.get(name, 4), stages=1)
     module = importlib.import_module(f"pallas_kernels.mosaic_gpu.planning.{_MODULES[name]}")
     return call.launch(getattr(module, name), arrays, outputs, grid, block, Static(**static))

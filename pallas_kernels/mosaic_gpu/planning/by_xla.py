@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
-from pallas_kernels.mosaic_gpu.plan import EXPONENT_LIMIT, LOG2_E, UNIT, Plan, reference
+from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, LOG2_E, Plan, reference
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.visit import TileSizes, ranges_by_norms, tile_norms
 
@@ -25,19 +25,19 @@ class Table(NamedTuple):
     falling: Float[Array, "heads rows 128"]
     rising: Float[Array, "heads rows 128"]
     tail: Float[Array, "heads 2"]
-    maxima: Float[Array, "heads units"] | None
+    maxima: Float[Array, "heads blocks"] | None
 
 
 class Visits(NamedTuple):
     """What is known before the forward pass.
 
     Attributes:
-      first: first unit of keys that each unit of queries visits.
+      first: first block of keys that each block of queries visits.
       no_overflow: whether no score of a head, less b(0), is large either way: 1 or 0.
       work: tiles visited, in parts whose sum counts.
     """
 
-    first: Int[Array, "batch heads units"]
+    first: Int[Array, "batch heads blocks"]
     no_overflow: Int[Array, "batch heads"]
     work: Int[Array, "batch heads parts"]
 
@@ -46,14 +46,14 @@ class KeyRanges(NamedTuple):
     """What the backward pass knows of its tiles, seen from the keys and the distances.
 
     Attributes:
-      last, last_live: last unit of queries that visits each unit of keys, and last for which
+      last, last_live: last block of queries that visits each block of keys, and last for which
         it may be live.
       distances: see `distance_ranges`; None without a bias.
       tile_order: of work tiles, for each order that was asked for.
     """
 
-    last: Int[Array, "batch heads units"]
-    last_live: Int[Array, "batch heads units"]
+    last: Int[Array, "batch heads blocks"]
+    last_live: Int[Array, "batch heads blocks"]
     distances: Int[Array, "batch heads parts filled 3"] | None
     tile_order: list[Int[Array, " work_tiles+1"]]
 
@@ -96,7 +96,7 @@ def visits(
         bias = bias_lib.expand(distance_bias, distance_slope, length)
     if not plan.packed:
         first_visible = jnp.zeros_like(first_visible)
-    tiles = TileSizes(UNIT, UNIT)
+    tiles = TileSizes(BLOCK, BLOCK)
     norms = tile_norms(query, key, plan.scale, tiles)
     ranges = ranges_by_norms(
         norms if plan.skip_mass > 0 else None,
@@ -107,8 +107,8 @@ def visits(
         # Without a score of its own a row's sum has no lower bound.
         largest = jnp.max(bias, axis=1) - reference(bias)
         bound = bound + jnp.where(bias[:, 0] == -jnp.inf, jnp.inf, largest)
-    units = jnp.arange(ranges.first.shape[-1], dtype=jnp.int32)
-    work = jnp.sum(units - ranges.first + 1, axis=-1, keepdims=True)
+    blocks = jnp.arange(ranges.first.shape[-1], dtype=jnp.int32)
+    work = jnp.sum(blocks - ranges.first + 1, axis=-1, keepdims=True)
     return Visits(ranges.first, (bound * LOG2_E <= EXPONENT_LIMIT).astype(jnp.int32), work)
 
 
@@ -128,8 +128,8 @@ def tile_orders(
 
 
 def key_ranges(
-    first: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
+    first: Int[Array, "batch heads blocks"],
+    live: Int[Array, "batch heads blocks"],
     work: Int[Array, "batch heads parts"],
     group: int,
     orders: Sequence[TileOrder],
@@ -140,60 +140,60 @@ def key_ranges(
     """Returns the ranges of the backward pass, and the order of its work tiles.
 
     Args:
-      first: first unit of keys that each unit of queries visits.
+      first: first block of keys that each block of queries visits.
       live: first one of them that may be live.
       work: as for `tile_orders`, like the next two.
       group: query heads a key head.
       orders: wanted.
-      distances: of tiles, in units, from the diagonal on, that have an entry inside the bias
+      distances: of tiles, in blocks, from the diagonal on, that have an entry inside the bias
         table; 0: there is no bias.
       filled: the same with those that only fill up the warpgroups and have nothing to do.
-      parts: runs that the units of queries are cut into for the bias table's gradient.
+      parts: runs that the blocks of queries are cut into for the bias table's gradient.
     """
     by_distance = distance_ranges(first, live, distances, filled, parts) if distances else None
     found_orders = tile_orders(work, group, orders)
     return KeyRanges(_last_query(first), _last_query(live), by_distance, found_orders)
 
 
-def _last_query(first: Int[Array, "batch heads units"]) -> Int[Array, "batch heads units"]:
-    """Returns the last unit of queries whose range of keys, from `first` on, has each unit."""
-    units = jnp.arange(first.shape[-1], dtype=jnp.int32)
-    seen = (first[..., None] <= units) & (units <= units[:, None])
-    return jnp.max(jnp.where(seen, units[:, None], 0), axis=-2)
+def _last_query(first: Int[Array, "batch heads blocks"]) -> Int[Array, "batch heads blocks"]:
+    """Returns the last block of queries whose range of keys, from `first` on, has each block."""
+    blocks = jnp.arange(first.shape[-1], dtype=jnp.int32)
+    seen = (first[..., None] <= blocks) & (blocks <= blocks[:, None])
+    return jnp.max(jnp.where(seen, blocks[:, None], 0), axis=-2)
 
 
 def distance_ranges(
-    first: Int[Array, "batch heads units"],
-    live: Int[Array, "batch heads units"],
+    first: Int[Array, "batch heads blocks"],
+    live: Int[Array, "batch heads blocks"],
     distances: int,
     filled: int,
     parts: int,
 ) -> Int[Array, "batch heads parts filled 3"]:
     """Returns what `backward_bias` wants to know of each distance and run of queries."""
-    units = first.shape[-1]
-    unit = jnp.arange(units, dtype=jnp.int32)
+    blocks = first.shape[-1]
+    block = jnp.arange(blocks, dtype=jnp.int32)
     distance = jnp.arange(filled, dtype=jnp.int32)[:, None]
-    key = unit - distance
-    size = -(-units // parts)
+    key = block - distance
+    size = -(-blocks // parts)
     part = jnp.arange(parts, dtype=jnp.int32)[:, None, None]
-    exists = (key >= 0) & (unit // size == part) & (distance < distances)
+    exists = (key >= 0) & (block // size == part) & (distance < distances)
 
-    def inside(first: Array) -> Bool[Array, "batch heads parts filled units"]:
+    def inside(first: Array) -> Bool[Array, "batch heads parts filled blocks"]:
         return exists & (first[:, :, None, None] <= key)
 
     visited, alive = inside(first), inside(live)
-    start = jnp.where(visited, unit, units).min(axis=-1)
-    stop = jnp.where(visited, unit + 1, 0).max(axis=-1)
-    return jnp.stack([start, jnp.where(alive, unit, units).min(axis=-1), stop], axis=-1)
+    start = jnp.where(visited, block, blocks).min(axis=-1)
+    stop = jnp.where(visited, block + 1, 0).max(axis=-1)
+    return jnp.stack([start, jnp.where(alive, block, blocks).min(axis=-1), stop], axis=-1)
 
 
 def gradients(
     groups: int,
     width: int | None,
     has_slope: bool,
-    of_offset: Float[Array, "batch heads units 64"] | None,
+    of_offset: Float[Array, "batch heads blocks 64"] | None,
     sums: Float[Array, "batch parts heads filled columns"] | None,
-    tail_sums: Float[Array, "batch heads units 2 64"] | None,
+    tail_sums: Float[Array, "batch heads blocks 2 64"] | None,
     *,
     length: int,
     distances: int,
@@ -222,7 +222,7 @@ def gradients(
     if sums is not None:
         assert width is not None
         near = by_group(sums).sum(axis=(1, 2))
-        if sums.shape[-1] == UNIT:
+        if sums.shape[-1] == BLOCK:
             near = near.reshape(*near.shape[:2], -1)
         else:
             near = bias_lib.join_diagonals(near[:, :, :distances, :-1])

@@ -13,7 +13,7 @@ _PARTS = tl.constexpr(32)
 @triton.jit
 def _straight(sums_ptr, head, batch0, x, static: tl.constexpr):
     """Returns the sums of dS over distances x, from parts that have them as such."""
-    size = static.filled * static.unit
+    size = static.filled * static.block
     parts = static.rows * static.parts
     total = tl.zeros((_PARTS, x.shape[0]), tl.float32)
     for first in tl.range(0, parts, _PARTS):
@@ -28,18 +28,18 @@ def _straight(sums_ptr, head, batch0, x, static: tl.constexpr):
 @triton.jit
 def _askew(sums_ptr, head, batch0, x, static: tl.constexpr):
     """Returns the sums of dS over distances x, from the diagonals of tiles."""
-    tile = x // static.unit
-    beyond = x % static.unit
-    at = tile * (2 * static.unit) + static.unit - 1 + beyond
+    tile = x // static.block
+    beyond = x % static.block
+    at = tile * (2 * static.block) + static.block - 1 + beyond
     exists = (x < static.length) & (tile < static.distances)
     # Those in the lower left half of one tile are in the upper right half of the next.
     in_next = (x < static.length) & (beyond > 0) & (tile + 1 < static.distances)
     total = tl.zeros(x.shape, tl.float32)
     for part in tl.range(0, static.rows * static.parts, loop_unroll_factor=4):
         row = (batch0 * static.parts + part).to(tl.int64) * static.heads + head
-        place = sums_ptr + row * (static.filled * 2 * static.unit) + at
+        place = sums_ptr + row * (static.filled * 2 * static.block) + at
         total += tl.load(place, mask=exists, other=0.0)
-        total += tl.load(place + static.unit, mask=in_next, other=0.0)
+        total += tl.load(place + static.block, mask=in_next, other=0.0)
     return total
 
 
@@ -55,13 +55,13 @@ def _near(sums_ptr, head, batch0, x, static: tl.constexpr):
 
 @triton.jit
 def _total(numbers_ptr, head, batch0, kind, kinds: tl.constexpr, static: tl.constexpr):
-    """Returns the sum of one kind of numbers [batch, heads, units, kinds, 64] of a head."""
-    size = static.units * static.unit
+    """Returns the sum of one kind of numbers [batch, heads, blocks, kinds, 64] of a head."""
+    size = static.blocks * static.block
     total = tl.zeros((_ROWS,), tl.float32)
-    for n in tl.range(0, static.rows * static.row_blocks, loop_unroll_factor=4):
-        batch = (batch0 + n // static.row_blocks).to(tl.int64)
-        x = n % static.row_blocks * _ROWS + tl.arange(0, _ROWS)
-        at = (x // static.unit * kinds + kind) * static.unit + x % static.unit
+    for n in tl.range(0, static.rows * static.row_runs, loop_unroll_factor=4):
+        batch = (batch0 + n // static.row_runs).to(tl.int64)
+        x = n % static.row_runs * _ROWS + tl.arange(0, _ROWS)
+        at = (x // static.block * kinds + kind) * static.block + x % static.block
         start = (batch * static.heads + head) * (size * kinds)
         total += tl.load(numbers_ptr + start + at, mask=x < size, other=0.0)
     return tl.sum(total, 0)
@@ -90,12 +90,12 @@ def lazy_gradients(
         if static.has_offset:
             tl.store(d_offset_ptr + row, _total(of_offset_ptr, head, batch0, 0, 1, static))
     else:
-        x = (part - 1) * static.block + tl.arange(0, static.block)
+        x = (part - 1) * static.at_once + tl.arange(0, static.at_once)
         d_bias = _near(sums_ptr, head, batch0, x, static)
         if static.has_slope:  # noqa: SIM102, the first is decided when it is compiled
-            if part * static.block >= static.width:
+            if part * static.at_once >= static.width:
                 # Tiles with a distance inside the table have some past it.
-                past = static.width + tl.arange(0, 2 * static.unit)
+                past = static.width + tl.arange(0, 2 * static.block)
                 of_past = _near(sums_ptr, head, batch0, past, static)
                 beyond = tl.sum(of_past, 0)
                 moment = tl.sum(of_past * (past - (static.width - 1)).to(tl.float32), 0)

@@ -26,7 +26,7 @@ def lazy_key_ranges(
     of_bias_ptr,
     static: tl.constexpr,
 ):
-    """See `by_xla.key_ranges`; grid (blocks of keys or parts, heads, batch)."""
+    """See `by_xla.key_ranges`; grid (programs or parts, heads, batch)."""
     number = tl.program_id(0)
     if (number == 0) & (tl.program_id(1) % static.group == 0):
         kv_heads = static.heads // static.group
@@ -46,31 +46,31 @@ def lazy_key_ranges(
                 static.tiles_c, static.section_c, static.members_c, static.descending_c,
             )  # fmt: skip
     row = tl.program_id(2) * static.heads + tl.program_id(1)
-    first_ptr += row * static.units
-    live_ptr += row * static.units
-    if number * static.block < static.units:
-        keys = number * static.block + tl.arange(0, static.block)
-        queries = tl.arange(0, static.units_padded)
-        exists = queries < static.units
-        first = tl.load(first_ptr + queries, mask=exists, other=static.units)
-        live = tl.load(live_ptr + queries, mask=exists, other=static.units)
-        at = row * static.units + keys
-        inside = keys < static.units
+    first_ptr += row * static.blocks
+    live_ptr += row * static.blocks
+    if number * static.at_once < static.blocks:
+        keys = number * static.at_once + tl.arange(0, static.at_once)
+        queries = tl.arange(0, static.blocks_padded)
+        exists = queries < static.blocks
+        first = tl.load(first_ptr + queries, mask=exists, other=static.blocks)
+        live = tl.load(live_ptr + queries, mask=exists, other=static.blocks)
+        at = row * static.blocks + keys
+        inside = keys < static.blocks
         # Queries that aren't there see nothing: their first key is past the last.
         tl.store(last_ptr + at, _last(first, queries, keys), mask=inside)
         tl.store(last_live_ptr + at, _last(live, queries, keys), mask=inside)
     if number < static.parts:
         queries = number * static.part + tl.arange(0, static.part_padded)
-        exists = (queries < static.units) & (queries < (number + 1) * static.part)
-        first = tl.load(first_ptr + queries, mask=exists, other=static.units)
-        live = tl.load(live_ptr + queries, mask=exists, other=static.units)
+        exists = (queries < static.blocks) & (queries < (number + 1) * static.part)
+        first = tl.load(first_ptr + queries, mask=exists, other=static.blocks)
+        live = tl.load(live_ptr + queries, mask=exists, other=static.blocks)
         distances = tl.arange(0, static.filled_padded)
         keys = queries[:, None] - distances[None, :]
         exists = exists[:, None] & (keys >= 0) & (distances < static.distances)[None, :]
         visited = exists & (first[:, None] <= keys)
         alive = exists & (live[:, None] <= keys)
-        start = tl.min(tl.where(visited, queries[:, None], static.units), 0)
-        start_live = tl.min(tl.where(alive, queries[:, None], static.units), 0)
+        start = tl.min(tl.where(visited, queries[:, None], static.blocks), 0)
+        start_live = tl.min(tl.where(alive, queries[:, None], static.blocks), 0)
         stop = tl.max(tl.where(visited, queries[:, None] + 1, 0), 0)
         at = distances_ptr + ((row * static.parts + number) * static.filled + distances) * 3
         inside = distances < static.filled

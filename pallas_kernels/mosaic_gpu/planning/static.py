@@ -14,9 +14,9 @@ class Static:
 
     Attributes:
       length, heads, group, head_dim: of queries, and query heads a key head.
-      unit: queries, and keys, of a tile.
-      units: tiles of a row.
-      block: units that a program takes at once, a power of two.
+      block: queries, and keys, of a tile.
+      blocks: tiles of a row.
+      at_once: blocks that a program takes, a power of two.
       width: length of the bias table as given; 0: no bias.
       reach, near, entries, lead: of the table in the kernels' form: first distance that is
         the tail's; entries before the ramp; all entries; entries before b(0).
@@ -35,9 +35,9 @@ class Static:
     heads: int = 0
     group: int = 1
     head_dim: int = 0
-    unit: int = 64
-    units: int = 0
-    block: int = 1
+    block: int = 64
+    blocks: int = 0
+    at_once: int = 1
     width: int = 0
     reach: int = 0
     near: int = 0
@@ -86,14 +86,14 @@ class Static:
         return padded_head_dim(self.head_dim)
 
     @property
-    def units_padded(self) -> int:
-        """Returns the units, rounded up to a power of two."""
-        return power_of_two(self.units)
+    def blocks_padded(self) -> int:
+        """Returns the blocks, rounded up to a power of two."""
+        return power_of_two(self.blocks)
 
     @property
-    def row_blocks(self) -> int:
-        """Returns how many blocks of `ROWS` queries cover a row."""
-        return -(-self.units * self.unit // ROWS)
+    def row_runs(self) -> int:
+        """Returns how many runs of `ROWS` queries cover a row."""
+        return -(-self.blocks * self.block // ROWS)
 
     @property
     def filled_padded(self) -> int:
@@ -102,8 +102,8 @@ class Static:
 
     @property
     def part(self) -> int:
-        """Returns the units of queries of one part."""
-        return -(-self.units // max(self.parts, 1))
+        """Returns the blocks of queries of one part."""
+        return -(-self.blocks // max(self.parts, 1))
 
     @property
     def part_padded(self) -> int:

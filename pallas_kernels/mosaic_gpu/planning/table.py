@@ -67,14 +67,14 @@ def lazy_table(
         tl.store(tail_ptr + 2 * head, end)
         tl.store(tail_ptr + 2 * head + 1, slope * _LOG2_E)
     else:
-        # A tile's distances begin one unit before, and end one after.
-        for unit0 in range(0, static.units, 16):
-            units = unit0 + tl.arange(0, 16)
-            x = (units[:, None] - 1) * static.unit + tl.arange(0, 2 * static.unit)[None, :]
+        # A tile's distances begin one block before, and end one after.
+        for block0 in range(0, static.blocks, 16):
+            blocks = block0 + tl.arange(0, 16)
+            x = (blocks[:, None] - 1) * static.block + tl.arange(0, 2 * static.block)[None, :]
             exists = (x >= 0) & (x < static.length)
             found = _bias(bias_ptr, slope, x, static)
             # Maxima on a GPU leave NaN out; a tile that has one is visited.
             found = tl.where(found == found, found, float("inf"))
             found = tl.where(exists, found, float("-inf"))
-            place = maxima_ptr + head * static.units + units
-            tl.store(place, tl.max(found, 1), mask=units < static.units)
+            place = maxima_ptr + head * static.blocks + blocks
+            tl.store(place, tl.max(found, 1), mask=blocks < static.blocks)

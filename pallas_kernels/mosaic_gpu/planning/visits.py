@@ -16,14 +16,16 @@ def _or_infinite(x):
 
 @triton.jit
 def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
-    """Norms of one unit of one head, and the least score with itself; grid (units * heads, batch).
+    """Norms of one block of one head, and the least score with itself.
 
-    norms: [batch, 3, heads, units].
+    Grid (blocks * heads, batch).
+
+    norms: [batch, 3, heads, blocks].
     """
-    unit = tl.program_id(0) // static.heads
+    block = tl.program_id(0) // static.heads
     head = tl.program_id(0) % static.heads
     batch = tl.program_id(1).to(tl.int64)
-    rows = unit * static.unit + tl.arange(0, static.unit)
+    rows = block * static.block + tl.arange(0, static.block)
     columns = tl.arange(0, static.head_dim_padded)
     inside = (rows < static.length)[:, None]
     if static.head_dim < static.head_dim_padded:
@@ -39,10 +41,10 @@ def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
     key_norm = tl.sqrt(tl.max(_or_infinite(tl.sum(key * key, 1)), 0))
     own = -_or_infinite(-tl.sum(query * key, 1) * static.scale)
     own = tl.where(rows < static.length, own, float("inf"))
-    place = norms_ptr + (batch * 3 * static.heads + head) * static.units + unit
+    place = norms_ptr + (batch * 3 * static.heads + head) * static.blocks + block
     tl.store(place, query_norm)
-    tl.store(place + static.heads * static.units, key_norm)
-    tl.store(place + 2 * static.heads * static.units, tl.min(own, 0))
+    tl.store(place + static.heads * static.blocks, key_norm)
+    tl.store(place + 2 * static.heads * static.blocks, tl.min(own, 0))
 
 
 @triton.jit
@@ -57,35 +59,35 @@ def lazy_visits(
     work_ptr,
     static: tl.constexpr,
 ):
-    """First unit of keys that some units of queries visit; grid (blocks, heads, batch).
+    """First block of keys that some blocks of queries visit; grid (programs, heads, batch).
 
     The rule is that of pallas_kernels/visit.py.
     """
     head = tl.program_id(1)
     batch = tl.program_id(2)
-    units = tl.program_id(0) * static.block + tl.arange(0, static.block)
-    tiles = tl.arange(0, static.units_padded)
-    inside = units < static.units
-    norms_ptr += (batch * 3 * static.heads + head) * static.units
-    of_kind: tl.constexpr = static.heads * static.units
-    key_norm = tl.load(norms_ptr + of_kind + tiles, mask=tiles < static.units, other=0.0)
-    first = tl.zeros_like(units)
+    blocks = tl.program_id(0) * static.at_once + tl.arange(0, static.at_once)
+    tiles = tl.arange(0, static.blocks_padded)
+    inside = blocks < static.blocks
+    norms_ptr += (batch * 3 * static.heads + head) * static.blocks
+    of_kind: tl.constexpr = static.heads * static.blocks
+    key_norm = tl.load(norms_ptr + of_kind + tiles, mask=tiles < static.blocks, other=0.0)
+    first = tl.zeros_like(blocks)
     if static.packed:
-        rows = units[:, None] * static.unit + tl.arange(0, static.unit)[None, :]
+        rows = blocks[:, None] * static.block + tl.arange(0, static.block)[None, :]
         rows = tl.minimum(rows, static.length - 1)
-        first = tl.min(tl.load(visible_ptr + batch * static.length + rows), 1) // static.unit
+        first = tl.min(tl.load(visible_ptr + batch * static.length + rows), 1) // static.block
     if static.skip_mass > 0:
-        bound = tl.load(norms_ptr + units, mask=inside, other=0.0)[:, None] * key_norm[None, :]
-        lowest = tl.load(norms_ptr + 2 * of_kind + units, mask=inside, other=0.0)
+        bound = tl.load(norms_ptr + blocks, mask=inside, other=0.0)[:, None] * key_norm[None, :]
+        lowest = tl.load(norms_ptr + 2 * of_kind + blocks, mask=inside, other=0.0)
         bound = bound - lowest[:, None] + _SLACK
-        apart = units[:, None] - tiles[None, :]
+        apart = blocks[:, None] - tiles[None, :]
         before = apart > 0
         if static.width > 0:
             seen = (apart >= 0) & inside[:, None]
-            at = maxima_ptr + head * static.units + apart
+            at = maxima_ptr + head * static.blocks + apart
             bound += tl.load(at, mask=seen, other=0.0) - tl.load(bias_ptr + head * static.width)
         # The minimum only guards exp against overflow.
-        mass = static.unit * tl.exp(tl.minimum(bound, 20.0))
+        mass = static.block * tl.exp(tl.minimum(bound, 20.0))
         mass = tl.where(tiles[None, :] >= first[:, None], mass, 0.0)
         negligible = (tl.cumsum(mass, 1) <= static.skip_mass) & before
         skipped = tl.sum(negligible.to(tl.int32), 1)
@@ -93,16 +95,16 @@ def lazy_visits(
             skipped = tl.where(tl.load(offset_ptr + head) > 0, 0, skipped)
         first = tl.maximum(first, skipped)
     row = batch * static.heads + head
-    tl.store(first_ptr + row * static.units + units, first, mask=inside)
-    work = tl.sum(tl.where(inside, units - first + 1, 0), 0)
+    tl.store(first_ptr + row * static.blocks + blocks, first, mask=inside)
+    work = tl.sum(tl.where(inside, blocks - first + 1, 0), 0)
     tl.store(work_ptr + row * tl.num_programs(0) + tl.program_id(0), work)
     if tl.program_id(0) == 0:
-        exists = tiles < static.units
+        exists = tiles < static.blocks
         largest = tl.max(tl.load(norms_ptr + tiles, mask=exists, other=0.0), 0)
         largest *= tl.max(key_norm, 0)
         if static.width > 0:
             maxima = tl.load(
-                maxima_ptr + head * static.units + tiles, mask=exists, other=float("-inf")
+                maxima_ptr + head * static.blocks + tiles, mask=exists, other=float("-inf")
             )
             own = tl.load(bias_ptr + head * static.width)
             # Without a score of its own a row's sum has no lower bound.

@@ -57,7 +57,7 @@ def table(
 
 
 def ranges(plan: Plan, inputs: Inputs, table: Table, *, training: bool) -> Visits:
-    """Returns which tiles are visited, and whether scores are small."""
+    """Returns which tiles are visited, and whether no exponential can overflow."""
     visits = Kernels(plan, inputs, table).visits(table.maxima)
     # As for residuals.
     return jax.lax.optimization_barrier(visits) if training else visits
@@ -134,8 +134,8 @@ class Kernels:
         self.plan, self.planning = plan, planning(plan)
         self.query, self.key, self.value = inputs.query, inputs.key, inputs.value
         self.distance_bias, self.distance_slope = inputs.distance_bias, inputs.distance_slope
-        self.falling, self.rising, self.tail = table.falling, table.rising, table.tail
-        self.offset, self.first_visible = inputs.offset, inputs.segment_start
+        self.table, self.tail = table, table.tail
+        self.inputs, self.offset = inputs, inputs.offset
         _, self.length, self.heads, _ = inputs.query.shape
         self.group = self.heads // inputs.key.shape[2]
         self.blocks = -(-self.length // BLOCK)
@@ -149,9 +149,9 @@ class Kernels:
         self.distances = plan.distances(self.blocks) if plan.width else 0
 
     def visits(self, maxima: Array | None) -> Visits:
-        """Returns which tiles are visited, and whether scores are small."""
+        """Returns which tiles are visited, and whether no exponential can overflow."""
         return self.planning.visits(
-            self.plan, self.query, self.key, self.first_visible,
+            self.plan, self.query, self.key, self.inputs.segment_start,
             self.distance_bias, self.distance_slope, self.offset, maxima,
         )  # fmt: skip
 
@@ -181,8 +181,8 @@ class Kernels:
         (tile_order,) = self.planning.tile_orders(visits.work, self.group, [order])
         segment_start = self.segment_start if plan.packed else first
         return forward_kernel.forward(
-            plan, training, self.query, self.key, self.value, self.falling, self.tail, self.tau,
-            self.offset_scale, segment_start, first, visits.no_overflow, tile_order,
+            plan, training, self.query, self.key, self.value, self.table.for_queries, self.tail,
+            self.tau, self.offset_scale, segment_start, first, visits.no_overflow, tile_order,
         )  # fmt: skip
 
     def backward_query(
@@ -198,8 +198,8 @@ class Kernels:
         plan = self.plan
         segment_start = self.segment_start if plan.packed else first
         return backward_dq.backward_dq(
-            plan, self.query, d_out, self.key, self.value, self.falling, self.tail, residuals,
-            self.tau, self.offset_scale, segment_start, first, live, no_overflow,
+            plan, self.query, d_out, self.key, self.value, self.table.for_queries, self.tail,
+            residuals, self.tau, self.offset_scale, segment_start, first, live, no_overflow,
             ranges.tile_order[0],
         )  # fmt: skip
 
@@ -218,8 +218,8 @@ class Kernels:
 
         def run(wanted: tuple[str, ...], tile_order: Array) -> dict[str, Array]:
             return backward_dkv.backward_dkv(
-                self.plan, wanted, self.query, d_out, self.key, self.value, self.rising, self.tail,
-                self.tau, rows, ranges.last, ranges.last_live, masked, tile_order,
+                self.plan, wanted, self.query, d_out, self.key, self.value, self.table.for_keys,
+                self.tail, self.tau, rows, ranges.last, ranges.last_live, masked, tile_order,
             )  # fmt: skip
 
         if self.plan.tunings.backward_value is None:
@@ -235,7 +235,7 @@ class Kernels:
     ) -> Float[Array, "batch parts heads filled 128"]:
         """Launches the kernel for the gradient of the bias, over tiles inside the table."""
         return backward_dbias.backward_dbias(
-            self.plan, self.query, d_out, self.key, self.value, self.falling, rows,
+            self.plan, self.query, d_out, self.key, self.value, self.table.for_queries, rows,
             cast(Array, ranges.distances), ranges.tile_order[2],
         )  # fmt: skip
 

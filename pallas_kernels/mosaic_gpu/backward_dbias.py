@@ -51,7 +51,7 @@ def backward_dbias(
     """Launches the kernel.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       query: as in the forward pass, like all that follow.
       d_out: gradient of the output.
       key: keys.
@@ -225,7 +225,7 @@ class _WorkTile(launch.WorkTile):
         distance = self.distance0 + self.warpgroup
         my_start, my_live, my_stop = self.range_of(distance)
         none = (jnp.float32(0.0), jnp.float32(0.0))
-        start, _ = plan.bias_of_tile(distance * BLOCK, BLOCK, none, falling=True)
+        start, _ = plan.bias_of_tile(distance * BLOCK, BLOCK, none, rows_are_keys=False)
         table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
         bias = memory.gather(table, start, BLOCK, interpret=self.interpret)
         self.tables.consumer_release(self.n)

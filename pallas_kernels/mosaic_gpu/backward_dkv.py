@@ -55,7 +55,7 @@ def backward_dkv(
     """Launches the kernel.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       wanted: "key", "value" or both.
       query: as in the forward pass, like all that follow.
       d_out: gradient of the output.
@@ -195,7 +195,7 @@ class WorkTile(launch.WorkTile):
             self.load_own(self.keys, self.kernel.operands, self.key_head)
 
         def one_head(member, tiles_consumed):
-            steps_done, live_done = tiles_consumed
+            queries_consumed, d_outs_consumed = tiles_consumed
             head = self.query_head(member)
             steps, live = self.both_steps(head)
 
@@ -204,18 +204,18 @@ class WorkTile(launch.WorkTile):
                 self.load_table(self.tables, member, head)
 
                 def load_query(n):
-                    slot = self.queries.producer_acquire(steps_done + n)
+                    slot = self.queries.producer_acquire(queries_consumed + n)
                     self.load_tile(self.queries, slot, ("rows", "query"), self.block0 + n, head)
 
                 @pl.loop(0, live)
                 def _(n):
                     load_query(n)
-                    slot = self.d_outs.producer_acquire(live_done + n)
+                    slot = self.d_outs.producer_acquire(d_outs_consumed + n)
                     self.load_tile(self.d_outs, slot, ("d_out",), self.block0 + n, head)
 
                 pl.loop(0, steps - live)(lambda n: load_query(live + n))
 
-            return steps_done + steps, live_done + live
+            return queries_consumed + steps, d_outs_consumed + live
 
         return lax.fori_loop(0, self.kernel.group, one_head, self.tiles_consumed)
 
@@ -243,7 +243,7 @@ class WorkTile(launch.WorkTile):
             pl.when(self.n == 0)(self.sums.begin)
 
         def one_head(accs, member, tiles_consumed):
-            steps_done, live_done = tiles_consumed
+            queries_consumed, d_outs_consumed = tiles_consumed
             head = self.query_head(member)
             steps, live = self.both_steps(head)
             end = lax.select(exists, ref["last"][b, head, block] - self.block0 + 1, begin)
@@ -253,7 +253,7 @@ class WorkTile(launch.WorkTile):
             if plan.has_offset:
                 self.offset = ref["offset"][head]
             self.table = ref["table_smem"].at[self.tables.consumer_wait(member)]
-            both = ((self.queries, steps_done), (self.d_outs, live_done))
+            both = ((self.queries, queries_consumed), (self.d_outs, d_outs_consumed))
             if self.sums is not None:
                 self.sums.begin_head()
             pipeline.skip(0, begin, *both)
@@ -287,7 +287,7 @@ class WorkTile(launch.WorkTile):
                     tiles = lax.min(lax.max(end - begin, 0), jnp.int32(kernel.distances))
                     self.sums.write(ref["sums"], row, tiles)
 
-            return steps_done + steps, live_done + live
+            return queries_consumed + steps, d_outs_consumed + live
 
         def run(*accs):
             step = functools.partial(one_head, dict(zip(kernel.wanted, accs, strict=True)))
@@ -367,10 +367,10 @@ class WorkTile(launch.WorkTile):
         Loaded before the tile's products are issued: behind them in the queue to memory it
         would wait for the tensor cores.
         """
-        apart = (self.block0 + n) * BLOCK - self.key0
+        tile_distance = (self.block0 + n) * BLOCK - self.key0
         bias, rest = bias_table.tile_bias(
-            self.plan, self.table, apart, self.tail, kind,
-            falling=False, whole=kind is TileKind.TAIL, interpret=self.interpret,
+            self.plan, self.table, tile_distance, self.tail, kind,
+            rows_are_keys=True, whole=kind is TileKind.TAIL, interpret=self.interpret,
         )  # fmt: skip
         lse = self.row(slot, RowStat.LSE)
         if kind is not TileKind.TAIL:
@@ -399,14 +399,14 @@ class WorkTile(launch.WorkTile):
 
         Without that, tau / n would be a weight there if it is above 0.
         """
-        apart = (self.block0 + n) * BLOCK - self.key0
+        tile_distance = (self.block0 + n) * BLOCK - self.key0
 
         def masked():
             return layout.where_seen(
-                weights, apart, -1.0, rows_are_keys=True, interpret=self.interpret
+                weights, tile_distance, -1.0, rows_are_keys=True, interpret=self.interpret
             )
 
-        weights = lax.cond(apart == 0, masked, lambda: weights)
+        weights = lax.cond(tile_distance == 0, masked, lambda: weights)
         return jnp.where(self.in_segment(slot), weights, -1.0) if self.plan.packed else weights
 
     def less(self, slot: Scalar) -> Array:

@@ -62,7 +62,7 @@ def backward_dq(
     """Launches the kernel.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       query: as in the forward pass, like all that follow.
       d_out: gradient of the output.
       key: keys.
@@ -466,9 +466,9 @@ class WorkTile(launch.WorkTile):
             else:
                 alive = alive + self.lane_sums(d_weights)
         if past:
-            apart = self.query0 - key0
+            tile_distance = self.query0 - key0
             past = bias_table.add_tail_sums(
-                self.plan, past, weighted, apart, kind, interpret=self.interpret
+                self.plan, past, weighted, tile_distance, kind, interpret=self.interpret
             )
         return _Sums(delta, alive, past)
 

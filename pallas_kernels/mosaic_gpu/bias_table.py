@@ -52,7 +52,7 @@ def loops(
     """Runs one loop over steps start, ..., stop-1 as several that know more of their tiles.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       length: of its rows.
       diagonal: step of the tile on the diagonal, from which steps lead away.
       start: first step.
@@ -79,11 +79,11 @@ def loops(
 def tile_bias(
     plan: Plan,
     table: Ref,
-    apart: Scalar,
+    tile_distance: Scalar,
     tail: tuple[Float[Array, ""], Float[Array, ""]],
     kind: TileKind,
     *,
-    falling: bool,
+    rows_are_keys: bool,
     whole: bool,
     interpret: bool,
 ) -> tuple[Array | float, Array | float]:
@@ -93,34 +93,36 @@ def tile_bias(
     wait for the tensor cores.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       table: in SMEM.
-      apart, tail, falling, whole, interpret: see `tail_bias`.
+      tile_distance, tail, rows_are_keys, whole, interpret: see `tail_bias`.
       kind: of the tile.
     """
     if kind is TileKind.TAIL:
-        return tail_bias(plan, apart, tail, falling=falling, whole=whole, interpret=interpret)
-    start, rest = plan.bias_of_tile(apart, BLOCK, tail, falling=falling)
+        return tail_bias(
+            plan, tile_distance, tail, rows_are_keys=rows_are_keys, whole=whole, interpret=interpret
+        )
+    start, rest = plan.bias_of_tile(tile_distance, BLOCK, tail, rows_are_keys=rows_are_keys)
     plus = rest if whole else 0.0
     return memory.gather(table, start, BLOCK, interpret=interpret, plus=plus), rest
 
 
 def tail_bias(
     plan: Plan,
-    apart: Scalar,
+    tile_distance: Scalar,
     tail: tuple[Float[Array, ""], Float[Array, ""]],
     *,
-    falling: bool,
+    rows_are_keys: bool,
     whole: bool,
     interpret: bool,
 ) -> tuple[Array | float, Array | float]:
     """Returns a tile's bias and what is still to be added to it, as `Plan.bias_of_tile` does.
 
     Args:
-      plan: of the call.
-      apart: first query less first key.
+      plan: the call, and how it is done.
+      tile_distance: first query less first key.
       tail: value and slope, see `Plan.table`.
-      falling: whether the tile's rows are queries rather than keys.
+      rows_are_keys: of the tile, rather than queries.
       whole: nothing is to be added.
       interpret: for interpret mode.
 
@@ -131,9 +133,9 @@ def tail_bias(
     if not plan.has_slope:
         return value, 0.0
     # The nearest entry has a distance of at least one more than that past the table's end.
-    rest = value - slope * (apart - BLOCK - (plan.reach - 1)).astype(jnp.float32)
+    rest = value - slope * (tile_distance - BLOCK - (plan.reach - 1)).astype(jnp.float32)
     base = -BLOCK * slope + rest if whole else -BLOCK * slope
-    tile = layout.slanted(base, slope if falling else -slope, BLOCK, interpret=interpret)
+    tile = layout.slanted(base, -slope if rows_are_keys else slope, BLOCK, interpret=interpret)
     return tile, 0.0 if whole else rest
 
 
@@ -141,7 +143,7 @@ def add_tail_sums(
     plan: Plan,
     sums: tuple[Float[Array, "64"], ...],
     x: Float[Array, "64 64"],
-    apart: Scalar,
+    tile_distance: Scalar,
     kind: TileKind,
     *,
     interpret: bool,
@@ -149,10 +151,10 @@ def add_tail_sums(
     """Adds a tile if it lies wholly past the table.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       sums: two, per lane, of x and of x times the distance past the table's end.
       x: of a tile, its rows queries.
-      apart: its first query less its first key.
+      tile_distance: its first query less its first key.
       kind: where it lies; MASKED: not known before it is computed.
       interpret: for interpret mode.
     """
@@ -161,9 +163,9 @@ def add_tail_sums(
         plain = layout.lane_sums(x, False, interpret=interpret)
         moment = layout.lane_sums(x, True, interpret=interpret)
         row = layout.row_index(interpret=interpret)
-        distance = row + (apart - (plan.width - 1)).astype(jnp.float32)
+        distance = row + (tile_distance - (plan.width - 1)).astype(jnp.float32)
         return sums[0] + plain, sums[1] + plain * distance - moment
 
     if kind is TileKind.MASKED:
-        return lax.cond(apart >= BLOCK * plan.near_blocks, added, lambda: sums)
+        return lax.cond(tile_distance >= BLOCK * plan.near_blocks, added, lambda: sums)
     return added() if kind is TileKind.TAIL else sums

@@ -56,7 +56,7 @@ class Tunings:
       backward_query: dQ.
       backward_key: dK and dV.
       backward_bias: gradient of the bias table; None: dK's kernel finds it on its way.
-      backward_value: dV; None: likewise.
+      backward_value: dV; None: dK's kernel finds it.
     """
 
     inference: Tuning
@@ -165,7 +165,7 @@ def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
         if tiles + _table_bytes(width) <= _SHARED_MEMORY:
             found = dataclasses.replace(found, backward_key=with_bias, backward_bias=None)
     if width > _widest_table(found, head_dim, has_offset):
-        found = _small(found, head_dim)
+        found = _smaller(found, head_dim)
     if not has_offset:
         # Without what an offset needs in between, ptxas puts dS where the CTA's own
         # operand is and never brings that back: `benchmarks.machine_code` finds it out.
@@ -255,7 +255,7 @@ def widest_table(head_dim: int) -> int:
     for given in (True, False):
         offset = is_elastic(head_dim, given)
         found = _usual(head_dim, offset)
-        kinds = (found, _small(found, head_dim))
+        kinds = (found, _smaller(found, head_dim))
         widest.append(max(_widest_table(x, head_dim, offset) for x in kinds))
     return min(widest)
 
@@ -266,7 +266,7 @@ def _usual(head_dim: int, has_offset: bool) -> Tunings:
     return found if has_offset else dataclasses.replace(found, **_SOFTMAX[head_dim])
 
 
-def _small(found: Tunings, head_dim: int) -> Tunings:
+def _smaller(found: Tunings, head_dim: int) -> Tunings:
     """Returns tunings that leave more room for the bias table."""
     if head_dim > _MAX_HEAD_DIM_OF_SOFTMAX:
         return found

@@ -62,7 +62,7 @@ def forward(
     """Launches the forward pass.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       training: also return residuals.
       query: rotated queries; the length is a multiple of 8.
       key: rotated keys.
@@ -106,7 +106,8 @@ class _Forward(launch.Kernel):
     """The kernel's static facts.
 
     Attributes:
-      want_keys: the mean of the keys is wanted; want_rounding, want_tail: likewise, see `forward`.
+      want_keys: the mean of the keys is wanted.
+      want_rounding, want_tail: `rounding`, and `past`, are wanted; see `forward`.
       keys_at_once: it can be summed with exponentials that are not divided yet, by the first
         sweep, where none overflows.
       one_sweep: the output can be summed so, and no second sweep is needed then.
@@ -302,10 +303,10 @@ class WorkTile(launch.WorkTile):
     def two_sweeps(self, no_overflow: Array) -> tuple[Scalar, Scalar]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
         ref, words = self.ref, self.words
-        keys_done = self.sum_sweeps() * self.total_steps
+        keys_consumed = self.sum_sweeps() * self.total_steps
         pipeline.skip(0, self.begin, (self.keys, 0))
         lse, farthest = lax.cond(no_overflow, self.sum_no_overflow, self.sum_any)
-        pipeline.skip(self.end, self.total_steps, (self.keys, keys_done - self.total_steps))
+        pipeline.skip(self.end, self.total_steps, (self.keys, keys_consumed - self.total_steps))
         memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
         plgpu.barrier_arrive(ref["bound_barrier"])
         plgpu.barrier_wait(ref["bound_barrier"])
@@ -313,7 +314,7 @@ class WorkTile(launch.WorkTile):
         mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
         end = lax.select(self.exists, self.last - mine + 1, self.begin)
 
-        both = ((self.keys, keys_done), (self.values, 0))
+        both = ((self.keys, keys_consumed), (self.values, 0))
         pipeline.skip(0, self.begin, *both)
 
         def sweep(no_overflow: bool) -> Array:
@@ -337,7 +338,7 @@ class WorkTile(launch.WorkTile):
                 block = lax.div(self.query0, jnp.int32(BLOCK))
                 ref["live"][self.batch, self.head, block] = mine
 
-        return keys_done + live_steps, live_steps
+        return keys_consumed + live_steps, live_steps
 
     def sum_no_overflow(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live block per lane."""

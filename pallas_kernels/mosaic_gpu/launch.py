@@ -24,11 +24,10 @@ class Kernel:
     """A kernel's static facts.
 
     Args:
-      plan: of the call.
-      tuning: what it is made with.
+      plan: the call, and how it is done.
+      tuning: its warpgroups and stages.
       order: of its work tiles.
-      query: of the call, like the next.
-      key: its heads may be fewer.
+      query, key: their shapes count.
       table_shape: of all heads' bias tables.
     """
 
@@ -259,7 +258,7 @@ class WorkTile:
         """
         return bias_table.tile_bias(
             self.plan, self.table, self.query0 - key0, self.bias_tail, kind,
-            falling=True, whole=whole, interpret=self.interpret,
+            rows_are_keys=False, whole=whole, interpret=self.interpret,
         )  # fmt: skip
 
     def where_in_segment(self, x: Array, key0: Scalar, otherwise: float) -> Array:

@@ -176,7 +176,7 @@ def slanted(
 
 def where_seen(
     x: Float[Array, "64 columns"],
-    apart: Int[Array, ""],
+    tile_distance: Int[Array, ""],
     otherwise: float,
     *,
     rows_are_keys: bool,
@@ -186,7 +186,7 @@ def where_seen(
 
     Args:
       x: a tile.
-      apart: its first query less its first key.
+      tile_distance: its first query less its first key.
       otherwise: the other number.
       rows_are_keys: rather than queries.
       interpret: for interpret mode.
@@ -194,16 +194,16 @@ def where_seen(
     if interpret:
         r = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         c = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where(apart + (c - r if rows_are_keys else r - c) >= 0, x, otherwise)
+        return jnp.where(tile_distance + (c - r if rows_are_keys else r - c) >= 0, x, otherwise)
 
     @plgpu.inline_mgpu(
         arg_types=(TILE, SCALAR), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
     )
-    def select(_, x, apart):
+    def select(_, x, tile_distance):
         # Were its place known before the loop, a lane would keep it in registers for each entry.
         row, column = mlir.first_entry(mlir.afresh(mgpu.utils.thread_idx()))
         less = arith.subi(column, row)
-        start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(apart), less)
+        start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(tile_distance), less)
         f32 = ir.F32Type.get()
         other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
         registers = mlir.registers(x)
@@ -221,7 +221,7 @@ def where_seen(
 
         return mlir.tile(build, x.shape[1])
 
-    return select(x, jnp.asarray(apart, jnp.int32))
+    return select(x, jnp.asarray(tile_distance, jnp.int32))
 
 
 def where_from(

@@ -69,9 +69,9 @@ def add_past(
     """Adds weights of a tile to these sums, see `bias_table.add_tail_sums`."""
     if not past:
         return past
-    apart = work_tile.query0 - key0
+    tile_distance = work_tile.query0 - key0
     return bias_table.add_tail_sums(
-        work_tile.plan, past, weights, apart, kind, interpret=work_tile.interpret
+        work_tile.plan, past, weights, tile_distance, kind, interpret=work_tile.interpret
     )
 
 

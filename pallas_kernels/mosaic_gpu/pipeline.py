@@ -52,7 +52,7 @@ class Pipeline:
       stages: number of slots.
       number: the first of as many named barriers, which do the same on a GPU at less cost.
       warpgroups: how many release each tile.
-      plan: of the call.
+      plan: the call, and how it is done.
       tiles_consumed: tiles of earlier work tiles.
     """
 

@@ -139,7 +139,7 @@ class Plan(Problem):
           distances below 0, so that it masks; the table; the tail for as far as a tile
           that begins within the table can reach; then the tail again, for tiles wholly past
           the table, and if it has a slope relative to where it begins. First in the order of
-          distances falling, for tiles whose rows are queries, then rising, for tiles whose
+          falling distances, for tiles whose rows are queries; then of rising ones, for tiles whose
           rows are keys.
           And for each head the tail's value at distance `reach` - 1 and its slope; without one,
           its value and 0.
@@ -178,24 +178,24 @@ class Plan(Problem):
 
     def bias_of_tile(
         self,
-        apart: Int[Array, ""],
+        tile_distance: Int[Array, ""],
         keys: int,
         tail: tuple[Float[Array, ""], Float[Array, ""]],
         *,
-        falling: bool,
+        rows_are_keys: bool,
     ) -> tuple[Int[Array, ""], Float[Array, ""] | float]:
         """Returns where a tile's bias begins in the table, and what it lacks: 0 without a slope.
 
         Args:
-          apart: first query less first key, a multiple of 64.
+          tile_distance: first query less first key, a multiple of 64.
           keys: of the tile.
           tail: value and slope, as in `table`.
-          falling: whether it is the table of distances falling.
+          rows_are_keys: of the tile, rather than queries.
         """
-        past = apart - keys - (self.reach - 1)
+        past = tile_distance - keys - (self.reach - 1)
         in_tail = past >= 0
-        start = lax.select(in_tail, jnp.int32(self.near + keys), apart + _LEAD)
-        if falling:
+        start = lax.select(in_tail, jnp.int32(self.near + keys), tile_distance + _LEAD)
+        if not rows_are_keys:
             start = self.near + _TRAIL - start
         if not self.has_slope:
             return start, 0.0

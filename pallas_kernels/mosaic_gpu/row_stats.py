@@ -55,7 +55,7 @@ def outputs(plan: Plan, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeS
     """Returns the types of `rows`, and with an offset of what each query adds to its gradient.
 
     Args:
-      plan: of the call.
+      plan: the call, and how it is done.
       of_blocks: batch, heads, blocks.
     """
     kinds = 4 if plan.packed else 3
@@ -105,7 +105,7 @@ class RowStats(NamedTuple):
       threshold: None without an offset, like the next.
       offset_scale: factor of tau.
       segment_start: first key in sight; None unless rows hold several documents.
-      last_segment_start: the last query's; likewise.
+      last_segment_start: the last query's; None where `segment_start` is.
     """
 
     lse: Array
@@ -117,7 +117,7 @@ class RowStats(NamedTuple):
 
 
 def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
-    """Returns the facts of a warpgroup's queries.
+    """Returns the statistics of a warpgroup's queries.
 
     Args:
       work_tile: of dQ's kernel; its own operands have arrived.
@@ -164,7 +164,7 @@ def write(
     delta: Array,
     of_offset: Array | None,
 ) -> None:
-    """Writes down the facts of a warpgroup's queries.
+    """Writes down the statistics of a warpgroup's queries.
 
     Args:
       work_tile: as for `find`.

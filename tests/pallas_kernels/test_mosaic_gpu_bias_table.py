@@ -43,18 +43,18 @@ def test_every_step_is_taken_once_by_a_loop_that_knows_its_tile(width, start, st
             assert kind is (TileKind.TAIL if past else TileKind.NEAR)
 
 
-@pytest.mark.parametrize("falling", [True, False])
+@pytest.mark.parametrize("rows_are_keys", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_bias_is_the_tail_s(falling, whole):
+def test_bias_is_the_tail_s(rows_are_keys, whole):
     width, value, slope = 100, -3.0, 0.25
     plan = _plan(width)
-    apart = jnp.int32(BLOCK * plan.near_blocks)
+    tile_distance = jnp.int32(BLOCK * plan.near_blocks)
     tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
     tile, rest = bias_table.tail_bias(
-        plan, apart, tail, falling=falling, whole=whole, interpret=True
+        plan, tile_distance, tail, rows_are_keys=rows_are_keys, whole=whole, interpret=True
     )
     r, c = np.mgrid[:BLOCK, :BLOCK]
-    distance = int(apart) + (r - c if falling else c - r)
+    distance = int(tile_distance) + (c - r if rows_are_keys else r - c)
     expected = (value - slope * (distance - (width - 1))) * LOG2_E
     np.testing.assert_allclose(tile + rest, expected, rtol=1e-6)
     # What may be large comes apart, and what remains raises no exponential.
@@ -65,6 +65,6 @@ def test_bias_without_a_slope_is_one_number():
     tail = (jnp.float32(-1.5), jnp.float32(0.0))
     plan = _plan(100, has_slope=False)
     bias, rest = bias_table.tail_bias(
-        plan, jnp.int32(256), tail, falling=True, whole=True, interpret=True
+        plan, jnp.int32(256), tail, rows_are_keys=False, whole=True, interpret=True
     )
     assert bias == -1.5 and rest == 0

@@ -69,21 +69,21 @@ def test_tables_and_visits(case, skip_mass):
     plan, length, heads = _plan(case, args, skip_mass)
     parameters = [args.get(name) for name in ("distance_bias", "distance_slope", "offset")]
     ours, expected = _both("table", plan, *parameters[:2], heads, length)
-    for name in ("falling", "rising", "tail"):
+    for name in ("for_queries", "for_keys", "tail"):
         _same(getattr(ours, name), getattr(expected, name), 2e-6)
-    first_visible = jnp.zeros(args["query"].shape[:2], jnp.int32)
+    segment_start = jnp.zeros(args["query"].shape[:2], jnp.int32)
     if case.documents:
         ids = np.asarray(args["segment_ids"])
         starts = [[np.flatnonzero(row == x)[0] for x in row] for row in ids]
-        first_visible = jnp.asarray(starts, jnp.int32)
-    call = (plan, args["query"], args["key"], first_visible, *parameters)
+        segment_start = jnp.asarray(starts, jnp.int32)
+    call = (plan, args["query"], args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(*call, ours.maxima))()
     wanted = by_xla.visits(*call, None)
     _same(found.first, wanted.first)
     _same(found.no_overflow, wanted.no_overflow)
     _same(found.work.sum(axis=-1), wanted.work[:, :, 0])
-    large = (plan, 40 * args["query"], 40 * args["key"], first_visible, *parameters)
+    large = (plan, 40 * args["query"], 40 * args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(*large, ours.maxima))()
     _same(found.no_overflow, by_xla.visits(*large, None).no_overflow)
@@ -96,9 +96,9 @@ def test_a_block_visits_what_any_of_its_queries_sees():
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
     plan, _, _ = _plan(case, args, 0.0)
     place = jnp.arange(300, dtype=jnp.int32)
-    first_visible = jnp.where(place < 200, place, jnp.maximum(place - 150, 0))[None]
+    segment_start = jnp.where(place < 200, place, jnp.maximum(place - 150, 0))[None]
     parameters = [args[name] for name in ("distance_bias", "offset")]
-    call = (plan, args["query"], args["key"], first_visible, parameters[0], None, parameters[1])
+    call = (plan, args["query"], args["key"], segment_start, parameters[0], None, parameters[1])
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 2, 300))()
         found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()

@@ -77,13 +77,13 @@ def visits(
     plan: Plan,
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
-    first_visible: Int[Array, "batch length"],
+    segment_start: Int[Array, "batch length"],
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
     offset: Float[Array, " heads"] | None,
     maxima: Float[Array, "heads blocks"] | None,
 ) -> Visits:
-    """Returns which tiles are visited, and whether scores are small."""
+    """Returns which tiles are visited, and whether no exponential can overflow."""
     del distance_slope
     batch, length, heads, _ = query.shape
     blocks = -(-length // BLOCK)
@@ -108,7 +108,7 @@ def visits(
         static,
         shapes,
         of_blocks,
-        first_visible if plan.packed else unused,
+        segment_start if plan.packed else unused,
         unused if distance_bias is None else distance_bias,
         unused if maxima is None else maxima,
         unused if offset is None else offset,

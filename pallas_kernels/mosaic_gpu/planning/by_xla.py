@@ -16,14 +16,14 @@ class Table(NamedTuple):
     """The distance bias in the kernels' form; see `Plan.table`.
 
     Attributes:
-      falling, rising: tables of every head.
+      for_queries, for_keys: tables of every head, for tiles whose rows are queries or keys.
       tail: value and slope of what follows.
       maxima: largest b(x) of each distance of tiles, for `visits`; None where that asks the
         bias itself.
     """
 
-    falling: Float[Array, "heads rows 128"]
-    rising: Float[Array, "heads rows 128"]
+    for_queries: Float[Array, "heads rows 128"]
+    for_keys: Float[Array, "heads rows 128"]
     tail: Float[Array, "heads 2"]
     maxima: Float[Array, "heads blocks"] | None
 
@@ -82,25 +82,25 @@ def visits(
     plan: Plan,
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
-    first_visible: Int[Array, "batch length"],
+    segment_start: Int[Array, "batch length"],
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
     offset: Float[Array, " heads"] | None,
     maxima: None,
 ) -> Visits:
-    """Returns which tiles are visited, and whether scores are small."""
+    """Returns which tiles are visited, and whether no exponential can overflow."""
     del maxima
     length, heads = query.shape[1:3]
     bias = None
     if distance_bias is not None:
         bias = bias_lib.expand(distance_bias, distance_slope, length)
     if not plan.packed:
-        first_visible = jnp.zeros_like(first_visible)
+        segment_start = jnp.zeros_like(segment_start)
     tiles = TileSizes(BLOCK, BLOCK)
     norms = tile_norms(query, key, plan.scale, tiles)
     ranges = ranges_by_norms(
         norms if plan.skip_mass > 0 else None,
-        *(heads, bias, offset, first_visible, plan.skip_mass, tiles),
+        *(heads, bias, offset, segment_start, plan.skip_mass, tiles),
     )
     bound = jnp.prod(jnp.max(jnp.stack([norms.query, norms.key]), axis=-1), axis=0)
     if bias is not None:

@@ -22,7 +22,7 @@ class Static:
         the tail's; entries before the ramp; all entries; entries before b(0).
       has_slope, has_offset, packed: as in `Plan`.
       scale, skip_mass, exponent_limit: factor of scores; mass that a row may lose; scores
-        within it are small.
+        within it do not overflow.
       distances, filled, parts: as in `by_xla.key_ranges`.
       straight: parts have sums over distances rather than over the diagonals of tiles.
       rows: of the batch in a group.

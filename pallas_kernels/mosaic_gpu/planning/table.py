@@ -26,7 +26,7 @@ def _reference(bias_ptr):
 
 
 @triton.jit
-def _rising(bias_ptr, slope, n, static: tl.constexpr):
+def _entry(bias_ptr, slope, n, static: tl.constexpr):
     """Returns entry n of the table of distances rising."""
     first = _reference(bias_ptr)
     values = (_bias(bias_ptr, slope, n - static.lead, static) - first) * _LOG2_E
@@ -38,7 +38,7 @@ def _rising(bias_ptr, slope, n, static: tl.constexpr):
 
 @triton.jit
 def lazy_table(
-    bias_ptr, slope_ptr, falling_ptr, rising_ptr, tail_ptr, maxima_ptr, static: tl.constexpr
+    bias_ptr, slope_ptr, for_queries_ptr, for_keys_ptr, tail_ptr, maxima_ptr, static: tl.constexpr
 ):
     """The bias in the kernels' form; grid (heads, 2 copies): each stores both its orders."""
     head = tl.program_id(0)
@@ -54,11 +54,11 @@ def lazy_table(
         n = place + copy
         exists = n < static.entries
         inside = place < static.entries
-        rising = tl.where(exists, _rising(bias_ptr, slope, n, static), 0.0)
-        tl.store(rising_ptr + at + place, rising, mask=inside)
+        for_keys = tl.where(exists, _entry(bias_ptr, slope, n, static), 0.0)
+        tl.store(for_keys_ptr + at + place, for_keys, mask=inside)
         back = tl.where(n == 0, 0, static.entries - n)
-        falling = tl.where(exists, _rising(bias_ptr, slope, back, static), 0.0)
-        tl.store(falling_ptr + at + place, falling, mask=inside)
+        for_queries = tl.where(exists, _entry(bias_ptr, slope, back, static), 0.0)
+        tl.store(for_queries_ptr + at + place, for_queries, mask=inside)
     if copy == 0:
         end = 0.0
         if static.has_slope:

@@ -80,11 +80,11 @@ def lazy_visits(
         bound = tl.load(norms_ptr + blocks, mask=inside, other=0.0)[:, None] * key_norm[None, :]
         lowest = tl.load(norms_ptr + 2 * of_kind + blocks, mask=inside, other=0.0)
         bound = bound - lowest[:, None] + _SLACK
-        apart = blocks[:, None] - tiles[None, :]
-        before = apart > 0
+        tile_distance = blocks[:, None] - tiles[None, :]
+        before = tile_distance > 0
         if static.width > 0:
-            seen = (apart >= 0) & inside[:, None]
-            at = maxima_ptr + head * static.blocks + apart
+            seen = (tile_distance >= 0) & inside[:, None]
+            at = maxima_ptr + head * static.blocks + tile_distance
             bound += tl.load(at, mask=seen, other=0.0) - tl.load(bias_ptr + head * static.width)
         # The minimum only guards exp against overflow.
         mass = static.block * tl.exp(tl.minimum(bound, 20.0))

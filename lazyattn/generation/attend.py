@@ -26,6 +26,7 @@ from lazyattn.generation import rings
 from lazyattn.generation.cache import CachePlan, GroupCache, HeadGroup, LayerCache, pages
 from lazyattn.model.attention_layer import variant_arguments
 from lazyattn.model.config import AttentionConfig
+from pallas_kernels.decode import append as decode_append
 
 # Arrays with an axis of query heads, and which axis it is.
 _BY_HEAD = {"query": 2, "distance_bias": 0, "distance_slope": 0, "offset": 0}
@@ -186,13 +187,9 @@ class _Work:
     def _step(self, given: dict[str, Array], cache: LayerCache) -> tuple[Array, LayerCache]:
         start, count = given["start"], given["count"]
         length = given["query"].shape[1]
-        real = jnp.arange(length) < count[:, None]
         # A row without new tokens has nothing to read either.
         lengths = jnp.where(count > 0, start + length, 0)
-        held = []
-        for group, of in zip(self.groups, cache, strict=True):
-            key, value = (_taken(given[x], list(group.heads), 2) for x in ("key", "value"))
-            held.append(rings.append(of, key, value, start, real))
+        held = self._appended(given, cache)
         cached: dict[str, Any] = {
             "key_cache": [of.keys for of in held],
             "value_cache": [of.values for of in held],
@@ -214,6 +211,28 @@ class _Work:
             **self.variant,
         )
         return out, tuple(held)
+
+    def _appended(self, given: dict[str, Array], cache: LayerCache) -> list[GroupCache]:
+        """Returns the cache with the new keys and values of a step."""
+        start, count = given["start"], given["count"]
+        new = given["key"].shape[1]
+        if not self.plan.quantized:
+            found = decode_append.append(
+                [(of.keys, of.values, of.key_norms) for of in cache],
+                [group.heads for group in self.groups],
+                given["key"],
+                given["value"],
+                start,
+                count,
+            )
+            if found is not None:
+                return [GroupCache(*of) for of in found]
+        real = jnp.arange(new) < count[:, None]
+        held = []
+        for group, of in zip(self.groups, cache, strict=True):
+            key, value = (_taken(given[x], list(group.heads), 2) for x in ("key", "value"))
+            held.append(rings.append(of, key, value, start, real))
+        return held
 
 
 def _heads(given: dict[str, Array], heads: Sequence[int]) -> dict[str, Array]:

@@ -35,6 +35,10 @@ def _triton(call: Call) -> Array:
 
 def _triton_unsupported(call: Call) -> str | None:
     head_dim = call.query.shape[-1]
+    for cache in call.caches:
+        # Places within a row are 32-bit numbers.
+        if cache.slots * len(cache.heads) * head_dim >= 2**31:
+            return f"a row of {cache.slots} keys has 2**31 numbers or more"
     return triton_support.refusal(head_dim, head_dim, call.query.dtype)
 
 

@@ -20,6 +20,8 @@ def launch(
     grid: tuple[int, ...],
     block: Block,
     static: Any,
+    *,
+    in_place: Sequence[int] = (),
 ) -> list[Any]:
     """Runs `kernel` once and returns its outputs.
 
@@ -32,14 +34,19 @@ def launch(
       grid: programs along each axis, at most 65535 along the second.
       block: gives warps and stages; its sizes are in `static` already.
       static: what the kernel is compiled for.
+      in_place: numbers of inputs that the kernel writes as well. What they are then is returned
+        after the outputs, in the same memory if nothing else needs what they were.
     """
     # Every pointer must point somewhere.
     given = [jnp.zeros(1, jnp.float32) if x is None else x for x in arrays]
     wanted = [jax.ShapeDtypeStruct((1,), jnp.float32) if x is None else x for x in outputs]
     options = static if isinstance(static, Options) else current_options()
     run = options.launch_triton or _triton_call
-    results = vary_alike(*run(kernel, given, wanted, grid, block, static), like=given)
-    return [x if y is not None else None for x, y in zip(results, outputs, strict=True)]
+    # Those who only look at launches know of no such inputs.
+    more = {"in_place": in_place} if in_place else {}
+    results = vary_alike(*run(kernel, given, wanted, grid, block, static, **more), like=given)
+    kept = [*outputs, *(arrays[n] for n in in_place)]
+    return [x if y is not None else None for x, y in zip(results, kept, strict=True)]
 
 
 def _triton_call(
@@ -49,6 +56,7 @@ def _triton_call(
     grid: tuple[int, ...],
     block: Block,
     static: Any,
+    in_place: Sequence[int] = (),
 ) -> list[Array]:
     import jax_triton
     import triton
@@ -63,8 +71,9 @@ def _triton_call(
         settings: dict[str, Any] = {"out_type": list(outputs), "backend_options": options}
     else:  # jax-triton 0.3
         settings = {"out_shape": list(outputs)} | options
-    return jax_triton.triton_call(
-        *arrays,
+    refs = {n: jax.new_ref(arrays[n]) for n in in_place}
+    results = jax_triton.triton_call(
+        *(refs.get(n, x) for n, x in enumerate(arrays)),
         kernel=kernel,
         grid=grid,
         name=kernel.__name__,
@@ -74,3 +83,4 @@ def _triton_call(
         static=static,
         **settings,
     )
+    return [*results, *(jax.freeze(refs[n]) for n in in_place)]

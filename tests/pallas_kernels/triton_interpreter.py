@@ -24,12 +24,13 @@ from triton.runtime import interpreter
 
 from pallas_kernels import gpu, problem
 from pallas_kernels.decode import triton as decode
+from pallas_kernels.decode import triton_append
 from pallas_kernels.mosaic_gpu.planning import gradients, key_ranges, order, table, visits
 from pallas_kernels.rotary import kernels
 from pallas_kernels.triton import backend, config
 
 # All that reads it is imported by now; the processes that other tests start need not.
-assert triton.experimental.gluon and backend and decode and kernels
+assert triton.experimental.gluon and backend and decode and triton_append and kernels
 assert gradients and key_ranges and order and table and visits
 del os.environ["TRITON_INTERPRET"]
 
@@ -106,7 +107,7 @@ def _call_nested(self, *args, _patch=interpreter._patch_lang, _seen=set(), **kwa
     return self.rewrite()(*args, **kwargs)
 
 
-def _launch(kernel, arrays, outputs, grid, block, static):
+def _launch(kernel, arrays, outputs, grid, block, static, in_place=()):
     """What `pallas_kernels.triton.call.launch` does, on the CPU."""
 
     def on_host(*arrays):
@@ -115,11 +116,14 @@ def _launch(kernel, arrays, outputs, grid, block, static):
             np.full(x.shape, 0x55 if np.issubdtype(x.dtype, np.integer) else np.nan, x.dtype)
             for x in outputs
         ]
-        arrays = [np.ascontiguousarray(x) for x in arrays]
+        arrays = [
+            np.array(x) if n in in_place else np.ascontiguousarray(x) for n, x in enumerate(arrays)
+        ]
         kernel[grid](*map(_Pointer, arrays), *map(_Pointer, results), static)
-        return results
+        return [*results, *(arrays[n] for n in in_place)]
 
-    return jax.pure_callback(on_host, list(outputs), *arrays, vmap_method="sequential")
+    written = [jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype) for n in in_place]
+    return jax.pure_callback(on_host, [*outputs, *written], *arrays, vmap_method="sequential")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import triton  # noqa: E402
 
 from pallas_kernels.decode.triton import decode_scores  # noqa: E402
 from tests import oracle  # noqa: E402
-from tests.pallas_kernels.decode import suite  # noqa: E402
+from tests.pallas_kernels.decode import append, suite  # noqa: E402
 
 if not isinstance(decode_scores, triton.JITFunction):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
@@ -63,3 +63,8 @@ def test_unread_pages_do_not_matter(decode):
 def test_is_the_default():
     args, _ = suite.arrays(LONG[0])
     assert (suite.run(args, None) == suite.run(args, "triton")).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_append(dtype):
+    append.check(dtype)

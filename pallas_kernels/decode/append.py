@@ -1,0 +1,52 @@
+"""Writing new keys and values into caches by one kernel, where there is one for it."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode.types import PAGE
+from pallas_kernels.triton import support
+
+# Keys, values and key norms of a group of heads, as in `types.Inputs`, without layers.
+Held = tuple[Array, Array, Array]
+
+# Caches of one call, as many as the kernel has arguments for.
+MAX_CACHES = 5
+
+
+def append(
+    held: Sequence[Held],
+    heads: Sequence[Sequence[int]],
+    keys: Float[Array, "batch new kv_heads d"],
+    values: Float[Array, "batch new kv_heads d"],
+    start: Int[Array, " batch"],
+    count: Int[Array, " batch"],
+) -> list[Held] | None:
+    """Returns the caches with new positions, in the old ones' memory; None: no kernel does it.
+
+    The old ones are copied first, unless they are donated.
+
+    Args:
+      held: of each cache keys and values [batch, slots, heads, d], not of int8, and norms
+        [batch, heads, pages].
+      heads: the key/value heads of each.
+      keys, values: of positions start[b], start[b] + 1 and on.
+      start: int32, positions each row has had.
+      count: int32, how many of the new ones each row has; the others are not written.
+    """
+    if unsupported(held, keys.shape[1]) is not None:
+        return None
+    from pallas_kernels.decode import triton_append  # Triton takes a second to import.
+
+    return triton_append.append(held, heads, keys, values, start, count)
+
+
+def unsupported(held: Sequence[Held], new: int) -> str | None:
+    """Returns why no kernel does it, as the end of "... since ..."; None: one does."""
+    if len(held) > MAX_CACHES:
+        return f"there are {len(held)} caches, above {MAX_CACHES}"
+    for keys, _, _ in held:
+        if PAGE < keys.shape[1] < PAGE + new:
+            return f"a ring of {keys.shape[1]} keys comes back to its first page in one step"
+    keys = held[0][0]
+    return support.refusal(keys.shape[-1], keys.shape[-1], keys.dtype)

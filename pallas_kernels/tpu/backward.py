@@ -1,10 +1,18 @@
-"""The launch of the backward pass: dQ, dK, dV and the gradient of the bias in one.
+"""The backward pass: dQ, dK, dV and the gradient of the bias in one launch.
 
-A step does a few tiles of queries of one head, with a chunk of its head's keys, and of
-their gradients, in VMEM: see `backward_tiles`.
+With m the live entries, dP = V dO and delta = dO . (O - offset/n M); all tiles are
+[keys, queries]:
+
+    dS = P (m dP - delta)     dV += A dO     dK += dS Q     dQ += K^T dS
+
+Dead tiles still have dS = -P delta, but need neither dP nor dV.
+
+A step does a few tiles of queries of one head, with a chunk of its head's keys, and of their
+gradients, in VMEM.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,41 +23,26 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.problem import Gradients, Inputs, Residuals
-from pallas_kernels.tpu.backward_tiles import QueryTile, layout
+from pallas_kernels.tpu.buffers import ALONE, HALF, Buffers, Layout, Sets, over_pairs, strips
 from pallas_kernels.tpu.call import Operand, launch
-from pallas_kernels.tpu.plan import Plan
-from pallas_kernels.tpu.tile import Bias
+from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.plan import SUBLANES, Plan
+from pallas_kernels.tpu.tile import (
+    EVERY,
+    LAST_FIRST,
+    LAST_LAST,
+    Bias,
+    at_tile,
+    dot,
+    thresholds,
+    views,
+    visible,
+)
 
+# References that hold the queries of a step.
+_OF_QUERIES = ("query", "scale", "document", "out", "d_out", "log_sum", "mean", "rounding", "pull")
 
-def _start(plan: Plan, refs: Any) -> None:
-    """Clears the sums over queries and over the heads of a group."""
-    member, step = pl.program_id(3), pl.program_id(4)
-
-    @pl.when((member == 0) & (step == 0))
-    def _():
-        refs.d_key[...] = jnp.zeros_like(refs.d_key)
-        refs.d_value[...] = jnp.zeros_like(refs.d_value)
-
-    if plan.has_bias:
-
-        @pl.when(step == 0)
-        def _():
-            Bias(plan, refs).start()
-            Bias(plan, refs).clear()
-
-
-def _kernel(plan: Plan, refs: Any) -> None:
-    _start(plan, refs)
-    if plan.tiles_a_step == 1:
-        QueryTile(plan, refs, 0).run()
-    else:
-
-        @pl.loop(0, plan.tiles_a_step)
-        def _(within):
-            QueryTile(plan, refs, within).run()
-
-    if plan.has_bias:
-        pl.when(pl.program_id(4) == plan.steps - 1)(Bias(plan, refs).finish)
+Strips = Callable[[slice], Array]
 
 
 def backward(
@@ -218,3 +211,279 @@ def _launch(
         aliases,
         plan.interpret,
     )
+
+
+def _start(plan: Plan, refs: Any) -> None:
+    """Clears the sums over queries and over the heads of a group."""
+    member, step = pl.program_id(3), pl.program_id(4)
+
+    @pl.when((member == 0) & (step == 0))
+    def _():
+        refs.d_key[...] = jnp.zeros_like(refs.d_key)
+        refs.d_value[...] = jnp.zeros_like(refs.d_value)
+
+    if plan.has_bias:
+
+        @pl.when(step == 0)
+        def _():
+            Bias(plan, refs).start()
+            Bias(plan, refs).clear()
+
+
+def _kernel(plan: Plan, refs: Any) -> None:
+    _start(plan, refs)
+    if plan.tiles_a_step == 1:
+        QueryTile(plan, refs, 0).run()
+    else:
+
+        @pl.loop(0, plan.tiles_a_step)
+        def _(within):
+            QueryTile(plan, refs, within).run()
+
+    if plan.has_bias:
+        pl.when(pl.program_id(4) == plan.steps - 1)(Bias(plan, refs).finish)
+
+
+def layout(plan: Plan) -> Layout:
+    """Returns the buffers of a turn."""
+    return Layout(plan, ("scores", "d_weights"), ("weights", "d_scores"))
+
+
+def head_of(plan: Plan) -> Any:
+    """Returns the head of a step."""
+    return pl.program_id(1) * plan.group + pl.program_id(3)
+
+
+class QueryTile:
+    """One tile of queries, and what is done to each of its tiles."""
+
+    def __init__(self, plan: Plan, refs: Any, within: Any):
+        self.plan = plan
+        self.batch, self.head = pl.program_id(0), head_of(plan)
+        self.query_tile = pl.program_id(4) * plan.tiles_a_step + within
+        self.chunk_tiles = plan.padded_length // plan.backward_chunks // plan.keys
+        self.base = pl.program_id(2) * self.chunk_tiles
+        at = (self.batch * plan.heads + self.head) * plan.query_tiles + self.query_tile
+        self.first = refs.first[at]
+        self.live_tile = refs.live[at] if plan.has_offset else self.first
+        self.diagonal = self.query_tile * plan.ratio
+        names = _OF_QUERIES + (("d_query",) if plan.backward_chunks == 1 else ())
+        self.refs = views(refs, names, at_tile(within, plan.queries))
+        zero = jnp.minimum(refs.first[at], 0)
+        self.buffers = Buffers(plan, refs, layout(plan))
+        self.free = Bias(plan, refs), self.buffers
+        self.in_order = Bias(plan, refs, zero), Buffers(plan, refs, layout(plan), zero)
+
+    def run(self) -> None:
+        """Does one query tile."""
+        plan, refs = self.plan, self.refs
+        if plan.backward_chunks == 1:
+            self.facts()
+            self.tiles()
+            refs.d_query[...] = (refs.sum[...] * plan.scale).astype(refs.d_query.dtype)
+            return
+        end = self.base + self.chunk_tiles
+        visited = jnp.logical_and(self.first < end, self.diagonal >= self.base)
+        if plan.has_offset:
+            nothing = jnp.zeros((1, plan.queries), jnp.float32)
+            pl.when(jnp.logical_not(visited))(lambda: self.hand_over(nothing))
+
+        @pl.when(visited)
+        def _():
+            at = at_tile(self.query_tile, plan.queries)
+            self.facts()
+            stored = refs.d_query.at[self.batch, self.head, :, at]
+            pltpu.sync_copy(stored, refs.before)
+            self.tiles()
+            refs.before[...] += refs.sum[...] * plan.scale
+            pltpu.sync_copy(refs.before, stored)
+
+    def tiles(self) -> None:
+        """Adds all visited tiles of the chunk."""
+        plan, refs = self.plan, self.refs
+        end = self.base + self.chunk_tiles
+        stop = jnp.minimum(self.diagonal, end)
+        first = jnp.minimum(jnp.maximum(self.first, self.base), stop)
+        has_dead = plan.has_offset and plan.skip_dead
+        live = jnp.clip(self.live_tile, first, stop) if has_dead else first
+
+        def on_diagonal() -> None:
+            for crossed in range(plan.ratio):
+                tile, skipped = self.diagonal + crossed, crossed * plan.keys
+                raw, d_weights = self.raw_products(tile, skipped, live=True)
+                if crossed:
+                    self.multiply(tile - 1, ALONE.pending, skipped - plan.keys, live=True)
+                self.work(tile, raw.__getitem__, d_weights.__getitem__, ALONE, skipped)
+            if plan.ratio > 1:
+                clear(slice(0, (plan.ratio - 1) * plan.keys))
+
+        def clear(cut: slice) -> None:
+            nothing = jnp.zeros((plan.keys, plan.queries), refs.query.dtype)
+            for field in ("weights", "d_scores"):
+                self.buffers.put(ALONE.results, field, nothing[:, cut], cut)
+
+        if plan.backward_chunks == 1:
+            on_diagonal()
+        else:
+            own = (self.diagonal >= self.base) & (self.diagonal < end)
+            pl.when(own)(on_diagonal)
+            pl.when(jnp.logical_not(own))(lambda: clear(slice(0, None)))
+        before = jnp.minimum(self.diagonal + plan.ratio - 1, end - 1)
+        self.prepare(stop - 1, ALONE.ahead, live=True)
+        pending = self.walk(live, stop, before, live=True)
+        if not has_dead:
+            self.multiply(pending, ALONE.pending, live=True)
+            return
+
+        @pl.when(first == live)
+        def _():
+            self.multiply(pending, ALONE.pending, live=True)
+
+        @pl.when(first < live)
+        def _():
+            self.multiply_weights(pending, ALONE.pending)
+            last = self.walk(first, live, pending, live=False)
+            self.multiply(last, ALONE.pending, live=False)
+
+    def facts(self) -> None:
+        """Before the tiles: delta, and the query's part in the gradient of the offset."""
+        plan, refs = self.plan, self.refs
+        d_out = refs.d_out[...].astype(jnp.float32)
+        out = refs.out[...].astype(jnp.float32)
+        if plan.half:
+            out = out + refs.rounding[...].astype(jnp.float32)
+        delta = jnp.sum(d_out * out, axis=0, keepdims=True)
+        if plan.has_offset:
+            tau = refs.tau[self.head]
+            pull = jnp.sum(d_out * refs.mean[...].astype(jnp.float32), axis=0, keepdims=True)
+            self.hand_over(pull)
+            delta = delta - tau * pull
+            refs.threshold[...] = thresholds(plan, tau, refs.scale[...], self.query_tile)
+        refs.delta[...] = delta
+        refs.sum[...] = jnp.zeros_like(refs.sum)
+
+    def hand_over(self, pull: Array) -> None:
+        """Stores the query's part in the gradient of the offset, in one of its chunks."""
+        own = (self.diagonal >= self.base) & (self.diagonal < self.base + self.chunk_tiles)
+        self.refs.pull[...] = pull if self.plan.backward_chunks == 1 else jnp.where(own, pull, 0)
+
+    def raw_products(self, tile: Any, skipped: int, *, live: bool) -> tuple[Any, Any]:
+        """Returns K Q and, for a live tile, V dO."""
+        refs, at = self.refs, at_tile(tile - self.base, self.plan.keys)
+        raw = dot(refs.key[0, 0, at, :], refs.query[:, skipped:], LAST_FIRST)
+        if not live:
+            return raw, None
+        return raw, dot(refs.value[0, 0, at, :], refs.d_out[:, skipped:], LAST_FIRST)
+
+    def prepare(self, tile: Any, into: int, *, live: bool) -> None:
+        """Stores the products of the tile that the next turn works on."""
+        raw, d_weights = self.raw_products(jnp.maximum(tile, self.base), 0, live=live)
+        self.buffers.put(into, "scores", raw, EVERY)
+        if live:
+            self.buffers.put(into, "d_weights", d_weights, EVERY)
+
+    def work(
+        self, tile: Any, raw: Strips, raw_d: Strips | None, sets: Sets, skipped: int | None = None
+    ) -> None:
+        """Stores a tile's weights and dS, and adds dS to the gradient of the bias.
+
+        Args:
+          tile: index of the tile of keys.
+          raw: K Q of some keys.
+          raw_d: V dO of some keys; None: the tile is dead.
+          sets: of buffers.
+          skipped: queries cut off; None: not on the diagonal.
+        """
+        plan, refs = self.plan, self.refs
+        cut, dtype = slice(skipped or 0, None), refs.query.dtype
+        bias, buffers = self.in_order if sets.in_order else self.free
+        size = plan.strips.dead if raw_d is None else plan.strips.live
+        for keys in strips(plan, size if sets.in_order else HALF):
+            scores = raw(keys) * plan.score_scale
+            if plan.has_bias:
+                scores = scores + bias.tile(self.diagonal - tile, keys, cut.start)
+            document = refs.document[:, cut] if plan.packed else None
+            key = tile * plan.keys + keys.start
+            on_diagonal = None if skipped is None else keys.start
+            seen = visible(document, key, scores.shape, on_diagonal)
+            softmax = jnp.exp2(scores - refs.log_sum[:, cut])
+            if seen is not None:
+                softmax = jnp.where(seen, softmax, 0)
+            if raw_d is None:
+                d_scores = -softmax * refs.delta[:, cut]
+            else:
+                weights, d_weights = softmax, raw_d(keys)
+                if plan.has_offset:
+                    weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
+                    if seen is not None:
+                        weights = jnp.where(seen, weights, 0)
+                    d_weights = jnp.where(weights == 0, 0, d_weights)
+                buffers.store(sets.results, "weights", keys, weights.astype(dtype), cut)
+                d_scores = softmax * (d_weights - refs.delta[:, cut])
+            if plan.has_bias:
+                bias.add(self.diagonal - tile, keys, d_scores, cut.start)
+                bias.fence(keys, d_scores[:SUBLANES, :LANES])
+            buffers.store(sets.results, "d_scores", keys, d_scores.astype(dtype), cut)
+
+    def multiply_weights(self, tile: Any, of: int, skipped: int = 0) -> None:
+        """Adds what `work` stored of a live tile to dV."""
+        refs, cut = self.refs, slice(skipped, None)
+        weights = self.buffers.whole(of, "weights", cut)
+        at = at_tile(tile - self.base, self.plan.keys)
+        refs.d_value[0, 0, at, :] += dot(weights, refs.d_out[:, cut], LAST_LAST)
+
+    def multiply_for_key(self, tile: Any, of: int, skipped: int = 0) -> None:
+        """Adds what `work` stored to dK."""
+        refs, cut = self.refs, slice(skipped, None)
+        d_scores = self.buffers.whole(of, "d_scores", cut)
+        at = at_tile(tile - self.base, self.plan.keys)
+        refs.d_key[0, 0, at, :] += dot(d_scores, refs.query[:, cut], LAST_LAST)
+
+    def multiply_for_query(self, tile: Any, of: int, skipped: int = 0, parts: int = 1) -> None:
+        """Adds what `work` stored to dQ, in so many parts of the queries."""
+        refs = self.refs
+        at = at_tile(tile - self.base, self.plan.keys)
+        size = max(LANES, self.plan.queries // parts)
+        for first in range(skipped, self.plan.queries, size):
+            cut = slice(first, min(first + size, self.plan.queries))
+            d_scores = self.buffers.whole(of, "d_scores", cut)
+            refs.sum[:, cut] += dot(refs.key_columns[0, 0, :, at], d_scores, LAST_FIRST)
+
+    def multiply(self, tile: Any, of: int, skipped: int = 0, *, live: bool) -> None:
+        """Adds what `work` stored to all gradients."""
+        if live:
+            self.multiply_weights(tile, of, skipped)
+        self.multiply_for_key(tile, of, skipped)
+        self.multiply_for_query(tile, of, skipped)
+
+    def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> Any:
+        """Goes over tiles from `stop` back to `first`, all live or all dead.
+
+        Expects the products of the first of them, and leaves those of the tile after the
+        last. `before` is the tile still to be multiplied; returns which one is, then.
+        """
+
+        plan = self.plan
+
+        def turn(n: Any, sets: Sets) -> None:
+            tile = stop - 1 - n
+            pending = jnp.where(n == 0, before, tile + 1)
+            if plan.query_first:
+                # Found by trying: in this order there are fewer bundles, and with these parts
+                # no spills. v4 and v6e do better with the other one.
+                self.multiply_for_query(pending, sets.pending, parts=1 if live else 2)
+                if live:
+                    self.multiply_weights(pending, sets.pending)
+                self.multiply_for_key(pending, sets.pending)
+            else:
+                self.multiply(pending, sets.pending, live=live)
+
+            def raw(field: str, keys: slice) -> Array:
+                return self.buffers.load(sets.scores, field, keys, EVERY)
+
+            raw_d = functools.partial(raw, "d_weights") if live else None
+            self.work(tile, functools.partial(raw, "scores"), raw_d, sets)
+            self.prepare(tile - 1, sets.ahead, live=live)
+
+        over_pairs(stop - first, turn)
+        return jnp.where(first == stop, before, first)

@@ -40,7 +40,7 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "document", "out", "d_out", "log_sum", "mean", "rounding", "pull")
+_OF_QUERIES = ("query", "scale", "document", "out", "d_out", "lse", "mean", "rounding", "pull")
 
 Strips = Callable[[slice], Array]
 
@@ -131,7 +131,7 @@ def _launch(
         Operand("key", key, (1, 1, chunk, dim), rows),
         Operand("value", value, (1, 1, chunk, dim), rows),
         Operand("key_columns", key_columns, (1, 1, dim, chunk), columns),
-        Operand("log_sum", residuals.lse, (1, 1, 1, block), own),
+        Operand("lse", residuals.lse, (1, 1, 1, block), own),
         Operand("out", out, tile, own),
         Operand("d_out", d_out, tile, own),
     ]
@@ -406,7 +406,7 @@ class QueryTile:
             key = tile * plan.keys + keys.start
             on_diagonal = None if skipped is None else keys.start
             seen = visible(document, key, scores.shape, on_diagonal)
-            softmax = jnp.exp2(scores - refs.log_sum[:, cut])
+            softmax = jnp.exp2(scores - refs.lse[:, cut])
             if seen is not None:
                 softmax = jnp.where(seen, softmax, 0)
             if raw_d is None:

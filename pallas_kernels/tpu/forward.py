@@ -51,7 +51,7 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "document", "out", "log_sum", "mean", "rounding")
+_OF_QUERIES = ("query", "scale", "document", "out", "lse_out", "mean", "rounding")
 
 Strips = Callable[[slice], Array]
 
@@ -122,7 +122,7 @@ def forward(
     outputs = [Operand("out", same, (1, 1, dim, block), own)]
     if training:
         rows = jax.ShapeDtypeStruct((batch, heads, 1, length), float32)
-        outputs.append(Operand("log_sum", rows, (1, 1, 1, block), own))
+        outputs.append(Operand("lse_out", rows, (1, 1, 1, block), own))
         if plan.half:
             outputs.append(Operand("rounding", same, (1, 1, dim, block), own))
         if plan.has_offset:
@@ -139,7 +139,7 @@ def forward(
     one_row = pltpu.VMEM((1, queries), float32)
     scratch = {
         "sum": pltpu.VMEM((dim, queries), float32),
-        "log_total": one_row,
+        "lse": one_row,
     }
     scratch |= layout(plan, training).scratch() | Bias.scratch(plan, backward=False)
     if plan.has_offset:
@@ -170,7 +170,7 @@ def forward(
     if not training:
         return out, None
     return out, Residuals(
-        lse=found["log_sum"],
+        lse=found["lse_out"],
         out=out,
         rounding=found.get("rounding"),
         live=found["live"][:, :, 0] if "live" in found else None,
@@ -380,7 +380,7 @@ class QueryTile:
                 ref[...] = jnp.concatenate([jnp.full(half, LOWEST), jnp.zeros(half)], axis=0)
         else:
             refs.total[...] = jnp.zeros_like(refs.total)
-            refs.log_total[...] = jnp.full_like(refs.log_total, LOWEST)
+            refs.lse[...] = jnp.full_like(refs.lse, LOWEST)
             refs.sum[...] = jnp.zeros_like(refs.sum)
 
     def between(self) -> None:
@@ -390,9 +390,9 @@ class QueryTile:
         totals = jnp.concatenate([ref[SUBLANES:, :] for ref in (refs.sums_0, refs.sums_1)], axis=0)
         maximum = jnp.max(maxima, axis=0, keepdims=True)
         total = jnp.sum(totals * jnp.exp2(maxima - maximum), axis=0, keepdims=True)
-        log_total = maximum + jnp.log2(total)
+        lse = maximum + jnp.log2(total)
         threshold = thresholds(plan, refs.tau[self.head], refs.scale[...], self.query_tile)
-        refs.log_total[...] = log_total
+        refs.lse[...] = lse
         refs.threshold[...] = threshold
         refs.sum[...] = jnp.zeros_like(refs.sum)
         if self.training:
@@ -401,7 +401,7 @@ class QueryTile:
         if plan.skip_dead:
             logarithm = jnp.log2(jnp.where(threshold > 0, threshold, 1))
             # At 0 or below every key may count.
-            bar = jnp.where(threshold > 0, log_total + logarithm - DEAD_SLACK, -math.inf)
+            bar = jnp.where(threshold > 0, lse + logarithm - DEAD_SLACK, -math.inf)
 
             def farthest(group: Any, found: Array) -> Array:
                 for n in range(_MARKS):
@@ -435,12 +435,12 @@ class QueryTile:
             refs.mean[...] = mean.astype(dtype)
             left = mean - mean.astype(dtype).astype(jnp.float32)
             rounding = rounding - refs.tau[self.head] * left
-            refs.log_sum[...] = refs.log_total[...]
+            refs.lse_out[...] = refs.lse[...]
             tile = jax.lax.broadcasted_iota(jnp.int32, refs.live.shape[2:], 1)
             before = jnp.where(self.query_tile == 0, 0, refs.live[0, 0])
             refs.live[0, 0] = jnp.where(tile == self.query_tile, refs.live_tile[0], before)
         else:
-            refs.log_sum[...] = refs.log_total[...] + jnp.log2(total)
+            refs.lse_out[...] = refs.lse[...] + jnp.log2(total)
         if plan.half:
             refs.rounding[...] = rounding.astype(dtype)
 
@@ -518,7 +518,7 @@ class QueryTile:
         size = sizes.residuals if self.training else sizes.weights
         for keys in strips(self.plan, size if sets.in_order else HALF):
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
-            softmax = jnp.exp2(scores - refs.log_total[:, cut])
+            softmax = jnp.exp2(scores - refs.lse[:, cut])
             weights = jnp.maximum(softmax - refs.threshold[:, cut], 0)
             if seen is not None:
                 weights = jnp.where(seen, weights, 0)
@@ -555,14 +555,14 @@ class QueryTile:
             buffers.store(sets.scores, "scores", keys, scores, cut)
             bias.fence(keys, scores[:SUBLANES, :LANES])
         maximum = jnp.max(highest, axis=0, keepdims=True)
-        maximum = jnp.maximum(refs.log_total[:, cut], maximum)
-        shrink = jnp.exp2(refs.log_total[:, cut] - maximum)
+        maximum = jnp.maximum(refs.lse[:, cut], maximum)
+        shrink = jnp.exp2(refs.lse[:, cut] - maximum)
         total = refs.total[:, cut] * shrink
         for keys in parts:
             weights = jnp.exp2(buffers.load(sets.scores, "scores", keys, cut) - maximum)
             total += fold(weights, jnp.add)
             buffers.store(sets.results, "weights", keys, weights.astype(buffers.dtype), cut)
-        refs.log_total[:, cut], refs.total[:, cut] = maximum, total
+        refs.lse[:, cut], refs.total[:, cut] = maximum, total
         value = refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
         added = dot(value, buffers.whole(sets.results, "weights", cut), LAST_FIRST)
         refs.sum[:, cut] = refs.sum[:, cut] * shrink + added

@@ -46,7 +46,7 @@ def _add_scores_gradient(
     where log-sum-exp, delta, threshold and first key seen stand.
     """
     query, d_out, key, value = inputs
-    log_totals, deltas, thresholds, documents = of_rows
+    lses, deltas, thresholds, documents = of_rows
     columns = tl.arange(0, static.keys)[None, :]
     for step in tl.range(0, stop - start):
         row0 = (start + step) * static.queries
@@ -54,10 +54,10 @@ def _add_scores_gradient(
         queries = load_queries(query, row0, static)
         keys = load_keys(key, column0, static, True)
         # Rows past the end have no softmax weight.
-        log_total = load_row(log_totals, row0, UNREACHABLE, static)
+        lse = load_row(lses, row0, UNREACHABLE, static)
         delta = load_row(deltas, row0, 0.0, static)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        softmax = tl.exp2(scores * static.score_scale + bias - log_total[:, None])
+        softmax = tl.exp2(scores * static.score_scale + bias - lse[:, None])
         if static.packed:
             first = load_row(documents, row0, 0, static) - column0
             softmax = tl.where(columns >= first[:, None], softmax, 0.0)
@@ -83,7 +83,7 @@ def lazy_backward_bias(
     document_ptr,
     first_ptr,
     live_ptr,
-    log_total_ptr,
+    lse_ptr,
     delta_ptr,
     threshold_ptr,
     d_out_ptr,
@@ -124,7 +124,7 @@ def lazy_backward_bias(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (log_total_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
+        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
 
         # Query tiles from the first to the last that visits a tile at this distance, and
         # from the first on for which it may be live.

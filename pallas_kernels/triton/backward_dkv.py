@@ -47,7 +47,7 @@ def _add_key_gradients(
     d_key, d_value = state
     keys, values = tiles
     query, d_out, bias = inputs
-    log_totals, deltas, thresholds_, documents = of_rows
+    lses, deltas, thresholds_, documents = of_rows
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -55,11 +55,11 @@ def _add_key_gradients(
         apart = row0 - column0
         queries = load_queries(query, row0, static)
         # Rows past the end have no softmax weight.
-        log_total = load_row(log_totals, row0, UNREACHABLE, static)
+        lse = load_row(lses, row0, UNREACHABLE, static)
         delta = load_row(deltas, row0, 0.0, static)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * static.score_scale
         scores, rest = biased(scores, bias, apart, static, True, BIAS)
-        softmax = tl.exp2(scores - (log_total - rest)[None, :])
+        softmax = tl.exp2(scores - (lse - rest)[None, :])
         if CAUSAL or static.packed:
             first = tl.full((static.queries,), 0, tl.int32)
             if static.packed:
@@ -106,7 +106,7 @@ def lazy_backward_key(
     document_ptr,
     first_ptr,
     live_ptr,
-    log_total_ptr,
+    lse_ptr,
     delta_ptr,
     threshold_ptr,
     d_out_ptr,
@@ -147,7 +147,7 @@ def lazy_backward_key(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (log_total_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
+        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
 
         tiles_pad: tl.constexpr = static.forward_tiles_padded
         at_forward = query_row * static.forward_tiles

@@ -54,7 +54,7 @@ def _add_query_gradient(
     """
     d_query, far_sum, far_moment = state
     query, d_out, key, value, bias = inputs
-    log_total, delta, threshold, document = of_rows
+    lse, delta, threshold, document = of_rows
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -63,7 +63,7 @@ def _add_query_gradient(
         keys = load_keys(key, column0, static, CAUSAL)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * static.score_scale
         scores, rest = biased(scores, bias, apart, static, False, BIAS)
-        softmax = tl.exp2(scores - (log_total - rest)[:, None])
+        softmax = tl.exp2(scores - (lse - rest)[:, None])
         if CAUSAL or static.packed:
             first = (document - column0)[:, None]
             visible = sees(rows[:, None], columns[None, :], apart, first, static, CAUSAL)
@@ -97,7 +97,7 @@ def lazy_backward_query(
     document_ptr,
     first_ptr,
     live_ptr,
-    log_total_ptr,
+    lse_ptr,
     out_ptr,
     value_mean_ptr,
     rounding_ptr,
@@ -160,8 +160,8 @@ def lazy_backward_query(
     query = load_queries(query_ptr + at_query, row0, static)
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
     # Rows past the end have no softmax weight.
-    log_total = load_row(log_total_ptr + at_row, row0, UNREACHABLE, static)
-    of_rows = (log_total, delta, threshold, document)
+    lse = load_row(lse_ptr + at_row, row0, UNREACHABLE, static)
+    of_rows = (lse, delta, threshold, document)
 
     at_forward = row * static.forward_tiles + row0 // static.forward_queries
     first = tl.load(first_ptr + at_forward) * static.forward_keys // static.keys

@@ -103,7 +103,7 @@ def _add_values(
     stop,
     state,
     inputs,
-    log_total,
+    lse,
     threshold,
     row0,
     static: tl.constexpr,
@@ -119,7 +119,7 @@ def _add_values(
     for step in tl.range(0, stop - start):
         column0 = (start + step) * static.keys
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
-        weights = tl.exp2(scores - (log_total - rest)[:, None]) - threshold[:, None]
+        weights = tl.exp2(scores - (lse - rest)[:, None]) - threshold[:, None]
         # A NaN must come through.
         weights = tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if CAUSAL or static.packed:
@@ -179,7 +179,7 @@ def lazy_forward(
     out_ptr,
     value_mean_ptr,
     rounding_ptr,
-    log_total_ptr,
+    lse_ptr,
     live_ptr,
     static: tl.constexpr,
 ):
@@ -235,23 +235,23 @@ def lazy_forward(
         if static.has_far:
             state = _sum_exponentials(first, far_stop, state, inputs, bar, row0, static, False, far)
         maximum, total, farthest = state
-        log_total = maximum + tl.log2(total)
+        lse = maximum + tl.log2(total)
         live = first
         if static.skip_dead:
             live = tl.min(farthest, 0)
         sums = (out, tl.full((static.queries, static.padded_dim), 0, tl.float32))
         if static.has_far:
             sums = _add_values(
-                live, far_stop, sums, inputs, log_total, threshold, row0, static, False, far
+                live, far_stop, sums, inputs, lse, threshold, row0, static, False, far
             )
         if static.has_bias:
             start = tl.maximum(far_stop, live)
             sums = _add_values(
-                start, diagonal, sums, inputs, log_total, threshold, row0, static, False, near
+                start, diagonal, sums, inputs, lse, threshold, row0, static, False, near
             )
         start = tl.maximum(diagonal, live)
         out, value_sum = _add_values(
-            start, stop, sums, inputs, log_total, threshold, row0, static, True, near
+            start, stop, sums, inputs, lse, threshold, row0, static, True, near
         )
         if static.training:
             # Not the sum, which float16 may be too small for.
@@ -272,7 +272,7 @@ def lazy_forward(
         if static.has_far:
             state = _softmax(first, far_stop, state, inputs, row0, static, False, far)
         maximum, total, out = state
-        log_total = maximum + tl.log2(total)
+        lse = maximum + tl.log2(total)
         out = out / total[:, None]
         if static.keep_rounding:
             rounding = out - out.to(query.dtype).to(tl.float32)
@@ -280,7 +280,7 @@ def lazy_forward(
     store_queries(out_ptr + at_query, row0, out, static)
     if static.training:
         at_row = row.to(tl.int64) * static.length
-        tl.store(log_total_ptr + at_row + rows, log_total, mask=inside)
+        tl.store(lse_ptr + at_row + rows, lse, mask=inside)
 
 
 def forward(

@@ -103,7 +103,7 @@ def by_definition(
     batch, length, heads, dim = query.shape
     visible_keys = length if window is None else min(window, length)
     place = jnp.arange(length, dtype=jnp.int32)
-    first_visible = jnp.maximum(place - visible_keys + 1, 0)
+    segment_start = jnp.maximum(place - visible_keys + 1, 0)
     table, offset = parameters.get("distance_bias"), parameters.get("offset")
     bias = jnp.zeros((heads, length))
     if table is not None:
@@ -113,7 +113,7 @@ def by_definition(
         key,
         bias,
         offset,
-        jnp.broadcast_to(first_visible, (batch, length)),
+        jnp.broadcast_to(segment_start, (batch, length)),
         scale=dim**-0.5,
         skip_mass=skip_mass,
         tiles=TILES,

@@ -36,7 +36,7 @@ def tiles(head_dim: int, length: int) -> Iterator[tuple[str, TileSizes]]:
     yield "xla_chunked", TileSizes(size, size)
 
 
-def first_visible(length: int, window: int) -> Int[Array, "1 length"]:
+def segment_starts(length: int, window: int) -> Int[Array, "1 length"]:
     """Returns the first key that each query of a row sees."""
     return jnp.maximum(jnp.arange(length, dtype=jnp.int32) - (window - 1), 0)[None]
 
@@ -57,7 +57,7 @@ def count(sizes: TileSizes, length: int, window: int, whole_diagonals: bool) -> 
         nothing,
         None,
         None,
-        first_visible(length, window),
+        segment_starts(length, window),
         scale=1.0,
         skip_mass=0.0,
         tiles=sizes,
@@ -75,7 +75,7 @@ def table(window: int, lengths: list[int], head_dim: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     for length in lengths:
-        seen = int((jnp.arange(length) - first_visible(length, window) + 1).sum())
+        seen = int((jnp.arange(length) - segment_starts(length, window) + 1).sum())
         rows = [("pairs", "", seen, length * (length + 1) // 2)]
         for name, sizes in tiles(head_dim, length):
             found = count(sizes, length, window, whole_diagonals=name == "xla_chunked")

@@ -18,7 +18,7 @@ def lazy_attention(
     distance_slope: Float[Array, " heads"] | None,
     offset: Float[Array, " heads"] | None,
     position: Int[Array, "batch length"],
-    first_visible: Int[Array, "batch length"],
+    segment_start: Int[Array, "batch length"],
     *,
     offset_scale: Float[Array, "batch length"],
     renormalize: bool,
@@ -33,7 +33,7 @@ def lazy_attention(
       query, key, value: as in `lazyattn.lazy_attention`.
       distance_bias, distance_slope, offset: as there.
       position: index of the key that stands at each query's own position.
-      first_visible: index of the first key each query sees.
+      segment_start: index of the first key each query sees.
       offset_scale: 1 / n_i, or a constant.
       renormalize: divide the weights by their sum, where it isn't 0.
       scale: factor of the scores.
@@ -43,7 +43,7 @@ def lazy_attention(
     key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
     keys = jnp.arange(key.shape[1])
     distance = position[:, :, None] - keys
-    visible = ((distance >= 0) & (keys >= first_visible[:, :, None]))[:, None]
+    visible = ((distance >= 0) & (keys >= segment_start[:, :, None]))[:, None]
 
     # Positional discrimination: s_ij = q_i . k_j / sqrt(d) + b(i - j).
     scores = scale * jnp.einsum(

@@ -63,7 +63,7 @@ def visit_ranges(
     key: Float[Array, "batch length kv_heads head_dim"],
     bias: Float[Array, "heads length"] | None,
     offset: Float[Array, " heads"] | None,
-    first_visible: Int[Array, "batch length"],
+    segment_start: Int[Array, "batch length"],
     *,
     scale: float,
     skip_mass: float,
@@ -76,7 +76,7 @@ def visit_ranges(
       key: rotated keys.
       bias: b(x) of every distance 0 <= x < length, any shape of curve; None: 0.
       offset: tau of each head; None: ordinary softmax.
-      first_visible: first key each query sees, in its document and its window.
+      segment_start: first key each query sees, in its document and its window.
       scale: factor of the scores.
       skip_mass: bound on the softmax mass a row may lose in all; 0: visit all that
         documents and causality allow.
@@ -86,7 +86,7 @@ def visit_ranges(
     """
     norms = tile_norms(query, key, scale, tiles) if skip_mass > 0 else None
     heads = query.shape[2]
-    return ranges_by_norms(norms, heads, bias, offset, first_visible, skip_mass, tiles)
+    return ranges_by_norms(norms, heads, bias, offset, segment_start, skip_mass, tiles)
 
 
 class TileNorms(NamedTuple):
@@ -148,7 +148,7 @@ def ranges_by_norms(
     heads: int,
     bias: Float[Array, "heads length"] | None,
     offset: Float[Array, " heads"] | None,
-    first_visible: Int[Array, "batch length"],
+    segment_start: Int[Array, "batch length"],
     skip_mass: float,
     tiles: TileSizes,
 ) -> VisitRanges:
@@ -157,20 +157,20 @@ def ranges_by_norms(
     Args:
       norms: see `tile_norms`; None if `skip_mass` is 0.
       heads: of the queries.
-      bias, offset, first_visible, skip_mass, tiles: as in `visit_ranges`.
+      bias, offset, segment_start, skip_mass, tiles: as in `visit_ranges`.
     """
-    batch, length = first_visible.shape
+    batch, length = segment_start.shape
     query_tiles, key_tiles = tiles.count(length)
     last = jnp.minimum((jnp.arange(query_tiles) + 1) * tiles.queries - 1, length - 1) // tiles.keys
 
     # A padding row sees what the last row sees.
-    first_visible = _pad(first_visible, 1, tiles.queries, mode="edge")
-    document = first_visible.reshape(batch, 1, query_tiles, tiles.queries).min(-1) // tiles.keys
-    first = jnp.broadcast_to(document, (batch, heads, query_tiles))
+    segment_start = _pad(segment_start, 1, tiles.queries, mode="edge")
+    first_tile = segment_start.reshape(batch, 1, query_tiles, tiles.queries).min(-1) // tiles.keys
+    first = jnp.broadcast_to(first_tile, (batch, heads, query_tiles))
     if norms is not None:
         bound = _score_bounds(norms, bias, tiles)
         tile = jnp.arange(key_tiles)
-        bound = jnp.where(tile >= document[..., None], bound, -jnp.inf)
+        bound = jnp.where(tile >= first_tile[..., None], bound, -jnp.inf)
         # Far tiles first. The minimum only guards exp against overflow: such a tile
         # is visited in any case.
         mass = jnp.cumsum(tiles.keys * jnp.exp(jnp.minimum(bound, 20.0)), axis=-1)

@@ -40,7 +40,7 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "document", "out", "d_out", "lse", "mean", "rounding", "pull")
+_OF_QUERIES = ("query", "scale", "segment_start", "out", "d_out", "lse", "mean", "rounding", "pull")
 
 Strips = Callable[[slice], Array]
 
@@ -162,8 +162,8 @@ def _launch(
     if plan.half:
         operands.append(Operand("rounding", residuals.rounding, tile, own))
     if plan.packed:
-        document = plan.rows(inputs.segment_start, mode="edge")
-        operands.append(Operand("document", document, (1, 1, block), row))
+        segment_start = plan.rows(inputs.segment_start, mode="edge")
+        operands.append(Operand("segment_start", segment_start, (1, 1, block), row))
     scalars = {"first": plan.ranges(ranges)}
     if plan.has_offset:
         assert residuals.live is not None
@@ -402,10 +402,10 @@ class QueryTile:
             scores = raw(keys) * plan.score_scale
             if plan.has_bias:
                 scores = scores + bias.tile(self.diagonal - tile, keys, cut.start)
-            document = refs.document[:, cut] if plan.packed else None
+            segment_start = refs.segment_start[:, cut] if plan.packed else None
             key = tile * plan.keys + keys.start
             on_diagonal = None if skipped is None else keys.start
-            seen = visible(document, key, scores.shape, on_diagonal)
+            seen = visible(segment_start, key, scores.shape, on_diagonal)
             softmax = jnp.exp2(scores - refs.lse[:, cut])
             if seen is not None:
                 softmax = jnp.where(seen, softmax, 0)

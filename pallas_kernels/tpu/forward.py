@@ -51,7 +51,7 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "document", "out", "lse_out", "mean", "rounding")
+_OF_QUERIES = ("query", "scale", "segment_start", "out", "lse_out", "mean", "rounding")
 
 Strips = Callable[[slice], Array]
 
@@ -116,8 +116,8 @@ def forward(
     if plan.has_offset:
         operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
     if plan.packed:
-        document = plan.rows(inputs.segment_start, mode="edge")
-        operands.append(Operand("document", document, (1, 1, block), row))
+        segment_start = plan.rows(inputs.segment_start, mode="edge")
+        operands.append(Operand("segment_start", segment_start, (1, 1, block), row))
     same = jax.ShapeDtypeStruct(query.shape, query.dtype)
     outputs = [Operand("out", same, (1, 1, dim, block), own)]
     if training:
@@ -472,9 +472,9 @@ class QueryTile:
         scores = raw * plan.score_scale
         if plan.has_bias:
             scores = scores + self.free[0].tile(self.diagonal - tile, keys, skipped)
-        document = refs.document[:, skipped:] if plan.packed else None
+        segment_start = refs.segment_start[:, skipped:] if plan.packed else None
         key = tile * plan.keys + keys.start
-        return scores, visible(document, key, scores.shape, on_diagonal)
+        return scores, visible(segment_start, key, scores.shape, on_diagonal)
 
     def add_exponentials(self, tile: Any, raw: Strips, skipped: int | None = None) -> None:
         """First sweep: a maximum and a sum for each of sixteen classes of keys.

@@ -220,7 +220,7 @@ def _sum_diagonals(
 
 
 def visible(
-    document: Int[Array, "1 queries"] | None,
+    segment_start: Int[Array, "1 queries"] | None,
     key: Any,
     shape: tuple[int, ...],
     on_diagonal: int | None,
@@ -228,7 +228,7 @@ def visible(
     """Returns which keys the queries of a tile see; None: all.
 
     Args:
-      document: first key that each query sees; None: the first.
+      segment_start: first key that each query sees; None: the first.
       key: index of the first key.
       shape: of the tile, or of some keys of it.
       on_diagonal: index of the first key minus that of the first query; None: all keys
@@ -238,8 +238,8 @@ def visible(
     keys = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     if on_diagonal is not None:
         seen = keys + on_diagonal <= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    if document is not None:
-        inside = keys >= document - key
+    if segment_start is not None:
+        inside = keys >= segment_start - key
         seen = inside if seen is None else seen & inside
     return seen
 

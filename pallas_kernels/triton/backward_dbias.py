@@ -46,7 +46,7 @@ def _add_scores_gradient(
     where log-sum-exp, delta, threshold and first key seen stand.
     """
     query, d_out, key, value = inputs
-    lses, deltas, thresholds, documents = of_rows
+    lses, deltas, thresholds, segment_starts = of_rows
     columns = tl.arange(0, static.keys)[None, :]
     for step in tl.range(0, stop - start):
         row0 = (start + step) * static.queries
@@ -59,7 +59,7 @@ def _add_scores_gradient(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         softmax = tl.exp2(scores * static.score_scale + bias - lse[:, None])
         if static.packed:
-            first = load_row(documents, row0, 0, static) - column0
+            first = load_row(segment_starts, row0, 0, static) - column0
             softmax = tl.where(columns >= first[:, None], softmax, 0.0)
         if LIVE:
             d_outs = load_queries(d_out, row0, static)
@@ -80,7 +80,7 @@ def lazy_backward_bias(
     key_ptr,
     value_ptr,
     table_ptr,
-    document_ptr,
+    segment_start_ptr,
     first_ptr,
     live_ptr,
     lse_ptr,
@@ -124,7 +124,7 @@ def lazy_backward_bias(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
+        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
 
         # Query tiles from the first to the last that visits a tile at this distance, and
         # from the first on for which it may be live.
@@ -197,7 +197,7 @@ def backward_dbias(
             inputs.key,
             inputs.value,
             table.values,
-            plan.document(inputs),
+            plan.segment_start(inputs),
             first,
             first if live is None else live,
             residuals.lse,

@@ -47,7 +47,7 @@ def _add_key_gradients(
     d_key, d_value = state
     keys, values = tiles
     query, d_out, bias = inputs
-    lses, deltas, thresholds_, documents = of_rows
+    lses, deltas, thresholds_, segment_starts = of_rows
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -63,7 +63,7 @@ def _add_key_gradients(
         if CAUSAL or static.packed:
             first = tl.full((static.queries,), 0, tl.int32)
             if static.packed:
-                first = load_row(documents, row0, 0, static) - column0
+                first = load_row(segment_starts, row0, 0, static) - column0
             visible = sees(rows[None, :], columns[:, None], apart, first[None, :], static, CAUSAL)
             softmax = tl.where(visible, softmax, 0.0)
         if LIVE:
@@ -103,7 +103,7 @@ def lazy_backward_key(
     value_ptr,
     table_ptr,
     slope_ptr,
-    document_ptr,
+    segment_start_ptr,
     first_ptr,
     live_ptr,
     lse_ptr,
@@ -147,7 +147,7 @@ def lazy_backward_key(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, document_ptr + at_batch)
+        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
 
         tiles_pad: tl.constexpr = static.forward_tiles_padded
         at_forward = query_row * static.forward_tiles
@@ -242,7 +242,7 @@ def backward_dkv(
             key,
             inputs.value,
             *plan.bias(table),
-            plan.document(inputs),
+            plan.segment_start(inputs),
             first,
             first if live is None else live,
             residuals.lse,

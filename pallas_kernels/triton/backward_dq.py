@@ -54,7 +54,7 @@ def _add_query_gradient(
     """
     d_query, far_sum, far_moment = state
     query, d_out, key, value, bias = inputs
-    lse, delta, threshold, document = of_rows
+    lse, delta, threshold, segment_start = of_rows
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -65,7 +65,7 @@ def _add_query_gradient(
         scores, rest = biased(scores, bias, apart, static, False, BIAS)
         softmax = tl.exp2(scores - (lse - rest)[:, None])
         if CAUSAL or static.packed:
-            first = (document - column0)[:, None]
+            first = (segment_start - column0)[:, None]
             visible = sees(rows[:, None], columns[None, :], apart, first, static, CAUSAL)
             softmax = tl.where(visible, softmax, 0.0)
         if LIVE:
@@ -94,7 +94,7 @@ def lazy_backward_query(
     slope_ptr,
     offset_ptr,
     offset_scale_ptr,
-    document_ptr,
+    segment_start_ptr,
     first_ptr,
     live_ptr,
     lse_ptr,
@@ -137,15 +137,15 @@ def lazy_backward_query(
         # half precision's rounding of out would make several times the others'.
         pulled += load_queries(rounding_ptr + at_query, row0, static).to(tl.float32)
     delta = tl.sum(d_out.to(tl.float32) * pulled, 1)
-    document = tl.full((static.queries,), 0, tl.int32)
+    segment_start = tl.full((static.queries,), 0, tl.int32)
     if static.packed:
-        document = load_row(document_ptr + at_batch, row0, 0, static)
+        segment_start = load_row(segment_start_ptr + at_batch, row0, 0, static)
     threshold = tl.full((static.queries,), 0, tl.float32)
     if static.has_offset:
         scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
         value_mean = load_queries(value_mean_ptr + at_query, row0, static).to(tl.float32)
         pull = tl.sum(d_out.to(tl.float32) * value_mean, 1)
-        pull *= scale * (rows - document + 1).to(tl.float32)
+        pull *= scale * (rows - segment_start + 1).to(tl.float32)
         tl.store(d_offset_ptr + at_tile, tl.sum(pull, 0))
         offset = tl.load(offset_ptr + head)
         delta -= offset * pull
@@ -161,7 +161,7 @@ def lazy_backward_query(
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
     # Rows past the end have no softmax weight.
     lse = load_row(lse_ptr + at_row, row0, UNREACHABLE, static)
-    of_rows = (lse, delta, threshold, document)
+    of_rows = (lse, delta, threshold, segment_start)
 
     at_forward = row * static.forward_tiles + row0 // static.forward_queries
     first = tl.load(first_ptr + at_forward) * static.forward_keys // static.keys
@@ -250,7 +250,7 @@ def backward_dq(
             inputs.key,
             inputs.value,
             *plan.parameters(inputs, table),
-            plan.document(inputs),
+            plan.segment_start(inputs),
             first,
             first if live is None else live,
             residuals.lse,

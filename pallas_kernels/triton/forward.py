@@ -52,10 +52,10 @@ def _scores(
 
 
 @triton.jit
-def _visible(column0, row0, document, static: tl.constexpr, CAUSAL: tl.constexpr):
+def _visible(column0, row0, segment_start, static: tl.constexpr, CAUSAL: tl.constexpr):
     rows = tl.arange(0, static.queries)[:, None]
     columns = tl.arange(0, static.keys)[None, :]
-    return sees(rows, columns, row0 - column0, (document - column0)[:, None], static, CAUSAL)
+    return sees(rows, columns, row0 - column0, (segment_start - column0)[:, None], static, CAUSAL)
 
 
 @triton.jit
@@ -76,13 +76,13 @@ def _sum_exponentials(
     values, first key seen, bias. bar: what a tile must stay below to be dead.
     """
     maximum, total, farthest = state
-    query, key, _, document, bias = inputs
+    query, key, _, segment_start, bias = inputs
     for step in tl.range(0, stop - start):
         tile = stop - 1 - step
         column0 = tile * static.keys
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
         if CAUSAL or static.packed:
-            visible = _visible(column0, row0, document, static, CAUSAL)
+            visible = _visible(column0, row0, segment_start, static, CAUSAL)
             scores = tl.where(visible, scores, MASKED)
         highest = tl.max(scores, 1) + rest
         new_maximum = tl.maximum(maximum, highest)
@@ -115,7 +115,7 @@ def _add_values(
     state: sum of weighted values, and of the values of live entries. inputs: as above.
     """
     out, value_sum = state
-    query, key, value, document, bias = inputs
+    query, key, value, segment_start, bias = inputs
     for step in tl.range(0, stop - start):
         column0 = (start + step) * static.keys
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
@@ -123,7 +123,7 @@ def _add_values(
         # A NaN must come through.
         weights = tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if CAUSAL or static.packed:
-            visible = _visible(column0, row0, document, static, CAUSAL)
+            visible = _visible(column0, row0, segment_start, static, CAUSAL)
             weights = tl.where(visible, weights, 0.0)
         values = load_keys(value, column0, static, CAUSAL)
         rounded = weights.to(values.dtype)
@@ -147,12 +147,12 @@ def _softmax(
 ):
     """The only sweep where there is no offset, over key tiles stop-1, ..., start."""
     maximum, total, out = state
-    query, key, value, document, bias = inputs
+    query, key, value, segment_start, bias = inputs
     for step in tl.range(0, stop - start):
         column0 = (stop - 1 - step) * static.keys
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
         if CAUSAL or static.packed:
-            visible = _visible(column0, row0, document, static, CAUSAL)
+            visible = _visible(column0, row0, segment_start, static, CAUSAL)
             scores = tl.where(visible, scores, MASKED)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) + rest)
         shrink = tl.exp2(maximum - new_maximum)
@@ -174,7 +174,7 @@ def lazy_forward(
     slope_ptr,
     offset_ptr,
     offset_scale_ptr,
-    document_ptr,
+    segment_start_ptr,
     first_ptr,
     out_ptr,
     value_mean_ptr,
@@ -200,11 +200,11 @@ def lazy_forward(
     if static.has_slope:
         slope = tl.load(slope_ptr + head)
     bias = (table_ptr + head * static.pitch + static.lead, slope)
-    document = tl.full((static.queries,), 0, tl.int32)
+    segment_start = tl.full((static.queries,), 0, tl.int32)
     if static.packed:
-        document = load_row(document_ptr + at_batch, row0, 0, static)
+        segment_start = load_row(segment_start_ptr + at_batch, row0, 0, static)
     query = load_queries(query_ptr + at_query, row0, static)
-    inputs = (query, key_ptr + at_key, value_ptr + at_key, document, bias)
+    inputs = (query, key_ptr + at_key, value_ptr + at_key, segment_start, bias)
 
     # Key tiles first..stop: past the table up to far_stop, below the diagonal up to
     # diagonal, the rest across it.
@@ -255,7 +255,7 @@ def lazy_forward(
         )
         if static.training:
             # Not the sum, which float16 may be too small for.
-            visible = (rows - document + 1).to(tl.float32)
+            visible = (rows - segment_start + 1).to(tl.float32)
             value_mean = value_sum / visible[:, None]
             store_queries(value_mean_ptr + at_query, row0, value_mean, static)
             if static.keep_rounding:
@@ -313,7 +313,7 @@ def forward(
             inputs.key,
             inputs.value,
             *plan.parameters(inputs, table),
-            plan.document(inputs),
+            plan.segment_start(inputs),
             first,
         ),
         (

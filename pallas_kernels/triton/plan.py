@@ -180,6 +180,6 @@ class Plan(Problem):
         scale = inputs.offset_scale if self.has_offset else None
         return *self.bias(table), inputs.offset, scale
 
-    def document(self, inputs: Inputs) -> Array | None:
+    def segment_start(self, inputs: Inputs) -> Array | None:
         """Returns the first key that each query sees, unless that is the first of all."""
         return inputs.segment_start if self.packed else None

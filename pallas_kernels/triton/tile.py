@@ -191,22 +191,22 @@ def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, 
 
 
 @triton.jit
-def sees(query, key, apart, document, static: tl.constexpr, CAUSAL: tl.constexpr):
+def sees(query, key, apart, segment_start, static: tl.constexpr, CAUSAL: tl.constexpr):
     """Returns which keys each query of a tile sees.
 
     Args:
-      query: index in the tile, and `document`: first key it sees minus the tile's first
+      query: index in the tile, and `segment_start`: first key it sees minus the tile's first
         key; both along one axis of the result, of size 1 along the other.
       key: index in the tile along the other axis.
       apart: index of the tile's first query minus that of its first key.
-      document: see `query`.
+      segment_start: see `query`.
       static: of the kernel.
       CAUSAL: the tile may hold keys after a query.
     """
     if CAUSAL and static.packed:
-        visible = (query + apart >= key) & (key >= document)
+        visible = (query + apart >= key) & (key >= segment_start)
     elif CAUSAL:
         visible = query + apart >= key
     else:
-        visible = key >= document
+        visible = key >= segment_start
     return visible

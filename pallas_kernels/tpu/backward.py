@@ -40,7 +40,17 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "segment_start", "out", "d_out", "lse", "mean", "rounding", "pull")
+_OF_QUERIES = (
+    "query",
+    "scale",
+    "segment_start",
+    "out",
+    "d_out",
+    "lse",
+    "live_v_mean",
+    "rounding",
+    "pull",
+)
 
 Strips = Callable[[slice], Array]
 
@@ -169,7 +179,7 @@ def _launch(
         assert residuals.live is not None
         scalars |= {"live": plan.ranges(residuals.live), "tau": plan.tau(inputs.offset)}
         operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
-        operands.append(Operand("mean", residuals.live_v, tile, own))
+        operands.append(Operand("live_v_mean", residuals.live_v, tile, own))
         pulls = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
         outputs.append(
             Operand(
@@ -355,7 +365,7 @@ class QueryTile:
         delta = jnp.sum(d_out * out, axis=0, keepdims=True)
         if plan.has_offset:
             tau = refs.tau[self.head]
-            pull = jnp.sum(d_out * refs.mean[...].astype(jnp.float32), axis=0, keepdims=True)
+            pull = jnp.sum(d_out * refs.live_v_mean[...].astype(jnp.float32), axis=0, keepdims=True)
             self.hand_over(pull)
             delta = delta - tau * pull
             refs.threshold[...] = thresholds(plan, tau, refs.scale[...], self.query_tile)

@@ -51,7 +51,7 @@ from pallas_kernels.tpu.tile import (
 )
 
 # References that hold the queries of a step.
-_OF_QUERIES = ("query", "scale", "segment_start", "out", "lse_out", "mean", "rounding")
+_OF_QUERIES = ("query", "scale", "segment_start", "out", "lse_out", "live_v_mean", "rounding")
 
 Strips = Callable[[slice], Array]
 
@@ -79,7 +79,7 @@ def forward(
     Returns:
       the output; with `training` the residuals: `lse` the log2-sum-exp2 of each query [batch,
       heads, 1, padded], `live_v` the mean of the values of live entries over all visible ones
-      and `rounding` what out - offset * mean lost to rounding, both [batch, heads, padded_dim,
+      and `rounding` what out - offset * live_v lost to rounding, both [batch, heads, padded_dim,
       padded]; `live` the first live key tile of each query tile [batch, heads, query_tiles].
     """
     query, value = plan.to_kernel(inputs.query), plan.to_kernel(inputs.value)
@@ -127,7 +127,7 @@ def forward(
             outputs.append(Operand("rounding", same, (1, 1, dim, block), own))
         if plan.has_offset:
             live = jax.ShapeDtypeStruct((batch, heads, 1, plan.query_tiles), jnp.int32)
-            outputs.append(Operand("mean", same, (1, 1, dim, block), own))
+            outputs.append(Operand("live_v_mean", same, (1, 1, dim, block), own))
             outputs.append(
                 Operand(
                     "live",
@@ -149,7 +149,7 @@ def forward(
             "largest_0": pltpu.VMEM((SUBLANES, queries), float32),
             "largest_1": pltpu.VMEM((SUBLANES, queries), float32),
             "threshold": one_row,
-            "live_sum": pltpu.VMEM((dim, queries), float32),
+            "live_v_sum": pltpu.VMEM((dim, queries), float32),
             "highest": pltpu.VMEM((length // plan.keys * SUBLANES, queries), float32),
             "live_tile": pltpu.SMEM((1,), jnp.int32),
         }
@@ -174,7 +174,7 @@ def forward(
         out=out,
         rounding=found.get("rounding"),
         live=found["live"][:, :, 0] if "live" in found else None,
-        live_v=found.get("mean"),
+        live_v=found.get("live_v_mean"),
     )
 
 
@@ -396,7 +396,7 @@ class QueryTile:
         refs.threshold[...] = threshold
         refs.sum[...] = jnp.zeros_like(refs.sum)
         if self.training:
-            refs.live_sum[...] = jnp.zeros_like(refs.live_sum)
+            refs.live_v_sum[...] = jnp.zeros_like(refs.live_v_sum)
         refs.live_tile[0] = self.first
         if plan.skip_dead:
             logarithm = jnp.log2(jnp.where(threshold > 0, threshold, 1))
@@ -431,8 +431,8 @@ class QueryTile:
             return
         rounding = out - out.astype(dtype).astype(jnp.float32)
         if plan.has_offset:
-            mean = refs.live_sum[...] * refs.scale[...]
-            refs.mean[...] = mean.astype(dtype)
+            mean = refs.live_v_sum[...] * refs.scale[...]
+            refs.live_v_mean[...] = mean.astype(dtype)
             left = mean - mean.astype(dtype).astype(jnp.float32)
             rounding = rounding - refs.tau[self.head] * left
             refs.lse_out[...] = refs.lse[...]
@@ -536,7 +536,7 @@ class QueryTile:
         refs.sum[:, cut] += dot(value, self.buffers.whole(of, "weights", cut), LAST_FIRST)
         if self.training:
             alive = self.buffers.whole(of, "alive", cut)
-            refs.live_sum[:, cut] += dot(value, alive, LAST_FIRST)
+            refs.live_v_sum[:, cut] += dot(value, alive, LAST_FIRST)
 
     def add_softmax(
         self, tile: Any, base: Any, raw: Strips, sets: Sets, skipped: int | None = None

@@ -99,7 +99,7 @@ def lazy_backward_query(
     live_ptr,
     lse_ptr,
     out_ptr,
-    value_mean_ptr,
+    live_v_mean_ptr,
     rounding_ptr,
     d_out_ptr,
     d_query_ptr,
@@ -143,8 +143,8 @@ def lazy_backward_query(
     threshold = tl.full((static.queries,), 0, tl.float32)
     if static.has_offset:
         scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
-        value_mean = load_queries(value_mean_ptr + at_query, row0, static).to(tl.float32)
-        pull = tl.sum(d_out.to(tl.float32) * value_mean, 1)
+        live_v_mean = load_queries(live_v_mean_ptr + at_query, row0, static).to(tl.float32)
+        pull = tl.sum(d_out.to(tl.float32) * live_v_mean, 1)
         pull *= scale * (rows - segment_start + 1).to(tl.float32)
         tl.store(d_offset_ptr + at_tile, tl.sum(pull, 0))
         offset = tl.load(offset_ptr + head)

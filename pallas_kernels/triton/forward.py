@@ -114,7 +114,7 @@ def _add_values(
 
     state: sum of weighted values, and of the values of live entries. inputs: as above.
     """
-    out, value_sum = state
+    out, live_v_sum = state
     query, key, value, segment_start, bias = inputs
     for step in tl.range(0, stop - start):
         column0 = (start + step) * static.keys
@@ -130,8 +130,8 @@ def _add_values(
         out = tl.dot(rounded, values, out, input_precision=PRECISION)
         if static.training:
             live = ones_where_positive(weights, rounded, static)
-            value_sum = tl.dot(live, values, value_sum, input_precision=PRECISION)
-    return out, value_sum
+            live_v_sum = tl.dot(live, values, live_v_sum, input_precision=PRECISION)
+    return out, live_v_sum
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def lazy_forward(
     segment_start_ptr,
     first_ptr,
     out_ptr,
-    value_mean_ptr,
+    live_v_mean_ptr,
     rounding_ptr,
     lse_ptr,
     live_ptr,
@@ -250,16 +250,16 @@ def lazy_forward(
                 start, diagonal, sums, inputs, lse, threshold, row0, static, False, near
             )
         start = tl.maximum(diagonal, live)
-        out, value_sum = _add_values(
+        out, live_v_sum = _add_values(
             start, stop, sums, inputs, lse, threshold, row0, static, True, near
         )
         if static.training:
             # Not the sum, which float16 may be too small for.
             visible = (rows - segment_start + 1).to(tl.float32)
-            value_mean = value_sum / visible[:, None]
-            store_queries(value_mean_ptr + at_query, row0, value_mean, static)
+            live_v_mean = live_v_sum / visible[:, None]
+            store_queries(live_v_mean_ptr + at_query, row0, live_v_mean, static)
             if static.keep_rounding:
-                rounding = value_mean - value_mean.to(query.dtype).to(tl.float32)
+                rounding = live_v_mean - live_v_mean.to(query.dtype).to(tl.float32)
                 rounding = rounding * (offset * scale * visible)[:, None]
                 rounding = (out - out.to(query.dtype).to(tl.float32)) - rounding
                 store_queries(rounding_ptr + at_query, row0, rounding, static)

@@ -85,7 +85,9 @@ def backward(
         def dead_part(d_value: Array) -> tuple[Array, Array]:
             return -softmax * rows_delta, d_value
 
-        d_scores, d_value = jax.lax.cond(live[diagonal.offset], live_part, dead_part, d_value)
+        d_scores, d_value = jax.lax.cond(
+            live[diagonal.tile_distance], live_part, dead_part, d_value
+        )
         if d_bias is not None:
             d_bias = diagonal.add_to_bias(d_bias, d_scores.sum(axis=(0, 1)))
         d_scores = (d_scores * scale).astype(head.query.dtype)

@@ -144,7 +144,7 @@ def forward(
             bar = new_maximum + jnp.log(new_total) + log_threshold - _DEAD_SLACK
             # Below 0 every key counts, without mass too. And rows without any are NaN.
             alive = ~(row_maximum <= bar) | (threshold < 0) | (new_maximum == -jnp.inf)
-            live = live.at[diagonal.offset].set(jnp.any(alive))
+            live = live.at[diagonal.tile_distance].set(jnp.any(alive))
         maximum = diagonal.set_queries(maximum, new_maximum)
         total = diagonal.set_queries(total, new_total)
         return maximum, total, out, live
@@ -189,7 +189,7 @@ def forward(
 
     out, live_v = sweep(
         lambda diagonal, state: jax.lax.cond(
-            live[diagonal.offset], lambda s: add_values(diagonal, s), lambda s: s, state
+            live[diagonal.tile_distance], lambda s: add_values(diagonal, s), lambda s: s, state
         ),
         (out, live_v),
     )

@@ -59,17 +59,17 @@ def drop_lead(x: Shaped[Array, "lead+tiles ..."], tiles: int) -> Shaped[Array, "
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-    """The tiles of one head that lie `offset` tiles from the main diagonal.
+    """The tiles of one head that lie `tile_distance` tiles from the main diagonal.
 
     Attributes:
-      offset: query tile minus key tile; traced.
-      first_row: first query tile taken; static, at most `offset`.
+      tile_distance: query tile minus key tile; traced.
+      first_row: first query tile taken; static, at most `tile_distance`.
       tiles: number of query tiles in all.
       ahead: key tiles before the first query tile's own.
       size: queries and keys of a tile.
     """
 
-    offset: Int[Array, ""]
+    tile_distance: Int[Array, ""]
     first_row: int
     tiles: int
     ahead: int
@@ -108,7 +108,7 @@ class Diagonal:
 
     @property
     def _start(self) -> Int[Array, ""]:
-        return _lead(self.tiles + self.ahead) + self.ahead + self.first_row - self.offset
+        return _lead(self.tiles + self.ahead) + self.ahead + self.first_row - self.tile_distance
 
     def bias(self, values: Float[Array, " length"]) -> Float[Array, "size size"]:
         """Returns the Toeplitz tile, given b(x) of the distances 0 <= x < length."""
@@ -116,7 +116,9 @@ class Diagonal:
         # last tile some past the end: any value does there.
         length = (self.tiles + self.ahead) * self.size
         padded = jnp.pad(values, (self.size - 1, length - values.shape[0]))
-        near = jax.lax.dynamic_slice_in_dim(padded, self.offset * self.size, 2 * self.size - 1)
+        near = jax.lax.dynamic_slice_in_dim(
+            padded, self.tile_distance * self.size, 2 * self.size - 1
+        )
         return bias_lib.toeplitz(near, self.size, self.size)
 
     def add_to_bias(
@@ -126,7 +128,7 @@ class Diagonal:
 
         `total` starts with `size - 1` entries for the masked distances below 0.
         """
-        start = self.offset * self.size
+        start = self.tile_distance * self.size
         near = jax.lax.dynamic_slice_in_dim(total, start, 2 * self.size - 1)
         near = near + bias_lib.sum_diagonals(x)
         return jax.lax.dynamic_update_slice_in_dim(total, near, start, axis=0)
@@ -136,9 +138,9 @@ class Diagonal:
     ) -> Bool[Array, "rows batch size size"]:
         """Returns which keys each query sees: causal, from `segment_start` on."""
         within = jnp.arange(self.size)
-        key_tile = jnp.arange(self.first_row, self.tiles) + self.ahead - self.offset
+        key_tile = jnp.arange(self.first_row, self.tiles) + self.ahead - self.tile_distance
         key = key_tile[:, None] * self.size + within
-        causal = self.offset * self.size + within[:, None] - within >= 0
+        causal = self.tile_distance * self.size + within[:, None] - within >= 0
         # No key before the first tile is at or after a document's start.
         in_document = key[:, None, None, :] >= self.queries(segment_start)[..., None]
         return causal & in_document
@@ -157,8 +159,8 @@ def over_diagonals(
     for start, stop in itertools.pairwise(bounds):
         first_row = max(0, start - ahead)
 
-        def step(offset, state, first_row=first_row):
-            return body(Diagonal(offset, first_row, tiles, ahead, size), state)
+        def step(tile_distance, state, first_row=first_row):
+            return body(Diagonal(tile_distance, first_row, tiles, ahead, size), state)
 
         state = jax.lax.fori_loop(start, jnp.minimum(stop, span + 1), step, state)
     return state

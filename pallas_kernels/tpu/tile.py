@@ -65,9 +65,9 @@ def views(refs: Any, names: Sequence[str], at: pl.Slice) -> Any:
     return types.SimpleNamespace(**seen)
 
 
-def bias_start(plan: Plan, distance: Any) -> Any:
+def bias_start(plan: Plan, tile_distance: Any) -> Any:
     """Returns the first lane of `Plan.bias` that a tile at this distance reads."""
-    return pl.multiple_of((distance + plan.ratio - 1) * plan.keys, LANES)
+    return pl.multiple_of((tile_distance + plan.ratio - 1) * plan.keys, LANES)
 
 
 class Bias:
@@ -120,19 +120,19 @@ class Bias:
             before = pl.multiple_of(part * width - LANES, LANES)
             turn(refs.bias[0, :, pl.ds(before, width + LANES)], at_tile(part, width))
 
-    def tile(self, distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
+    def tile(self, tile_distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
         """Returns the bias of some keys of a tile, `skipped` queries cut off."""
         plan, refs = self.plan, self.refs
         if not plan.turned:
-            window = refs.bias[0, :, pl.ds(bias_start(plan, distance), plan.bias_window)]
+            window = refs.bias[0, :, pl.ds(bias_start(plan, tile_distance), plan.bias_window)]
             return _turned_tile(plan, window, keys, skipped)
         row = keys.start % HALF
         rows = slice(row, row + keys.stop - keys.start)
-        return self._turned(half_of(keys))[rows, self._lanes(distance, keys, skipped)]
+        return self._turned(half_of(keys))[rows, self._lanes(tile_distance, keys, skipped)]
 
-    def _lanes(self, distance: Any, keys: slice, skipped: int) -> pl.Slice:
+    def _lanes(self, tile_distance: Any, keys: slice, skipped: int) -> pl.Slice:
         plan = self.plan
-        start = bias_start(plan, distance) + plan.keys - keys.start // LANES * LANES + skipped
+        start = bias_start(plan, tile_distance) + plan.keys - keys.start // LANES * LANES + skipped
         return pl.ds(pl.multiple_of(start, LANES), plan.queries - skipped)
 
     def fence(self, keys: slice, x: Float[Array, "8 128"]) -> None:
@@ -152,16 +152,16 @@ class Bias:
             ref[HALF : 2 * HALF, :] = jnp.zeros_like(ref[HALF : 2 * HALF, :])
 
     def add(
-        self, distance: Any, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
+        self, tile_distance: Any, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
     ) -> None:
         """Adds some keys of a tile to the gradient: the adjoint of `tile`."""
         plan, refs = self.plan, self.refs
         if not plan.turned:
-            at = pl.ds(bias_start(plan, distance), plan.bias_window)
+            at = pl.ds(bias_start(plan, tile_distance), plan.bias_window)
             refs.d_bias[0, 0, 0, :, at] += _sum_diagonals(plan, keys, d_scores, skipped)
             return
         rows = pl.ds(unknown_zero(self.zero) + HALF + keys.start % HALF, keys.stop - keys.start)
-        self._turned(half_of(keys))[rows, self._lanes(distance, keys, skipped)] += d_scores
+        self._turned(half_of(keys))[rows, self._lanes(tile_distance, keys, skipped)] += d_scores
 
     def finish(self) -> None:
         """Hands over the gradient at a head's last step."""

@@ -38,7 +38,15 @@ _TILES_A_PROGRAM = 8
 
 @triton.jit
 def _add_scores_gradient(
-    start, stop, total, bias, inputs, of_rows, distance, static: tl.constexpr, LIVE: tl.constexpr
+    start,
+    stop,
+    total,
+    bias,
+    inputs,
+    of_rows,
+    tile_distance,
+    static: tl.constexpr,
+    LIVE: tl.constexpr,
 ):
     """Adds dS of the tiles at query tiles start, ..., stop-1.
 
@@ -50,7 +58,7 @@ def _add_scores_gradient(
     columns = tl.arange(0, static.keys)[None, :]
     for step in tl.range(0, stop - start):
         row0 = (start + step) * static.queries
-        column0 = row0 - distance
+        column0 = row0 - tile_distance
         queries = load_queries(query, row0, static)
         keys = load_keys(key, column0, static, True)
         # Rows past the end have no softmax weight.
@@ -102,15 +110,15 @@ def lazy_backward_bias(
     head = tl.program_id(0) % static.heads
     part = tl.program_id(1)
     # The nearest distance is the last key tile's that a query tile sees.
-    distance = (step - (ratio - 1)) * static.keys
+    tile_distance = (step - (ratio - 1)) * static.keys
     chunk_start = part % static.chunks * chunk
     chunk_stop = chunk_start + chunk
 
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     table = table_ptr + head * static.pitch + static.lead
-    bias = gather((table + distance + rows)[:, None] - columns[None, :])
-    bias = tl.where(rows[:, None] + distance >= columns[None, :], bias, MASKED)
+    bias = gather((table + tile_distance + rows)[:, None] - columns[None, :])
+    bias = tl.where(rows[:, None] + tile_distance >= columns[None, :], bias, MASKED)
     tiles = tl.arange(0, tiles_pad)
     total = tl.full((static.queries, static.keys), 0, tl.float32)
     for member in tl.range(0, static.batches):
@@ -128,7 +136,7 @@ def lazy_backward_bias(
 
         # Query tiles from the first to the last that visits a tile at this distance, and
         # from the first on for which it may be live.
-        column_start = tiles * static.queries - distance
+        column_start = tiles * static.queries - tile_distance
         column_stop = column_start + static.keys
         known = tiles < static.query_tiles
         exists = known & (column_start >= 0) & (column_start < static.length)
@@ -144,10 +152,10 @@ def lazy_backward_bias(
             alive = visited & (live * static.forward_keys < column_stop)
             live_start = tl.min(tl.where(alive, tiles, stop), 0)
             total = _add_scores_gradient(
-                start, live_start, total, bias, inputs, of_rows, distance, static, False
+                start, live_start, total, bias, inputs, of_rows, tile_distance, static, False
             )
         total = _add_scores_gradient(
-            live_start, stop, total, bias, inputs, of_rows, distance, static, True
+            live_start, stop, total, bias, inputs, of_rows, tile_distance, static, True
         )
     at = ((part * static.heads + head) * static.distances + step).to(tl.int64)
     at = d_bias_ptr + at * (static.queries * static.keys)
@@ -215,7 +223,7 @@ def backward_dbias(
 def _by_distance(
     sums: Float[Array, "groups heads distances queries keys"], block: Block
 ) -> Float[Array, "groups heads near"]:
-    """Sums the diagonals of tiles that lie `block.keys` apart."""
+    """Sums the diagonals of tiles that lie `block.keys` tile_distance."""
     groups, heads, distances, _, keys = sums.shape
     ratio = block.queries // keys
     diagonals = bias_lib.sum_diagonals(sums)

@@ -52,19 +52,21 @@ def _add_key_gradients(
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
         row0 = (start + step) * static.queries
-        apart = row0 - column0
+        tile_distance = row0 - column0
         queries = load_queries(query, row0, static)
         # Rows past the end have no softmax weight.
         lse = load_row(lses, row0, UNREACHABLE, static)
         delta = load_row(deltas, row0, 0.0, static)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * static.score_scale
-        scores, rest = biased(scores, bias, apart, static, True, BIAS)
+        scores, rest = biased(scores, bias, tile_distance, static, True, BIAS)
         softmax = tl.exp2(scores - (lse - rest)[None, :])
         if CAUSAL or static.packed:
             first = tl.full((static.queries,), 0, tl.int32)
             if static.packed:
                 first = load_row(segment_starts, row0, 0, static) - column0
-            visible = sees(rows[None, :], columns[:, None], apart, first[None, :], static, CAUSAL)
+            visible = sees(
+                rows[None, :], columns[:, None], tile_distance, first[None, :], static, CAUSAL
+            )
             softmax = tl.where(visible, softmax, 0.0)
         if LIVE:
             d_outs = load_queries(d_out, row0, static)

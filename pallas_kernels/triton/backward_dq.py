@@ -59,14 +59,14 @@ def _add_query_gradient(
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
         column0 = (start + step) * static.keys
-        apart = row0 - column0
+        tile_distance = row0 - column0
         keys = load_keys(key, column0, static, CAUSAL)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * static.score_scale
-        scores, rest = biased(scores, bias, apart, static, False, BIAS)
+        scores, rest = biased(scores, bias, tile_distance, static, False, BIAS)
         softmax = tl.exp2(scores - (lse - rest)[:, None])
         if CAUSAL or static.packed:
             first = (segment_start - column0)[:, None]
-            visible = sees(rows[:, None], columns[None, :], apart, first, static, CAUSAL)
+            visible = sees(rows[:, None], columns[None, :], tile_distance, first, static, CAUSAL)
             softmax = tl.where(visible, softmax, 0.0)
         if LIVE:
             values = load_keys(value, column0, static, CAUSAL)
@@ -81,7 +81,9 @@ def _add_query_gradient(
             total = tl.sum(d_scores, 1)
             moment = tl.sum(d_scores * columns.to(tl.float32)[None, :], 1)
             far_sum += total
-            far_moment += (apart + rows - (static.width - 1)).to(tl.float32) * total - moment
+            far_moment += (tile_distance + rows - (static.width - 1)).to(
+                tl.float32
+            ) * total - moment
     return d_query, far_sum, far_moment
 
 

@@ -150,13 +150,15 @@ def gather(at):
 
 
 @triton.jit
-def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr):
+def biased(
+    scores, bias, tile_distance, static: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr
+):
     """Adds the bias of a tile, but for a part that is the same along a query's row.
 
     Args:
       scores: q . k of the tile, in units of log2, [queries, keys] or [keys, queries].
       bias: where b(0) of the head stands, and the slope of the tail.
-      apart: index of the tile's first query minus that of its first key.
+      tile_distance: index of the tile's first query minus that of its first key.
       static: of the kernel.
       TRANSPOSED: the scores are [keys, queries].
       BIAS: NONE, TABLE or TAIL.
@@ -173,7 +175,7 @@ def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, 
         # and that all addresses are constants away from few registers. It matters which
         # axis comes first and how wide the integers are: count LDG in the machine code
         # (18 a thread for 64 x 64 entries in four warps) after any change.
-        near = table + apart
+        near = table + tile_distance
         if TRANSPOSED:
             scores += gather((near + queries.to(tl.int64))[None, :] - keys.to(tl.int64)[:, None])
         else:
@@ -181,7 +183,9 @@ def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, 
     if BIAS == TAIL:
         last: tl.constexpr = static.width - 1
         end = tl.load(table + last)
-        rest = (end - slope * (apart - last).to(tl.float32)) - slope * queries.to(tl.float32)
+        rest = (end - slope * (tile_distance - last).to(tl.float32)) - slope * queries.to(
+            tl.float32
+        )
         by_key = slope * keys.to(tl.float32)
         if TRANSPOSED:
             scores += by_key[:, None]
@@ -191,22 +195,22 @@ def biased(scores, bias, apart, static: tl.constexpr, TRANSPOSED: tl.constexpr, 
 
 
 @triton.jit
-def sees(query, key, apart, segment_start, static: tl.constexpr, CAUSAL: tl.constexpr):
+def sees(query, key, tile_distance, segment_start, static: tl.constexpr, CAUSAL: tl.constexpr):
     """Returns which keys each query of a tile sees.
 
     Args:
       query: index in the tile, and `segment_start`: first key it sees minus the tile's first
         key; both along one axis of the result, of size 1 along the other.
       key: index in the tile along the other axis.
-      apart: index of the tile's first query minus that of its first key.
+      tile_distance: index of the tile's first query minus that of its first key.
       segment_start: see `query`.
       static: of the kernel.
       CAUSAL: the tile may hold keys after a query.
     """
     if CAUSAL and static.packed:
-        visible = (query + apart >= key) & (key >= segment_start)
+        visible = (query + tile_distance >= key) & (key >= segment_start)
     elif CAUSAL:
-        visible = query + apart >= key
+        visible = query + tile_distance >= key
     else:
         visible = key >= segment_start
     return visible

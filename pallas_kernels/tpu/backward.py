@@ -288,7 +288,7 @@ class QueryTile:
         """Does one query tile."""
         plan, refs = self.plan, self.refs
         if plan.backward_chunks == 1:
-            self.facts()
+            self.row_stats()
             self.tiles()
             refs.d_query[...] = (refs.sum[...] * plan.scale).astype(refs.d_query.dtype)
             return
@@ -301,7 +301,7 @@ class QueryTile:
         @pl.when(visited)
         def _():
             at = at_tile(self.query_tile, plan.queries)
-            self.facts()
+            self.row_stats()
             stored = refs.d_query.at[self.batch, self.head, :, at]
             pltpu.sync_copy(stored, refs.before)
             self.tiles()
@@ -355,7 +355,7 @@ class QueryTile:
             last = self.walk(first, live, pending, live=False)
             self.multiply(last, ALONE.pending, live=False)
 
-    def facts(self) -> None:
+    def row_stats(self) -> None:
         """Before the tiles: delta, and the query's part in the gradient of the offset."""
         plan, refs = self.plan, self.refs
         d_out = refs.d_out[...].astype(jnp.float32)

@@ -43,18 +43,18 @@ def _add_scores_gradient(
     total,
     bias,
     inputs,
-    of_rows,
+    row_stats,
     tile_distance,
     static: tl.constexpr,
     LIVE: tl.constexpr,
 ):
     """Adds dS of the tiles at query tiles start, ..., stop-1.
 
-    bias: of these tiles, with causality. inputs: queries, d_out, keys, values. of_rows:
+    bias: of these tiles, with causality. inputs: queries, d_out, keys, values. row_stats:
     where log-sum-exp, delta, threshold and first key seen stand.
     """
     query, d_out, key, value = inputs
-    lses, deltas, thresholds, segment_starts = of_rows
+    lses, deltas, thresholds, segment_starts = row_stats
     columns = tl.arange(0, static.keys)[None, :]
     for step in tl.range(0, stop - start):
         row0 = (start + step) * static.queries
@@ -132,7 +132,7 @@ def lazy_backward_bias(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
+        row_stats = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
 
         # Query tiles from the first to the last that visits a tile at this distance, and
         # from the first on for which it may be live.
@@ -152,10 +152,10 @@ def lazy_backward_bias(
             alive = visited & (live * static.forward_keys < column_stop)
             live_start = tl.min(tl.where(alive, tiles, stop), 0)
             total = _add_scores_gradient(
-                start, live_start, total, bias, inputs, of_rows, tile_distance, static, False
+                start, live_start, total, bias, inputs, row_stats, tile_distance, static, False
             )
         total = _add_scores_gradient(
-            live_start, stop, total, bias, inputs, of_rows, tile_distance, static, True
+            live_start, stop, total, bias, inputs, row_stats, tile_distance, static, True
         )
     at = ((part * static.heads + head) * static.distances + step).to(tl.int64)
     at = d_bias_ptr + at * (static.queries * static.keys)

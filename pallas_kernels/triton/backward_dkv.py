@@ -32,7 +32,7 @@ def _add_key_gradients(
     state,
     tiles,
     inputs,
-    of_rows,
+    row_stats,
     column0,
     static: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -42,12 +42,12 @@ def _add_key_gradients(
     """Adds the part of query tiles start, ..., stop-1; tiles are [keys, queries] here.
 
     state: d_key and d_value. tiles: of keys and values. inputs: queries, d_out, bias.
-    of_rows: where log-sum-exp, delta, threshold and first key seen stand.
+    row_stats: where log-sum-exp, delta, threshold and first key seen stand.
     """
     d_key, d_value = state
     keys, values = tiles
     query, d_out, bias = inputs
-    lses, deltas, thresholds_, segment_starts = of_rows
+    lses, deltas, thresholds_, segment_starts = row_stats
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -149,7 +149,7 @@ def lazy_backward_key(
         threshold = threshold_ptr
         if static.has_offset:
             threshold += at_row
-        of_rows = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
+        row_stats = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
 
         tiles_pad: tl.constexpr = static.forward_tiles_padded
         at_forward = query_row * static.forward_tiles
@@ -163,7 +163,7 @@ def lazy_backward_key(
 
         tiles = (keys, values)
         state = _add_key_gradients(
-            start, diagonal, state, tiles, inputs, of_rows, column0, static, True, near, True
+            start, diagonal, state, tiles, inputs, row_stats, column0, static, True, near, True
         )
         if static.has_bias:
             near_stop = tl.minimum(far_start, live)
@@ -173,7 +173,7 @@ def lazy_backward_key(
                 state,
                 tiles,
                 inputs,
-                of_rows,
+                row_stats,
                 column0,
                 static,
                 False,
@@ -182,7 +182,7 @@ def lazy_backward_key(
             )
         if static.has_far:
             state = _add_key_gradients(
-                far_start, live, state, tiles, inputs, of_rows, column0, static, False, far, True
+                far_start, live, state, tiles, inputs, row_stats, column0, static, False, far, True
             )
         if static.has_offset:
             if static.has_bias:
@@ -193,7 +193,7 @@ def lazy_backward_key(
                     state,
                     tiles,
                     inputs,
-                    of_rows,
+                    row_stats,
                     column0,
                     static,
                     False,
@@ -208,7 +208,7 @@ def lazy_backward_key(
                     state,
                     tiles,
                     inputs,
-                    of_rows,
+                    row_stats,
                     column0,
                     static,
                     False,

@@ -40,7 +40,7 @@ def _add_query_gradient(
     stop,
     state,
     inputs,
-    of_rows,
+    row_stats,
     row0,
     static: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -50,11 +50,11 @@ def _add_query_gradient(
     """Adds the part of key tiles start, ..., stop-1.
 
     state: d_query, and the sums of dS past the table. inputs: tiles of query and d_out,
-    keys, values, bias. of_rows: log-sum-exp, delta, threshold, first key seen.
+    keys, values, bias. row_stats: log-sum-exp, delta, threshold, first key seen.
     """
-    d_query, far_sum, far_moment = state
+    d_query, past_sum, past_moment = state
     query, d_out, key, value, bias = inputs
-    lse, delta, threshold, segment_start = of_rows
+    lse, delta, threshold, segment_start = row_stats
     rows = tl.arange(0, static.queries)
     columns = tl.arange(0, static.keys)
     for step in tl.range(0, stop - start):
@@ -80,11 +80,11 @@ def _add_query_gradient(
         if BIAS == TAIL:
             total = tl.sum(d_scores, 1)
             moment = tl.sum(d_scores * columns.to(tl.float32)[None, :], 1)
-            far_sum += total
-            far_moment += (tile_distance + rows - (static.width - 1)).to(
+            past_sum += total
+            past_moment += (tile_distance + rows - (static.width - 1)).to(
                 tl.float32
             ) * total - moment
-    return d_query, far_sum, far_moment
+    return d_query, past_sum, past_moment
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def lazy_backward_query(
     delta_ptr,
     threshold_ptr,
     d_offset_ptr,
-    far_ptr,
+    past_ptr,
     static: tl.constexpr,
 ):
     """One tile of queries of one head; grid (batch * heads, query tiles), longest first.
@@ -163,7 +163,7 @@ def lazy_backward_query(
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
     # Rows past the end have no softmax weight.
     lse = load_row(lse_ptr + at_row, row0, UNREACHABLE, static)
-    of_rows = (lse, delta, threshold, segment_start)
+    row_stats = (lse, delta, threshold, segment_start)
 
     at_forward = row * static.forward_tiles + row0 // static.forward_queries
     first = tl.load(first_ptr + at_forward) * static.forward_keys // static.keys
@@ -184,28 +184,28 @@ def lazy_backward_query(
         if static.has_far:
             dead_stop = tl.minimum(far_stop, live)
             state = _add_query_gradient(
-                first, dead_stop, state, inputs, of_rows, row0, static, False, far, False
+                first, dead_stop, state, inputs, row_stats, row0, static, False, far, False
             )
         if static.has_bias:
             state = _add_query_gradient(
-                far_stop, live, state, inputs, of_rows, row0, static, False, near, False
+                far_stop, live, state, inputs, row_stats, row0, static, False, near, False
             )
     if static.has_far:
         state = _add_query_gradient(
-            live, far_stop, state, inputs, of_rows, row0, static, False, far, True
+            live, far_stop, state, inputs, row_stats, row0, static, False, far, True
         )
     if static.has_bias:
         start = tl.maximum(far_stop, live)
         state = _add_query_gradient(
-            start, diagonal, state, inputs, of_rows, row0, static, False, near, True
+            start, diagonal, state, inputs, row_stats, row0, static, False, near, True
         )
-    d_query, far_sum, far_moment = _add_query_gradient(
-        diagonal, stop, state, inputs, of_rows, row0, static, True, near, True
+    d_query, past_sum, past_moment = _add_query_gradient(
+        diagonal, stop, state, inputs, row_stats, row0, static, True, near, True
     )
     store_queries(d_query_ptr + at_query, row0, d_query * static.scale, static)
     if static.has_slope:
-        tl.store(far_ptr + at_tile * 2, tl.sum(far_sum, 0))
-        tl.store(far_ptr + at_tile * 2 + 1, tl.sum(far_moment, 0))
+        tl.store(past_ptr + at_tile * 2, tl.sum(past_sum, 0))
+        tl.store(past_ptr + at_tile * 2 + 1, tl.sum(past_moment, 0))
 
 
 class RowStats(NamedTuple):

@@ -67,7 +67,7 @@ def backward(
     """Launches the backward pass; returns the gradients.
 
     Args:
-      plan: of the call.
+      plan: what is static.
       inputs: its arrays.
       table: as for `forward.forward`.
       ranges: as there.

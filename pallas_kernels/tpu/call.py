@@ -59,7 +59,7 @@ def launch(
       parallel: how many leading axes cores may share out among themselves.
       scalars: arrays that are in scalar memory before the first step.
       inputs: see `Operand`.
-      outputs: likewise.
+      outputs: see `Operand`.
       scratch: memory that stays from step to step.
       aliases: inputs that an output overwrites.
       interpret: parameters of interpret mode; None: compile.

@@ -70,7 +70,7 @@ def forward(
     """Launches the forward pass.
 
     Args:
-      plan: of the call.
+      plan: what is static.
       inputs: its arrays.
       table: b(x) of every distance.
       ranges: first key tile that each query tile visits.

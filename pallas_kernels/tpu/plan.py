@@ -106,7 +106,7 @@ class Plan(Problem):
     def to_kernel_rows(
         self, x: Shaped[Array, "batch length heads head_dim"]
     ) -> Shaped[Array, "batch heads padded_length padded_dim"]:
-        """Likewise for keys and values that products with queries take from the left.
+        """Brings keys and values into the form that products with queries take from the left.
 
         The other way up, each of their tiles would be turned for every tile of queries.
         """

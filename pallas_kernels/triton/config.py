@@ -13,7 +13,7 @@ class Block:
 
     Attributes:
       queries: queries of a tile, a power of two, at least 16.
-      keys: keys of a tile, likewise.
+      keys: keys of a tile, the same.
       warps: warps of a program.
       stages: depth of the pipeline that fetches tiles ahead.
     """

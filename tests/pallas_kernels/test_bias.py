@@ -37,3 +37,30 @@ def test_expand_follows_the_table_then_the_tail(length, slope):
     found = bias.expand(jnp.asarray(table), slopes, length)
     true = [[naive_bias(table[h], slopes, h, x) for x in range(length)] for h in range(3)]
     np.testing.assert_allclose(found, true, atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [True, False])
+@pytest.mark.parametrize("reached", [4, 6, 20])
+def test_adjoint_of_expand(reached, slope):
+    rng = np.random.default_rng(3)
+    table, d_values = (rng.standard_normal((2, 3, n)).astype(np.float32) for n in (6, reached))
+    slopes = rng.standard_normal((2, 3)).astype(np.float32) if slope else None
+    d_table, d_slope = bias.adjoint(jnp.asarray(d_values), 6, has_slope=slope)
+    for group in range(2):
+        own = slopes[group] if slope else None
+        values = bias.expand(jnp.asarray(table[group]), own, reached)
+        backwards = np.sum(d_table[group] * table[group])
+        if slope:
+            backwards += np.sum(d_slope[group] * slopes[group])
+        # <d, A p> = <A^T d, p>, A being linear.
+        np.testing.assert_allclose(np.sum(d_values[group] * values), backwards, rtol=1e-4)
+
+
+def test_adjoint_takes_what_lies_past_the_distances():
+    d_values = np.random.default_rng(4).standard_normal((1, 2, 20)).astype(np.float32)
+    whole = bias.adjoint(jnp.asarray(d_values), 6, has_slope=True)
+    tail, beyond = d_values[:, :, 9:], np.arange(9, 20) - 5
+    past = np.stack([tail.sum(-1), (tail * beyond).sum(-1)], axis=-1)
+    parts = bias.adjoint(jnp.asarray(d_values[:, :, :9]), 6, has_slope=True, past=past)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

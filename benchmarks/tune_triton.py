@@ -36,15 +36,6 @@ from pallas_kernels.triton.plan import Plan
 Row = tuple[int, int, int, int]
 KERNELS = [field.name for field in dataclasses.fields(config.Blocks)]
 
-_HEADER = '''"""Block sizes by GPU, bytes of an input number and head size; see `config.py`.
-
-Each row: queries and keys of a tile, warps, pipeline stages. Written by
-benchmarks/tune_triton.py.
-"""
-
-BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
-'''
-
 
 def candidates(kernel: str, itemsize: int, head_dim: int) -> list[Row]:
     """Returns what is worth trying, the likely best first."""
@@ -268,13 +259,13 @@ def choose_measured(
 
 def write(rows: dict[tuple[str, int, int], dict[str, Row]], path: pathlib.Path) -> None:
     """Writes the table."""
-    lines = [_HEADER]
+    lines = ["GPU   bytes head  " + "".join(f"{kernel:16}" for kernel in KERNELS).rstrip()]
     for key in sorted(rows):
-        lines.append(f'    ("{key[0]}", {key[1]}, {key[2]}): {{\n')
-        lines += [f'        "{kernel}": {rows[key][kernel]},\n' for kernel in KERNELS]
-        lines.append("    },\n")
-    lines.append("}\n")
-    path.write_text("".join(lines))
+        cells = ("{:3} {:3} {:2} {:2}".format(*rows[key][kernel]) for kernel in KERNELS)
+        line = "{} {:5} {:4}  ".format(*key) + "".join(f"{cell:16}" for cell in cells)
+        lines.append(line.rstrip())
+    source = pathlib.Path(table.__file__).read_text()
+    path.write_text(source.replace(table.TABLE, "\n" + "\n".join(lines) + "\n"))
 
 
 _STATIC = flags.DEFINE_boolean("static", False, "Choose without a GPU.")

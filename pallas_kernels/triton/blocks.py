@@ -1,176 +1,49 @@
 """Block sizes by GPU, bytes of an input number and head size; see `config.py`.
 
-Each row: queries and keys of a tile, warps, pipeline stages. Written by
+Of each kernel: queries and keys of a tile, warps, pipeline stages. Written by
 benchmarks/tune_triton.py.
 """
 
-BLOCKS: dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]] = {
-    ("sm_80", 2, 32): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (64, 64, 4, 2),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_80", 2, 64): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (32, 64, 4, 3),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_80", 2, 128): {
-        "inference": (128, 64, 8, 3),
-        "forward": (64, 32, 4, 3),
-        "backward_query": (64, 32, 4, 3),
-        "backward_key": (32, 64, 4, 2),
-        "backward_bias": (64, 32, 4, 3),
-    },
-    ("sm_80", 2, 256): {
-        "inference": (64, 64, 8, 2),
-        "forward": (64, 32, 8, 2),
-        "backward_query": (64, 32, 8, 2),
-        "backward_key": (64, 32, 8, 2),
-        "backward_bias": (64, 32, 8, 2),
-    },
-    ("sm_80", 4, 32): {
-        "inference": (16, 16, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_80", 4, 64): {
-        "inference": (32, 32, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_80", 4, 128): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
-    },
-    ("sm_80", 4, 256): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 4, 1),
-    },
-    ("sm_89", 2, 32): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (64, 64, 4, 2),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_89", 2, 64): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (32, 64, 4, 3),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_89", 2, 128): {
-        "inference": (128, 64, 8, 3),
-        "forward": (64, 32, 4, 3),
-        "backward_query": (64, 32, 4, 3),
-        "backward_key": (64, 64, 8, 2),
-        "backward_bias": (64, 32, 4, 3),
-    },
-    ("sm_89", 2, 256): {
-        "inference": (64, 32, 8, 2),
-        "forward": (64, 32, 8, 2),
-        "backward_query": (32, 32, 8, 2),
-        "backward_key": (32, 32, 8, 2),
-        "backward_bias": (32, 32, 8, 2),
-    },
-    ("sm_89", 4, 32): {
-        "inference": (16, 16, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_89", 4, 64): {
-        "inference": (32, 32, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_89", 4, 128): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
-    },
-    ("sm_89", 4, 256): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 4, 1),
-    },
-    ("sm_90", 2, 32): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (64, 64, 4, 2),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_90", 2, 64): {
-        "inference": (64, 64, 4, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 3),
-        "backward_key": (64, 64, 4, 3),
-        "backward_bias": (64, 64, 4, 2),
-    },
-    ("sm_90", 2, 128): {
-        "inference": (128, 32, 8, 3),
-        "forward": (64, 64, 4, 3),
-        "backward_query": (64, 64, 4, 2),
-        "backward_key": (32, 64, 4, 3),
-        "backward_bias": (64, 64, 4, 3),
-    },
-    ("sm_90", 2, 256): {
-        "inference": (64, 64, 8, 2),
-        "forward": (64, 32, 8, 2),
-        "backward_query": (64, 32, 8, 2),
-        "backward_key": (64, 32, 8, 2),
-        "backward_bias": (64, 32, 8, 2),
-    },
-    ("sm_90", 4, 32): {
-        "inference": (16, 16, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_90", 4, 64): {
-        "inference": (32, 32, 8, 1),
-        "forward": (32, 32, 8, 1),
-        "backward_query": (32, 32, 8, 1),
-        "backward_key": (32, 32, 8, 1),
-        "backward_bias": (32, 32, 8, 1),
-    },
-    ("sm_90", 4, 128): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 8, 1),
-    },
-    ("sm_90", 4, 256): {
-        "inference": (16, 16, 8, 1),
-        "forward": (16, 16, 8, 1),
-        "backward_query": (16, 16, 8, 1),
-        "backward_key": (16, 16, 8, 1),
-        "backward_bias": (16, 16, 4, 1),
-    },
-}
+TABLE = """
+GPU   bytes head  inference       forward         backward_query  backward_key    backward_bias
+sm_80     2   32   64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  2    64  64  4  3
+sm_80     2   64   64  64  4  3    64  64  4  3    64  64  4  3    32  64  4  3    64  64  4  3
+sm_80     2  128  128  64  8  3    64  32  4  3    64  32  4  3    32  64  4  2    64  32  4  3
+sm_80     2  256   64  64  8  2    64  32  8  2    64  32  8  2    64  32  8  2    64  32  8  2
+sm_80     4   32   16  16  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_80     4   64   32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_80     4  128   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1
+sm_80     4  256   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  4  1
+sm_89     2   32   64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  2    64  64  4  3
+sm_89     2   64   64  64  4  3    64  64  4  3    64  64  4  3    32  64  4  3    64  64  4  3
+sm_89     2  128  128  64  8  3    64  32  4  3    64  32  4  3    64  64  8  2    64  32  4  3
+sm_89     2  256   64  32  8  2    64  32  8  2    32  32  8  2    32  32  8  2    32  32  8  2
+sm_89     4   32   16  16  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_89     4   64   32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_89     4  128   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1
+sm_89     4  256   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  4  1
+sm_90     2   32   64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  2    64  64  4  3
+sm_90     2   64   64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  2
+sm_90     2  128  128  32  8  3    64  64  4  3    64  64  4  2    32  64  4  3    64  64  4  3
+sm_90     2  256   64  64  8  2    64  32  8  2    64  32  8  2    64  32  8  2    64  32  8  2
+sm_90     4   32   16  16  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_90     4   64   32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1    32  32  8  1
+sm_90     4  128   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1
+sm_90     4  256   16  16  8  1    16  16  8  1    16  16  8  1    16  16  8  1    16  16  4  1
+"""
+
+
+def _parsed(table: str) -> dict[tuple[str, int, int], dict[str, tuple[int, int, int, int]]]:
+    head, *lines = (line.split() for line in table.strip().splitlines())
+    found = {}
+    for kind, itemsize, head_dim, *cells in lines:
+        sizes = [int(cell) for cell in cells]
+        of_kernels = zip(head[3:], *(sizes[n::4] for n in range(4)), strict=True)
+        found[kind, int(itemsize), int(head_dim)] = {
+            kernel: (queries, keys, warps, stages)
+            for kernel, queries, keys, warps, stages in of_kernels
+        }
+    return found
+
+
+BLOCKS = _parsed(TABLE)

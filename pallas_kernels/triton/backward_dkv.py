@@ -168,18 +168,9 @@ def lazy_backward_key(
         if static.has_bias:
             near_stop = tl.minimum(far_start, live)
             state = _add_key_gradients(
-                diagonal,
-                near_stop,
-                state,
-                tiles,
-                inputs,
-                row_stats,
-                column0,
-                static,
-                False,
-                near,
-                True,
-            )
+                diagonal, near_stop, state, tiles, inputs, row_stats, column0, static,
+                False, near, True,
+            )  # fmt: skip
         if static.has_far:
             state = _add_key_gradients(
                 far_start, live, state, tiles, inputs, row_stats, column0, static, False, far, True
@@ -188,33 +179,15 @@ def lazy_backward_key(
             if static.has_bias:
                 near_stop = tl.minimum(far_start, stop)
                 state = _add_key_gradients(
-                    live,
-                    near_stop,
-                    state,
-                    tiles,
-                    inputs,
-                    row_stats,
-                    column0,
-                    static,
-                    False,
-                    near,
-                    False,
-                )
+                    live, near_stop, state, tiles, inputs, row_stats, column0, static,
+                    False, near, False,
+                )  # fmt: skip
             if static.has_far:
                 dead_start = tl.maximum(far_start, live)
                 state = _add_key_gradients(
-                    dead_start,
-                    stop,
-                    state,
-                    tiles,
-                    inputs,
-                    row_stats,
-                    column0,
-                    static,
-                    False,
-                    far,
-                    False,
-                )
+                    dead_start, stop, state, tiles, inputs, row_stats, column0, static,
+                    False, far, False,
+                )  # fmt: skip
     d_key, d_value = state
     d_key *= static.scale
     store_tile(d_key_ptr + at_key, column0, d_key, static.keys, static.key_stride, static)

@@ -21,6 +21,7 @@ in the same run. One line of JSON a case is added to the file; --contexts, --bat
 --seconds choose how much is done, and what doesn't fit in memory or time is left out and said.
 """
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -48,9 +49,14 @@ from pallas_kernels.decode.types import Inputs, Settings
 CASES = ("softmax-full", "lazy-full", "lazy-spans", "cudnn", "torch", "today")
 
 _CONTEXTS = flags.DEFINE_list("contexts", ["4096", "16384", "32768"], "Keys of a row.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "8", "16", "64"], "Rows.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Rows.")
 _CASES = flags.DEFINE_list("cases", list(CASES[:5]), "Of " + ", ".join(CASES))
-_TOKENS = flags.DEFINE_boolean("tokens", True, "Also time whole tokens of ours.")
+_TOKENS = flags.DEFINE_list(
+    "tokens",
+    ["4096x8", "32768x16"],
+    "Context x batch that is timed besides, whole tokens too; each takes half a minute.",
+)
+_JOBS = flags.DEFINE_integer("jobs", 8, "Programs compiled at once.")
 _HEADS = flags.DEFINE_integer("heads", 16, "Query heads.")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 16, "Key/value heads.")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Numbers of a head.")
@@ -66,7 +72,7 @@ _OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that l
 SKIP_MASS = 1e-6
 BUCKETS = (256, 1024, 4096, 16384)
 # Bytes that the layers timed hold together at least: far more than the chip's cache.
-_ENOUGH = 2**29
+_ENOUGH = 2**28
 
 
 @dataclasses.dataclass
@@ -215,22 +221,19 @@ def attend(case: str, parts: list[Group], context: int, given: dict[str, Any]) -
     )
 
 
-def bytes_read(case: str, parts: list[Group], given: dict[str, Any]) -> float:
-    """Returns the bytes of keys and values that one layer must read."""
-    if not case.startswith("lazy"):
-        return float(sum(x.nbytes for pair in given["caches"] for x in pair))
-    total = 0.0
+def read_pages(case: str, parts: list[Group], given: dict[str, Any]) -> Float[Array, ""]:
+    """Returns how many pages of keys, and pages of values, a layer must read."""
+    total = jnp.zeros((), jnp.float32)
     for mine in calls(case, parts, given["query"], given["caches"], given["lengths"]):
         arrays = {"key": mine["key_cache"], "value": mine["value_cache"]}
         rows = {name: mine[name] for name in ("query", "lengths", "key_norms")} | arrays
         shared = {name: mine[name] for name in learned(case)}
-        total += float(_read_pages(rows, shared)) * 2 * PAGE * _HEAD_DIM.value
+        total += _read_pages(rows, shared)
     return total
 
 
-@jax.jit
 def _read_pages(rows: dict[str, Array], shared: dict[str, Array]) -> Float[Array, ""]:
-    """Returns how many pages of keys must be read, and pages of values."""
+    """The same for one group of heads."""
 
     def of_row(row: dict[str, Array]) -> Array:
         cached = {name: row[name][None, None] for name in ("key", "value", "key_norms")}
@@ -290,16 +293,109 @@ def torch_run(layers: list[dict[str, Any]]) -> Callable[[], Any]:
 
 def copy_rate() -> float:
     """Returns bytes read and written a second by a copy."""
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
-    x = jnp.zeros(min(2**31, memory // 8) // 4, jnp.int32)
+    size = 2**26 if jax.default_backend() == "cpu" else min(2**31, _memory() // 8)
+    x = jnp.zeros(size // 4, jnp.int32)
     copy = jax.jit(lambda x: x + 1).lower(x).compile()
     return 2 * x.nbytes / (1e-3 * timing.milliseconds(lambda: copy(x), calls=20))
 
 
-def new_line(case: str, context: int, batch: int) -> Line:
-    """Returns a line that says what is to be timed."""
+@dataclasses.dataclass
+class Job:
+    """A line that is to be filled in, and what is compiled for it.
+
+    Attributes:
+      line, case: what is timed.
+      parts: its groups of heads.
+      make: returns a layer's queries and caches.
+      read: returns the pages of keys and of values of each group that a layer must read.
+      token: attention of several layers.
+    """
+
+    line: Line
+    case: str
+    parts: list[Group]
+    make: Any = None
+    read: Any = None
+    token: Any = None
+
+    @property
+    def ours(self) -> bool:
+        """Returns whether it is this package's attention."""
+        return self.line.implementation == "lazyattn"
+
+    @property
+    def row_bytes(self) -> int:
+        """Returns the bytes that the key/value heads of a layer hold of one position."""
+        return 2 * 2 * self.line.batch * _HEAD_DIM.value
+
+    @property
+    def held(self) -> int:
+        """Returns the bytes of keys and values of one layer."""
+        return sum(len(part.heads) * part.slots for part in self.parts) * self.row_bytes
+
+    @property
+    def whole(self) -> int:
+        """Returns what they would be if every key were held."""
+        return _KV_HEADS.value * self.line.context * self.row_bytes
+
+    def compile(self) -> None:
+        """Compiles all three; notes what goes wrong in the line."""
+        if self.line.error:
+            return
+        try:
+            self._compile()
+        except Exception as error:
+            self.line.error = f"{type(error).__name__}: {str(error)[:300]}"
+
+    def _compile(self) -> None:
+        line, case, parts = self.line, self.case, self.parts
+        seed = jnp.int32(0)
+        self.make = layer.lower(seed, tuple(parts), line.batch).compile()
+        query, caches = jax.eval_shape(lambda seed: layer(seed, tuple(parts), line.batch), seed)
+        lengths = jax.ShapeDtypeStruct((line.batch,), jnp.int32)
+        given = {"query": query, "caches": caches, "lengths": lengths}
+        if self.ours and line.attention == "lazy":
+            pages_of = functools.partial(read_pages, case, parts)
+            self.read = jax.jit(pages_of).lower(given).compile()
+        if case == "torch":
+            return
+
+        def token(layers: list[dict[str, Any]]) -> list[Array]:
+            if self.ours:
+                return [attend(case, parts, line.context, given) for given in layers]
+            return [peer(case, given) for given in layers]
+
+        self.token = jax.jit(token).lower([given] * line.layers_timed).compile()
+
+    def measure(self, rate: float) -> None:
+        """Times the attention."""
+        line = self.line
+        layers = []
+        for n in range(line.layers_timed):
+            query, caches = self.make(jnp.int32(n))
+            lengths = jnp.full(line.batch, line.context, jnp.int32)
+            layers.append({"query": query, "caches": caches, "lengths": lengths})
+        read = float(self.held)
+        if self.read is not None:
+            read = float(self.read(layers[0])) * 2 * PAGE * _HEAD_DIM.value
+        run = functools.partial(self.token, layers)
+        if self.case == "torch":
+            run = torch_run(layers)
+        ms = timing.milliseconds(run, calls=_CALLS.value, rounds=_ROUNDS.value)
+        line.ms_attention = ms * _LAYERS.value / line.layers_timed
+        line.bytes_attention = int(read * _LAYERS.value)
+        line.limit_attention_ms = 1e3 * line.bytes_attention / rate
+        line.read_share = read / self.whole
+        if _PROFILE.value and self.ours:
+            print(f"{self.case}, context {line.context}, batch {line.batch}: ms of a layer")
+            for name, each in list(timing.kernels(run).items())[:5]:
+                print(f"  {each / line.layers_timed:8.4f}  {name}", flush=True)
+
+
+def new_job(case: str, context: int, batch: int) -> Job:
+    """Returns a job whose line says what is to be timed, or why it can't be."""
     attention = "lazy" if case.startswith("lazy") or case == "today" else "softmax"
-    return Line(
+    line = Line(
         "lazyattn" if case.split("-")[0] in ("softmax", "lazy") else case,
         attention,
         "spans" if case.endswith("spans") else "full",
@@ -307,49 +403,17 @@ def new_line(case: str, context: int, batch: int) -> Line:
         context,
         batch,
     )
+    job = Job(line, case, groups(case, context))
+    line.cache_bytes_share = job.held / job.whole
+    line.layers_timed = min(_LAYERS.value, max(2, -(-_ENOUGH // job.held)))
+    limit = _memory()
+    if line.layers_timed * job.held > 0.8 * limit:
+        line.error = f"{line.layers_timed} layers take {line.layers_timed * job.held / 1e9:.0f} GB"
+    return job
 
 
-def measure(line: Line, case: str, rate: float) -> None:
-    """Times one case's attention."""
-    ours, context, batch = line.implementation == "lazyattn", line.context, line.batch
-    parts = groups(case, context)
-    number = 2 * 2 * batch * _HEAD_DIM.value
-    held = sum(len(part.heads) * part.slots for part in parts) * number
-    whole = _KV_HEADS.value * context * number
-    line.cache_bytes_share = held / whole
-    line.layers_timed = min(_LAYERS.value, max(2, -(-_ENOUGH // held)))
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
-    if line.layers_timed * held > 0.8 * limit:
-        line.error = f"{line.layers_timed} layers take {line.layers_timed * held / 1e9:.0f} GB"
-        return
-    layers = []
-    for n in range(line.layers_timed):
-        query, caches = layer(jnp.int32(n), tuple(parts), batch)
-        lengths = jnp.full(batch, context, jnp.int32)
-        layers.append({"query": query, "caches": caches, "lengths": lengths})
-    read = bytes_read(case if ours else "softmax", parts, layers[0])
-
-    @jax.jit
-    def token(layers: list[dict[str, Any]]) -> list[Array]:
-        if ours:
-            return [attend(case, parts, context, given) for given in layers]
-        return [peer(case, given) for given in layers]
-
-    if case == "torch":
-        run = torch_run(layers)
-    else:
-        compiled = token.lower(layers).compile()
-        run = functools.partial(compiled, layers)
-    ms = timing.milliseconds(run, calls=_CALLS.value, rounds=_ROUNDS.value)
-    scale = _LAYERS.value / line.layers_timed
-    line.ms_attention = ms * scale
-    line.bytes_attention = int(read * _LAYERS.value)
-    line.limit_attention_ms = 1e3 * line.bytes_attention / rate
-    line.read_share = read / whole
-    if _PROFILE.value and ours:
-        print(f"{case}, context {context}, batch {batch}: ms of {line.layers_timed} layers")
-        for name, each in list(timing.kernels(run).items())[:8]:
-            print(f"  {each:8.4f}  {name}")
+def _memory() -> int:
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
 
 
 @functools.cache
@@ -390,8 +454,7 @@ def time_token(line: Line, rate: float) -> None:
         plan = spans.plan_cache(params, config, line.context)
     else:
         plan = cache_lib.full_plan(config, line.context)
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
-    if plan.row_bytes * line.batch > 0.85 * limit:
+    if plan.row_bytes * line.batch > 0.85 * _memory():
         line.error = f"the cache takes {plan.row_bytes * line.batch / 1e9:.0f} GB"
         return
     cache = cache_lib.init_cache(plan, line.batch)
@@ -446,24 +509,52 @@ def main(argv: list[str]) -> None:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
-    for context in map(int, _CONTEXTS.value):
-        for batch in map(int, _BATCHES.value):
-            for case in _CASES.value:
-                name = f"{case}, context {context}, batch {batch}"
-                if time.monotonic() - began > _SECONDS.value:
-                    print(f"{name}: left out after {_SECONDS.value:.0f} s")
-                    continue
-                line = new_line(case, context, batch)
-                try:
-                    measure(line, case, rate)
-                    if _TOKENS.value and line.implementation == "lazyattn" and not line.error:
-                        time_token(line, rate)
-                except Exception as error:
-                    line.error = f"{type(error).__name__}: {str(error)[:300]}"
-                found = dataclasses.asdict(dataclasses.replace(line, **about))
-                with output.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(f"{name}: {_short(line)}", flush=True)
+    pairs = [f"{context}x{batch}" for context in _CONTEXTS.value for batch in _BATCHES.value]
+    jobs = [
+        new_job(case, *map(int, pair.split("x")))
+        for pair in dict.fromkeys(pairs + _TOKENS.value)
+        for case in _CASES.value
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+        list(pool.map(Job.compile, jobs))
+    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
+
+    def in_time(job: Job) -> bool:
+        late = time.monotonic() - began > _SECONDS.value
+        if late:
+            print(f"{_name(job)}: left out after {_SECONDS.value:.0f} s", flush=True)
+        return not late
+
+    def attempt(job: Job, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            job.line.error = f"{type(error).__name__}: {str(error)[:300]}"
+
+    def write(job: Job) -> None:
+        found = dataclasses.asdict(dataclasses.replace(job.line, **about))
+        with output.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+    later = []
+    for job in jobs:
+        if not job.line.error and in_time(job):
+            attempt(job, functools.partial(job.measure, rate))
+        print(f"{_name(job)}: {_short(job.line)}", flush=True)
+        job.make = job.read = job.token = None
+        if job.ours and f"{job.line.context}x{job.line.batch}" in _TOKENS.value:
+            later.append(job)
+        else:
+            write(job)
+    for job in later:
+        if job.line.bytes_attention is not None and in_time(job):
+            attempt(job, functools.partial(time_token, job.line, rate))
+            print(f"{_name(job)}: {_short(job.line)}", flush=True)
+        write(job)
+
+
+def _name(job: Job) -> str:
+    return f"{job.case}, context {job.line.context}, batch {job.line.batch}"
 
 
 def _short(line: Line) -> str:

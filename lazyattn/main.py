@@ -1,8 +1,9 @@
-"""The command `lazyattn`: trains, evaluates, looks inside, samples, exports, compiles.
+"""The command `lazyattn`: trains, tries out, evaluates, looks inside, samples, exports.
 
 In the repository, `python train.py` is the same.
 
     lazyattn --config=quickstart --workdir=RUN --config.training.steps=50
+    lazyattn --mode=check --config=quickstart --workdir=RUN
     lazyattn --mode=eval --workdir=runs/quickstart --contexts=256,512,1024
     lazyattn --mode=inspect --workdir=runs/quickstart --against=runs/softmax
     lazyattn --mode=sample --workdir=runs/quickstart --prompt="The "
@@ -14,8 +15,8 @@ export read the settings from the checkpoint, so they need no --config; --step=N
 chooses another than the newest. --help lists all flags.
 
 Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, a task could not
-be measured or what --mode=compile looked at does not fit, 2 when something given is wrong, 130
-when stopped by Ctrl-C.
+be measured or what --mode=check or compile looked at will not do, 2 when something given is
+wrong, 130 when stopped by Ctrl-C.
 """
 
 import dataclasses
@@ -39,11 +40,11 @@ config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, or the name of one that comes with the package, such as quickstart; FILE:KIND or"
-    " NAME:KIND for a kind of attention. Train and compile need one.",
+    " NAME:KIND for a kind of attention. Train, check and compile need one.",
 )
 paths.define("workdir", None, "Folder of the run: checkpoints, logs, settings.")
 _MODE = flags.DEFINE_string(
-    "mode", "train", "What to do: train, eval, inspect, sample, export or compile."
+    "mode", "train", "What to do: train, check, eval, inspect, sample, export or compile."
 )
 flags.DEFINE_string(
     "step",
@@ -54,13 +55,14 @@ flags.DEFINE_string(
 _INIT_FROM = paths.define(
     "init_from",
     None,
-    "train: start from the weights of a run (RUN, RUN/checkpoints/STEP) or of an export; sets"
-    " config.training.init_from.",
+    "train, check: start from the weights of a run (RUN, RUN/checkpoints/STEP) or of an export;"
+    " sets config.training.init_from.",
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config",
     False,
-    "train, compile: print the settings that --config and its overrides make, and do nothing.",
+    "train, check, compile: print the settings that --config and its overrides make, and do"
+    " nothing.",
 )
 _PROFILE = flags.DEFINE_string(
     "profile",
@@ -70,7 +72,7 @@ _PROFILE = flags.DEFINE_string(
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
-    "train, eval: folder for prepared data; default: LAZYATTN_CACHE or the user's cache.",
+    "train, check, eval: folder for prepared data; default: LAZYATTN_CACHE or the user's cache.",
 )
 distributed.define()
 evaluation_options.define()
@@ -111,6 +113,20 @@ def _train() -> int:
     try:
         return train(experiment, path, cache_dir, traced)
     except (NonFiniteError, SaveError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _check() -> int:
+    """Takes one step of a run and keeps nothing: does all that a run needs work here?"""
+    experiment, path = _experiment(), command_line.workdir()
+    cache_dir = _cache_dir()
+    from lazyattn.training.check import check
+    from lazyattn.training.checkpoint import SaveError
+
+    try:
+        return check(experiment, path, cache_dir)
+    except SaveError as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -162,6 +178,7 @@ def _compile() -> int:
 
 _MODES: dict[str, Callable[[], int | None]] = {
     "train": _train,
+    "check": _check,
     "eval": _eval,
     "inspect": _inspect,
     "sample": _sample,

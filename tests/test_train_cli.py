@@ -262,6 +262,7 @@ def test_mistakes_are_one_sentence(story):
             ["--mode=sample", "--workdir=w", "--step=last"],
             "--step is 'last', but it must be the step of a checkpoint, or best",
         ),
+        (["--mode=check", "--workdir=w"], "--config is not given, but --mode=check needs a conf"),
         (["--mode=export"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=export", "--workdir=w", "--dtype=int4"], "--dtype is 'int4', but it must be flo"),
     ],

@@ -28,8 +28,13 @@ _times = itertools.count(1)
 
 
 @contextlib.contextmanager
-def claimed(path: str | os.PathLike[str]) -> Iterator[Path]:
+def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path]:
     """Makes a run's folder if need be and has it to itself; all processes of a run enter.
+
+    Args:
+      path: the folder.
+      keep: what is written stays once a step is taken; False: a folder where none was is
+        removed in any case, with what this training wrote.
 
     Yields:
       The folder.
@@ -59,15 +64,16 @@ def claimed(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise InputError(problem)
         if jax.process_index() > 0:
             open_workdir(path)
+        stays = False
         try:
             yield workdir
-        except BaseException:
-            if jax.process_index() == 0 and not _begun(workdir):
+            stays = keep
+        finally:
+            if not stays and jax.process_index() == 0 and not _begun(workdir):
                 _clear(workdir, before)
                 for folder in made:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
-            raise
 
 
 def _begun(workdir: Path) -> bool:

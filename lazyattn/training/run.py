@@ -47,6 +47,7 @@ def train(
     path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
     profile: tuple[int, int] | None = None,
+    summary: bool = True,
 ) -> int:
     """Trains, going on from the newest checkpoint if the folder has one.
 
@@ -55,6 +56,7 @@ def train(
       path: the run's folder (`--workdir`).
       cache_dir: where prepared data is kept; None: the user's cache.
       profile: first and last step of a trace; None: none.
+      summary: print the closing summary, with a sample.
 
     Returns:
       The program's exit status: 0 when training is complete or SIGTERM ended it,
@@ -207,6 +209,8 @@ def train(
                 " the same command to go on"
             )
             return stop.exit_status
+        if not summary:
+            return 0
         record = record or validate(state.params)
         if jax.process_index() > 0:
             return 0

@@ -249,7 +249,7 @@ def test_mistakes_are_one_sentence(story):
     ("arguments", "message"),
     [
         ([], "--config is not given, but --mode=train needs a config file."),
-        (["--mode=tune"], "--mode is 'tune', but it must be one of train, eval, inspect, "),
+        (["--mode=tune"], "--mode is 'tune', but it must be one of train, check, eval, "),
         (["--mode=eval"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=sample"], "--workdir is not given, but it must be the folder of the run."),
         (["--mode=eval", "--workdir=/nowhere"], "--workdir is '/nowhere', but it must be the fol"),

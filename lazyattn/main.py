@@ -69,6 +69,12 @@ _PROFILE = flags.DEFINE_string(
     None,
     "train: steps to trace, such as 100:105, into WORKDIR/profile for TensorBoard and xprof.",
 )
+_WANDB = flags.DEFINE_bool(
+    "wandb",
+    False,
+    "train: send curves to Weights & Biases, too (pip install wandb); its variables, such as"
+    " WANDB_MODE=offline, hold.",
+)
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
@@ -111,7 +117,7 @@ def _train() -> int:
 
     traced = profile.parse(_PROFILE.value, experiment.training.steps)
     try:
-        return train(experiment, path, cache_dir, traced)
+        return train(experiment, path, cache_dir, traced, wandb=_WANDB.value)
     except (NonFiniteError, SaveError) as error:
         print(error, file=sys.stderr)
         return 1

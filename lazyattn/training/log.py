@@ -2,15 +2,22 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from lazyattn.training.goodput import Goodput
 from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard, duration
 from lazyattn.training.workdir import METRICS, TENSORBOARD
+
+
+class Curves(Protocol):
+    """Where values go that become curves."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds a value to each of these curves."""
 
 
 class RunLog:
@@ -28,6 +35,7 @@ class RunLog:
         log_every: int,
         flops_per_token: float,
         began: float | None = None,
+        curves: Sequence[Curves] = (),
     ):
         """Opens the files, cutting back what an earlier run wrote past `step`.
 
@@ -38,6 +46,7 @@ class RunLog:
           log_every: steps between lines on the terminal and points in TensorBoard.
           flops_per_token: of a training step, for utilisation.
           began: `time.perf_counter` when the program began, for goodput; None: now.
+          curves: where curves go besides TensorBoard.
         """
         self.enabled = jax.process_index() == 0
         self._log_every = log_every
@@ -59,6 +68,7 @@ class RunLog:
         )
         self._lines = JsonLines(workdir / METRICS, step)
         self._tensorboard = TensorBoard(workdir / TENSORBOARD, step)
+        self._curves: list[Curves] = [self._tensorboard, *curves]
         self._tokens = self._lines.tokens
 
     def __enter__(self) -> "RunLog":
@@ -141,7 +151,8 @@ class RunLog:
                 self._progress.line(f"step {step}/{self._steps}  {group}: {parts}")
                 scalars |= {f"{group}/{name}": value for name, value in values.items()}
         self._lines.write(record)
-        self._tensorboard.write(step, scalars)
+        for each in self._curves:
+            each.write(step, scalars)
 
 
 def _shown(value: float | int) -> str:

@@ -40,6 +40,7 @@ from lazyattn.training.read_ahead import read_together
 from lazyattn.training.state import Params
 from lazyattn.training.step import make_train_step
 from lazyattn.training.summary import print_summary
+from lazyattn.training.weights_and_biases import WeightsAndBiases
 
 
 def train(
@@ -48,6 +49,7 @@ def train(
     cache_dir: str | os.PathLike[str] | None = None,
     profile: tuple[int, int] | None = None,
     summary: bool = True,
+    wandb: bool = False,
 ) -> int:
     """Trains, going on from the newest checkpoint if the folder has one.
 
@@ -57,6 +59,7 @@ def train(
       cache_dir: where prepared data is kept; None: the user's cache.
       profile: first and last step of a trace; None: none.
       summary: print the closing summary, with a sample.
+      wandb: send curves to Weights & Biases, too.
 
     Returns:
       The program's exit status: 0 when training is complete or SIGTERM ended it,
@@ -107,6 +110,10 @@ def train(
         if restored is None and training.init_from is not None:
             weights = read_weights(experiment, mesh, factory.shardings.params)
 
+        # Early: no account is noticed before data is prepared.
+        weights_and_biases = stack.enter_context(
+            WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
+        )
         _say(_where_the_data_is(experiment))
         prepared = prepare(experiment.data, cache_dir)
         share = sharding.batch_share(mesh)
@@ -177,6 +184,7 @@ def train(
                     log_every=training.log_every,
                     flops_per_token=flops_per_token(experiment.model, length).training,
                     began=began,
+                    curves=(weights_and_biases,),
                 )
             )
             run = Run(

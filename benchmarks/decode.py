@@ -43,6 +43,12 @@ from benchmarks import timing
 from lazyattn import decode_attention, lazy_attention, paths
 from lazyattn.decode_attention import PAGE
 from lazyattn.errors import require
+from lazyattn.generation import cache as cache_lib
+from lazyattn.generation import serving, spans
+from lazyattn.generation.cache import SPARE
+from lazyattn.generation.prepared import prepare
+from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.parameters import init_params
 from pallas_kernels.decode import pages, xla
 from pallas_kernels.decode.types import Inputs, Settings
 
@@ -70,7 +76,6 @@ _PROFILE = flags.DEFINE_boolean("profile", False, "Also print the time of each k
 _OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that lines are added to.")
 
 SKIP_MASS = 1e-6
-BUCKETS = (256, 1024, 4096, 16384)
 # Bytes that the layers timed hold together at least: far more than the chip's cache.
 _ENOUGH = 2**28
 
@@ -148,12 +153,13 @@ def groups(case: str, context: int) -> list[Group]:
         return [Group(every, context)]
     bound = math.sqrt(_HEAD_DIM.value) * (1 + 2.0**-8) ** 4
     slopes = np.asarray(learned(case)["distance_slope"]).reshape(_KV_HEADS.value, -1).min(axis=1)
+    needed = [
+        spans.span(-slope * np.arange(context), bound, SKIP_MASS / 2) + SPARE for slope in slopes
+    ]
+    lengths = (*spans.best_lengths(needed, context), context)
     found: dict[int, list[int]] = {}
-    for head, slope in enumerate(slopes):
-        # The sum over x >= S of exp(2 U - slope x), which is geometric.
-        total = math.exp(2 * bound) / -math.expm1(-slope)
-        needed = math.ceil(math.log(total / (SKIP_MASS / 2)) / slope)
-        slots = min((n for n in BUCKETS if needed + 7 <= n < context), default=context)
+    for head, keys in enumerate(needed):
+        slots = min(length for length in lengths if length >= min(keys, context))
         found.setdefault(slots, []).append(head)
     return [Group(tuple(heads), slots) for slots, heads in found.items()]
 
@@ -419,10 +425,6 @@ def _memory() -> int:
 @functools.cache
 def model(variant: str) -> Any:
     """Returns parameters, configuration and the model for decoding, at initialization."""
-    from lazyattn.generation.prepared import prepare
-    from lazyattn.model.config import AttentionConfig, ModelConfig
-    from lazyattn.model.parameters import init_params
-
     attention = AttentionConfig(
         variant=variant,
         num_heads=_HEADS.value,
@@ -443,15 +445,12 @@ def model(variant: str) -> Any:
 
 def time_token(line: Line, rate: float) -> None:
     """Times a whole token, where there is memory for the cache."""
-    from lazyattn.generation import cache as cache_lib
-    from lazyattn.generation import serving, spans
-
     params, config, ready, weights = model(line.attention)
     assert line.bytes_attention is not None
     line.bytes = weights + line.bytes_attention
     line.limit_ms = 1e3 * line.bytes / rate
     if line.cache == "spans":
-        plan = spans.plan_cache(params, config, line.context)
+        plan = spans.plan_cache(params, config, line.context, buckets=None)
     else:
         plan = cache_lib.full_plan(config, line.context)
     if plan.row_bytes * line.batch > 0.85 * _memory():

@@ -10,7 +10,7 @@ of its softmax mass. The span is the least S for which that is at most `skip_mas
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from lazyattn.model.config import ModelConfig
 from lazyattn.model.distance_bias import bias_arguments
 from lazyattn.model.heads import head_windows
 from lazyattn.quantity import quantity
+from pallas_kernels.decode.types import MAX_CACHES, PAGE
 
 # 1 + the relative error of a number after it was normalized, rotated and rounded each time.
 _ROUNDED = {"float32": (1 + 2.0**-23) ** 4, "bfloat16": (1 + 2.0**-8) ** 4}
@@ -172,7 +173,7 @@ def plan_cache(
     cache_length: int,
     *,
     dtype: CacheDtype = "compute",
-    buckets: tuple[int, ...] = BUCKETS,
+    buckets: tuple[int, ...] | None = BUCKETS,
 ) -> CachePlan:
     """Returns the plan of a cache in which each head keeps the keys that it can need.
 
@@ -184,13 +185,14 @@ def plan_cache(
       config: the model.
       cache_length: tokens each row has room for.
       dtype: what keys and values are held in.
-      buckets: lengths of rings, shortest first.
+      buckets: lengths of rings, shortest first; None: those with which least is held.
 
     Raises:
       InputError: for a length below 1, heads that the mesh can't share out, or buckets that
         are too short, or not in order.
     """
-    check_buckets(buckets)
+    if buckets is not None:
+        check_buckets(buckets)
     full = cache_lib.full_plan(config, cache_length, dtype=dtype)
     spans = head_spans(
         params,
@@ -205,6 +207,8 @@ def plan_cache(
         axis=(1, 3)
     )
     windows = cache_lib.kv_windows(config, full.shards)
+    if buckets is None:
+        buckets = best_lengths((by_kv_head + SPARE).ravel().tolist(), cache_length)
 
     def groups(layer: Int[np.ndarray, " kv_heads"]) -> tuple[HeadGroup, ...]:
         found: dict[tuple[int, int | None], list[int]] = {}
@@ -221,6 +225,40 @@ def plan_cache(
         full.shards,
         full.skip_mass / 2,
     )
+
+
+def best_lengths(
+    needed: Sequence[int], cache_length: int, number: int = MAX_CACHES
+) -> tuple[int, ...]:
+    """Returns at most `number` lengths of whole pages with which the fewest keys are held.
+
+    One of them may be that of the cache, which is not returned.
+
+    Args:
+      needed: keys that each head must hold.
+      cache_length: the longest length.
+      number: of lengths; a step has one launch of its kernels for so many.
+    """
+    pages_needed = [min(-(-n // PAGE) * PAGE, cache_length) for n in needed]
+    lengths = sorted(set(pages_needed))
+    heads = [pages_needed.count(length) for length in lengths]
+    # held[k][n]: the fewest keys of the heads of the n shortest lengths, in k lengths.
+    before = [0.0] + [math.inf] * len(lengths)
+    choices: list[list[int]] = []
+    for _ in range(number):
+        held, choice = [0.0], [0]
+        for n in range(1, len(lengths) + 1):
+            options = [before[m] + sum(heads[m:n]) * lengths[n - 1] for m in range(n)]
+            choice.append(int(np.argmin(options)))
+            held.append(options[choice[-1]])
+        before = held
+        choices.append(choice)
+    found, n = [], len(lengths)
+    for choice in reversed(choices):
+        if n:
+            found.append(lengths[n - 1])
+            n = choice[n]
+    return tuple(length for length in reversed(found) if length < cache_length)
 
 
 def plan_by(

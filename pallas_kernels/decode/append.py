@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.types import PAGE
+from pallas_kernels.decode.types import MAX_CACHES, PAGE
 from pallas_kernels.triton import support
 
 # Keys, values and key norms of a group of heads, as in `types.Inputs`, without layers.
 Held = tuple[Array, Array, Array]
-
-# Caches of one call, as many as the kernel has arguments for.
-MAX_CACHES = 5
 
 
 def append(

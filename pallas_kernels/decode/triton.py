@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.decode import pages as rule
 from pallas_kernels.decode import types
-from pallas_kernels.decode.types import Call, Inputs, Settings
+from pallas_kernels.decode.types import MAX_CACHES, Call, Inputs, Settings
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
@@ -49,8 +49,6 @@ MAX_ROWS = 32
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 3
-# Caches of one call, as many as the kernels have arguments for.
-MAX_CACHES = 5
 # Splits that `decode_combine` reads at a time.
 COMBINED = 32
 

@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int
 # Slots of a page.
 PAGE = 128
 
+# Caches of one call, as many as the kernels have arguments for.
+MAX_CACHES = 5
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Spans: what they leave out, on keys that make the most of it."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +158,16 @@ def test_bad_buckets(buckets):
     config = make_config(attention=QK_NORM)
     with pytest.raises(InputError, match=r"bucket lengths .* are \[.*\], but they must be above 7"):
         spans.plan_cache(make_params(config), config, 300, buckets=buckets)
+
+
+def test_best_lengths_hold_the_fewest_keys():
+    def held(needed, lengths):
+        return sum(min(n for n in (*lengths, 1024) if n >= min(keys, 1024)) for keys in needed)
+
+    needed = [10, 100, 129, 130, 300, 500, 700, 900, 5000]
+    choices = itertools.chain(*(itertools.combinations(range(128, 1024, 128), n) for n in range(3)))
+    least = min(held(needed, lengths) for lengths in choices)
+    found = spans.best_lengths(needed, 1024, number=3)
+    assert len(found) == 2 and held(needed, found) == least
+    assert spans.best_lengths([1, 2], 1024) == (128,)
+    assert spans.best_lengths([2000], 1024) == ()

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
 
+from benchmarks import hopper_target
 from lazyattn import lazy_attention, paths
 from pallas_kernels import gpu
 from pallas_kernels.mosaic_gpu import backend
@@ -39,33 +39,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16"], "Inputs
 _SASS = flags.DEFINE_boolean("sass", False, "Also print the machine code.")
 _CUDA_ROOT = paths.define("cuda_root", None, "Folder whose bin has nvdisasm.")
 
-# What XLA wants to know of an H100 SXM.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
 
 def main(argv: list[str]) -> None:
     """Compiles forward and backward pass."""
@@ -74,10 +47,7 @@ def main(argv: list[str]) -> None:
         os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
     if _CUDA_ROOT.value:
         os.environ["MOSAIC_GPU_CUDA_ROOT"] = _CUDA_ROOT.value
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=_H100
-    )
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
+    mesh = jax.sharding.Mesh(np.array([hopper_target.device()]), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     heads, length = 2 * _GROUP.value, _LENGTH.value
 

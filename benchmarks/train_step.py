@@ -135,8 +135,8 @@ def _state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Sta
     )
 
 
-def _prepare(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> _Run:
-    """Compiles the step, makes the state and takes one step."""
+def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the trainer's step with a kind of attention, compiled: state, batch -> both."""
     experiment = with_attention(experiment, **KINDS[kind])
     training = experiment.training
     factory = _state_factory(experiment, mesh)
@@ -148,16 +148,30 @@ def _prepare(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -
         shardings=factory.shardings,
         microbatches=training.microbatches,
     )
-    batch = random_batch(experiment, mesh, np.random.default_rng(0))
-    start = time.perf_counter()
+    shape = experiment.data.batch_size, experiment.data.sequence_length
+    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
+    one = jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
+    batch: Any = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), one)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
-        compiled = step.lower(factory.abstract, batch).compile()
+        return step.lower(factory.abstract, batch).compile()
+
+
+def initial_state(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns the state that such a step begins with."""
+    return _state_factory(with_attention(experiment, **KINDS[kind]), mesh).create()
+
+
+def _prepare(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> _Run:
+    """Compiles the step, makes the state and takes one step."""
+    start = time.perf_counter()
+    compiled = compiled_step(kind, experiment, mesh)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None
+    state = initial_state(kind, experiment, mesh)
     result = Result(
         kind,
-        parameters=parameter_counts(factory.abstract.params)["total"],
+        parameters=parameter_counts(state.params)["total"],
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -165,7 +179,8 @@ def _prepare(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -
         compile_seconds=seconds,
         kernels=dict(Counter(_CALL.findall(compiled.as_text() or ""))),
     )
-    state, _ = jax.block_until_ready(compiled(factory.create(), batch))
+    batch = random_batch(experiment, mesh, np.random.default_rng(0))
+    state, _ = jax.block_until_ready(compiled(state, batch))
     return _Run(result, compiled, state)
 
 

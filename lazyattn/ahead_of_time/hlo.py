@@ -189,7 +189,7 @@ class Module:
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """Yields what a fusion consists of, fusions inside it included."""
         called = instruction.attribute("calls")
-        if instruction.opcode != "fusion" or called is None:
+        if instruction.opcode not in ("fusion", "fusion-start") or called is None:
             return
         computation = self.computations[called]
         for part in computation.instructions.values():

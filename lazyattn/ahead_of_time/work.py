@@ -127,8 +127,18 @@ def hbm_bytes(instruction: Instruction, computation: Computation, module: Module
     if opcode == "copy-start":
         # (destination, source, context): read one, write the other.
         return float(sum(a.bytes for a in instruction.arrays[:2] if not a.on_chip))
-    if opcode == "fusion":
+    if opcode in ("fusion", "fusion-start"):
         called = module.computations[instruction.attribute("calls") or ""]
+        if opcode == "fusion-start":
+            # (operands, results, context), on GPUs.
+            root = called.root
+            roots = (
+                [root]
+                if root.opcode != "tuple"
+                else [called.instructions[name] for name in root.operands]
+            )
+            arrays = tuple(array for one in roots for array in one.arrays)
+            instruction = dataclasses.replace(instruction, arrays=arrays)
         read = sum(
             min(_bytes_read(called, index, module), operand(index).hbm_bytes)
             for index in range(len(instruction.operands))

@@ -126,15 +126,16 @@ def make_train_step(
         means, gradients = accumulate_gradients(
             loss_fn, state.params, batch, microbatches=microbatches
         )
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(means.objective) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(means.objective) & jnp.isfinite(norm)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         skipped = (~finite).astype(jnp.int32)
         new_state = dataclasses.replace(
             state,

@@ -12,7 +12,7 @@ from lazyattn.experiment import ExperimentConfig
 from lazyattn.model import sharded_attention
 from lazyattn.model.config import ModelConfig
 
-_TINY = (
+TINY = (
     "--config=configs/lazy_340m_10b.py",
     "--config.model.vocab_size=260",
     "--config.data.vocab_size=260",
@@ -42,7 +42,7 @@ def test_table_and_files(tmp_path, monkeypatch):
     op = sharded_attention.lazy_attention
     values = flags.FlagValues()
     output = tmp_path / "new" / "tiny.v1"
-    argv = ["x", *_TINY, "--attentions=lazy,cudnn", f"--output={output}"]
+    argv = ["x", *TINY, "--attentions=lazy,cudnn", f"--output={output}"]
     train_step.define(argv, values)
     command_line.parse(argv, values)
     train_step._run(values)

@@ -6,6 +6,7 @@ In the repository, `python train.py` is the same.
     lazyattn --mode=check --config=quickstart --workdir=RUN
     lazyattn --mode=eval --workdir=runs/quickstart --contexts=256,512,1024
     lazyattn --mode=inspect --workdir=runs/quickstart --against=runs/softmax
+    lazyattn --mode=plot --workdir=runs/quickstart --runs=runs/softmax
     lazyattn --mode=sample --workdir=runs/quickstart --prompt="The "
     lazyattn --mode=export --workdir=runs/quickstart --output=exports/quickstart
     lazyattn --mode=compile --config=lazy_7b_100b --topology=v5p:4x4x4
@@ -35,6 +36,7 @@ from lazyattn.experiment import ExperimentConfig
 from lazyattn.export import options as export_options
 from lazyattn.generation import options as generation_options
 from lazyattn.inspection import options as inspection_options
+from lazyattn.plot import options as plot_options
 
 config_flags.DEFINE_config_file(
     "config",
@@ -44,7 +46,9 @@ config_flags.DEFINE_config_file(
 )
 paths.define("workdir", None, "Folder of the run: checkpoints, logs, settings.")
 _MODE = flags.DEFINE_string(
-    "mode", "train", "What to do: train, check, eval, inspect, sample, export or compile."
+    "mode",
+    "train",
+    "What to do: train, check, eval, inspect, plot, sample, export or compile.",
 )
 flags.DEFINE_string(
     "step",
@@ -83,6 +87,7 @@ _CACHE_DIR = paths.define(
 distributed.define()
 evaluation_options.define()
 inspection_options.define()
+plot_options.define()
 generation_options.define()
 export_options.define()
 ahead_of_time_options.define()
@@ -153,6 +158,14 @@ def _inspect() -> None:
     inspect(path, command_line.experiment(), options, command_line.step())
 
 
+def _plot() -> None:
+    """Draws the losses of runs against tokens and time, as SVG and PNG."""
+    runs = plot_options.runs()
+    from lazyattn.plot.picture import plot
+
+    plot(runs, flags.FLAGS.output)
+
+
 def _sample() -> None:
     """Continues prompts with a checkpoint."""
     sampling, cache = generation_options.sampling_config(), generation_options.cache_options()
@@ -187,6 +200,7 @@ _MODES: dict[str, Callable[[], int | None]] = {
     "check": _check,
     "eval": _eval,
     "inspect": _inspect,
+    "plot": _plot,
     "sample": _sample,
     "export": _export,
     "compile": _compile,

@@ -1,0 +1,1 @@
+"""`--mode=plot`: losses of runs as a picture."""

@@ -30,7 +30,7 @@ REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and g
 # Flags of text that are no paths; a new one belongs here or is defined by `lazyattn.paths`.
 NO_PATHS = {
     *("mode", "step", "profile", "coordinator", "precision", "topology", "dtype", "layout"),
-    *("formats", "heads"),
+    *("formats", "heads", "cache", "cache_dtype", "cache_buckets"),
     *("tasks", "contexts", "retrieval_distances", "prompt", "stop", "config"),
     *("text_field", "id_field", "score_field", "on_fault"),
 }

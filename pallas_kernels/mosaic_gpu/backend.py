@@ -1,5 +1,6 @@
 """Lazy Attention on Hopper GPUs, in Pallas Mosaic GPU: a backend of `attention.py`."""
 
+from types import ModuleType
 from typing import Any, cast
 
 import jax
@@ -122,7 +123,7 @@ def backward(
     )
 
 
-def planning(plan: Plan) -> Any:
+def planning(plan: Plan) -> ModuleType:
     """Returns the module that plans the call."""
     return by_triton if plan.by_triton else by_xla
 
@@ -203,12 +204,13 @@ class Kernels:
             ranges.tile_order[0],
         )  # fmt: skip
 
-    def backward_key(self, rows: Array, ranges: KeyRanges, work: Array, d_out: Array) -> Any:
-        """Launches the kernels for dK and dV, and returns them.
+    def backward_key(
+        self, rows: Array, ranges: KeyRanges, work: Array, d_out: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Launches the kernels for dK and dV.
 
-        And the sums of dS, see `backward_dkv.backward_dkv`.
+        Returns dK, dV and the sums of dS, see `backward_dkv.backward_dkv`.
         """
-
         masked = ranges.last
         if self.plan.packed:
             # Documents and windows begin later and later: blocks are masked from some one on.

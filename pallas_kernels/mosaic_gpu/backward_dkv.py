@@ -221,96 +221,121 @@ class WorkTile(launch.WorkTile):
 
     def compute_warpgroup(self) -> TilesConsumed:
         """Does all for one warpgroup's keys; returns `tiles_consumed` of the next work tile."""
-        ref, plan, kernel, b = self.ref, self.plan, self.kernel, self.batch
+        ref, kernel = self.ref, self.kernel
         block = self.block0 + self.warpgroup
-        exists = block < kernel.blocks
-        block = lax.min(block, jnp.int32(kernel.blocks - 1))
-        self.key0 = block * BLOCK
+        self.exists = block < kernel.blocks
+        self.key_block = lax.min(block, jnp.int32(kernel.blocks - 1))
+        self.key0 = self.key_block * BLOCK
         self.keys.consumer_wait(self.n)
         self.key = self.own("key")
         if "value" in kernel.operands:
             self.value = self.own("value")
         if self.release_early:
             self.keys.consumer_release(self.n)
-        begin = self.begin = lax.select(exists, block - self.block0, jnp.int32(0))
-        first_masked = None
-        if plan.packed:
+        # The step of this warpgroup's diagonal.
+        self.begin = lax.select(self.exists, self.key_block - self.block0, jnp.int32(0))
+        self.first_masked_step = None
+        if self.plan.packed:
             # Documents and windows begin later and later.
-            first_masked = ref["masked"][b, block] - self.block0
+            self.first_masked_step = ref["masked"][self.batch, self.key_block] - self.block0
         self.sums = None
         if kernel.want_bias:
             self.sums = diagonals.Diagonals(ref, self.warpgroup, kernel.distances, self.interpret)
             pl.when(self.n == 0)(self.sums.begin)
 
-        def one_head(accs, member, tiles_consumed):
-            queries_consumed, d_outs_consumed = tiles_consumed
-            head = self.query_head(member)
-            steps, live = self.both_steps(head)
-            end = lax.select(exists, ref["last"][b, head, block] - self.block0 + 1, begin)
-            end = lax.min(end, steps)
-            live_end = lax.min(live, end)
-            self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
-            if plan.has_offset:
-                self.offset = ref["offset"][head]
-            self.table = ref["table_smem"].at[self.tables.consumer_wait(member)]
-            both = ((self.queries, queries_consumed), (self.d_outs, d_outs_consumed))
-            if self.sums is not None:
-                self.sums.begin_head()
-            pipeline.skip(0, begin, *both)
-
-            def loop(step, late, kind, start, stop, _):
-                step = functools.partial(step, kind, accs)
-                return pipeline.steps(start, stop, self.tuning.ahead, step, (), both[0], late=late)
-
-            def loops(step, start, stop, late, masked):
-                run = functools.partial(loop, step, late)
-                bias_table.loops(plan, kernel.length, begin, start, stop, run, (), masked=masked)
-
-            masked = live_masked = first_masked
-            if plan.has_offset:
-                # A weight of tau / n is no weight where nothing is seen.
-                others = end if masked is None else masked
-                live_masked = lax.select(self.offset > 0, begin, others)
-            loops(self.live_step, begin, live_end, both[1:], live_masked)
-            pipeline.skip(end, live, *both)
-            if plan.has_offset and "key" in kernel.wanted:
-                loops(self.dead_step, live, end, (), masked)
-            pipeline.skip(lax.max(end, live), steps, both[0])
-            self.tables.consumer_release(member)
-            if self.sums is not None:
-                # The last tile inside the table.
-                self.collect(lax.min(end, begin + kernel.distances))
-
-                @pl.when(exists)
-                def _():
-                    row = (b * kernel.blocks + block) * kernel.heads + head
-                    tiles = lax.min(lax.max(end - begin, 0), jnp.int32(kernel.distances))
-                    self.sums.write(ref["sums"], row, tiles)
-
-            return queries_consumed + steps, d_outs_consumed + live
-
-        def run(*accs):
-            step = functools.partial(one_head, dict(zip(kernel.wanted, accs, strict=True)))
+        def all_heads(*accs):
+            step = functools.partial(self.add_head, dict(zip(kernel.wanted, accs, strict=True)))
             after = lax.fori_loop(0, kernel.group, step, self.tiles_consumed)
             return tuple(acc[...] for acc in accs), after
 
-        sums, after = pl.run_scoped(run, *(kernel.sums for _ in kernel.wanted))
+        gradients, after = pl.run_scoped(all_heads, *(kernel.sums for _ in kernel.wanted))
+        self.store(gradients)
+        return after
 
-        @pl.when(exists)
+    def add_head(self, accs: Refs, member: Scalar, tiles_consumed: TilesConsumed) -> TilesConsumed:
+        """Goes over the query tiles of one head of the group: live ones, then dead ones.
+
+        Args:
+          accs: accumulators of the gradients that are wanted, by name.
+          member: which head of the group.
+          tiles_consumed: before it.
+
+        Returns:
+          `tiles_consumed` after it.
+        """
+        ref, plan, begin = self.ref, self.plan, self.begin
+        queries_consumed, d_outs_consumed = tiles_consumed
+        head = self.query_head(member)
+        steps, live = self.both_steps(head)
+        last = ref["last"][self.batch, head, self.key_block]
+        end = lax.select(self.exists, last - self.block0 + 1, begin)
+        end = lax.min(end, steps)
+        live_end = lax.min(live, end)
+        self.tail = (ref["tail"][head, 0], ref["tail"][head, 1])
+        if plan.has_offset:
+            self.offset = ref["offset"][head]
+        self.table = ref["table_smem"].at[self.tables.consumer_wait(member)]
+        both = ((self.queries, queries_consumed), (self.d_outs, d_outs_consumed))
+        if self.sums is not None:
+            self.sums.begin_head()
+
+        def loops(add, start, stop, late, masked):
+            def loop(kind, start, stop, carry):
+                step = functools.partial(add, kind, accs)
+                ahead = self.tuning.ahead
+                return pipeline.steps(start, stop, ahead, step, carry, both[0], late=late)
+
+            length = self.kernel.length
+            bias_table.loops(plan, length, begin, start, stop, loop, (), masked=masked)
+
+        masked = live_masked = self.first_masked_step
+        pipeline.skip(0, begin, *both)
+        if plan.has_offset:
+            # A weight of tau / n is no weight where nothing is seen.
+            others = end if masked is None else masked
+            live_masked = lax.select(self.offset > 0, begin, others)
+        loops(self.live_step, begin, live_end, both[1:], live_masked)
+        pipeline.skip(end, live, *both)
+        if plan.has_offset and "key" in self.kernel.wanted:
+            loops(self.dead_step, live, end, (), masked)
+        pipeline.skip(lax.max(end, live), steps, both[0])
+        self.tables.consumer_release(member)
+        self.store_sums(head, end)
+        return queries_consumed + steps, d_outs_consumed + live
+
+    def store_sums(self, head: Scalar, end: Scalar) -> None:
+        """Writes a head's sums of dS over distances, if they are wanted; `end` is its last step."""
+        sums, kernel = self.sums, self.kernel
+        if sums is None:
+            return
+        # The last tile inside the table.
+        self.collect(lax.min(end, self.begin + kernel.distances))
+
+        @pl.when(self.exists)
+        def _():
+            row = (self.batch * kernel.blocks + self.key_block) * kernel.heads + head
+            tiles = lax.min(lax.max(end - self.begin, 0), jnp.int32(kernel.distances))
+            sums.write(self.ref["sums"], row, tiles)
+
+    def store(self, gradients: tuple[Array, ...]) -> None:
+        """Writes the gradients of keys that exist, and gives the CTA's operands back."""
+        ref, kernel = self.ref, self.kernel
+
+        @pl.when(self.exists)
         def _():
             # What the work tile before has written is read by now.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             rows = pl.ds(self.key0, ROWS)
             prefix = "d_" if self.tuning.in_registers else ""
-            for name, x in zip(kernel.wanted, sums, strict=True):
+            for name, x in zip(kernel.wanted, gradients, strict=True):
                 place = name if name in kernel.operands else "key"
                 smem = ref[f"{prefix}{place}_smem"].at[self.warpgroup]
-                smem[...] = (x * plan.scale if name == "key" else x).astype(kernel.dtype)
+                smem[...] = (x * self.plan.scale if name == "key" else x).astype(kernel.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem, ref[f"d_{name}"].at[b, rows, self.key_head])
+                target = ref[f"d_{name}"].at[self.batch, rows, self.key_head]
+                plgpu.copy_smem_to_gmem(smem, target)
 
         self.release_own(self.keys)
-        return after
 
     def own_rows(self, n: int) -> pl.Slice:
         """Returns the keys of warpgroup n."""

@@ -15,8 +15,8 @@ WIDTH = 100
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "pallas_kernels/README.md"]
 # Pages of the log name what there was on their day.
 NOW = [path for path in DOCUMENTS if path.parent.name != "log"]
-# The first is written by `python -m benchmarks.study report`.
-WIDE = [ROOT / "docs" / "results.md", ROOT / "pallas_kernels" / "README.md"]
+# Written by `python -m benchmarks.study report`.
+WIDE = [ROOT / "docs" / "results.md"]
 # Folders that a document may speak of without their being in the repository.
 OUTSIDE = ("runs/", "data/", "path/", "exports/", "build/", "RUN/", "DIR/", "FOLDER/", "PATH/")
 

@@ -345,8 +345,7 @@ def _to_read(query, place, arrays, length, at_pages, static: tl.constexpr, part:
         own_score = tl.sum(wide * own, 1) * static.score_scale
         if static.quantized:
             own_score *= tl.load(scales_ptr + at_pages + slot // PAGE)
-        if static.width > 0:
-            own_score += tl.load(table_ptr + head * static.width) * LOG2_E
+        own_score += tl.load(table_ptr + head * static.width) * LOG2_E
         if static.has_offset:
             # Where tau > 0 nothing is negligible.
             own_score = tl.where(tl.load(offset_ptr + head) > 0, MASKED, own_score)
@@ -354,19 +353,15 @@ def _to_read(query, place, arrays, length, at_pages, static: tl.constexpr, part:
         norm = tl.load(norms_ptr + at_pages + page, mask=page < part.pages, other=0.0)
         bound = bound[None, :] * norm[:, None] + (static.slack - own_score)[None, :]
         needed = tl.full((part.turns,), 0, tl.int32)
-        if static.width > 0:
-            first_head = tl.max(tl.where(real, head, 0), 0) // static.group * static.group
-            for member in tl.range(0, static.group):
-                mine = first_head + member
-                highest = _highest_bias(
-                    table_ptr, slope_ptr, mine, start, nearest, length, static, part
-                )
-                small = tl.exp2(bound + highest[:, None]) <= part.most
-                small = small | ~(exists & (head == mine))[None, :]
-                needed = tl.maximum(needed, tl.max(tl.where(small, 0, 1), 1))
-        else:
-            small = (tl.exp2(bound) <= part.most) | ~exists[None, :]
-            needed = tl.max(tl.where(small, 0, 1), 1)
+        first_head = tl.max(tl.where(real, head, 0), 0) // static.group * static.group
+        for member in tl.range(0, static.group):
+            mine = first_head + member
+            highest = _highest_bias(
+                table_ptr, slope_ptr, mine, start, nearest, length, static, part
+            )
+            small = tl.exp2(bound + highest[:, None]) <= part.most
+            small = small | ~(exists & (head == mine))[None, :]
+            needed = tl.maximum(needed, tl.max(tl.where(small, 0, 1), 1))
         read = read & (needed > 0)
     first = tl.min(tl.where(read, turns, part.turns), 0)
     stop = tl.max(tl.where(read, turns + 1, 0), 0)
@@ -875,7 +870,9 @@ def make_static(call: Call) -> Static:
     work = sum(len(cache.heads) * n for cache, n in zip(call.caches, pages, strict=True))
     # The power of two below what leaves PROGRAMS of them.
     turns = power_of_two(max(1, programs * work // PROGRAMS) + 1) // 2
-    skip = call.settings.skip_mass > 0 and all(c.key_norms is not None for c in call.caches)
+    # Without a bias far keys count as much as near ones.
+    skip = call.settings.skip_mass > 0 and call.distance_bias is not None
+    skip = skip and all(cache.key_norms is not None for cache in call.caches)
     parts: list[Part] = []
     start = first_head = first_score = first_page = 0
     for cache, count in zip(call.caches, pages, strict=True):

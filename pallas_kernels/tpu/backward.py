@@ -12,8 +12,6 @@ gradients, in VMEM.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ from pallas_kernels.problem import Gradients, Inputs, Residuals
 from pallas_kernels.tpu.buffers import ALONE, HALF, Buffers, Layout, Sets, over_pairs, strips
 from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.kernel_types import Index, Refs, Scalar, Strips
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 from pallas_kernels.tpu.tile import (
     EVERY,
@@ -51,8 +50,6 @@ _OF_QUERIES = (
     "rounding",
     "pull",
 )
-
-Strips = Callable[[slice], Array]
 
 
 def backward(
@@ -102,7 +99,12 @@ def backward(
 
 
 def _launch(
-    plan: Plan, inputs: Inputs, table: Any, ranges: Any, residuals: Residuals, d_out: Array
+    plan: Plan,
+    inputs: Inputs,
+    table: Array | None,
+    ranges: Array,
+    residuals: Residuals,
+    d_out: Array,
 ) -> dict[str, Array]:
     """Returns what the kernel writes, by name.
 
@@ -223,7 +225,7 @@ def _launch(
     )
 
 
-def _start(plan: Plan, refs: Any) -> None:
+def _start(plan: Plan, refs: Refs) -> None:
     """Clears the sums over queries and over the heads of a group."""
     member, step = pl.program_id(3), pl.program_id(4)
 
@@ -240,7 +242,7 @@ def _start(plan: Plan, refs: Any) -> None:
             Bias(plan, refs).clear()
 
 
-def _kernel(plan: Plan, refs: Any) -> None:
+def _kernel(plan: Plan, refs: Refs) -> None:
     _start(plan, refs)
     if plan.tiles_a_step == 1:
         QueryTile(plan, refs, 0).run()
@@ -259,7 +261,7 @@ def layout(plan: Plan) -> Layout:
     return Layout(plan, ("scores", "d_weights"), ("weights", "d_scores"))
 
 
-def head_of(plan: Plan) -> Any:
+def head_of(plan: Plan) -> Scalar:
     """Returns the head of a step."""
     return pl.program_id(1) * plan.group + pl.program_id(3)
 
@@ -267,7 +269,7 @@ def head_of(plan: Plan) -> Any:
 class QueryTile:
     """One tile of queries, and what is done to each of its tiles."""
 
-    def __init__(self, plan: Plan, refs: Any, within: Any):
+    def __init__(self, plan: Plan, refs: Refs, within: Index):
         self.plan = plan
         self.batch, self.head = pl.program_id(0), head_of(plan)
         self.query_tile = pl.program_id(4) * plan.tiles_a_step + within
@@ -321,6 +323,7 @@ class QueryTile:
             for crossed in range(plan.ratio):
                 tile, skipped = self.diagonal + crossed, crossed * plan.keys
                 raw, d_weights = self.raw_products(tile, skipped, live=True)
+                assert d_weights is not None
                 if crossed:
                     self.multiply(tile - 1, ALONE.pending, skipped - plan.keys, live=True)
                 self.work(tile, raw.__getitem__, d_weights.__getitem__, ALONE, skipped)
@@ -377,7 +380,7 @@ class QueryTile:
         own = (self.diagonal >= self.base) & (self.diagonal < self.base + self.chunk_tiles)
         self.refs.pull[...] = pull if self.plan.backward_chunks == 1 else jnp.where(own, pull, 0)
 
-    def raw_products(self, tile: Any, skipped: int, *, live: bool) -> tuple[Any, Any]:
+    def raw_products(self, tile: Index, skipped: int, *, live: bool) -> tuple[Array, Array | None]:
         """Returns K Q and, for a live tile, V dO."""
         refs, at = self.refs, at_tile(tile - self.base, self.plan.keys)
         raw = dot(refs.key[0, 0, at, :], refs.query[:, skipped:], LAST_FIRST)
@@ -385,15 +388,15 @@ class QueryTile:
             return raw, None
         return raw, dot(refs.value[0, 0, at, :], refs.d_out[:, skipped:], LAST_FIRST)
 
-    def prepare(self, tile: Any, into: int, *, live: bool) -> None:
+    def prepare(self, tile: Index, into: int, *, live: bool) -> None:
         """Stores the products of the tile that the next turn works on."""
         raw, d_weights = self.raw_products(jnp.maximum(tile, self.base), 0, live=live)
         self.buffers.put(into, "scores", raw, EVERY)
-        if live:
+        if d_weights is not None:
             self.buffers.put(into, "d_weights", d_weights, EVERY)
 
     def work(
-        self, tile: Any, raw: Strips, raw_d: Strips | None, sets: Sets, skipped: int | None = None
+        self, tile: Index, raw: Strips, raw_d: Strips | None, sets: Sets, skipped: int | None = None
     ) -> None:
         """Stores a tile's weights and dS, and adds dS to the gradient of the bias.
 
@@ -435,21 +438,21 @@ class QueryTile:
                 bias.fence(keys, d_scores[:SUBLANES, :LANES])
             buffers.store(sets.results, "d_scores", keys, d_scores.astype(dtype), cut)
 
-    def multiply_weights(self, tile: Any, of: int, skipped: int = 0) -> None:
+    def multiply_weights(self, tile: Index, of: int, skipped: int = 0) -> None:
         """Adds what `work` stored of a live tile to dV."""
         refs, cut = self.refs, slice(skipped, None)
         weights = self.buffers.whole(of, "weights", cut)
         at = at_tile(tile - self.base, self.plan.keys)
         refs.d_value[0, 0, at, :] += dot(weights, refs.d_out[:, cut], LAST_LAST)
 
-    def multiply_for_key(self, tile: Any, of: int, skipped: int = 0) -> None:
+    def multiply_for_key(self, tile: Index, of: int, skipped: int = 0) -> None:
         """Adds what `work` stored to dK."""
         refs, cut = self.refs, slice(skipped, None)
         d_scores = self.buffers.whole(of, "d_scores", cut)
         at = at_tile(tile - self.base, self.plan.keys)
         refs.d_key[0, 0, at, :] += dot(d_scores, refs.query[:, cut], LAST_LAST)
 
-    def multiply_for_query(self, tile: Any, of: int, skipped: int = 0, parts: int = 1) -> None:
+    def multiply_for_query(self, tile: Index, of: int, skipped: int = 0, parts: int = 1) -> None:
         """Adds what `work` stored to dQ, in so many parts of the queries."""
         refs = self.refs
         at = at_tile(tile - self.base, self.plan.keys)
@@ -459,14 +462,14 @@ class QueryTile:
             d_scores = self.buffers.whole(of, "d_scores", cut)
             refs.sum[:, cut] += dot(refs.key_columns[0, 0, :, at], d_scores, LAST_FIRST)
 
-    def multiply(self, tile: Any, of: int, skipped: int = 0, *, live: bool) -> None:
+    def multiply(self, tile: Index, of: int, skipped: int = 0, *, live: bool) -> None:
         """Adds what `work` stored to all gradients."""
         if live:
             self.multiply_weights(tile, of, skipped)
         self.multiply_for_key(tile, of, skipped)
         self.multiply_for_query(tile, of, skipped)
 
-    def walk(self, first: Any, stop: Any, before: Any, *, live: bool) -> Any:
+    def walk(self, first: Index, stop: Index, before: Index, *, live: bool) -> Index:
         """Goes over tiles from `stop` back to `first`, all live or all dead.
 
         Expects the products of the first of them, and leaves those of the tile after the
@@ -475,7 +478,7 @@ class QueryTile:
 
         plan = self.plan
 
-        def turn(n: Any, sets: Sets) -> None:
+        def turn(n: Index, sets: Sets) -> None:
             tile = stop - 1 - n
             pending = jnp.where(n == 0, before, tile + 1)
             if plan.query_first:

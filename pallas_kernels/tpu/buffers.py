@@ -14,7 +14,7 @@ arrays of their own: the next strip may already be loaded, but not the one after
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.kernel_types import Index, Ref, Refs, Scalar, Scratch
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 
 # Of every 128 keys, the first 64 are in the first half.
@@ -72,7 +73,9 @@ _FIRST = Sets(pending=1, scores=0, results=0, ahead=1)
 _SECOND = Sets(pending=0, scores=1, results=1, ahead=0)
 
 
-def over_pairs(count: Any, turn: Callable[[Any, Sets], None], *, alternate: bool = True) -> None:
+def over_pairs(
+    count: Index, turn: Callable[[Index, Sets], None], *, alternate: bool = True
+) -> None:
     """Runs turn(0, sets), ..., turn(count - 1, sets), two at a time: what fills and drains
     the matrix units at the ends is paid half as often. `alternate`: between the sets."""
 
@@ -113,7 +116,7 @@ class Layout:
         first, count = (n // 2 for n in rows) if self.packed(field) else rows
         return slice(self._starts[field] + first, self._starts[field] + first + count)
 
-    def scratch(self) -> dict[str, Any]:
+    def scratch(self) -> Scratch:
         """Returns the memory that both sets need."""
         array = pltpu.VMEM((self._rows, self.plan.queries), jnp.float32)
         return {_name(of, half): array for of in range(2) for half in range(2)}
@@ -123,7 +126,7 @@ def _name(of: int, half: int) -> str:
     return f"set_{of}_{half}"
 
 
-def unknown_zero(zero: Any) -> Any:
+def unknown_zero(zero: Scalar | None) -> Index:
     """Returns a row that is 0, unknown to the compiler unless `zero` is None."""
     return 0 if zero is None else pl.multiple_of(zero * SUBLANES, SUBLANES)
 
@@ -131,7 +134,7 @@ def unknown_zero(zero: Any) -> Any:
 class Buffers:
     """The two sets, in a kernel."""
 
-    def __init__(self, plan: Plan, refs: Any, layout: Layout, zero: Any = None):
+    def __init__(self, plan: Plan, refs: Refs, layout: Layout, zero: Scalar | None = None):
         """`zero`: an int32 that is 0, and comes from memory; None: strips in any order."""
         self.plan, self.refs, self.layout = plan, refs, layout
         self.zero, self.dtype = zero, refs.query.dtype
@@ -163,7 +166,7 @@ class Buffers:
         at = unknown_zero(self.zero) + self.layout.rows(field, keys).start
         self._half(into, keys)[pl.ds(at, bits.shape[0]), cut] = bits
 
-    def _half(self, of: int, keys: slice) -> Any:
+    def _half(self, of: int, keys: slice) -> Ref:
         return getattr(self.refs, _name(of, half_of(keys)))
 
     def _bits(self, field: str, x: Array) -> Array:

@@ -1,7 +1,6 @@
 """One way to launch a kernel, by names rather than positions."""
 
 import dataclasses
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.tpu import config
+from pallas_kernels.tpu.kernel_types import Refs, Scratch
 from pallas_kernels.tpu.support import generation
 
 
@@ -39,14 +39,14 @@ class Operand:
 
 
 def launch(
-    kernel: Callable[[types.SimpleNamespace], None],
+    kernel: Callable[[Refs], None],
     name: str,
     grid: tuple[int, ...],
     parallel: int,
     scalars: dict[str, Array],
     inputs: Sequence[Operand],
     outputs: Sequence[Operand],
-    scratch: dict[str, Any],
+    scratch: Scratch,
     aliases: dict[str, str] | None = None,
     interpret: Any = None,
 ) -> dict[str, Array]:
@@ -76,7 +76,7 @@ def launch(
     tpu = generation()
     assert tpu is not None
     results = pl.pallas_call(
-        lambda *refs: kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True)))),
+        lambda *refs: kernel(Refs(**dict(zip(names, refs, strict=True)))),
         out_shape=[
             jax.ShapeDtypeStruct(x.array.shape, x.array.dtype, manual_axis_type=over)
             for x in outputs

@@ -13,7 +13,6 @@ first for the first sweep, and back for the second.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from pallas_kernels.tpu.buffers import (
 )
 from pallas_kernels.tpu.call import Operand, launch
 from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.kernel_types import Index, Ref, Refs, Strips
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 from pallas_kernels.tpu.tile import (
     DEAD_SLACK,
@@ -52,8 +52,6 @@ from pallas_kernels.tpu.tile import (
 
 # References that hold the queries of a step.
 _OF_QUERIES = ("query", "scale", "segment_start", "out", "lse_out", "live_v_mean", "rounding")
-
-Strips = Callable[[slice], Array]
 
 # Tiles that are told dead or live at a time.
 _MARKS = 8
@@ -178,7 +176,9 @@ def forward(
     )
 
 
-def _chunk_index(plan: Plan, refs: Any, b: Any, h: Any, i: Any, step: Any, second: bool) -> Any:
+def _chunk_index(
+    plan: Plan, refs: tuple[Ref, ...], b: Index, h: Index, i: Index, step: Index, second: bool
+) -> Index:
     """Returns the chunk of keys, or of values, that a step wants: never an unvisited one."""
     chunks = plan.forward_chunks
     if chunks == 1:
@@ -195,7 +195,7 @@ def _chunk_index(plan: Plan, refs: Any, b: Any, h: Any, i: Any, step: Any, secon
     return jnp.clip(wanted, first, own)
 
 
-def _kernel(plan: Plan, training: bool, refs: Any) -> None:
+def _kernel(plan: Plan, training: bool, refs: Refs) -> None:
     start = (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
     pl.when(start)(Bias(plan, refs).start)
     tiles = tiles_a_step(plan)
@@ -219,7 +219,7 @@ def tiles_a_step(plan: Plan) -> int:
     return plan.tiles_a_step if plan.forward_chunks == 1 else 1
 
 
-def fold(x: Array, combine: Any) -> Array:
+def fold(x: Array, combine: Callable[[Array, Array], Array]) -> Array:
     """Combines keys that are a multiple of eight apart: [keys, queries] -> [8, queries]."""
     parts = [x[at : at + SUBLANES] for at in range(0, x.shape[0], SUBLANES)]
     while len(parts) > 1:
@@ -231,7 +231,7 @@ def fold(x: Array, combine: Any) -> Array:
 class QueryTile:
     """One tile of queries: the sweeps over its keys, and what they do to a tile."""
 
-    def __init__(self, plan: Plan, training: bool, refs: Any, within: Any):
+    def __init__(self, plan: Plan, training: bool, refs: Refs, within: Index):
         self.plan, self.training = plan, training
         self.head, self.step = pl.program_id(1), pl.program_id(3)
         self.query_tile = pl.program_id(2) * tiles_a_step(plan) + within
@@ -250,13 +250,15 @@ class QueryTile:
         """Does one query tile."""
         chunks, last = self.plan.forward_chunks, pl.num_programs(3) - 1
 
-        def first_sweep(chunk: Any, first: Any) -> None:
-            def body(tile: Any, base: Any, raw: Any, sets: Sets, skipped: int | None) -> None:
+        def first_sweep(chunk: Index, first: Index) -> None:
+            def body(
+                tile: Index, base: Index, raw: Strips, sets: Sets, skipped: int | None
+            ) -> None:
                 self.add_exponentials(tile, raw, skipped)
 
             self.one_by_one(chunk, first, body)
 
-        def only_sweep(chunk: Any, first: Any) -> None:
+        def only_sweep(chunk: Index, first: Index) -> None:
             self.one_by_one(chunk, first, self.add_softmax)
 
         if chunks == 1:
@@ -287,19 +289,21 @@ class QueryTile:
             self.if_visited(chunk, self.first, only_sweep)
         pl.when(self.step == last)(self.finish)
 
-    def chunk_range(self, chunk: Any, first: Any) -> tuple[Any, Any, Any]:
+    def chunk_range(self, chunk: Index, first: Index) -> tuple[Index, Index, Index]:
         """Returns a chunk's first tile, and its tiles from `first` to the diagonal."""
         base = chunk * self.chunk_tiles
         stop = jnp.minimum(self.diagonal, base + self.chunk_tiles)
         return base, jnp.minimum(jnp.maximum(first, base), stop), stop
 
-    def if_visited(self, chunk: Any, first: Any, sweep: Any) -> None:
+    def if_visited(self, chunk: Index, first: Index, sweep: Callable[[Index, Index], None]) -> None:
         """Runs `sweep(chunk, first)` if the chunk has tiles from `first` to the diagonal."""
         base = chunk * self.chunk_tiles
         visited = (base <= self.diagonal) & (base + self.chunk_tiles > first)
         pl.when(visited)(lambda: sweep(chunk, first))
 
-    def on_own_chunk(self, base: Any, then: Any, otherwise: Any) -> None:
+    def on_own_chunk(
+        self, base: Index, then: Callable[[], None], otherwise: Callable[[], None]
+    ) -> None:
         """Does what is to be done at the diagonal if it lies in this chunk."""
         if self.plan.forward_chunks == 1:
             then()
@@ -308,7 +312,7 @@ class QueryTile:
             pl.when(own)(then)
             pl.when(jnp.logical_not(own))(otherwise)
 
-    def one_by_one(self, chunk: Any, first: Any, body: Any) -> None:
+    def one_by_one(self, chunk: Index, first: Index, body: Callable[..., None]) -> None:
         """Runs `body(tile, base, raw scores, sets, skipped)`, from the diagonal backwards.
 
         Leaves the diagonal's raw scores, unless keys are cut into chunks.
@@ -316,7 +320,7 @@ class QueryTile:
         plan = self.plan
         base, start, stop = self.chunk_range(chunk, first)
 
-        def prepare(tile: Any, into: int) -> None:
+        def prepare(tile: Index, into: int) -> None:
             after = self.diagonal if plan.forward_chunks == 1 else base
             self.prepare(jnp.where(tile < start, after, tile), base, into)
 
@@ -329,14 +333,14 @@ class QueryTile:
         self.on_own_chunk(base, on_diagonal, lambda: None)
         prepare(stop - 1, ALONE.ahead)
 
-        def turn(n: Any, sets: Sets) -> None:
+        def turn(n: Index, sets: Sets) -> None:
             tile = stop - 1 - n
             body(tile, base, self.prepared(sets.scores), sets, None)
             prepare(tile - 1, sets.ahead)
 
         over_pairs(stop - start, turn, alternate=False)
 
-    def second_sweep(self, chunk: Any, first: Any) -> None:
+    def second_sweep(self, chunk: Index, first: Index) -> None:
         """Adds the values of a chunk's tiles, from the diagonal backwards."""
         plan = self.plan
         base, start, stop = self.chunk_range(chunk, first)
@@ -363,7 +367,7 @@ class QueryTile:
         before = jnp.minimum(last, base + self.chunk_tiles - 1)
         self.prepare(jnp.maximum(stop - 1, base), base, ALONE.ahead)
 
-        def turn(n: Any, sets: Sets) -> None:
+        def turn(n: Index, sets: Sets) -> None:
             tile = stop - 1 - n
             self.multiply(jnp.where(n == 0, before, tile + 1), base, sets.pending)
             self.weigh(tile, self.prepared(sets.scores), sets)
@@ -403,7 +407,7 @@ class QueryTile:
             # At 0 or below every key may count.
             bar = jnp.where(threshold > 0, lse + logarithm - DEAD_SLACK, -math.inf)
 
-            def farthest(group: Any, found: Array) -> Array:
+            def farthest(group: Index, found: Array) -> Array:
                 for n in range(_MARKS):
                     tile = jnp.minimum(self.first + group * _MARKS + n, self.diagonal - 1)
                     # Not a number is not below anything.
@@ -444,13 +448,13 @@ class QueryTile:
         if plan.half:
             refs.rounding[...] = rounding.astype(dtype)
 
-    def raw_scores(self, tile: Any, base: Any, skipped: int = 0) -> Array:
+    def raw_scores(self, tile: Index, base: Index, skipped: int = 0) -> Array:
         """Returns K Q of a tile; `base` is the first tile in VMEM."""
         refs = self.refs
         key = refs.key[0, 0, at_tile(tile - base, self.plan.keys), :]
         return dot(key, refs.query[:, skipped:], LAST_FIRST)
 
-    def prepare(self, tile: Any, base: Any, into: int) -> None:
+    def prepare(self, tile: Index, base: Index, into: int) -> None:
         """Stores the raw scores of the tile that the next turn works on."""
         self.buffers.put(into, "scores", self.raw_scores(tile, base), EVERY)
 
@@ -458,7 +462,9 @@ class QueryTile:
         """Returns what `prepare` stored, by keys."""
         return lambda keys: self.buffers.load(of, "scores", keys, EVERY)
 
-    def scores(self, tile: Any, raw: Array, keys: slice, skipped: int | None) -> Any:
+    def scores(
+        self, tile: Index, raw: Array, keys: slice, skipped: int | None
+    ) -> tuple[Array, Array | None]:
         """Returns the scores of some keys of a tile, and what is seen of them.
 
         Args:
@@ -476,7 +482,7 @@ class QueryTile:
         key = tile * plan.keys + keys.start
         return scores, visible(segment_start, key, scores.shape, on_diagonal)
 
-    def add_exponentials(self, tile: Any, raw: Strips, skipped: int | None = None) -> None:
+    def add_exponentials(self, tile: Index, raw: Strips, skipped: int | None = None) -> None:
         """First sweep: a maximum and a sum for each of sixteen classes of keys.
 
         Those of a strip that are equal modulo eight are of one class, of every other strip.
@@ -510,7 +516,7 @@ class QueryTile:
             highest = jnp.maximum(refs.largest_0[...], refs.largest_1[...])
             refs.highest[at_tile(tile, SUBLANES), :] = highest
 
-    def weigh(self, tile: Any, raw: Strips, sets: Sets, skipped: int | None = None) -> None:
+    def weigh(self, tile: Index, raw: Strips, sets: Sets, skipped: int | None = None) -> None:
         """Second sweep: stores a tile's weights."""
         refs, cut = self.refs, slice(skipped or 0, None)
         bias, buffers = self.in_order if sets.in_order else self.free
@@ -529,7 +535,7 @@ class QueryTile:
                 buffers.store(sets.results, "alive", keys, alive.astype(dtype), cut)
             bias.fence(keys, weights[:SUBLANES, :LANES])
 
-    def multiply(self, tile: Any, base: Any, of: int, skipped: int = 0) -> None:
+    def multiply(self, tile: Index, base: Index, of: int, skipped: int = 0) -> None:
         """Second sweep: multiplies values by the weights that `weigh` stored."""
         refs, cut = self.refs, slice(skipped, None)
         value = refs.value[0, 0, :, at_tile(tile - base, self.plan.keys)]
@@ -539,7 +545,7 @@ class QueryTile:
             refs.live_v_sum[:, cut] += dot(value, alive, LAST_FIRST)
 
     def add_softmax(
-        self, tile: Any, base: Any, raw: Strips, sets: Sets, skipped: int | None = None
+        self, tile: Index, base: Index, raw: Strips, sets: Sets, skipped: int | None = None
     ) -> None:
         """The only sweep where there is no offset."""
         refs, cut = self.refs, slice(skipped or 0, None)

@@ -6,9 +6,8 @@ diagonal, where the first -distance * keys queries see nothing and are cut off.
 """
 
 import math
-import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.tpu.buffers import HALF, half_of, unknown_zero
 from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.kernel_types import Index, Ref, Refs, Scalar, Scratch
 from pallas_kernels.tpu.plan import SUBLANES, Plan
 
 # Steps of eight lanes in a vector.
@@ -50,24 +50,25 @@ def dot(a: Array, b: Array, axes: Any) -> Float[Array, "m n"]:
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def at_tile(index: Any, size: int) -> pl.Slice:
+def at_tile(index: Index, size: int) -> pl.Slice:
     """Returns the positions of a tile."""
-    return pl.ds(pl.multiple_of(index * size, size), size)
+    return pl.ds(pl.multiple_of(cast(Scalar, index * size), size), size)
 
 
-def views(refs: Any, names: Sequence[str], at: pl.Slice) -> Any:
+def views(refs: Refs, names: Sequence[str], at: pl.Slice) -> Refs:
     """Returns references of which some are those of one query tile, leading axes dropped."""
     seen = dict(vars(refs))
     for name in names:
         if name in seen:
             ref = seen[name]
             seen[name] = ref.at[(0,) * (len(ref.shape) - 2) + (slice(None), at)]
-    return types.SimpleNamespace(**seen)
+    return Refs(**seen)
 
 
-def bias_start(plan: Plan, tile_distance: Any) -> Any:
+def bias_start(plan: Plan, tile_distance: Index) -> Index:
     """Returns the first lane of `Plan.bias` that a tile at this distance reads."""
-    return pl.multiple_of((tile_distance + plan.ratio - 1) * plan.keys, LANES)
+    start = (tile_distance + plan.ratio - 1) * plan.keys
+    return pl.multiple_of(cast(Scalar, start), LANES)
 
 
 class Bias:
@@ -80,12 +81,12 @@ class Bias:
     strips of keys go through each in order: see `buffers`.
     """
 
-    def __init__(self, plan: Plan, refs: Any, zero: Any = None):
+    def __init__(self, plan: Plan, refs: Refs, zero: Scalar | None = None):
         """`zero`: see `buffers.Buffers`."""
         self.plan, self.refs, self.zero = plan, refs, zero
 
     @staticmethod
-    def scratch(plan: Plan, *, backward: bool) -> dict[str, Any]:
+    def scratch(plan: Plan, *, backward: bool) -> Scratch:
         """Returns the memory this needs."""
         if not (plan.has_bias and plan.turned):
             return {}
@@ -94,7 +95,7 @@ class Bias:
         shape = (HALF + below + SUBLANES, plan.bias_length + lanes)
         return {name: pltpu.VMEM(shape, jnp.float32) for name in _TURNED}
 
-    def _turned(self, half: int) -> Any:
+    def _turned(self, half: int) -> Ref:
         return getattr(self.refs, _TURNED[half])
 
     def start(self) -> None:
@@ -120,7 +121,7 @@ class Bias:
             before = pl.multiple_of(part * width - LANES, LANES)
             turn(refs.bias[0, :, pl.ds(before, width + LANES)], at_tile(part, width))
 
-    def tile(self, tile_distance: Any, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
+    def tile(self, tile_distance: Index, keys: slice, skipped: int) -> Float[Array, "keys queries"]:
         """Returns the bias of some keys of a tile, `skipped` queries cut off."""
         plan, refs = self.plan, self.refs
         if not plan.turned:
@@ -130,7 +131,7 @@ class Bias:
         rows = slice(row, row + keys.stop - keys.start)
         return self._turned(half_of(keys))[rows, self._lanes(tile_distance, keys, skipped)]
 
-    def _lanes(self, tile_distance: Any, keys: slice, skipped: int) -> pl.Slice:
+    def _lanes(self, tile_distance: Index, keys: slice, skipped: int) -> pl.Slice:
         plan = self.plan
         start = bias_start(plan, tile_distance) + plan.keys - keys.start // LANES * LANES + skipped
         return pl.ds(pl.multiple_of(start, LANES), plan.queries - skipped)
@@ -152,7 +153,11 @@ class Bias:
             ref[HALF : 2 * HALF, :] = jnp.zeros_like(ref[HALF : 2 * HALF, :])
 
     def add(
-        self, tile_distance: Any, keys: slice, d_scores: Float[Array, "keys queries"], skipped: int
+        self,
+        tile_distance: Index,
+        keys: slice,
+        d_scores: Float[Array, "keys queries"],
+        skipped: int,
     ) -> None:
         """Adds some keys of a tile to the gradient: the adjoint of `tile`."""
         plan, refs = self.plan, self.refs
@@ -221,7 +226,7 @@ def _sum_diagonals(
 
 def visible(
     segment_start: Int[Array, "1 queries"] | None,
-    key: Any,
+    key: Index,
     shape: tuple[int, ...],
     on_diagonal: int | None,
 ) -> Bool[Array, "keys queries"] | None:
@@ -245,7 +250,7 @@ def visible(
 
 
 def thresholds(
-    plan: Plan, tau: Any, scale: Float[Array, "1 queries"], query_tile: Any
+    plan: Plan, tau: Array, scale: Float[Array, "1 queries"], query_tile: Index
 ) -> Float[Array, "1 queries"]:
     """Returns what a softmax weight must exceed to be live, -tau/n.
 

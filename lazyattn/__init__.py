@@ -1,6 +1,6 @@
 """Lazy Attention for JAX: attention that is allowed to look at nothing."""
 
-from lazyattn.attention import lazy_attention
+from lazyattn.attention import cross_attention, lazy_attention
 from lazyattn.compile_target import compile_for
 from lazyattn.decode_attention import decode_attention
 from lazyattn.errors import InputError
@@ -13,6 +13,7 @@ __all__ = [
     "__version__",
     "alibi_slopes",
     "compile_for",
+    "cross_attention",
     "decode_attention",
     "init_offset",
     "lazy_attention",

@@ -15,13 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jax import export
+from jaxtyping import Array, Bool, Float, Int
 
-from lazyattn import explicit_mesh, reference
-from lazyattn.call import Call, check_arrays, checked_window, document_starts, is_number
+from lazyattn import blocks, explicit_mesh, reference
+from lazyattn.call import (
+    Call,
+    check_arrays,
+    checked_window,
+    document_starts,
+    is_known,
+    is_number,
+)
 from lazyattn.compile_target import check_platform
 from lazyattn.derivatives import first_order_reverse_mode
-from lazyattn.errors import InputError, require
+from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels import attention, target
 from pallas_kernels.mosaic_gpu import support as mosaic_gpu_support
 from pallas_kernels.own_settings import own_settings
@@ -33,6 +41,7 @@ __all__ = [
     "Call",
     "Implementation",
     "choose",
+    "cross_attention",
     "document_starts",
     "lazy_attention",
 ]
@@ -66,7 +75,10 @@ def lazy_attention(
     offset: Float[Array, " heads"] | None = None,
     offset_divisor: Literal["visible"] | float | Float[Array, "batch length"] = "visible",
     renormalize: bool = False,
+    sink: Float[Array, " heads"] | None = None,
+    soft_cap: float | None = None,
     segment_ids: Int[Array, "batch key_length"] | None = None,
+    prefix: Bool[Array, "batch key_length"] | None = None,
     query_start: Int[Array, " batch"] | None = None,
     chunk_starts: Int[Array, " chunks"] | None = None,
     window: int | None = None,
@@ -105,8 +117,16 @@ def lazy_attention(
         number (1.0: constant tau; the context length: tau / L); an array of positive
         numbers, one for each query, where the keys given are not all that n_i counts.
       renormalize: divide each row of weights by its sum, where that isn't 0.
+      sink: a learned logit of each head for a key that has no value: exp(sink) joins the sum
+        that the softmax divides by, and n_i does not count it. 0: softmax that adds one.
+        None: no such key. "xla" only.
+      soft_cap: scores become soft_cap tanh(score / soft_cap) before the bias is added; positive.
+        None: as they are. "xla" only.
       segment_ids: packed documents; a document is a maximal run of equal ids, and
         queries see their own document only.
+      prefix: keys that earlier queries of their document see too, as in a prefix-LM; the bias
+        is then b(|i - j|), and n_i counts them. All True: not causal at all. A window leaves
+        out none of those ahead. With query_start, keys ahead must be there. "xla" only.
       query_start: for a key/value cache: query i of row b stands at key
         `query_start[b] + i`, which must exist, and sees no key after that. None: query i
         stands at key i, and both lengths are equal. May be traced: then the outputs of a
@@ -124,7 +144,8 @@ def lazy_attention(
         than this share of a row's softmax mass, certainly and for any input. 0: none.
       implementation: "xla" (the definition, quadratic memory), "xla_chunked" (linear
         memory), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA GPUs) or "tpu"; None: the
-        best that applies. Only "xla" has forward mode and higher derivatives.
+        best that applies. Only "xla" has forward mode and higher derivatives. For what
+        "xla" only has it takes some queries after the others, in linear memory.
       return_weights: also return the weights, float32; "xla" only.
 
     Returns:
@@ -136,11 +157,14 @@ def lazy_attention(
       InputError: (a ValueError) for shapes, dtypes or settings that don't fit, an
         implementation asked for by name that can't do the call, or derivatives that the
         implementation does not have.
+
+    Source: arXiv 2601.00919; the sink: Miller, "Attention is off by one", 2023, learned as in
+    OpenAI's gpt-oss; the cap: Gemma 2, arXiv 2408.00118; the prefix: arXiv 1910.10683.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    distance_bias, distance_slope, offset, segment_ids = (
+    distance_bias, distance_slope, offset, sink, segment_ids, prefix = (
         None if x is None else jnp.asarray(x)
-        for x in (distance_bias, distance_slope, offset, segment_ids)
+        for x in (distance_bias, distance_slope, offset, sink, segment_ids, prefix)
     )
     # JAX's own `asarray` would make known places traced ones, inside jit.
     query_start, chunk_starts = (
@@ -151,22 +175,18 @@ def lazy_attention(
         *(query, key, value, distance_bias, distance_slope, offset),
         *(segment_ids, query_start, chunk_starts),
     )
+    _check_variants(query.shape[2], sink, soft_cap)
+    if prefix is not None:
+        wanted = key.shape[:2]
+        require(prefix.shape == wanted, "prefix.shape", prefix.shape, f"{wanted}")
+        require(prefix.dtype == bool, "prefix.dtype", str(prefix.dtype), "bool")
     divisor = None
     if isinstance(offset_divisor, jax.Array | np.ndarray) and jnp.ndim(offset_divisor) > 0:
         divisor, offset_divisor = jnp.asarray(offset_divisor), "visible"
         wanted = query.shape[:2]
         require(divisor.shape == wanted, "offset_divisor.shape", divisor.shape, f"{wanted}")
     scalar: Any = offset_divisor
-    require(
-        (isinstance(scalar, str) and scalar == "visible") or (is_number(scalar) and scalar > 0),
-        "offset_divisor",
-        scalar,
-        '"visible", a positive number or an array of them',
-    )
-    require(
-        not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
-    )
-    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
+    _check_settings(scalar, renormalize, offset, scale)
     require(
         is_number(skip_mass) and 0 <= skip_mass < 1,
         "skip_mass",
@@ -190,8 +210,115 @@ def lazy_attention(
         float(skip_mass),
         return_weights,
         divisor,
+        sink=sink,
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        prefix=prefix,
     )
     return explicit_mesh.on_own_share(Run(implementation), call)
+
+
+def cross_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch key_length kv_heads head_dim"],
+    value: Float[Array, "batch key_length kv_heads value_dim"],
+    *,
+    key_lengths: Int[Array, " batch"] | None = None,
+    offset: Float[Array, " heads"] | None = None,
+    offset_divisor: Literal["visible"] | float = "visible",
+    renormalize: bool = False,
+    sink: Float[Array, " heads"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_weights: bool = False,
+) -> Any:
+    """Lazy Attention of queries to keys of another sequence: every query sees every key.
+
+    There are no distances, so there is no bias. n_i is the number of keys. Only "xla" does it,
+    some queries after the others: memory is linear in the number of queries.
+
+    Args:
+      query: float32, bfloat16, float16 or float64.
+      key: of the same dtype; `kv_heads` divides `heads`, as in `lazy_attention`.
+      value: of the same dtype.
+      key_lengths: keys that a row has, the first ones, at least 1; the others are padding. May
+        be traced: then the outputs of rows for which it is not from 1 to key_length are NaN.
+        None: all.
+      offset: as in `lazy_attention`.
+      offset_divisor: as there, but no array.
+      renormalize: as there.
+      sink: as there.
+      soft_cap: as there.
+      scale: as there.
+      implementation: "xla" or None.
+      return_weights: also return the weights, float32, all queries at once.
+
+    Returns:
+      out [batch, length, heads, value_dim] in the dtype of `query`, or
+      (out, weights [batch, heads, length, key_length]).
+
+    Raises:
+      InputError: (a ValueError) for shapes, dtypes or settings that don't fit, or another
+        implementation.
+
+    Source: as `lazy_attention`; the paper has no cross attention, n_i is counted alike.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    offset, sink = (None if x is None else jnp.asarray(x) for x in (offset, sink))
+    if query.ndim != 4 or 0 in query.shape:
+        axes = "[batch, length, heads, head_dim]"
+        raise bad_value("query.shape", query.shape, f"{axes}, none of them 0")
+    # One query would do at key 0: whether the arrays go together does not hang on the length.
+    start = np.zeros(query.shape[0], np.int32)
+    check_arrays(query[:, :1], key, value, None, None, offset, None, start, None)
+    _check_variants(query.shape[2], sink, soft_cap)
+    scalar: Any = offset_divisor
+    _check_settings(scalar, renormalize, offset, scale)
+    batch, key_length = key.shape[:2]
+    if key_lengths is None:
+        lengths: Any = np.full(batch, key_length)
+    else:
+        lengths = key_lengths if isinstance(key_lengths, jax.Array) else np.asarray(key_lengths)
+        require(jnp.shape(lengths) == (batch,), "key_lengths.shape", lengths.shape, f"({batch},)")
+        integer = jnp.issubdtype(lengths.dtype, jnp.integer)
+        require(integer, "key_lengths.dtype", str(lengths.dtype), "integer")
+        if is_known(lengths):
+            known = np.asarray(lengths)
+            within = bool(((known >= 1) & (known <= key_length)).all())
+            require(within, "key_lengths", known.tolist(), f"from 1 to {key_length}")
+    call = Call(
+        *(query, key, value, None, None, offset, scalar, renormalize),
+        *(None, None, None, None),
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        skip_mass=0.0,
+        return_weights=return_weights,
+        sink=sink,
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        key_lengths=lengths,
+    )
+    return explicit_mesh.on_own_share(Run(implementation), call)
+
+
+def _check_variants(heads: int, sink: Array | None, soft_cap: Any) -> None:
+    if sink is not None:
+        require(sink.shape == (heads,), "sink.shape", sink.shape, f"({heads},)")
+        floating = jnp.issubdtype(sink.dtype, jnp.floating)
+        require(floating, "sink.dtype", str(sink.dtype), "floating")
+    capped = soft_cap is None or (is_number(soft_cap) and soft_cap > 0)
+    require(capped, "soft_cap", soft_cap, "None or a positive number")
+
+
+def _check_settings(divisor: Any, renormalize: bool, offset: Any, scale: Any) -> None:
+    require(
+        (isinstance(divisor, str) and divisor == "visible") or (is_number(divisor) and divisor > 0),
+        "offset_divisor",
+        divisor,
+        '"visible", a positive number or an array of them',
+    )
+    require(
+        not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
+    )
+    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,25 +387,45 @@ def _names() -> str:
 
 def _run_xla(call: Call) -> Any:
     segment_start, offset_scale = call.visibility()
-    out, weights = reference.lazy_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.distance_bias,
-        call.distance_slope,
-        call.offset,
-        call.position(),
-        segment_start,
+    run: Any = functools.partial(
+        reference.lazy_attention,
+        *(call.query, call.key, call.value),
+        *(call.distance_bias, call.distance_slope, call.offset),
+        position=call.position(),
+        segment_start=segment_start,
         offset_scale=offset_scale,
         renormalize=call.renormalize,
         scale=call.scale,
+        sink=call.sink,
+        soft_cap=call.soft_cap,
+        seen_from=call.seen_from(),
     )
+    if _definition_only(call) is not None and not call.return_weights:
+        length = call.query.shape[1]
+        if not export.is_symbolic_dim(length) and length > blocks.BLOCK:
+            return blocks.in_blocks(*run.args, **run.keywords)
+    out, weights = run()
     return (out, weights) if call.return_weights else out
+
+
+def _definition_only(call: Call) -> str | None:
+    """Returns what of the call only the definition has."""
+    if call.key_lengths is not None:
+        return "it is cross attention, which only 'xla' does"
+    if call.sink is not None:
+        return "sink is given and only 'xla' has one"
+    if call.soft_cap is not None:
+        return "soft_cap is given and only 'xla' caps scores"
+    if call.prefix is not None:
+        return "prefix is given and only 'xla' lets queries see later keys"
+    return None
 
 
 def _chunked_unsupported(call: Call) -> str | None:
     if call.return_weights:
         return "return_weights is True and only 'xla' holds the weights"
+    if (reason := _definition_only(call)) is not None:
+        return reason
     if call.query_start is not None:
         return "query_start is given"
     if call.symbolic_axes not in ([], ["batch"]):
@@ -294,6 +441,8 @@ def _fused_unsupported(call: Call) -> str | None:
     """Returns what no fused kernel does."""
     if call.return_weights:
         return "return_weights is True and only 'xla' holds the weights"
+    if (reason := _definition_only(call)) is not None:
+        return reason
     if call.query_start is not None:
         return "query_start is given"
     if call.symbolic_axes:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels.problem import Inputs, Problem, current_options
@@ -38,6 +38,12 @@ class Call:
     return_weights: bool
     # What tau is divided by, for each query; None: as offset_divisor says.
     divisor: Array | None = None
+    # What only the definition has.
+    sink: Float[Array, " heads"] | None = None
+    soft_cap: float | None = None
+    prefix: Bool[Array, "batch key_length"] | None = None
+    # Cross attention: every query sees so many keys, the first ones.
+    key_lengths: Int[Array | np.ndarray, " batch"] | None = None
 
     @property
     def narrowed(self) -> bool:
@@ -48,6 +54,9 @@ class Call:
     def position(self) -> Int[Array, "batch length"]:
         """Returns the index of the key at each query's own position."""
         batch, length = self.query.shape[:2]
+        if self.key_lengths is not None:
+            last = jnp.asarray(self.key_lengths, jnp.int32)[:, None] - 1
+            return jnp.broadcast_to(last, (batch, length))
         if self.chunk_starts is not None:
             within = jnp.arange(length // self.chunk_starts.shape[0], dtype=jnp.int32)
             places = jnp.asarray(self.chunk_starts)[:, None] + within
@@ -70,7 +79,8 @@ class Call:
         not look like one that attends to something. A chunk stands or falls as a whole.
         """
         starts = self.query_start if self.chunk_starts is None else self.chunk_starts
-        if starts is None or _is_known(starts):
+        starts = starts if self.key_lengths is None else self.key_lengths
+        if starts is None or is_known(starts):
             return None
         batch, length = self.query.shape[:2]
         key_length = self.key.shape[1]
@@ -91,7 +101,7 @@ class Call:
         """Returns where each chunk stands; the nearest place within the keys if it is outside."""
         assert self.chunk_starts is not None
         last = self.key.shape[1] - self.query.shape[1] // self.chunk_starts.shape[0]
-        if _is_known(self.chunk_starts):
+        if is_known(self.chunk_starts):
             return list(self.chunk_starts)
         return list(jnp.clip(self.chunk_starts, 0, last))
 
@@ -110,10 +120,32 @@ class Call:
         if self.divisor is not None:
             scale = 1 / jax.lax.stop_gradient(self.divisor).astype(dtype)
         elif self.offset_divisor == "visible":
-            scale = 1 / (position - first + 1).astype(dtype)
+            number = position - first + 1
+            if self.prefix is not None:
+                number += self._seen_ahead(position)
+            scale = 1 / number.astype(dtype)
         else:
             scale = jnp.full(position.shape, 1 / self.offset_divisor, dtype)
         return first, scale
+
+    def seen_from(self) -> Int[Array, "batch key_length"] | None:
+        """Returns the first query that sees each key; None: the one at the key's place."""
+        if self.prefix is None:
+            return None
+        own = jnp.broadcast_to(jnp.arange(self.key.shape[1], dtype=jnp.int32), self.prefix.shape)
+        if self.segment_ids is None:
+            return jnp.where(self.prefix, 0, own)
+        return jnp.where(self.prefix, document_starts(self.segment_ids), own)
+
+    def _seen_ahead(self, position: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+        """Returns how many keys after its own place each query sees, those of a prefix."""
+        assert self.prefix is not None
+        until = jnp.cumsum(self.prefix, axis=1, dtype=jnp.int32)
+        last = jnp.full_like(until, until.shape[1] - 1)
+        if self.segment_ids is not None:
+            last -= document_starts(self.segment_ids[:, ::-1])[:, ::-1]
+        ahead = jnp.take_along_axis(until, last, axis=1) - until
+        return jnp.take_along_axis(ahead, position, axis=1)
 
     def problem(self) -> Problem:
         """Returns what backends know of the call when it is traced."""
@@ -280,7 +312,7 @@ def check_arrays(
 
 def _check_places(name: str, starts: Int[Array | np.ndarray, " n"], last: int) -> None:
     """Raises InputError if queries are known to stand at keys that don't exist."""
-    if not _is_known(starts):
+    if not is_known(starts):
         return
     places = np.asarray(starts)
     require(
@@ -293,7 +325,7 @@ def _check_places(name: str, starts: Int[Array | np.ndarray, " n"], last: int) -
 
 def _check_apart(starts: Int[Array | np.ndarray, " n"], size: int) -> None:
     """Raises InputError if chunks are known to overlap."""
-    if not _is_known(starts):
+    if not is_known(starts):
         return
     places = np.sort(np.asarray(starts))
     require(
@@ -304,7 +336,7 @@ def _check_apart(starts: Int[Array | np.ndarray, " n"], size: int) -> None:
     )
 
 
-def _is_known(x: Array | np.ndarray) -> bool:
+def is_known(x: Array | np.ndarray) -> bool:
     """Returns whether this process can read the values of x now."""
     if isinstance(x, jax.Array):
         return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable

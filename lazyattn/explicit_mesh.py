@@ -19,7 +19,8 @@ from lazyattn.call import Call
 
 # Which axes of the arrays of a call are rows and heads.
 _ROWS = {"query": 0, "key": 0, "value": 0, "segment_ids": 0, "query_start": 0, "divisor": 0}
-_HEADS = {"query": 2, "distance_bias": 0, "distance_slope": 0, "offset": 0}
+_ROWS |= {"prefix": 0, "key_lengths": 0}
+_HEADS = {"query": 2, "distance_bias": 0, "distance_slope": 0, "offset": 0, "sink": 0}
 _KV_HEADS = {"key": 2, "value": 2}
 _ARRAYS = (*_ROWS, *(name for name in _HEADS if name not in _ROWS), "chunk_starts")
 

@@ -23,6 +23,9 @@ def lazy_attention(
     offset_scale: Float[Array, "batch length"],
     renormalize: bool,
     scale: float,
+    sink: Float[Array, " heads"] | None = None,
+    soft_cap: float | None = None,
+    seen_from: Int[Array, "batch key_length"] | None = None,
 ) -> tuple[
     Float[Array, "batch length heads value_dim"],
     Float[Array, "batch heads length key_length"],
@@ -37,13 +40,20 @@ def lazy_attention(
       offset_scale: 1 / n_i, or a constant.
       renormalize: divide the weights by their sum, where it isn't 0.
       scale: factor of the scores.
+      sink, soft_cap: as in `lazyattn.lazy_attention`.
+      seen_from: position of the first query that sees each key; None: the key's own.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[2] // key.shape[2]
     key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
     keys = jnp.arange(key.shape[1])
     distance = position[:, :, None] - keys
-    visible = ((distance >= 0) & (keys >= segment_start[:, :, None]))[:, None]
+    if seen_from is None:
+        visible = distance >= 0
+    else:
+        visible = position[:, :, None] >= seen_from[:, None]
+        distance = jnp.abs(distance)
+    visible = (visible & (keys >= segment_start[:, :, None]))[:, None]
 
     # Positional discrimination: s_ij = q_i . k_j / sqrt(d) + b(i - j).
     scores = scale * jnp.einsum(
@@ -53,11 +63,14 @@ def lazy_attention(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     if distance_bias is not None:
         scores += bias_of(distance_bias.astype(dtype), distance_slope, distance)
 
     # Elastic-Softmax: a_ij = max(0, softmax(s)_ij + tau / n_i).
-    softmax = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    softmax = jax.nn.softmax(scores, axis=-1) if sink is None else softmax_with(sink, scores)
     weights = softmax
     if offset is not None:
         threshold = offset[:, None].astype(dtype) * offset_scale[:, None, :].astype(dtype)
@@ -68,6 +81,17 @@ def lazy_attention(
             weights = weights / jnp.where(total > 0, total, 1)
 
     return weighted_sum(weights, value).astype(query.dtype), weights
+
+
+def softmax_with(
+    sink: Float[Array, " heads"], scores: Float[Array, "batch heads length key_length"]
+) -> Float[Array, "batch heads length key_length"]:
+    """Returns exp(s_ij) / (exp(sink) + sum_j exp(s_ij)); 0 in rows that see nothing."""
+    sink = sink.astype(scores.dtype)[:, None, None]
+    largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
+    largest = jax.lax.stop_gradient(largest)
+    mass = jnp.exp(scores - largest)
+    return mass / (mass.sum(axis=-1, keepdims=True) + jnp.exp(sink - largest))
 
 
 @jax.custom_jvp

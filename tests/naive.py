@@ -18,6 +18,9 @@ def naive_attention(
     window: int | None = None,
     scale: float | None = None,
     skip_mass: float = 0.0,
+    sink: np.ndarray | None = None,
+    soft_cap: float | None = None,
+    prefix: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns out and weights in float64."""
     del skip_mass
@@ -35,22 +38,30 @@ def naive_attention(
             first = start
             while window is not None and i - first >= window:
                 first += 1
+            seen = list(range(first, i + 1))
+            for j in range(i + 1, length):
+                if segment_ids is not None and segment_ids[b, j] != segment_ids[b, i]:
+                    break
+                if prefix is not None and prefix[b, j]:
+                    seen.append(j)
             for h in range(heads):
                 scores = []
-                for j in range(first, i + 1):
+                for j in seen:
                     score = scale * query[b, i, h] @ key[b, j, h // group]
+                    if soft_cap is not None:
+                        score = soft_cap * np.tanh(score / soft_cap)
                     if distance_bias is not None:
-                        score += naive_bias(distance_bias[h], distance_slope, h, i - j)
+                        score += naive_bias(distance_bias[h], distance_slope, h, abs(i - j))
                     scores.append(score)
                 p = np.exp(np.array(scores) - max(scores))
-                p /= p.sum()
+                p /= p.sum() + (0 if sink is None else np.exp(np.float64(sink[h]) - max(scores)))
                 if offset is not None:
                     divisor = len(p) if offset_divisor == "visible" else offset_divisor
                     p = np.maximum(0, p + np.float64(offset[h]) / divisor)
                     if renormalize and p.sum() > 0:
                         p /= p.sum()
-                weights[b, h, i, first : i + 1] = p
-                out[b, i, h] = p @ value[b, first : i + 1, h // group]
+                weights[b, h, i, seen] = p
+                out[b, i, h] = p @ value[b, seen, h // group]
     return out, weights
 
 

@@ -30,6 +30,8 @@ class Case:
       documents: lengths of packed documents, cycled; None: one document.
       settings: further keyword arguments of the op.
       score_scale: factor of queries and keys, for sharp scores.
+      sink: logits of the heads' sinks, dealt out in turn; None: no sink.
+      prefix: "first", half of the row, or "some" keys; None: causal.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Case:
     documents: tuple[int, ...] | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     score_scale: float = 1.0
+    sink: tuple[float, ...] | None = None
+    prefix: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -119,6 +123,27 @@ WINDOWED = [
 ]
 CASES += WINDOWED
 
+# What "xla" alone does.
+_LONG: dict[str, Any] = {"shape": (2, 300, 2, 1, 8), "width": 20, "bias": "bumpy", "slope": True}
+DEFINITION_ONLY = [
+    Case("sink", sink=(0.5, -1.0), tau=(-0.7, 0.3), shape=(2, 70, 4, 2, 16)),
+    Case("sink_of_softmax", sink=(0.0,), tau=None, width=0),
+    Case("sink_in_blocks", sink=(2.0, 0.5), documents=(170, 30), **_LONG),
+    Case("soft_cap", settings=(("soft_cap", 1.5),), score_scale=2.0, tau=(-0.7,)),
+    Case("soft_cap_in_blocks", settings=(("soft_cap", 2.0),), tau=None, **_LONG),
+    Case("prefix", prefix="first", bias="bumpy", slope=True),
+    Case("prefix_of_documents", prefix="some", documents=(17, 3, 20), tau=(-0.7, 0.3)),
+    Case("prefix_and_window", prefix="some", settings=(("window", 5),), documents=(25, 15)),
+    Case("prefix_in_blocks", prefix="some", documents=(170, 130), **_LONG),
+    Case(
+        "all_at_once",
+        prefix="first",
+        sink=(0.3,),
+        settings=(("soft_cap", 3.0), ("renormalize", True)),
+        shape=(1, 50, 2, 1, 16),
+    ),
+]
+
 
 def inputs(case: Case, seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
     """Returns the arguments of the op as numpy arrays."""
@@ -141,6 +166,11 @@ def inputs(case: Case, seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]
         args["offset"] = np.resize(np.array(case.tau, np.float32), heads)
     if case.documents is not None:
         args["segment_ids"] = segment_ids(case.documents, batch, length)
+    if case.sink is not None:
+        args["sink"] = np.resize(np.array(case.sink, np.float32), heads)
+    if case.prefix is not None:
+        first = np.arange(length) < length // 2
+        args["prefix"] = rng.random((batch, length)) < (first if case.prefix == "first" else 0.3)
     return args | dict(case.settings)
 
 
@@ -169,16 +199,16 @@ def segment_ids(lengths: tuple[int, ...], batch: int, length: int) -> np.ndarray
     return np.stack(rows).astype(np.int32)
 
 
-GRADIENTS = ("query", "key", "value", "distance_bias", "distance_slope", "offset")
+GRADIENTS = ("query", "key", "value", "distance_bias", "distance_slope", "offset", "sink")
 
 
 def out_and_gradients(args: dict[str, Any], implementation: str, d_out: Any) -> dict[str, Any]:
     """Returns out and the gradient of every float input, as float64 numpy arrays."""
     arrays = {name: jnp.asarray(args[name]) for name in GRADIENTS if name in args}
     rest = {name: x for name, x in args.items() if name not in arrays}
-    ids = rest.pop("segment_ids", None)
+    masks = {name: rest.pop(name) for name in ("segment_ids", "prefix") if name in rest}
     make = _shared_program if implementation in ("xla", "xla_chunked") else _program
-    out, gradients = make(implementation, tuple(rest.items()))(arrays, ids, jnp.asarray(d_out))
+    out, gradients = make(implementation, tuple(rest.items()))(arrays, masks, jnp.asarray(d_out))
     result = {"out": out} | gradients
     return {
         name: np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x, np.float64)
@@ -187,13 +217,13 @@ def out_and_gradients(args: dict[str, Any], implementation: str, d_out: Any) -> 
 
 
 def _program(implementation: str, settings: tuple[tuple[str, Any], ...]) -> Any:
-    """Returns a function of arrays, segment ids and a cotangent that is compiled by itself."""
+    """Returns a function of arrays, masks and a cotangent that is compiled by itself."""
 
     @jax.jit
-    def run(arrays, ids, d_out):
+    def run(arrays, masks, d_out):
         def call(arrays):
             return lazy_attention(
-                **arrays, **dict(settings), segment_ids=ids, implementation=implementation
+                **arrays, **dict(settings), **masks, implementation=implementation
             )
 
         out, vjp = jax.vjp(call, arrays)
@@ -288,7 +318,7 @@ def document_places(case: Case) -> np.ndarray:
 
 
 # Gradients of few numbers, each a long sum: rounding leaves them less alike than arrays.
-SUMMED = ("distance_slope", "offset")
+SUMMED = ("distance_slope", "offset", "sink")
 
 
 @functools.cache

@@ -1,10 +1,21 @@
 """The chips and what their makers say of them, in one table."""
 
 import dataclasses
+import math
+import os
 
 from lazyattn.errors import require
 
 GIB = 2**30
+CPU = "cpu"
+
+
+def _host_memory() -> float:
+    """Returns this machine's memory in bytes; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):
+        return math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +68,11 @@ class Chip:
     def is_tpu(self) -> bool:
         """Whether libtpu compiles for it."""
         return self.axes > 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether XLA compiles for it on any machine."""
+        return self.name == CPU
 
 
 # A TPU's link is its stated bidirectional bandwidth over links and both ways: six
@@ -130,6 +146,51 @@ CHIPS = {
             largest=2**20,
             host_chips=8,
             sources="NVIDIA H100 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H100",
+        ),
+        Chip(
+            "h200",
+            *(989e12, 141e9, 4800e9, 450e9),
+            axes=0,
+            wrap=0,
+            network_bandwidth=400e9 / 8,
+            devices=1,
+            largest=2**20,
+            host_chips=8,
+            sources="NVIDIA H200 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H200",
+        ),
+        Chip(
+            "b200",
+            *(2250e12, 180e9, 8000e9, 900e9),
+            axes=0,
+            wrap=0,
+            network_bandwidth=400e9 / 8,
+            devices=1,
+            largest=2**20,
+            host_chips=8,
+            sources="NVIDIA DGX B200 data sheet, an eighth; network: 400 Gb/s a GPU, as there",
+        ),
+        Chip(
+            "a100",
+            *(312e12, 80e9, 2039e9, 300e9),
+            axes=0,
+            wrap=0,
+            network_bandwidth=200e9 / 8,
+            devices=1,
+            largest=2**20,
+            host_chips=8,
+            sources="NVIDIA A100 SXM 80 GB data sheet; network: 200 Gb/s a GPU, as in a DGX A100",
+        ),
+        # For a check of settings and mesh: its times are not told, so it has no rates.
+        Chip(
+            CPU,
+            *(math.nan, _host_memory(), math.nan, math.nan),
+            axes=0,
+            wrap=0,
+            network_bandwidth=None,
+            devices=1,
+            largest=1024,
+            host_chips=1024,
+            sources="this machine, whose memory all devices share",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The very train step, compiled for TPUs that are not here."""
+"""The very train step, compiled for TPUs that are not here, or for this machine's CPU."""
 
 import contextlib
 import dataclasses
@@ -119,10 +119,13 @@ def read_refusal(message: str) -> tuple[int, int, str] | None:
 def _lower(
     experiment: ExperimentConfig, mesh: jax.sharding.Mesh, factory: StateFactory
 ) -> tuple[jax.stages.Lowered, str]:
-    """Traces the step with the attention that a TPU would take."""
+    """Traces the step with the attention that a TPU, or a CPU, would take."""
+    asked = experiment.model.attention.implementation
+    if mesh.devices.flat[0].platform == "cpu":
+        name = asked or "xla_chunked"
+        return _traced(_with_implementation(experiment, name), mesh, factory), name
     generation = support.generation_of(mesh.devices.flat[0].device_kind)
     assert generation is not None
-    asked = experiment.model.attention.implementation
     with _pretended(generation):
         if asked is not None:
             return _traced(experiment, mesh, factory), asked

@@ -13,7 +13,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "compile: chips to compile for, as v5p:8x8x8, 2*v5e:16x16 or h100:64.",
+        "compile: chips to compile for, as v5p:8x8x8, 2*v5e:16x16, h100:64 or cpu:8.",
         **where,
     )
 

@@ -35,13 +35,13 @@ def compile_report(experiment: ExperimentConfig, name: str) -> int:
 
 
 def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
-    """Returns the report: compiled for TPUs, estimated for GPUs.
+    """Returns the report: compiled for TPUs and CPUs, estimated for GPUs.
 
     Args:
       experiment: the settings.
       where: the chips.
     """
-    if not where.chip.is_tpu:
+    if not where.chip.is_tpu and not where.chip.is_cpu:
         return estimate.estimate(experiment, where)
     mesh = sharding.make_mesh(experiment.mesh, topology.devices(where))
     sharding.check_batch(
@@ -58,7 +58,10 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
 
     activations = gradients = None
     traffic = None
-    if isinstance(result, compiler.Compiled):
+    if isinstance(result, compiler.Compiled) and where.chip.is_cpu:
+        temporaries, needed = result.temporaries, result.bytes
+        available = where.chip.hbm_bytes / where.devices
+    elif isinstance(result, compiler.Compiled):
         module = Module.parse(result.text)
         stacked = memory.stacked_bytes(module, experiment.model.num_layers)
         activations, gradients = stacked.activations, stacked.gradients

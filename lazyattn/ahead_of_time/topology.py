@@ -1,5 +1,6 @@
 """Which chips, how many and in what shape: the --topology flag."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -59,13 +60,13 @@ def parse(text: str) -> Topology:
         raise bad_value(
             "--topology",
             text,
-            f"a chip ({', '.join(CHIPS)}) and a shape, as v5p:8x8x8, v5e:16x16, 2*v6e:16x16 or"
-            " h100:64",
+            f"a chip ({', '.join(CHIPS)}) and a shape, as v5p:8x8x8, v5e:16x16, 2*v6e:16x16,"
+            " h100:64 or cpu:8",
         )
     kind = chip(match[2])
     shape = tuple(int(size) for size in match[3].split("x"))
     found = Topology(kind, shape, int(match[1] or 1))
-    allowed = {0: "a number of GPUs, as h100:64", 2: "two sizes, as v5e:4x4"}.get(
+    allowed = {0: f"a number of devices, as {kind.name}:64", 2: "two sizes, as v5e:4x4"}.get(
         kind.axes, "three sizes, as v5p:4x4x4"
     )
     if len(shape) != max(kind.axes, 1) or min(*shape, found.slices) < 1:
@@ -83,11 +84,19 @@ def parse(text: str) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Returns the compile-only devices of a TPU topology.
+    """Returns the compile-only devices of a TPU topology, or as many of this machine's CPU.
 
     Raises:
-      InputError: if libtpu is not there, or knows no such slice.
+      InputError: if libtpu is not there, or knows no such slice; if JAX has counted the
+        CPU's devices already, and there are fewer.
     """
+    if topology.chip.is_cpu:
+        with contextlib.suppress(RuntimeError):  # JAX is at work already
+            jax.config.update("jax_num_cpu_devices", topology.devices)
+        found = jax.devices("cpu")
+        if len(found) < topology.devices:
+            raise bad_value("--topology", str(topology), f"cpu:{len(found)} in this process")
+        return found[: topology.devices]
     libtpu.prepare()
     from jax.experimental import topologies
 
@@ -98,10 +107,10 @@ def devices(topology: Topology) -> Sequence[Any]:
     if max(topology.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind.name}:{shape}", **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).split(":", 1)[-1].strip().splitlines()[0]
         raise bad_value("--topology", str(topology), f"a slice libtpu knows ({reason})") from None
-    return found.devices
+    return description.devices

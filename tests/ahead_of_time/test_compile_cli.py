@@ -59,6 +59,15 @@ def test_gpus_by_estimate():
     assert "fits" in out and "estimated by formula" in out
 
 
+def test_this_machine_as_eight_devices():
+    status, out, err = _compile("--topology=cpu:8", "--config.mesh.tensor=2", *SMALL)
+    assert status == 0, err
+    assert "8 devices as fsdp 4, tensor 2" in out and "attention xla_chunked" in out
+    assert "fits" in out and "compiled     in" in out and "MFU" not in out
+    status, _, err = _compile("--topology=cpu:8", "--config.mesh.tensor=3", *SMALL)
+    assert status == 2 and err.startswith("mesh is ")
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("chips", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

@@ -175,6 +175,17 @@ def test_the_roofline_between_full_overlap_and_none():
     assert half.compute == 2.0  # a device is half a chip
 
 
+@pytest.mark.parametrize(("name", "memory"), [("h200", 129), ("b200", 165), ("a100", 73)])
+def test_other_gpus_by_the_same_formula(name, memory):
+    """A step of 8: what is needed is the same, what there is and how fast is the chip's."""
+    found = run.examine(_experiment(), topology.parse(f"{name}:8"))
+    of_h100 = run.examine(_experiment(), EIGHT)
+    assert int(found.available / 1e9) == memory and found.needed == of_h100.needed
+    ratio = CHIPS["h100"].flops / CHIPS[name].flops
+    compute = of_h100.traffic.roofline.compute * ratio
+    assert math.isclose(found.traffic.roofline.compute, compute)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -183,6 +194,9 @@ def test_the_roofline_between_full_overlap_and_none():
         ("TPU v5", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
     ],
 )
 def test_a_running_step_is_measured_against_the_same_peak(kind, name):

@@ -13,6 +13,10 @@ from lazyattn.errors import InputError
         ("v4:2x2x1", 4, 4),
         ("TPU7x:2x2x1", 4, 8),
         ("h100:64", 64, 64),
+        ("h200:8", 8, 8),
+        ("b200:8", 8, 8),
+        ("a100:16", 16, 16),
+        ("cpu:8", 8, 8),
     ],
 )
 def test_names(text, chips, devices):
@@ -24,11 +28,13 @@ def test_names(text, chips, devices):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v5p", r"--topology is 'v5p', but it must be a chip \(v4, v5e, v5p, v6e, tpu7x, h100\)"),
+        ("v5p", r"--topology is 'v5p', but it must be a chip \(v4, v5e, v5p, v6e, tpu7x, h100, h"),
         ("v9:2x2", "--topology is 'v9', but it must be of one of v4, v5e, v5p, v6e, tpu7x, h100"),
         ("v5p:2x2", "--topology is 'v5p:2x2', but it must be three sizes, as v5p:4x4x4"),
         ("v5e:2x2x1", "but it must be two sizes, as v5e:4x4"),
-        ("h100:8x8", "but it must be a number of GPUs, as h100:64"),
+        ("h100:8x8", "but it must be a number of devices, as h100:64"),
+        ("cpu:2x2", "but it must be a number of devices, as cpu:64"),
+        ("2*cpu:2", "one slice, since cpu's network is unknown"),
         ("v5e:16x32", "a slice of at most 256 chips; join several, as 2"),
         ("v6e:0x4", "but it must be two sizes"),
         ("2*v4:2x2x1", "one slice, since v4's network is unknown"),

@@ -4,7 +4,7 @@ Queries and keys are cut into tiles. For one head, a tile of queries x keys is
 
 - negligible: so little softmax mass that it is never visited (`visit.py`);
 - dead: visited, but no entry survives Elastic-Softmax, so that only the
-  log-sum-exp, dQ and dK need it;
+  log-sum-exp, dQ, dK and db need it;
 - live: the rest.
 """
 

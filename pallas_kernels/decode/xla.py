@@ -34,19 +34,27 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
     return finished(out.reshape(query.shape).astype(query.dtype), inputs, settings)
 
 
-def weights(inputs: Inputs, settings: Settings) -> Float[Array, "batch kv_heads group new slots"]:
-    """Returns the weight of each slot; NaN for queries that see nothing."""
+def weights(
+    inputs: Inputs, settings: Settings, products: Array | None = None
+) -> Float[Array, "batch kv_heads group new slots"]:
+    """Returns the weight of each slot; NaN for queries that see nothing.
+
+    Args:
+      inputs, settings: of the call.
+      products: of queries and keys, where they are known already.
+    """
     query = inputs.query
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    batch, new, _, head_dim = query.shape
-    grouped = query.reshape(batch, new, inputs.kv_heads, inputs.group, head_dim)
-    scores = settings.scale * jnp.einsum(
-        "bnhgd,bshd->bhgns",
-        grouped,
-        inputs.of_layer(inputs.key).astype(query.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
+    if products is None:
+        batch, new, _, head_dim = query.shape
+        products = jnp.einsum(
+            "bnhgd,bshd->bhgns",
+            query.reshape(batch, new, inputs.kv_heads, inputs.group, head_dim),
+            inputs.of_layer(inputs.key).astype(query.dtype),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+    scores = settings.scale * products
     if inputs.key_scales is not None:
         scores *= of_slots(inputs, inputs.key_scales, dtype)
     if inputs.distance_bias is not None:

@@ -2,13 +2,18 @@
 
 One head of the cache after the other, in chunks of a few pages: first the scores of all chunks
 with a page that must be read, then the values of chunks with a weight above 0.
+
+Where no page can be left out, all heads at once, so that memory is read in order. The products
+with the keys are then those of one matrix, of which only its diagonal blocks, the heads, are not
+0: that is more work, but CPUs have more of it than of memory. So a key that is no number reaches
+the other heads of its row as well.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode import pages
+from pallas_kernels.decode import pages, xla
 from pallas_kernels.decode.types import (
     PAGE,
     Inputs,
@@ -22,6 +27,9 @@ from pallas_kernels.decode.types import (
 # Slots of a chunk: a loop's step costs some microseconds.
 _CHUNK = 4 * PAGE
 
+# Columns of the matrix of all heads' queries, up to which it is quicker.
+_COLUMNS = 32
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -29,6 +37,10 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
     """Returns the output; arguments as in `op.attention`."""
     query = inputs.query
     batch, new, _, head_dim = query.shape
+    skips = inputs.key_norms is not None and inputs.distance_bias is not None
+    skips = skips and settings.skip_mass > 0
+    if not skips and inputs.kv_heads * new * inputs.group <= _COLUMNS:
+        return finished(_all_at_once(inputs, settings), inputs, settings)
     grouped = query.reshape(batch, new, inputs.kv_heads, inputs.group, head_dim)
     call = _Call(inputs, settings)
     out = jax.lax.map(
@@ -41,6 +53,42 @@ def attention(inputs: Inputs, settings: Settings) -> Float[Array, "batch new hea
     )
     out = out.transpose(1, 3, 0, 2, 4).reshape(query.shape).astype(query.dtype)
     return finished(out, inputs, settings)
+
+
+def _all_at_once(inputs: Inputs, settings: Settings) -> Float[Array, "batch new heads head_dim"]:
+    """Returns the output of a call that reads everything."""
+    query, kv_heads = inputs.query, inputs.kv_heads
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    batch, new, _, head_dim = query.shape
+    grouped = query.reshape(batch, new, kv_heads, inputs.group, head_dim)
+    blocks = grouped.transpose(0, 2, 4, 3, 1)[:, :, :, None]
+    blocks = blocks * jnp.eye(kv_heads, dtype=query.dtype)[:, None, :, None, None]
+    keys = inputs.of_layer(inputs.key).astype(query.dtype)
+    products = jnp.einsum(
+        "bse,bec->bsc",
+        keys.reshape(batch, inputs.slots, kv_heads * head_dim),
+        blocks.reshape(batch, kv_heads * head_dim, -1),
+        precision=_HIGHEST,
+        preferred_element_type=dtype,
+    )
+    products = products.reshape(batch, inputs.slots, kv_heads, inputs.group, new)
+    weights = xla.weights(inputs, settings, products.transpose(0, 2, 3, 4, 1))
+    if inputs.value_scales is not None:
+        weights *= xla.of_slots(inputs, inputs.value_scales, dtype)
+    weights = weights.astype(query.dtype).astype(dtype).transpose(0, 4, 3, 1, 2)
+    values = inputs.of_layer(inputs.value)
+
+    def weighted(values: Array) -> Array:
+        return (weights[..., None] * values.astype(dtype)[:, :, None, :, None]).sum(axis=1)
+
+    def masked() -> Array:
+        held = visible(inputs, settings).any(axis=1)[:, :, None, None]
+        return weighted(jnp.where(held, values, 0))
+
+    # What no query sees may be no number; leaving that out takes five times as long.
+    out = weighted(values)
+    out = jax.lax.cond(jnp.isfinite(out).all(), lambda: out, masked)
+    return out.reshape(query.shape).astype(query.dtype)
 
 
 class _Call:

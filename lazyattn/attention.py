@@ -269,16 +269,15 @@ def cross_attention(
         axes = "[batch, length, heads, head_dim]"
         raise bad_value("query.shape", query.shape, f"{axes}, none of them 0")
     # One query would do at key 0: whether the arrays go together does not hang on the length.
-    start = np.zeros(query.shape[0], np.int32)
+    start = jnp.zeros(query.shape[0], jnp.int32)
     check_arrays(query[:, :1], key, value, None, None, offset, None, start, None)
     _check_variants(query.shape[2], sink, soft_cap)
     scalar: Any = offset_divisor
     _check_settings(scalar, renormalize, offset, scale)
     batch, key_length = key.shape[:2]
-    if key_lengths is None:
-        lengths: Any = np.full(batch, key_length)
-    else:
-        lengths = key_lengths if isinstance(key_lengths, jax.Array) else np.asarray(key_lengths)
+    lengths: Any = key_lengths
+    if lengths is not None:
+        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
         require(jnp.shape(lengths) == (batch,), "key_lengths.shape", lengths.shape, f"({batch},)")
         integer = jnp.issubdtype(lengths.dtype, jnp.integer)
         require(integer, "key_lengths.dtype", str(lengths.dtype), "integer")
@@ -294,6 +293,7 @@ def cross_attention(
         return_weights=return_weights,
         sink=sink,
         soft_cap=None if soft_cap is None else float(soft_cap),
+        cross=True,
         key_lengths=lengths,
     )
     return explicit_mesh.on_own_share(Run(implementation), call)
@@ -410,7 +410,7 @@ def _run_xla(call: Call) -> Any:
 
 def _definition_only(call: Call) -> str | None:
     """Returns what of the call only the definition has."""
-    if call.key_lengths is not None:
+    if call.cross:
         return "it is cross attention, which only 'xla' does"
     if call.sink is not None:
         return "sink is given and only 'xla' has one"

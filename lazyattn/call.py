@@ -42,7 +42,8 @@ class Call:
     sink: Float[Array, " heads"] | None = None
     soft_cap: float | None = None
     prefix: Bool[Array, "batch key_length"] | None = None
-    # Cross attention: every query sees so many keys, the first ones.
+    # Every query sees the same keys: the first `key_lengths`; None: all.
+    cross: bool = False
     key_lengths: Int[Array | np.ndarray, " batch"] | None = None
 
     @property
@@ -54,8 +55,9 @@ class Call:
     def position(self) -> Int[Array, "batch length"]:
         """Returns the index of the key at each query's own position."""
         batch, length = self.query.shape[:2]
-        if self.key_lengths is not None:
-            last = jnp.asarray(self.key_lengths, jnp.int32)[:, None] - 1
+        if self.cross:
+            number = self.key.shape[1] if self.key_lengths is None else self.key_lengths
+            last = jnp.asarray(number, jnp.int32).reshape(-1, 1) - 1
             return jnp.broadcast_to(last, (batch, length))
         if self.chunk_starts is not None:
             within = jnp.arange(length // self.chunk_starts.shape[0], dtype=jnp.int32)

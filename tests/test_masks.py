@@ -197,6 +197,27 @@ def test_cross_attention_weights_and_traced_lengths():
     assert np.isnan(call(np.array([3, 0]))[1]).all()
 
 
+def test_export_with_symbolic_shapes():
+    def call(query, key, prefix, lengths):
+        sink = jnp.zeros(2)
+        out = lazy_attention(query, query, query, sink=sink, prefix=prefix)
+        return out + cross_attention(query, key, key), cross_attention(
+            query, key, key, key_lengths=lengths, sink=sink
+        )
+
+    batch, length, keys = jax.export.symbolic_shape("batch, length, keys")
+    for rows in (length, 300):
+        shapes = ((batch, rows, 2, 8), jnp.float32), ((batch, keys, 2, 8), jnp.float32)
+        masks = ((batch, rows), bool), ((batch,), jnp.int32)
+        arguments = [jax.ShapeDtypeStruct(*x) for x in (*shapes, *masks)]
+        exported = jax.export.export(jax.jit(call))(*arguments)
+        rng = np.random.default_rng(0)
+        query, key = (rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (300, 12))
+        given = query, key, rng.random((2, 300)) < 0.5, np.array([12, 5], np.int32)
+        for found, true in zip(exported.call(*given), call(*given), strict=True):
+            np.testing.assert_allclose(found, true, atol=3e-6)
+
+
 QKV = _cross(14, heads=2, kv_heads=2)
 
 

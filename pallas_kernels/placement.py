@@ -1,8 +1,9 @@
-"""Queries that are chunks of a sequence, in terms of queries that stand at all keys.
+"""Queries that are chunks of a sequence, in terms of simpler calls.
 
-The fused kernels know square calls only: their queries are filled up to one a key. A query
-that fills up sees its own key and no other, so it costs a part of one tile on the diagonal,
-and its output is dropped.
+`xla_chunked` takes a chunk at a time: its keys are moved so that the queries stand at the last
+ones. The fused kernels know square calls only: their queries are filled up to one a key. A query
+that fills up sees its own key and no other, so it costs a part of one tile on the diagonal, and
+its output is dropped.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.problem import Inputs
 
@@ -24,6 +25,28 @@ def split(inputs: Inputs, chunks: int) -> list[Inputs]:
         dataclasses.replace(inputs, **dict(zip(_OF_QUERIES, of_chunk, strict=True)))
         for of_chunk in zip(*parts, strict=True)
     ]
+
+
+def move(inputs: Inputs, start: Int[Array, ""], tile: int) -> Inputs:
+    """Returns inputs whose queries stand at the last keys, for ones that stand at `start` and on.
+
+    Keys after them fall off the end, and what comes in at the front is seen by nobody. Work
+    grows with the keys before the last query, not with `key_length`.
+
+    Args:
+      inputs: `segment_start` is an index into `key` as it is given.
+      start: at most key_length - length.
+      tile: how many more keys there are than queries is a multiple of it.
+    """
+    length, key_length = inputs.query.shape[1], inputs.key.shape[1]
+    ahead = -(-(key_length - length) // tile) * tile
+    moved = ahead - start
+    return dataclasses.replace(
+        inputs,
+        key=_move(inputs.key, moved, ahead + length),
+        value=_move(inputs.value, moved, ahead + length),
+        segment_start=inputs.segment_start + moved,
+    )
 
 
 def fill(inputs: Inputs, starts: list[Any]) -> Inputs:
@@ -58,3 +81,12 @@ def _put(
     for part, start in zip(parts, starts, strict=True):
         whole = jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
     return whole
+
+
+def _move(
+    x: Shaped[Array, "batch key_length *rest"], by: Int[Array, ""], length: int
+) -> Shaped[Array, "batch length *rest"]:
+    """Returns x moved `by` places to the right, zeros before it, cut to `length`."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (length, max(0, length - x.shape[1]))
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(x, widths), length - by, length, axis=1)

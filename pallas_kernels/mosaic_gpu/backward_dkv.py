@@ -30,7 +30,7 @@ from pallas_kernels.mosaic_gpu import (
     pipeline,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
-from pallas_kernels.mosaic_gpu.kernel_types import Index, Refs, Scalar, Scratch, TilesConsumed
+from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan, RowStat
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
@@ -495,14 +495,7 @@ class WorkTile(launch.WorkTile):
             self.queries.consumer_release_slot(slot)
             return carry
         d_scores = pl.run_scoped(functools.partial(add, p, weights), tile)
-        packed = layout.pack(d_scores, dtype, relu=False, interpret=self.interpret)
-        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
-        self.leave(n, d_scores, kind)
-        plgpu.wgmma_wait(1)
-        self.d_outs.consumer_release_slot(d_slot)
-        # Left in flight, it made ptxas put dS where the values are, and lose them.
-        plgpu.wgmma_wait(0)
-        self.queries.consumer_release_slot(slot)
+        self.add_key(kind, accs["key"], n, slot, d_scores, d_slot)
         return carry
 
     def dead_step(
@@ -515,22 +508,45 @@ class WorkTile(launch.WorkTile):
         carry: tuple[()],
     ) -> tuple[()]:
         """Adds a tile with no live entry."""
-        ref = self.ref
-        spare = self.spare()
         (slot,) = slots
         loaded, less = self.loads(n, slot, kind), self.less(slot)
 
         def product(s_acc):
-            plgpu.wgmma(s_acc, self.key(), ref["query_smem"].at[slot].T)
+            plgpu.wgmma(s_acc, self.key(), self.ref["query_smem"].at[slot].T)
             wait()
             self.collect(n, kind)
             return s_acc[...]
 
         x = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
         d_scores = self.softmax(kind, x, slot, loaded) * less
+        self.add_key(kind, accs["key"], n, slot, d_scores)
+        return carry
+
+    def add_key(
+        self,
+        kind: TileKind,
+        acc: Ref,
+        n: Scalar,
+        slot: Scalar,
+        d_scores: Array,
+        d_slot: Scalar | None = None,
+    ) -> None:
+        """Adds dS times the queries to dK, and gives the tile's slots back.
+
+        Args:
+          kind: of the tile.
+          acc: of dK.
+          n: which step it is.
+          slot: of its queries.
+          d_scores: dS.
+          d_slot: of its d_out, which products issued before read; None: it has none.
+        """
         packed = layout.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
-        pipeline.multiply(accs["key"], packed, ref["query_smem"].at[slot], spare)
+        pipeline.multiply(acc, packed, self.ref["query_smem"].at[slot], self.spare())
         self.leave(n, d_scores, kind)
+        if d_slot is not None:
+            plgpu.wgmma_wait(1)
+            self.d_outs.consumer_release_slot(d_slot)
+        # Left in flight, it made ptxas put dS where the values are, and lose them.
         plgpu.wgmma_wait(0)
         self.queries.consumer_release_slot(slot)
-        return carry

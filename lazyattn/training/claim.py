@@ -21,10 +21,10 @@ from lazyattn.paths import local_path
 from lazyattn.training.checkpoint import FOLDER
 from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.weights_and_biases import FOLDER as WANDB
-from lazyattn.training.workdir import CONFIG, METRICS, TENSORBOARD, open_workdir
+from lazyattn.training.workdir import CONFIG, METRICS, SAMPLES, TENSORBOARD, open_workdir
 
 LOCK = ".lock"
-_OURS = (FOLDER, CONFIG, METRICS, TENSORBOARD, PROFILE, WANDB, *FILE_NAMES)
+_OURS = (FOLDER, CONFIG, METRICS, SAMPLES, TENSORBOARD, PROFILE, WANDB, *FILE_NAMES)
 _times = itertools.count(1)
 
 

@@ -86,6 +86,10 @@ class TrainingConfig:
         split, as `--mode=eval` always does.
       inspect_every: steps between measurements of attention (zeros, mass, sink, offsets)
         on a few validation rows; 0: none.
+      sample_every: steps between samples, which are printed and written to `samples.jsonl`;
+        0: none.
+      sample_prompt: what a sample continues; an empty text asks for a document from its start.
+      sample_tokens: tokens of a sample, at most.
       checkpoint_every: steps between checkpoints; the last step always has one.
       max_failed_saves: checkpoints in a row that can't be written (a full disk) before the
         run stops; 1: it stops at the first, noticed when the next is due.
@@ -103,6 +107,9 @@ class TrainingConfig:
     eval_every: int = 0
     eval_batches: int = 0
     inspect_every: int = 0
+    sample_every: int = 0
+    sample_prompt: str = "The "
+    sample_tokens: int = 60
     checkpoint_every: int = 100
     max_failed_saves: int = 3
     keep: int = 3
@@ -120,7 +127,11 @@ class TrainingConfig:
             "keep",
             "max_failed_saves",
             "max_nonfinite_steps",
+            "sample_tokens",
         ):
             require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")
-        for name in ("z_loss", "eval_every", "eval_batches", "inspect_every", "keep_every"):
+        for name in (
+            *("z_loss", "eval_every", "eval_batches", "inspect_every", "sample_every"),
+            "keep_every",
+        ):
             require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")

@@ -10,7 +10,10 @@ import numpy as np
 from lazyattn.quantity import quantity
 
 # What takes time and is not a step of training, in the order it is told.
-REASONS = ("start", "data", "skipped steps", "validation", "inspection", "checkpoints", "profile")
+REASONS = (
+    *("start", "data", "skipped steps", "validation", "inspection", "samples", "checkpoints"),
+    "profile",
+)
 _RECENT = 100
 
 

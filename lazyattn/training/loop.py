@@ -57,6 +57,7 @@ class Run:
       validate: parameters -> scalars that join the step's metrics.
       stop: asks the loop to end early.
       inspect: parameters -> scalars on attention, every `config.inspect_every` steps.
+      sample: step, parameters -> nothing, every `config.sample_every` steps.
       profile: traces some of the steps; None: none.
     """
 
@@ -70,6 +71,7 @@ class Run:
     validate: Callable[[Params], dict[str, float]]
     stop: StopSignal
     inspect: Callable[[Params], dict[str, float]] = lambda params: {}
+    sample: Callable[[int, Params], None] = lambda step, params: None
     profile: StepProfile | None = None
 
 
@@ -143,8 +145,9 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             last or (config.eval_every > 0 and number % config.eval_every == 0)
         )
         inspecting = config.inspect_every > 0 and number % config.inspect_every == 0
+        sampling = config.sample_every > 0 and number % config.sample_every == 0
         saving = last or number % config.checkpoint_every == 0
-        if not (validating or inspecting or saving):
+        if not (validating or inspecting or sampling or saving):
             continue
         record = _fetch(run, *pending)
         pending = None
@@ -160,6 +163,10 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             begin = time.perf_counter()
             record |= run.inspect(state.params)
             run.log.pause(time.perf_counter() - begin, "inspection")
+        if sampling and unreadable is None:
+            begin = time.perf_counter()
+            run.sample(number, state.params)
+            run.log.pause(time.perf_counter() - begin, "samples")
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)
         if unreadable is not None:

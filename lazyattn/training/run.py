@@ -37,6 +37,7 @@ from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import read_together
+from lazyattn.training.samples import Samples
 from lazyattn.training.state import Params
 from lazyattn.training.step import make_train_step
 from lazyattn.training.summary import print_summary
@@ -130,6 +131,10 @@ def train(
         folders.check_vocabulary(prepared.tokenizer, experiment)
         if weights is not None:
             weights.check_tokenizer(prepared.tokenizer)
+        reached = 0 if restored is None else int(restored.state.step)
+        samples = stack.enter_context(
+            Samples(workdir, experiment, mesh, prepared.tokenizer, step=reached, say=_say)
+        )
         finished = restored is not None and int(restored.state.step) == training.steps
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
@@ -205,6 +210,7 @@ def train(
                 validate=validate,
                 stop=stop,
                 inspect=inspect,
+                sample=samples,
                 profile=stack.enter_context(StepProfile(workdir, profile)),
             )
             stop.arm()

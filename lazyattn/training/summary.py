@@ -1,6 +1,5 @@
 """What a finished run shows for itself."""
 
-import dataclasses
 import os
 import sys
 import textwrap
@@ -13,13 +12,10 @@ import numpy as np
 from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
 from lazyattn.evaluation.perplexity import coverage
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.generation.cache import trained_cache_length
-from lazyattn.generation.sampling import SamplingConfig
-from lazyattn.generation.text import generate_text
 from lazyattn.inspection.statistics import attention_statistics
+from lazyattn.training.samples import SAMPLING, continuation
 from lazyattn.training.state import TrainState
 
-_SAMPLE = SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.95)
 _PROMPT = "The "
 
 
@@ -89,30 +85,11 @@ def _show_attention_and_sample(
     say(f"attention exactly zero     {found.zero_share.mean():.1%} of the visible pairs")
     say(f"attention on first token   {share:.2%} of all attention, mean over layers and heads")
     say("sample, after a given first word")
-    text = _PROMPT + _continuation(experiment, prepared, state)
+    key = jax.random.fold_in(state.rng, state.step)
+    said = continuation(state.params, experiment, prepared.tokenizer, _PROMPT, SAMPLING, key)
+    text = _PROMPT + said
     for line in textwrap.wrap(" ".join(text.split()), 90):
         say(f"    {line}")
-
-
-def _continuation(experiment: ExperimentConfig, prepared: TrainingData, state: TrainState) -> str:
-    """Returns what the model says after `_PROMPT`, shorter where its cache is."""
-    model, tokenizer = experiment.model, prepared.tokenizer
-    room = trained_cache_length(model, experiment.data.sequence_length)
-    sampling = _SAMPLE
-    if room is not None:
-        room = max(room, len(tokenizer.encode(_PROMPT)) + 2)
-        new = min(sampling.max_new_tokens, room - len(tokenizer.encode(_PROMPT)) - 1)
-        sampling = dataclasses.replace(sampling, max_new_tokens=new)
-    (text,) = generate_text(
-        state.params,
-        model,
-        tokenizer,
-        [_PROMPT],
-        sampling=sampling,
-        key=jax.random.fold_in(state.rng, state.step),
-        cache_length=room,
-    )
-    return text
 
 
 def _program() -> str:

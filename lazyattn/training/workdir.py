@@ -30,6 +30,7 @@ from lazyattn.training.state import Params, StateFactory
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+SAMPLES = "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,12 +284,15 @@ def check_memory(plan: CachePlan, batch: int, available: int | None) -> None:
         raise InputError(
             f"The key/value cache of {quantity(batch, 'row')} of {quantity(plan.length, 'token')}"
             f" takes {in_bytes(needed)}, but it must be at most {in_bytes(available)}, the memory"
-            " that is free: take fewer rows, fewer tokens, shorter bucket lengths or int8."
+            " there is for it: take fewer rows, fewer tokens, shorter bucket lengths or int8."
         )
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that are free on all devices of the mesh together; None: not known."""
+    """Returns the bytes there are on all devices of the mesh together; None: not known.
+
+    On GPUs and TPUs those that are free, on a CPU all of the machine's.
+    """
     mesh = jax.sharding.get_mesh()
     devices = [jax.local_devices()[0]] if mesh.empty else list(mesh.devices.flat)
     stats = [device.memory_stats() for device in devices]
@@ -298,7 +301,7 @@ def free_memory() -> int | None:
     if devices[0].platform != "cpu":
         return None
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
 

@@ -10,7 +10,9 @@ import pytest
 from lazyattn.errors import InputError
 from lazyattn.generation import spans
 from lazyattn.generation.cache import full_plan, in_bytes
+from lazyattn.model.attention_layer import OPERANDS
 from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.transformer import Transformer
 from tests.model.tiny import make_config, make_params
 
 QK_NORM = {"qk_norm": True}
@@ -171,3 +173,18 @@ def test_best_lengths_hold_the_fewest_keys():
     assert len(found) == 2 and held(needed, found) == least
     assert spans.best_lengths([1, 2], 1024) == (128,)
     assert spans.best_lengths([2000], 1024) == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_models_own_queries_and_keys_are_within_the_bound(dtype):
+    """Rounding to bfloat16 makes some of them longer than the norms' scales allow."""
+    config = make_config(attention=QK_NORM, compute_dtype=dtype, scan_layers=False)
+    params = make_params(config, 2)
+    inputs = jnp.asarray(np.random.default_rng(0).integers(31, size=(2, 40)))
+    _, state = Transformer(config).apply({"params": params}, inputs, mutable=[OPERANDS])
+    for layer, own in enumerate(spans._layers(params, config)):
+        operands = state[OPERANDS][f"blocks_{layer}"]["attention"]["operands"]
+        query, key = (np.asarray(operands[n], np.float64) for n in ("query", "key"))
+        longest = [np.linalg.norm(x, axis=-1).max() for x in (query, key)]
+        bound = spans.score_bound(own, config)
+        assert 0.5 * bound < np.prod(longest) / np.sqrt(config.head_dim) <= bound

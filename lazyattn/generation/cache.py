@@ -20,9 +20,6 @@ from lazyattn.quantity import quantity
 CacheDtype = Literal["compute", "int8"]
 
 
-# Lengths of rings that heads are sorted into. Fewer lengths are fewer arrays to write to.
-BUCKETS = (256, 1024, 4096, 16_384)
-
 # Tokens that one step may add besides the first: the oldest of them still sees its span.
 SPARE = MAX_NEW - 1
 
@@ -35,18 +32,20 @@ class CacheOptions:
       kind: "spans" holds of each head the keys that it can need, "full" all.
       dtype: "compute" holds them in the model's compute dtype, "int8" as bytes with a scale
         for each head and 128 keys.
-      buckets: of "spans", the lengths of rings besides the whole length, shortest first.
+      buckets: of "spans", the lengths of rings besides the whole length, shortest first;
+        None: those with which least is held.
     """
 
     kind: Literal["spans", "full"] = "spans"
     dtype: CacheDtype = "compute"
-    buckets: tuple[int, ...] = BUCKETS
+    buckets: tuple[int, ...] | None = None
 
     def __post_init__(self):
         require(self.kind in ("spans", "full"), "--cache", self.kind, "spans or full")
         allowed = ("compute", "int8")
         require(self.dtype in allowed, "--cache_dtype", self.dtype, "compute or int8")
-        check_buckets(self.buckets)
+        if self.buckets is not None:
+            check_buckets(self.buckets)
 
 
 def check_buckets(buckets: tuple[int, ...]) -> None:

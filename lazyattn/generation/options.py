@@ -5,7 +5,7 @@ from typing import Any
 from absl import flags
 
 from lazyattn.errors import InputError
-from lazyattn.generation.cache import BUCKETS, CacheOptions
+from lazyattn.generation.cache import CacheOptions
 from lazyattn.generation.sampling import SamplingConfig
 
 
@@ -45,8 +45,9 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_list(
         "cache_buckets",
-        [str(length) for length in BUCKETS],
-        "sample: lengths that the caches of heads may have, besides the whole length.",
+        None,
+        "sample: lengths that the caches of heads may have, besides the whole length; default:"
+        " those with which least is held.",
         **where,
     )
 
@@ -73,11 +74,12 @@ def cache_options(values: flags.FlagValues = flags.FLAGS) -> CacheOptions:
     Raises:
       InputError: for a value out of range.
     """
+    given: list[str] | None = values.cache_buckets
     try:
-        buckets = tuple(int(length) for length in values.cache_buckets)
+        buckets = None if given is None else tuple(int(length) for length in given)
     except ValueError:
         raise InputError(
-            f"--cache_buckets is {','.join(values.cache_buckets)!r}, but it must be whole numbers"
+            f"--cache_buckets is {','.join(given or [])!r}, but it must be whole numbers"
             " with commas between them."
         ) from None
     return CacheOptions(values.cache, values.cache_dtype, buckets)

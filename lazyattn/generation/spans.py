@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from lazyattn.errors import require
 from lazyattn.generation import cache as cache_lib
 from lazyattn.generation.cache import (
-    BUCKETS,
     SPARE,
     CacheDtype,
     CacheOptions,
@@ -173,7 +172,7 @@ def plan_cache(
     cache_length: int,
     *,
     dtype: CacheDtype = "compute",
-    buckets: tuple[int, ...] | None = BUCKETS,
+    buckets: tuple[int, ...] | None = None,
 ) -> CachePlan:
     """Returns the plan of a cache in which each head keeps the keys that it can need.
 

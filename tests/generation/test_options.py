@@ -16,7 +16,7 @@ def _parse(*arguments):
 
 
 def test_what_to_hold():
-    assert _parse() == CacheOptions("spans", "compute", (256, 1024, 4096, 16_384))
+    assert _parse() == CacheOptions("spans", "compute", None)
     given = _parse("--cache=full", "--cache_dtype=int8", "--cache_buckets=128,1000")
     assert given == CacheOptions("full", "int8", (128, 1000))
     assert _parse("--cache_buckets=").buckets == ()

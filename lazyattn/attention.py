@@ -117,16 +117,18 @@ def lazy_attention(
         number (1.0: constant tau; the context length: tau / L); an array of positive
         numbers, one for each query, where the keys given are not all that n_i counts.
       renormalize: divide each row of weights by its sum, where that isn't 0.
-      sink: a learned logit of each head for a key that has no value: exp(sink) joins the sum
-        that the softmax divides by, and n_i does not count it. 0: softmax that adds one.
-        None: no such key. "xla" only.
+      sink: a learned logit of each head, floating, for a key that has no value: exp(sink) joins
+        the sum that the softmax divides by, and n_i does not count it. 0: softmax that adds
+        one. With it the softmax is 0, not NaN, where the bias is -inf for all that a query
+        sees. None: no such key. "xla" only.
       soft_cap: scores become soft_cap tanh(score / soft_cap) before the bias is added; positive.
         None: as they are. "xla" only.
       segment_ids: packed documents; a document is a maximal run of equal ids, and
         queries see their own document only.
-      prefix: keys that earlier queries of their document see too, as in a prefix-LM; the bias
-        is then b(|i - j|), and n_i counts them. All True: not causal at all. A window leaves
-        out none of those ahead. With query_start, keys ahead must be there. "xla" only.
+      prefix: bool, keys that earlier queries of their document see too, as in a prefix-LM. The
+        bias is then b(|i - j|), and n_i counts them. All True: not causal at all. A window
+        leaves out none of those ahead. With query_start all keys of the prefix must be in the
+        cache. "xla" only.
       query_start: for a key/value cache: query i of row b stands at key
         `query_start[b] + i`, which must exist, and sees no key after that. None: query i
         stands at key i, and both lengths are equal. May be traced: then the outputs of a
@@ -241,9 +243,9 @@ def cross_attention(
       query: float32, bfloat16, float16 or float64.
       key: of the same dtype; `kv_heads` divides `heads`, as in `lazy_attention`.
       value: of the same dtype.
-      key_lengths: keys that a row has, the first ones, at least 1; the others are padding. May
-        be traced: then the outputs of rows for which it is not from 1 to key_length are NaN.
-        None: all.
+      key_lengths: integer, how many keys a row has, the first ones, at least 1; the others are
+        padding. May be traced: then the outputs of rows for which it is not from 1 to
+        key_length are NaN. None: all.
       offset: as in `lazy_attention`.
       offset_divisor: as there, but no array.
       renormalize: as there.

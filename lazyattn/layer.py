@@ -43,6 +43,8 @@ class AttentionLayer:
 
     Raises:
       InputError: if a value is none of those allowed.
+
+    Source: arXiv 2601.00919, with our bias; RoPE: arXiv 2104.09864.
     """
 
     num_heads: int

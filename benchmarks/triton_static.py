@@ -29,7 +29,7 @@ from lazyattn import lazy_attention
 from pallas_kernels import gpu, problem
 from pallas_kernels.triton import config, plan
 
-_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,8 @@ def shared_memory(capability: int) -> int:
 
 
 @contextlib.contextmanager
-def _captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[Launch]]:
+def captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[Launch]]:
+    """Gives a list that launches are added to, instead of being made, while calls are traced."""
     launches: list[Launch] = []
 
     def capture(kernel, arrays, outputs, grid, block, static):
@@ -145,7 +146,7 @@ def launches(
         ids = jnp.zeros((1, length), jnp.int32) if packed else None
         return lazy_attention(**args, segment_ids=ids, implementation=implementation)
 
-    with _captured(capability, blocks) as found:
+    with captured(capability, blocks) as found:
         jax.eval_shape(run, args)
         jax.eval_shape(jax.grad(lambda args: jnp.sum(run(args).astype(jnp.float32))), args)
     return {launch.name: launch for launch in found}

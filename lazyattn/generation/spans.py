@@ -129,40 +129,60 @@ def _layer_spans(
     spans = np.empty(heads, np.int64)
     for head in range(heads):
         slope = bias["distance_slope"][head] if "distance_slope" in bias else None
-        values = bias_values(bias["distance_bias"][head], slope, length)
-        spans[head] = span(values, bound, skip_mass)
+        table = bias["distance_bias"][head][:length]
+        spans[head] = span(table, bound, skip_mass, slope=slope, length=length)
     if config.attention.has_offset:
         spans[np.asarray(layer["offset"]) > 0] = length
     return spans
 
 
-def bias_values(
-    table: Float[np.ndarray, " width"], slope: float | None, length: int
-) -> Float[np.ndarray, " length"]:
-    """Returns b(x) of the distances 0 <= x < length, float64."""
-    width = len(table)
-    if length <= width:
-        return table[:length]
-    beyond = np.arange(1, length - width + 1)
-    tail = np.zeros(length - width) if slope is None else table[-1] - slope * beyond
-    return np.concatenate([table, tail])
-
-
-def span(bias: Float[np.ndarray, " length"], bound: float, skip_mass: float) -> int:
+def span(
+    bias: Float[np.ndarray, " width"],
+    bound: float,
+    skip_mass: float,
+    *,
+    slope: float | None = None,
+    length: int | None = None,
+) -> int:
     """Returns the least S for which all keys from distance S on hold at most `skip_mass`.
 
     Args:
-      bias: b(x) of every distance there is.
+      bias: b(x) of the first distances, float64.
       bound: U, in nats.
       skip_mass: above 0.
+      slope: how the bias goes on past them, as in `lazy_attention`; None: it is 0 there.
+      length: how many distances there are; None: those of `bias`.
     """
-    if not math.isfinite(bias[0]) or np.isnan(bias).any():
-        return len(bias)
+    width = len(bias)
+    length = width if length is None else length
+    if not math.isfinite(bias[0]) or np.isnan(bias).any() or np.isnan(slope or 0.0):
+        return length
+
+    def tail(start: int) -> float:
+        """Returns the mass from a distance past the table on, a geometric series."""
+        number, rate = length - start, slope or 0.0
+        if number <= 0:
+            return 0.0
+        near = 0.0 if slope is None else bias[-1] - rate * (start - (width - 1))
+        largest = max(near, near - rate * (number - 1))
+        decay = abs(rate)
+        terms = number if decay == 0 else math.expm1(-decay * number) / math.expm1(-decay)
+        with np.errstate(over="ignore"):
+            return float(np.exp(2 * bound + largest - bias[0])) * terms
+
+    allowed = skip_mass * (1 - 1e-9)
+    if tail(width) > allowed:
+        # The mass falls as the start grows: `low` is too near, `high` is far enough.
+        low, high = width, length
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if tail(middle) > allowed else (low, middle)
+        return high
     with np.errstate(over="ignore"):
         mass = np.exp(2 * bound + (bias - bias[0]))
     # From the far end, where the smallest are: sums of float64 lose nothing that counts.
-    beyond = np.cumsum(mass[::-1])[::-1]
-    needed = np.flatnonzero(beyond > skip_mass * (1 - 1e-9))
+    beyond = tail(width) + np.cumsum(mass[::-1])[::-1]
+    needed = np.flatnonzero(beyond > allowed)
     return max(1, int(needed[-1]) + 1) if needed.size else 1
 
 

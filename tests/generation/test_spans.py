@@ -18,6 +18,25 @@ from tests.model.tiny import make_config, make_params
 QK_NORM = {"qk_norm": True}
 
 
+def _bias_values(table, slope, length):
+    """Returns b(x) of the distances 0 <= x < length."""
+    beyond = np.arange(1, max(0, length - len(table)) + 1)
+    tail = np.zeros(len(beyond)) if slope is None else table[-1] - slope * beyond
+    return np.concatenate([table[:length], tail])
+
+
+@pytest.mark.parametrize("slope", [None, 0.0, 0.4, 0.01, -0.02])
+@pytest.mark.parametrize("bound", [0.5, 6.0])
+def test_a_tail_counts_as_the_distances_it_stands_for(slope, bound):
+    rng = np.random.default_rng(0)
+    for length in (1, 5, 20, 21, 300, 3000):
+        table = (rng.normal(size=20) - np.arange(20))[:length]
+        whole = spans.span(_bias_values(table, slope, length), bound, 1e-4)
+        assert spans.span(table, bound, 1e-4, slope=slope, length=length) == whole
+    far = spans.span(np.array([0.0]), bound, 1e-4, slope=1e-3, length=10**12)
+    assert 10_000 < far < 40_000
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("skip_mass", [1e-6, 1e-2])
 def test_keys_at_the_norm_bound_hold_no_more_than_was_said(seed, skip_mass):
@@ -35,7 +54,7 @@ def test_keys_at_the_norm_bound_hold_no_more_than_was_said(seed, skip_mass):
         query = np.zeros(config.head_dim)
         query[0] = size[0]
         for head, span in enumerate(found[layer]):
-            b = spans.bias_values(
+            b = _bias_values(
                 np.asarray(bias["distance_bias"][head], np.float64),
                 float(bias["distance_slope"][head]),
                 length,
@@ -115,7 +134,7 @@ def test_a_window_bounds_spans_without_qk_norm_too():
 
 @pytest.mark.parametrize("tail", [0.0, -0.1])
 def test_a_bias_that_does_not_fall_keeps_all_or_what_the_length_leaves(tail):
-    bias = spans.bias_values(np.zeros(4), tail, 50)
+    bias = _bias_values(np.zeros(4), tail, 50)
     assert spans.span(bias, 2.0, 1e-6) == 50
     rising = np.concatenate([-np.arange(30.0), [0.0], np.full(19, -60.0)])
     assert spans.span(rising, 2.0, 1e-6) == 31  # up to the last key that counts

@@ -7,6 +7,7 @@ Needs no device. Prints a Markdown table; "pairs" are of a query and a key that 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from absl import app, flags
@@ -19,9 +20,13 @@ from pallas_kernels.tpu import config as tpu_config
 from pallas_kernels.triton import config as triton_config
 from pallas_kernels.visit import TileSizes
 
-_WINDOW = flags.DEFINE_integer("window", 512, "Keys that a query sees.", lower_bound=1)
-_LENGTHS = flags.DEFINE_list("lengths", ["4096", "16384"], "Sequence lengths.")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size, at most 256; inputs of 16 bits.")
+# Its own where tests import this: other programs have flags of the same names.
+_OWN: dict[str, Any] = {
+    "flag_values": flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
+}
+_WINDOW = flags.DEFINE_integer("window", 512, "Keys that a query sees.", lower_bound=1, **_OWN)
+_LENGTHS = flags.DEFINE_list("lengths", ["4096", "16384"], "Sequence lengths.", **_OWN)
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size; inputs of 16 bits.", **_OWN)
 
 
 def tiles(head_dim: int, length: int) -> Iterator[tuple[str, TileSizes]]:

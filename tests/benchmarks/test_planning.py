@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 
 from benchmarks import cases, planning
 
@@ -33,7 +32,7 @@ def test_a_line_has_planning_over_training():
 
 @pytest.mark.parametrize("documents", [1, 4])
 def test_planning_many_times_finds_what_once_does(documents):
-    flags.FLAGS.mark_as_parsed()
+    planning.FLAGS.mark_as_parsed()
     shape = cases.Shape.parse("1x2x512x64")
     parameters = cases.parameters("alibi", shape, 100)
     tensors = cases.tensors(shape, "bfloat16", 0)

@@ -360,7 +360,7 @@ def test_bias_of_minus_infinity_near_the_diagonal(implementation):
     oracle.check_blind_rows(implementation)
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.slow)])
 def test_works_under_vmap_scan_and_remat(window):
     args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))
     shared = {k: args.pop(k) for k in ("distance_bias", "offset")}
@@ -394,7 +394,7 @@ def test_shard_map_with_and_without_its_check():
         kernel_suite.check_sharded(mesh, "float32", 1e-5, implementation)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strict_settings_and_64_bits(implementation, dtype):
     kernel_suite.check_settings(dtype, implementation)

@@ -63,6 +63,7 @@ def test_the_modules_are_the_layer():
     assert all(np.any(x != 0) for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_half_precision():
     layer = AttentionLayer(2, bias_width=4)
     parameters = layer.init(jax.random.key(0), 16)

@@ -199,6 +199,7 @@ def test_eval_and_sample_on_the_checkpoint(story):
     assert len(out) > len("attention may\n")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_losses_on_a_mesh_of_devices(story):
     folder = story.shell.folder
     shutil.copytree(folder / "whole", folder / "mesh")

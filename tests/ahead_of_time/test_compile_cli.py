@@ -59,6 +59,7 @@ def test_gpus_by_estimate():
     assert "fits" in out and "estimated by formula" in out
 
 
+@pytest.mark.slow
 def test_this_machine_as_eight_devices():
     status, out, err = _compile("--topology=cpu:8", "--config.mesh.tensor=2", *SMALL)
     assert status == 0, err

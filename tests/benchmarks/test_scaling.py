@@ -22,6 +22,7 @@ def _options(*arguments):
     return values
 
 
+@pytest.mark.slow
 def test_a_line_a_measurement(tmp_path, monkeypatch):
     measured = []
 

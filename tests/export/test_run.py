@@ -222,6 +222,7 @@ def _python(arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sharded_by_the_command_line_and_read_without_the_trainer(run, tmp_path):
     """docs/export.md's lines as they stand there, and a mesh, on what eight devices wrote."""
     _python(

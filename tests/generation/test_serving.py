@@ -60,10 +60,7 @@ PLANS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("spans", "int8_spans") else pytest.param(name, marks=pytest.mark.slow)
-        for name in PLANS
-    ],
+    [name if name == "spans" else pytest.param(name, marks=pytest.mark.slow) for name in PLANS],
 )
 def test_logits_are_those_of_one_pass(name):
     config = (FULL | SPANS).get(name, SPANS["spans"])

@@ -8,6 +8,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+# `tests/sharding` holds a whole step on a mesh to one device's in the default suite.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report():

@@ -51,7 +51,7 @@ def test_every_kind_of_tile_in_every_layout(layout):
     "layout",
     [
         pytest.param({"chunked": True}, marks=pytest.mark.slow),
-        {"chunked": True, "turned": False, "queries": 256},
+        pytest.param({"chunked": True, "turned": False, "queries": 256}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

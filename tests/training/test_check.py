@@ -45,6 +45,7 @@ def test_a_new_run(text, cache, tmp_path, capsys):
     assert not any("sample" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_that_would_resume(text, cache, tmp_path, capsys):
     assert run.train(_experiment(text, training__steps=2), tmp_path, cache) == 0
     before = _files(tmp_path)

@@ -129,6 +129,7 @@ def test_no_checkpoint_to_evaluate_or_sample_from(tmp_path, make):
             use()
 
 
+@pytest.mark.slow
 def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
     text, cache, tmp_path, capsys
 ):
@@ -143,6 +144,7 @@ def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
         sample(tmp_path, "", SamplingConfig(max_new_tokens=length))
 
 
+@pytest.mark.slow
 def test_several_samples_are_told_apart(trained, capsys):
     sampling = SamplingConfig(max_new_tokens=3)
     sample(trained, ["may look", "may look"], sampling)
@@ -181,6 +183,7 @@ def test_a_trained_model_comes_back(trained, text):
     assert jnp.any(state.params["embedding"] != 0)
 
 
+@pytest.mark.slow
 def test_a_step_is_chosen_in_every_mode(text, cache, tmp_path, capsys):
     experiment = _experiment(text, training__steps=3, training__checkpoint_every=1)
     assert run.train(experiment, tmp_path, cache) == 0

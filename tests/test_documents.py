@@ -15,8 +15,6 @@ WIDTH = 100
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "pallas_kernels/README.md"]
 # Pages of the log name what there was on their day.
 NOW = [path for path in DOCUMENTS if path.parent.name != "log"]
-# Written by `python -m benchmarks.study report`.
-WIDE = [ROOT / "docs" / "results.md"]
 # Folders that a document may speak of without their being in the repository.
 OUTSIDE = ("runs/", "data/", "path/", "exports/", "build/", "RUN/", "DIR/", "FOLDER/", "PATH/")
 
@@ -159,7 +157,7 @@ def _has(settings, keys):
     return True
 
 
-@by_name([path for path in DOCUMENTS if path not in WIDE])
+@by_name(DOCUMENTS)
 def test_lines_are_not_too_long(path):
     assert too_long(path.read_text(encoding="utf-8")) == []
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks.study report`: docs/results.md and its pictures from the lines."""
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _RATES = (1e-3, 2e-3, 4e-3)
 _FACTORS = (1.0, 10.0, 30.0, 100.0)
 _SEEDS = 3
 _LONG = 320_000_000
+_AT_BLANKS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _BY_HAND = re.compile(r"<!-- by hand -->\n.*?<!-- end -->\n", re.DOTALL)
 
 
@@ -130,7 +132,20 @@ def page(
         _longer(lines, tokens),
         _failures(lines),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    hand = kept.rstrip("\n")
+    return "\n\n".join(x if x == hand else _wrapped(x) for x in parts if x) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """Returns prose in lines of at most 100; tables and pictures as they are."""
+    lines = []
+    for line in part.split("\n"):
+        if line.startswith(("|", "!", "#")):
+            lines.append(line)
+        else:
+            indent = "  " if line.startswith("- ") else ""
+            lines.append(textwrap.fill(line, 100, subsequent_indent=indent, **_AT_BLANKS))
+    return "\n".join(lines)
 
 
 def _head(lines: Sequence[Line], found: dict[str, Group], tokens: int, files: Sequence[str]) -> str:

@@ -41,10 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from benchmarks import hopper_target, provenance, timing, train_step
-from lazyattn import command_line, compile_for, paths, sharding
+from lazyattn import compile_for, paths, sharding
 from lazyattn.ahead_of_time import work
 from lazyattn.ahead_of_time.hlo import Computation, Instruction, Module
 from lazyattn.errors import InputError, require
@@ -352,25 +351,14 @@ def main(argv: Sequence[str]) -> int:
 def define(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags."""
     where: dict[str, Any] = {"flag_values": values}
-    config_flags.DEFINE_config_file("config", None, "As in train.py.", sys_argv=argv, **where)
+    train_step.define_experiment(argv, values)
     flags.DEFINE_string("attention", "lazy", "Of " + ", ".join(train_step.KINDS), **where)
-    flags.DEFINE_integer("batch", None, "Rows a step; default: the config's.", **where)
-    flags.DEFINE_integer("length", None, "Tokens a row; default: the config's.", **where)
-    flags.DEFINE_integer("microbatches", None, "Default: the config's.", **where)
     flags.DEFINE_integer("steps", 3, "Steps that are traced.", **where)
     flags.DEFINE_integer("top", 0, "Instructions that move most bytes, to print.", **where)
     flags.DEFINE_bool("compile_only", False, "Compile for an H100, run nothing.", **where)
     paths.define("output", None, "File that gets a line of JSON.", **where)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return command_line.parse(argv)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
     define(sys.argv)
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=train_step.parse)

@@ -378,20 +378,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def define(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags; not at import, since other programs have some of the same names."""
+def define_experiment(argv: list[str], values: flags.FlagValues) -> None:
+    """Defines the flags of a config and of the sizes of its step; see `with_batch`."""
     where: dict[str, Any] = {"flag_values": values}
     config_flags.DEFINE_config_file("config", None, "As in train.py.", sys_argv=argv, **where)
-    flags.DEFINE_list("attentions", ["lazy", "cudnn"], "Of " + ", ".join(KINDS), **where)
     flags.DEFINE_integer("batch", None, "Rows a step; default: the config's.", **where)
     flags.DEFINE_integer("length", None, "Tokens a row; default: the config's.", **where)
     flags.DEFINE_integer("microbatches", None, "Default: the config's.", **where)
+
+
+def define(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags; not at import, since other programs have some of the same names."""
+    where: dict[str, Any] = {"flag_values": values}
+    define_experiment(argv, values)
+    flags.DEFINE_list("attentions", ["lazy", "cudnn"], "Of " + ", ".join(KINDS), **where)
     flags.DEFINE_integer("steps", 10, "Steps in a row.", **where)
     flags.DEFINE_integer("rounds", 5, "Times each is timed; the median counts.", **where)
     paths.define("output", "benchmarks/results/train_step", "Without suffix.", **where)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; what is wrong with it is said in one sentence, status 2."""
     try:
         return command_line.parse(argv)
     except InputError as error:
@@ -401,4 +408,4 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     define(sys.argv)
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

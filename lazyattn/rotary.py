@@ -46,8 +46,8 @@ def norm_rotate(
 ) -> Float[Array, "batch length heads head_dim"]:
     """Returns the heads of x / sqrt(mean(x^2) + epsilon) * scale, rotated as by `rotate`.
 
-    "triton" reads and writes each array once, forward and backward; XLA takes about twice as
-    long. It has derivatives in reverse mode only.
+    "triton" reads and writes each array once, forward and backward, which XLA's fusions don't
+    (docs/log/2026-11-30-norm-and-rope.md). It has derivatives in reverse mode only.
 
     Args:
       x: queries or keys before the norm, float; head_dim even.

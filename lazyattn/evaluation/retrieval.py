@@ -87,33 +87,6 @@ class PassKeys:
     nats: Estimate
 
 
-def in_batches(score: Score, rows: int) -> Score:
-    """Returns a scorer of any number of rows that calls `score` with exactly `rows` each time.
-
-    So a jitted scorer is compiled once for a row length. The last batch is filled up with
-    copies of its last row, whose scores are dropped.
-
-    Args:
-      score: the scorer; it may return device arrays.
-      rows: of a batch, at least 1.
-    """
-    require(rows >= 1, "rows", rows, "at least 1")
-
-    def batched(
-        tokens: Int32[np.ndarray, "rows tokens"],
-    ) -> tuple[Float[np.ndarray, "rows targets"], Bool[np.ndarray, "rows targets"]]:
-        parts = []
-        for start in range(0, len(tokens), rows):
-            part = tokens[start : start + rows]
-            missing = rows - len(part)
-            nll, hit = score(np.pad(part, ((0, missing), (0, 0)), mode="edge"))
-            parts.append((np.asarray(nll)[: len(part)], np.asarray(hit)[: len(part)]))
-        nll, hit = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return nll, hit
-
-    return batched
-
-
 def check_stream(stream: Stream, length: int, span: int = SPAN) -> None:
     """Checks that a text is long enough for rows of it, and a passage of another place.
 

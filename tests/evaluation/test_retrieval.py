@@ -11,7 +11,6 @@ from lazyattn.evaluation.retrieval import (
     copy_rows,
     default_distances,
     farthest_copy,
-    in_batches,
     measure_copy,
     measure_passkey,
     passkey_distances,
@@ -200,20 +199,6 @@ def test_default_distances_are_cut_to_the_row():
     assert default_distances(16_384)[-2:] == (3800, 16_321)
     with pytest.raises(InputError, match="span is 64, but it must be at most 63"):
         default_distances(126, bos=BOS)
-
-
-def test_batches_have_one_number_of_rows():
-    seen = []
-
-    def score(tokens):
-        seen.append(tokens.shape)
-        return tokens[:, 1:].astype(np.float32), tokens[:, 1:] % 2 == 0
-
-    tokens = np.arange(30, dtype=np.int32).reshape(10, 3)
-    nll, hit = in_batches(score, 4)(tokens)
-    assert seen == [(4, 3)] * 3
-    np.testing.assert_array_equal(nll, tokens[:, 1:])
-    np.testing.assert_array_equal(hit, tokens[:, 1:] % 2 == 0)
 
 
 @pytest.mark.parametrize(

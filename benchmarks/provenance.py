@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 # Paths say nothing to a reader on another machine.
-_PATHS = {"learned": "FILE", "path": "FOLDER", "output": ""}
+_PATHS = {"learned": "FILE", "path": "FOLDER", "workdir": "RUN", "text": "FILE", "output": ""}
 
 
 def made_by(program: str, argv: Sequence[str] | None = None) -> dict[str, str]:

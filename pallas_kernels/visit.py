@@ -5,10 +5,11 @@ backend alike. In a tile no score exceeds
 
     max |q| max |k| scale + max b          (Cauchy-Schwarz; max over the tile)
 
-and a row's log-sum-exp is at least its score with itself. So the softmax mass of the
-far tiles of a row is bounded by the sum of exp(score bound - own score), and far
-tiles are left out while that sum stays below `skip_mass`: leaving all of them out
-moves no row's mass by more. Tiles before the first document of a row are never
+and a row's log-sum-exp is at least that of a few near scores: its score with itself, and,
+since exp is convex, NEAR exp(mean score) for each group of NEAR keys among the nearest. So the
+softmax mass of the far tiles of a row is bounded by the sum of exp(score bound - near sum), and
+far tiles are left out while that sum stays below `skip_mass`: leaving all of them out moves no
+row's mass by more. Tiles before the first document of a row are never
 visited, whatever `skip_mass`.
 
 Where tau > 0 every visible key has weight of at least tau / n however little mass it
@@ -25,6 +26,11 @@ from jaxtyping import Array, Float, Int
 
 # Added to score bounds, in nats: covers float32 rounding of norms and scores.
 _SLACK = 1e-3
+
+# Keys of a group whose mean score counts, and the queries whose groups are the same: all that
+# begin in this run of keys and in the run before.
+NEAR = 16
+RUN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +90,9 @@ def visit_ranges(
 
     Source: docs/lazy_attention.md, "Three kinds of tiles".
     """
-    norms = tile_norms(query, key, scale, tiles) if skip_mass > 0 else None
-    heads = query.shape[2]
+    heads, norms = query.shape[2], None
+    if skip_mass > 0:
+        norms = tile_norms(query, key, bias, segment_start, scale, tiles)
     return ranges_by_norms(norms, heads, bias, offset, segment_start, skip_mass, tiles)
 
 
@@ -95,17 +102,19 @@ class TileNorms(NamedTuple):
     Attributes:
       query: largest norm of each tile of queries, times the scale's size.
       key: largest norm of each tile of keys, once a query head.
-      own: least score of a query with its own key, without bias, of each tile of queries.
+      log_sum: least of what is known of a row's log-sum-exp, of each tile of queries.
     """
 
     query: Float[Array, "batch heads query_tiles"]
     key: Float[Array, "batch heads key_tiles"]
-    own: Float[Array, "batch heads query_tiles"]
+    log_sum: Float[Array, "batch heads query_tiles"]
 
 
 def tile_norms(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
+    bias: Float[Array, "heads length"] | None,
+    segment_start: Int[Array, "batch length"],
     scale: float,
     tiles: TileSizes,
 ) -> TileNorms:
@@ -123,13 +132,16 @@ def tile_norms(
         grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         own_score = scale * jnp.sum(grouped * key[:, :, :, None, :], axis=-1)
         own_score = own_score.reshape(batch, length, heads)
+    if bias is not None:
+        own_score += bias[:, 0]
+    log_sum = jnp.logaddexp(own_score, _near_sum(query, key, bias, segment_start, scale))
 
     def tile_maximum(x, size):
         # Every tile has a row that is none of padding.
         padded = _pad(_or_infinite(x), 1, size, constant_values=-jnp.inf)
         return padded.reshape(batch, -1, size, x.shape[-1]).max(axis=2).transpose(0, 2, 1)
 
-    of_queries = jnp.concatenate([query_norm, -own_score], axis=2)
+    of_queries = jnp.concatenate([query_norm, -log_sum], axis=2)
     if tiles.queries == tiles.keys:
         together = jnp.concatenate([of_queries, key_norm], axis=2)
         found = jnp.split(tile_maximum(together, tiles.keys), [heads, 2 * heads], axis=1)
@@ -138,9 +150,49 @@ def tile_norms(
             *jnp.split(tile_maximum(of_queries, tiles.queries), 2, axis=1),
             tile_maximum(key_norm, tiles.keys),
         ]
-    query_norm, own, key_norm = found
+    query_norm, log_sum, key_norm = found
     key_norm = jnp.repeat(key_norm, heads // kv_heads, axis=1)
-    return TileNorms(query_norm, key_norm, -own)
+    return TileNorms(query_norm, key_norm, -log_sum)
+
+
+def _near_sum(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    bias: Float[Array, "heads length"] | None,
+    segment_start: Int[Array, "batch length"],
+    scale: float,
+) -> Float[Array, "batch length heads"]:
+    """Returns log of the sum of NEAR exp(mean score) over a row's groups of near keys.
+
+    A group counts if the row sees all of it, and it ends before the row's own key; -inf: none
+    does.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    groups = RUN // NEAR
+    query, key = _pad(query, 1, RUN), _pad(key, 1, RUN)
+    runs = query.shape[1] // RUN
+    means = key.reshape(batch, runs, groups, NEAR, kv_heads, head_dim).mean(axis=3)
+    before = jnp.pad(means, [(0, 0), (1, 0), *[(0, 0)] * 3])[:, :-1]
+    means = jnp.concatenate([before, means], axis=2)
+    query = query.reshape(batch, runs, RUN, kv_heads, heads // kv_heads, head_dim)
+    scores = scale * jnp.einsum(
+        "brqkgd,brckd->brqkgc", query, means, precision=jax.lax.Precision.HIGHEST
+    )
+    scores = scores.reshape(batch, runs, RUN, heads, 2 * groups)
+    start = NEAR * jnp.arange(2 * groups) - RUN
+    nearest = jnp.arange(RUN)[:, None] - start - (NEAR - 1)
+    if bias is not None:
+        # Distances past the row's end are nobody's.
+        bias = jnp.pad(bias, [(0, 0), (0, 2 * RUN)])
+        distances = jnp.maximum(nearest, 0)[..., None] + jnp.arange(NEAR)
+        scores += bias[:, distances].mean(axis=-1).transpose(1, 0, 2)
+    seen = RUN * jnp.arange(runs)[:, None] + start
+    visible = _pad(segment_start, 1, RUN, mode="edge").reshape(batch, runs, RUN, 1)
+    counts = (nearest > 0) & (seen[:, None] >= jnp.maximum(visible, 0))
+    scores = jnp.where(counts[..., None, :], scores, -jnp.inf)
+    near = jax.nn.logsumexp(scores, axis=-1) + math.log(NEAR)
+    return near.reshape(batch, -1, heads)[:, :length]
 
 
 def ranges_by_norms(
@@ -186,8 +238,7 @@ def _score_bounds(
     norms: TileNorms, bias: Float[Array, "heads length"] | None, tiles: TileSizes
 ) -> Float[Array, "batch heads query_tiles key_tiles"]:
     """Returns, for each tile, a bound on score minus log-sum-exp over its entries."""
-    lowest = norms.own if bias is None else norms.own + bias[:, :1]
-    bound = norms.query[..., None] * norms.key[..., None, :] - lowest[..., None] + _SLACK
+    bound = norms.query[..., None] * norms.key[..., None, :] - norms.log_sum[..., None] + _SLACK
     if bias is not None:
         bound = bound + bias_maxima(bias.astype(norms.query.dtype), tiles)
     return bound

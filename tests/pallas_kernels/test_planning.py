@@ -117,11 +117,12 @@ def test_a_number_that_is_none_is_visited():
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         table = jax.jit(lambda: by_triton.table(plan, *parameters[:2], heads, length))()
         found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()
-        norms = jax.jit(lambda: by_triton.norms(plan, args["query"], key))()
+        norms = jax.jit(lambda: by_triton.norms(*call[:5], table.maxima))()
         table = jax.jit(lambda: by_triton.table(plan, broken, parameters[1], heads, length))()
     # A GPU's maxima leave NaN out, unlike the interpreter's: so there must be none.
     assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
-    assert not np.isnan(table.maxima).any() and np.isinf(table.maxima[1, 1])
+    largest = table.maxima[:, : -(-length // 64)]
+    assert not np.isnan(largest).any() and np.isinf(largest[1, 1])
     _same(found.first, by_xla.visits(*call, None).first)
     assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.no_overflow)[
         0

@@ -68,7 +68,7 @@ def table(
         lead=plan.lead,
         has_slope=distance_slope is not None,
     )
-    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, blocks)]
+    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, blocks + 2 * BLOCK)]
     slope = jnp.zeros(heads, jnp.float32) if distance_slope is None else distance_slope
     return Table(*_launch("lazy_table", (heads, 2), static, shapes, distance_bias, slope))
 
@@ -81,7 +81,7 @@ def visits(
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
     offset: Float[Array, " heads"] | None,
-    maxima: Float[Array, "heads blocks"] | None,
+    maxima: Float[Array, "heads numbers"] | None,
 ) -> Visits:
     """Returns which tiles are visited, and whether no exponential can overflow."""
     del distance_slope
@@ -99,7 +99,7 @@ def visits(
         skip_mass=plan.skip_mass,
         exponent_limit=EXPONENT_LIMIT,
     )
-    of_blocks = unused = norms(plan, query, key)
+    of_blocks = unused = norms(plan, query, key, segment_start, distance_bias, maxima)
     programs = -(-blocks // at_once)
     shapes = [((batch, heads, n), jnp.int32) for n in (blocks, 1, programs)]
     first, no_overflow, work = _launch(
@@ -120,15 +120,25 @@ def norms(
     plan: Plan,
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
+    segment_start: Int[Array, "batch length"],
+    distance_bias: Float[Array, "heads width"] | None,
+    maxima: Float[Array, "heads numbers"] | None,
 ) -> Float[Array, "batch 3 heads blocks"]:
     """Returns of each block the largest norms of queries, times the scale, and of keys, and the
-    least product of a query with its own key, times the scale; infinite where one is NaN."""
+    least of what is known of its rows' log-sum-exps; infinite where one is NaN."""
     batch, length, heads, head_dim = query.shape
     blocks = -(-length // BLOCK)
     static = dict(length=length, heads=heads, blocks=blocks, scale=plan.scale)
-    static |= dict(group=heads // key.shape[2], head_dim=head_dim)
+    static |= dict(group=heads // key.shape[2], head_dim=head_dim, skip_mass=plan.skip_mass)
+    static |= dict(packed=plan.packed)
+    static["width"] = 0 if distance_bias is None else distance_bias.shape[1]
     shapes = [(batch, 3, heads, blocks)]
-    return _launch("lazy_norms", (blocks * heads, batch), static, shapes, query, key)[0]
+    more = (
+        segment_start if plan.packed else query,
+        query if distance_bias is None else distance_bias,
+        query if maxima is None else maxima,
+    )
+    return _launch("lazy_norms", (blocks * heads, batch), static, shapes, query, key, *more)[0]
 
 
 def tile_orders(

@@ -18,14 +18,14 @@ class Table(NamedTuple):
     Attributes:
       for_queries, for_keys: tables of every head, for tiles whose rows are queries or keys.
       tail: value and slope of what follows.
-      maxima: largest b(x) of each distance of tiles, for `visits`; None where that asks the
-        bias itself.
+      maxima: for `visits`, largest b(x) of each distance of tiles, and then the means of b(x)
+        from each near distance on; None where that asks the bias itself.
     """
 
     for_queries: Float[Array, "heads rows 128"]
     for_keys: Float[Array, "heads rows 128"]
     tail: Float[Array, "heads 2"]
-    maxima: Float[Array, "heads blocks"] | None
+    maxima: Float[Array, "heads numbers"] | None
 
 
 class Visits(NamedTuple):
@@ -97,7 +97,7 @@ def visits(
     if not plan.packed:
         segment_start = jnp.zeros_like(segment_start)
     tiles = TileSizes(BLOCK, BLOCK)
-    norms = tile_norms(query, key, plan.scale, tiles)
+    norms = tile_norms(query, key, bias, segment_start, plan.scale, tiles)
     ranges = ranges_by_norms(
         norms if plan.skip_mass > 0 else None,
         *(heads, bias, offset, segment_start, plan.skip_mass, tiles),

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.triton.config import padded_head_dim, power_of_two
+from pallas_kernels.visit import NEAR
 
 # Numbers that are added up side by side.
 ROWS = 4096
@@ -16,6 +17,7 @@ class Static:
       length, heads, group, head_dim: of queries, and query heads a key head.
       block: queries, and keys, of a tile.
       blocks: tiles of a row.
+      near_keys: keys of a group whose mean score counts, as in pallas_kernels/visit.py.
       at_once: blocks that a program takes, a power of two.
       width: length of the bias table as given; 0: no bias.
       reach, near, entries, lead: of the table in the kernels' form: first distance that is
@@ -37,6 +39,7 @@ class Static:
     head_dim: int = 0
     block: int = 64
     blocks: int = 0
+    near_keys: int = NEAR
     at_once: int = 1
     width: int = 0
     reach: int = 0
@@ -69,6 +72,11 @@ class Static:
     section_c: int = 0
     members_c: int = 0
     descending_c: bool = False
+
+    @property
+    def maxima_row(self) -> int:
+        """Returns the numbers of a head that `lazy_table` leaves for the visits."""
+        return self.blocks + 2 * self.block
 
     @property
     def work_parts_padded(self) -> int:

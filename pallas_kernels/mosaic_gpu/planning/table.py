@@ -76,5 +76,11 @@ def lazy_table(
             # Maxima on a GPU leave NaN out; a tile that has one is visited.
             found = tl.where(found == found, found, float("inf"))
             found = tl.where(exists, found, float("-inf"))
-            place = maxima_ptr + head * static.blocks + blocks
+            place = maxima_ptr + head * static.maxima_row + blocks
             tl.store(place, tl.max(found, 1), mask=blocks < static.blocks)
+        # Mean biases of groups of near keys, by the distance of the nearest.
+        for x0 in range(0, 2 * static.block, 64):
+            x = x0 + tl.arange(0, 64)
+            group = x[:, None] + tl.arange(0, static.near_keys)[None, :]
+            mean = tl.sum(_bias(bias_ptr, slope, group, static), 1) / static.near_keys
+            tl.store(maxima_ptr + head * static.maxima_row + static.blocks + x, mean)

@@ -15,36 +15,86 @@ def _or_infinite(x):
 
 
 @triton.jit
-def lazy_norms(query_ptr, key_ptr, norms_ptr, static: tl.constexpr):
-    """Norms of one block of one head, and the least score with itself.
+def _rows(ptr, block, batch, heads: tl.constexpr, head, static: tl.constexpr):
+    """Loads a block of one head of queries or keys."""
+    rows = block * static.block + tl.arange(0, static.block)
+    columns = tl.arange(0, static.head_dim_padded)
+    inside = ((rows >= 0) & (rows < static.length))[:, None]
+    if static.head_dim < static.head_dim_padded:
+        inside = inside & (columns < static.head_dim)[None, :]
+    at = (batch * static.length + rows)[:, None] * heads + head
+    return tl.load(ptr + at * static.head_dim + columns, mask=inside, other=0.0)
 
-    Grid (blocks * heads, batch).
 
-    norms: [batch, 3, heads, blocks].
+@triton.jit
+def _near_means(query, key, means_ptr, first, block, before: tl.constexpr, static: tl.constexpr):
+    """Mean scores of queries with groups of keys of their own block or the one `before`; -inf for
+    a group that does not count.
+
+    first: first key that each query sees.
+    """
+    groups: tl.constexpr = static.block // static.near_keys
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * static.scale
+    scores = tl.reshape(scores, (static.block, groups, static.near_keys))
+    means = tl.sum(scores, 2) / static.near_keys
+    start = tl.arange(0, groups)[None, :] * static.near_keys - before * static.block
+    rows = tl.arange(0, static.block)[:, None]
+    nearest = rows - start - (static.near_keys - 1)
+    seen = (nearest > 0) & (block * static.block + start >= tl.maximum(first, 0)[:, None])
+    if static.width > 0:
+        means += tl.load(means_ptr + nearest, mask=seen, other=0.0)
+    return tl.where(seen, means, float("-inf"))
+
+
+@triton.jit
+def _add_exp(total, means, largest, static: tl.constexpr):
+    return total + static.near_keys * tl.sum(tl.exp(means - largest[:, None]), 1)
+
+
+@triton.jit
+def lazy_norms(
+    query_ptr, key_ptr, visible_ptr, bias_ptr, maxima_ptr, norms_ptr, static: tl.constexpr
+):
+    """Norms of one block of one head, and the least of what is known of its log-sum-exps.
+
+    Grid (blocks * heads, batch); norms: [batch, 3, heads, blocks].
     """
     block = tl.program_id(0) // static.heads
     head = tl.program_id(0) % static.heads
     batch = tl.program_id(1).to(tl.int64)
-    rows = block * static.block + tl.arange(0, static.block)
-    columns = tl.arange(0, static.head_dim_padded)
-    inside = (rows < static.length)[:, None]
-    if static.head_dim < static.head_dim_padded:
-        inside = inside & (columns < static.head_dim)[None, :]
     kv_heads: tl.constexpr = static.heads // static.group
-    at_query = (batch * static.length + rows)[:, None] * static.heads + head
-    at_key = (batch * static.length + rows)[:, None] * kv_heads + head // static.group
-    query = tl.load(query_ptr + at_query * static.head_dim + columns, mask=inside, other=0.0)
-    key = tl.load(key_ptr + at_key * static.head_dim + columns, mask=inside, other=0.0)
-    query = query.to(tl.float32)
-    key = key.to(tl.float32)
-    query_norm = tl.sqrt(tl.max(_or_infinite(tl.sum(query * query, 1)), 0)) * static.size_of_scale
-    key_norm = tl.sqrt(tl.max(_or_infinite(tl.sum(key * key, 1)), 0))
-    own = -_or_infinite(-tl.sum(query * key, 1) * static.scale)
-    own = tl.where(rows < static.length, own, float("inf"))
+    query = _rows(query_ptr, block, batch, static.heads, head, static)
+    key = _rows(key_ptr, block, batch, kv_heads, head // static.group, static)
+    query32 = query.to(tl.float32)
+    key32 = key.to(tl.float32)
+    query_norm = tl.max(_or_infinite(tl.sum(query32 * query32, 1)), 0)
+    key_norm = tl.max(_or_infinite(tl.sum(key32 * key32, 1)), 0)
     place = norms_ptr + (batch * 3 * static.heads + head) * static.blocks + block
-    tl.store(place, query_norm)
-    tl.store(place + static.heads * static.blocks, key_norm)
-    tl.store(place + 2 * static.heads * static.blocks, tl.min(own, 0))
+    tl.store(place, tl.sqrt(query_norm) * static.size_of_scale)
+    tl.store(place + static.heads * static.blocks, tl.sqrt(key_norm))
+    if static.skip_mass > 0:
+        rows = block * static.block + tl.arange(0, static.block)
+        own = tl.sum(query32 * key32, 1) * static.scale
+        if static.width > 0:
+            own += tl.load(bias_ptr + head * static.width)
+        first = tl.zeros_like(rows)
+        if static.packed:
+            rows = tl.minimum(rows, static.length - 1)
+            first = tl.load(visible_ptr + batch * static.length + rows)
+        means_ptr = maxima_ptr + head * static.maxima_row + static.blocks
+        near = _near_means(query, key, means_ptr, first, block, 0, static)
+        key = _rows(key_ptr, block - 1, batch, kv_heads, head // static.group, static)
+        far = _near_means(query, key, means_ptr, first, block, 1, static)
+        largest = tl.maximum(own, tl.maximum(tl.max(near, 1), tl.max(far, 1)))
+        # Without any score that is more than -inf the sum stays 0.
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        total = _add_exp(tl.exp(own - largest), near, largest, static)
+        log_sum = largest + tl.log(_add_exp(total, far, largest, static))
+        log_sum = -_or_infinite(-log_sum)
+        log_sum = tl.where(
+            block * static.block + tl.arange(0, static.block) < static.length, log_sum, float("inf")
+        )
+        tl.store(place + 2 * static.heads * static.blocks, tl.min(log_sum, 0))
 
 
 @triton.jit
@@ -84,8 +134,8 @@ def lazy_visits(
         before = tile_distance > 0
         if static.width > 0:
             seen = (tile_distance >= 0) & inside[:, None]
-            at = maxima_ptr + head * static.blocks + tile_distance
-            bound += tl.load(at, mask=seen, other=0.0) - tl.load(bias_ptr + head * static.width)
+            at = maxima_ptr + head * static.maxima_row + tile_distance
+            bound += tl.load(at, mask=seen, other=0.0)
         # The minimum only guards exp against overflow.
         mass = static.block * tl.exp(tl.minimum(bound, 20.0))
         mass = tl.where(tiles[None, :] >= first[:, None], mass, 0.0)
@@ -104,7 +154,7 @@ def lazy_visits(
         largest *= tl.max(key_norm, 0)
         if static.width > 0:
             maxima = tl.load(
-                maxima_ptr + head * static.blocks + tiles, mask=exists, other=float("-inf")
+                maxima_ptr + head * static.maxima_row + tiles, mask=exists, other=float("-inf")
             )
             own = tl.load(bias_ptr + head * static.width)
             # Without a score of its own a row's sum has no lower bound.

@@ -1,0 +1,1 @@
+"""Times decoding: the attention of one token alone, and a whole token."""

@@ -23,13 +23,13 @@ import numpy as np
 from absl import app, flags, logging
 
 from lazyattn import distributed, paths, sharding
+from lazyattn.checkpoint.state import StateFactory
 from lazyattn.errors import InputError, require
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.objective import Batch, make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
-from lazyattn.training.config import OptimizerConfig
-from lazyattn.training.objective import Batch, make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory
 from lazyattn.training.step import make_train_step
 
 

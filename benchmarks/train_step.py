@@ -31,14 +31,14 @@ from ml_collections import config_flags
 from benchmarks import provenance, softmax_by_jax
 from lazyattn import command_line, paths, sharding
 from lazyattn.ahead_of_time.chips import CHIPS
+from lazyattn.checkpoint.state import StateFactory, TrainState
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import RECIPES, AttentionConfig
+from lazyattn.model.objective import Batch, make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
-from lazyattn.training.objective import Batch, make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory, TrainState
 from lazyattn.training.step import make_train_step
 
 # Changes to the config's attention. That of `cudnn` is replaced besides.

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.model.transformer import attention_weights
-from lazyattn.training.workdir import load_trained
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 TEXT = (

@@ -115,8 +115,8 @@ def _train() -> int:
     """Trains a model; goes on from the newest checkpoint in --workdir."""
     experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
+    from lazyattn.checkpoint.manager import SaveError
     from lazyattn.training import profile
-    from lazyattn.training.checkpoint import SaveError
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.run import train
 
@@ -132,8 +132,8 @@ def _check() -> int:
     """Takes one step of a run and keeps nothing: does all that a run needs work here?"""
     experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
+    from lazyattn.checkpoint.manager import SaveError
     from lazyattn.training.check import check
-    from lazyattn.training.checkpoint import SaveError
 
     try:
         return check(experiment, path, cache_dir)

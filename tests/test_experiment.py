@@ -14,9 +14,9 @@ from lazyattn.experiment import (
     model_from_dict,
     resumption_changes,
 )
+from lazyattn.experiment.training import OptimizerConfig, TrainingConfig
 from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
 from lazyattn.sharding import MeshConfig
-from lazyattn.training.config import OptimizerConfig, TrainingConfig
 
 
 def _changed(**groups):

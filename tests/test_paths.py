@@ -13,6 +13,8 @@ from absl.testing import flagsaver
 
 from lazyattn import command_line, flag_help, paths
 from lazyattn.ahead_of_time import libtpu
+from lazyattn.checkpoint.load import load_trained
+from lazyattn.checkpoint.workdir import open_workdir
 from lazyattn.data.cache import default_cache_dir, entry
 from lazyattn.data.prepare import __main__ as preparation
 from lazyattn.data.prepare.run import Preparation
@@ -22,7 +24,6 @@ from lazyattn.evaluation.options import EvaluationOptions
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.export.options import ExportOptions
 from lazyattn.export.run import export
-from lazyattn.training.workdir import load_trained, open_workdir
 
 URL = "gs://bucket/run"
 REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and give the path\.$"

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, UInt16
 
 from lazyattn.errors import InputError, require
+from lazyattn.model.objective import Batch
 from lazyattn.model.rope import document_positions
-from lazyattn.training.objective import Batch
 
 SETS = ("rfc", "code", "books")
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lazyattn.training.config import OptimizerConfig
+from lazyattn.checkpoint.state import TrainState
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.training.optimizer import make_optimizer
-from lazyattn.training.state import TrainState
 
 
 class PeakState(NamedTuple):

@@ -16,12 +16,12 @@ import numpy as np
 from benchmarks import softmax_by_jax
 from benchmarks.study import data, look, optimizer, scorer
 from lazyattn import sharding
+from lazyattn.checkpoint.state import StateFactory, TrainState
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.inspection.sequences import LENGTH as SINK_LENGTH
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_schedule
-from lazyattn.training.state import StateFactory, TrainState
 from lazyattn.training.step import make_train_step
 
 SINK_SEQUENCES = 100

@@ -9,8 +9,8 @@ from benchmarks.study.variants import VARIANTS
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import bad_value, require
 from lazyattn.experiment import ExperimentConfig, check_override, from_config_dict
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.model.config import AttentionConfig, ModelConfig
-from lazyattn.training.config import OptimizerConfig
 
 # 46M parameters: 37M in the blocks, 8.4M in the embedding, which is the output's as well.
 MODEL = ModelConfig(

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.study import data, look, measures
 from benchmarks.study.programs import Programs
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import TrainState
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.state import TrainState
 
 POINTS = 60  # of the loss curve
 LOOKS = 8  # of the visited share, the last one apart

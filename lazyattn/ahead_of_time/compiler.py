@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lazyattn import sharding
+from lazyattn.checkpoint.state import StateFactory, make_state_factory
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.training.objective import Batch, make_loss_fn
+from lazyattn.model.objective import Batch, make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory
 from lazyattn.training.step import make_train_step
-from lazyattn.training.workdir import make_state_factory
 from pallas_kernels.tpu import support
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -188,4 +187,5 @@ def state_factory(
     Parameters are traced by running the model on one token, which needs no kernel.
     """
     chosen = _with_implementation(experiment, "xla_chunked")
-    return make_state_factory(chosen, mesh)  # type: ignore[arg-type]  # nothing is placed
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    return make_state_factory(chosen, mesh, optimizer)  # type: ignore[arg-type]  # nothing is placed

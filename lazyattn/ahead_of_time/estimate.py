@@ -24,8 +24,8 @@ from lazyattn.errors import require
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.training.objective import make_loss_fn
 
 
 def estimate(experiment: ExperimentConfig, where: Topology) -> Report:

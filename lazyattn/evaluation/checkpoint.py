@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from lazyattn.checkpoint.load import TrainedModel, load_trained
+from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.pipeline import prepare, unigram_entropy
 from lazyattn.errors import InputError, require
 from lazyattn.evaluation import extrapolation, reach
@@ -28,7 +30,6 @@ from lazyattn.generation.cache import check_context
 from lazyattn.paths import local_path
 from lazyattn.sharding import check_batch
 from lazyattn.training.read_ahead import read_together
-from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "evaluation"
 

@@ -9,6 +9,7 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from lazyattn.checkpoint.load import TrainedModel
 from lazyattn.data.text_files import check_unicode
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, require
@@ -19,7 +20,6 @@ from lazyattn.generation.cache import check_context, trained_cache_length
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.generation.text import stream_ids
 from lazyattn.model.config import ModelConfig
-from lazyattn.training.workdir import TrainedModel
 
 # A prompt's tokens, and its text unless it was cut.
 _Prompt = tuple[list[int], str | None]
@@ -84,7 +84,7 @@ class LazyAttentionLM(TemplateLM):
         beyond_table: bool = False,
         **settings: Any,
     ) -> "LazyAttentionLM":
-        """Wraps what `training.workdir.load_trained` returns.
+        """Wraps what `checkpoint.load.load_trained` returns.
 
         Args:
           trained: the model.

@@ -18,8 +18,8 @@ from lazyattn.data.pipeline import TrainingData, validation_batches
 from lazyattn.distributed import one_at_a_time
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.objective import Batch, LossFn, counted, make_loss_fn
 from lazyattn.quantity import quantity
-from lazyattn.training.objective import Batch, LossFn, counted, make_loss_fn
 
 # Batches that may be on their way before the sums of the first of them are waited for.
 _AHEAD = 8

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from lazyattn.checkpoint.load import load_trained
+from lazyattn.checkpoint.manager import FOLDER, Checkpoints
+from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
@@ -21,8 +24,6 @@ from lazyattn.export.options import ExportOptions
 from lazyattn.export.settings import Facts
 from lazyattn.paths import local_path, umask
 from lazyattn.sharding import MeshConfig, make_mesh
-from lazyattn.training.checkpoint import FOLDER, Checkpoints
-from lazyattn.training.workdir import check_tokenizer, load_trained
 
 _FOLDER = "export"
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from lazyattn.checkpoint.load import TrainedModel, load_trained
+from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
@@ -21,7 +23,6 @@ from lazyattn.generation.cache import (
 )
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.generation.text import generate_text, prompt_width, stream_text
-from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 
 def sample(

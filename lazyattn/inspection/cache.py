@@ -4,9 +4,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from lazyattn.checkpoint.load import TrainedModel
 from lazyattn.generation import spans
 from lazyattn.generation.cache import CacheOptions, in_bytes
-from lazyattn.training.workdir import TrainedModel
 
 # Besides the length of the rows that a model was trained on.
 _CONTEXTS = (4096, 16_384, 32_768, 131_072)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from lazyattn.checkpoint.load import TrainedModel, load_trained
+from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
 from lazyattn.data.decoding import Continuation
 from lazyattn.data.tokenizer import Tokenizer
@@ -30,7 +32,6 @@ from lazyattn.inspection.report import write_report
 from lazyattn.inspection.sequences import LENGTH, cut, inserted_token, sink_metric
 from lazyattn.paths import local_path
 from lazyattn.quantity import quantity
-from lazyattn.training.workdir import TrainedModel, check_tokenizer, load_trained
 
 _FOLDER = "inspection"
 # Documents read, at most: more than any report needs.

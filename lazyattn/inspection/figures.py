@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from lazyattn.checkpoint.load import TrainedModel
 from lazyattn.inspection.cache import cache_data
 from lazyattn.inspection.measure import Measured
 from lazyattn.inspection.sequences import LENGTH, THRESHOLD, InsertedToken, SinkMetric
@@ -17,7 +18,6 @@ from lazyattn.inspection.weights import cell_size
 from lazyattn.model.accounting import parameter_counts
 from lazyattn.model.distance_bias import bias_arguments
 from lazyattn.model.parameters import stack_blocks
-from lazyattn.training.workdir import TrainedModel
 from pallas_kernels import bias as bias_lib
 
 _SPAN = 0.95

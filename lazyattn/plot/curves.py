@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lazyattn.checkpoint.workdir import METRICS
 from lazyattn.errors import bad_value
 from lazyattn.paths import local_path
-from lazyattn.training.workdir import METRICS
 
 _POINTS = 200
 

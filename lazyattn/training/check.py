@@ -20,13 +20,15 @@ import jax
 
 import lazyattn
 from lazyattn import sharding
+from lazyattn.checkpoint import workdir as folders
+from lazyattn.checkpoint.manager import FOLDER, Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.quantity import quantity
 from lazyattn.training import resume_data
-from lazyattn.training import workdir as folders
-from lazyattn.training.checkpoint import FOLDER, Checkpoints
 from lazyattn.training.claim import claimed
+from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.run import train
 
 _TRIAL = ".check"
@@ -129,7 +131,8 @@ def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
         resumption_changes(found[1], experiment)
         resume_data.require_same_kind(found[1], experiment)
         mesh = sharding.make_mesh(experiment.mesh)
-        restored = checkpoints.restore(folders.make_state_factory(experiment, mesh).abstract)
+        optimizer = make_optimizer(experiment.optimizer, steps)
+        restored = checkpoints.restore(make_state_factory(experiment, mesh, optimizer).abstract)
         return None if restored is None else int(restored.state.step)
 
 

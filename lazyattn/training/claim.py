@@ -13,15 +13,15 @@ from pathlib import Path
 
 import jax
 
+from lazyattn.checkpoint.manager import FOLDER
+from lazyattn.checkpoint.workdir import CONFIG, METRICS, SAMPLES, TENSORBOARD, open_workdir
 from lazyattn.data.tokenizer import FILE_NAMES
 from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.file_lock import LockedError, locked
 from lazyattn.paths import local_path
-from lazyattn.training.checkpoint import FOLDER
 from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.weights_and_biases import FOLDER as WANDB
-from lazyattn.training.workdir import CONFIG, METRICS, SAMPLES, TENSORBOARD, open_workdir
 
 LOCK = ".lock"
 _OURS = (FOLDER, CONFIG, METRICS, SAMPLES, TENSORBOARD, PROFILE, WANDB, *FILE_NAMES)

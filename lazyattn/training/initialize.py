@@ -11,6 +11,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from lazyattn.checkpoint.load import load_trained
+from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
@@ -21,8 +23,6 @@ from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES, bias_arguments
 from lazyattn.model.heads import global_heads
 from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
 from lazyattn.paths import local_path
-from lazyattn.training.checkpoint import FOLDER, Checkpoints
-from lazyattn.training.workdir import load_trained
 
 _WHERE = "--init_from"
 # How it is computed, which changes nothing that has been learned.

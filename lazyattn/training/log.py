@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import jax
 
+from lazyattn.checkpoint.workdir import METRICS, TENSORBOARD
 from lazyattn.training.goodput import Goodput
 from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard, duration
-from lazyattn.training.workdir import METRICS, TENSORBOARD
 
 
 class Curves(Protocol):

@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Int
 
 from lazyattn import sharding
+from lazyattn.checkpoint.manager import Checkpoints, SaveError
+from lazyattn.checkpoint.state import Params, TrainState
 from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
+from lazyattn.experiment.training import TrainingConfig
 from lazyattn.quantity import quantity
-from lazyattn.training.checkpoint import Checkpoints, SaveError
-from lazyattn.training.config import TrainingConfig
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import Positioned, ReadAhead
-from lazyattn.training.state import Params, TrainState
 from lazyattn.training.step import Metrics, StepFn
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from lazyattn.training.config import OptimizerConfig
+from lazyattn.experiment.training import OptimizerConfig
 
 DECAYED = frozenset(
     {

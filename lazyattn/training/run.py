@@ -11,6 +11,9 @@ from typing import Any
 import jax
 
 from lazyattn import sharding
+from lazyattn.checkpoint import workdir as folders
+from lazyattn.checkpoint.manager import Checkpoints, Restored
+from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.data.pipeline import (
     ShardedData,
     TrainingData,
@@ -24,21 +27,18 @@ from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.quantity import quantity
 from lazyattn.training import balance, resume_data
-from lazyattn.training import workdir as folders
-from lazyattn.training.checkpoint import Checkpoints, Restored
 from lazyattn.training.claim import claimed
 from lazyattn.training.initialize import Weights, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import read_together
 from lazyattn.training.samples import Samples
-from lazyattn.training.state import Params
 from lazyattn.training.step import make_train_step
 from lazyattn.training.summary import print_summary
 from lazyattn.training.weights_and_biases import WeightsAndBiases
@@ -105,7 +105,8 @@ def train(
             before = from_config_dict(found[1]).training.init_from
             training = dataclasses.replace(training, init_from=before)
             experiment = dataclasses.replace(experiment, training=training)
-        factory = folders.make_state_factory(experiment, mesh)
+        optimizer = make_optimizer(experiment.optimizer, training.steps)
+        factory = make_state_factory(experiment, mesh, optimizer)
         restored = checkpoints.restore(factory.abstract)
         weights: Weights | None = None
         if restored is None and training.init_from is not None:
@@ -198,7 +199,7 @@ def train(
                 mesh=mesh,
                 step_fn=make_train_step(
                     make_loss_fn(experiment.model, training.z_loss),
-                    make_optimizer(experiment.optimizer, training.steps),
+                    optimizer,
                     make_schedule(experiment.optimizer, training.steps),
                     mesh=mesh,
                     shardings=factory.shardings,

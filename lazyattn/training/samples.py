@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from lazyattn.checkpoint.state import Params
+from lazyattn.checkpoint.workdir import SAMPLES
 from lazyattn.data.text_files import check_unicode
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
@@ -16,8 +18,6 @@ from lazyattn.generation.cache import check_context, trained_cache_length
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.generation.text import generate_text
 from lazyattn.training.metrics import JsonLines
-from lazyattn.training.state import Params
-from lazyattn.training.workdir import SAMPLES
 
 SAMPLING = SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.95)
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lazyattn.checkpoint.state import Params, TrainState
 from lazyattn.model.loss import LossSums
+from lazyattn.model.objective import Batch, LossFn, counted
 from lazyattn.sharding import spec
-from lazyattn.training.objective import Batch, LossFn, counted
-from lazyattn.training.state import Params, TrainState
 
 Metrics = dict[str, Array]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

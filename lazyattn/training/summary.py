@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lazyattn.checkpoint.state import TrainState
 from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
 from lazyattn.evaluation.perplexity import coverage
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.inspection.statistics import attention_statistics
 from lazyattn.training.samples import SAMPLING, continuation
-from lazyattn.training.state import TrainState
 
 _PROMPT = "The "
 

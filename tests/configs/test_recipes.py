@@ -13,9 +13,9 @@ import configs
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from lazyattn.model.accounting import parameter_counts
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.recipes import SIZES, TOKENS, recipe
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.step import accumulate_gradients
 

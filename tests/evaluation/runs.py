@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.experiment import from_config_dict
 from lazyattn.sharding import make_mesh
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.workdir import make_state_factory
+from lazyattn.training.optimizer import make_optimizer
 from tests.model.tiny import make_params
 from tests.training import tiny
 
@@ -20,7 +21,8 @@ def make_run(folder, **changes):
     config.update_from_flattened_dict(changes)
     experiment = from_config_dict(config)
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
-    abstract = make_state_factory(experiment, mesh).abstract
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    abstract = make_state_factory(experiment, mesh, optimizer).abstract
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     params = jax.tree.map(np.asarray, make_params(experiment.model))
     state = dataclasses.replace(state, params=params, step=np.asarray(1, np.int32))

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import InputError
 from lazyattn.export.card import model_card
 from lazyattn.export.load import load_model, load_safetensors
@@ -21,7 +22,6 @@ from lazyattn.export.options import ExportOptions
 from lazyattn.export.parameters import as_table
 from lazyattn.export.run import export
 from lazyattn.export.settings import Facts
-from lazyattn.training.workdir import load_trained
 from tests.evaluation.runs import make_run
 from tests.model.tiny import make_config
 

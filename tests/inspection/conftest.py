@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import pytest
 
 from lazyattn import sharding
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.experiment import from_config_dict
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.workdir import make_state_factory
+from lazyattn.training.optimizer import make_optimizer
 from tests.training import tiny
 
 
@@ -23,7 +24,9 @@ def make_run(folder, source, variant, **settings):
     folder.mkdir()
     texts = [path.read_text() for path in sorted(source.iterdir())]
     Tokenizer.train(texts, config.data.vocab_size).save(folder / "tokenizer.json")
-    state = make_state_factory(experiment, sharding.make_mesh(experiment.mesh)).create()
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    mesh = sharding.make_mesh(experiment.mesh)
+    state = make_state_factory(experiment, mesh, optimizer).create()
     state = dataclasses.replace(state, step=jnp.int32(7))
     with Checkpoints(folder, keep=1, keep_every=0) as checkpoints:
         checkpoints.save(7, state, {}, experiment.to_dict())

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.sharding import MeshConfig
-from lazyattn.training.config import OptimizerConfig
 from tests.model.tiny import make_config
 
 # Every axis alone, and mixes.

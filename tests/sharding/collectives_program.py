@@ -13,11 +13,11 @@ import sys
 import jax
 
 from lazyattn import sharding
+from lazyattn.checkpoint.state import StateFactory
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.model.sharded_attention import sharded_attention
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory
 from lazyattn.training.step import make_train_step
 from tests.sharding import cases, hlo
 

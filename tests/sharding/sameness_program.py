@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from lazyattn import sharding
+from lazyattn.checkpoint.state import StateFactory
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory
 from lazyattn.training.step import accumulate_gradients, make_train_step
 from tests.sharding import cases
 

@@ -23,7 +23,7 @@ POISON = 1 << 20
 
 def _in_a_save(step, do):
     """Does something in Orbax's thread, between the arrays' end and the new name."""
-    from lazyattn.training.save_agreement import SaveAgreement
+    from lazyattn.checkpoint.save_agreement import SaveAgreement
 
     waits = SaveAgreement.__call__
 

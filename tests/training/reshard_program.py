@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from lazyattn import sharding
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.experiment import from_config_dict
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.workdir import make_state_factory
+from lazyattn.training.optimizer import make_optimizer
 from tests.training import tiny
 
 MESHES = {
@@ -31,7 +32,9 @@ MESHES = {
 def factory(name):
     sizes, count = MESHES[name]
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:count])
-    return make_state_factory(from_config_dict(tiny.get_config()), mesh)
+    experiment = from_config_dict(tiny.get_config())
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    return make_state_factory(experiment, mesh, optimizer)
 
 
 def main(folder):

@@ -33,7 +33,7 @@ def test_by_another_name(tmp_path):
 
 def test_reading_a_run_needs_no_lock(tmp_path):
     """`--mode=eval` and the others may look at a run that is under way."""
-    from lazyattn.training.workdir import load_trained
+    from lazyattn.checkpoint.load import load_trained
 
     with claimed(tmp_path), pytest.raises(InputError, match="a run with a checkpoint"):
         load_trained(tmp_path)

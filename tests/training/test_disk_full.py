@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lazyattn.training.checkpoint import Checkpoints, SaveError
+from lazyattn.checkpoint.manager import Checkpoints, SaveError
 from lazyattn.training.log import RunLog
 from tests.training import toy
 from tests.training.test_loop import MESH, _steps, _train

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
@@ -18,7 +19,7 @@ from lazyattn.export.run import export
 from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.training import run, workdir
+from lazyattn.training import run
 from lazyattn.training.initialize import converted_bias
 from tests.training import tiny
 
@@ -130,7 +131,7 @@ def test_a_run_starts_from_a_checkpoint_or_an_export(source, text, first_state, 
     folder = export(source, options=ExportOptions(output=str(tmp_path / "export")))
     for given, step in ((source, 2), (source / "checkpoints" / "1", 1), (folder, 2)):
         state = first_state(_experiment(text, training__init_from=str(given)))
-        expected = workdir.load_trained(source, step=step).params
+        expected = load_trained(source, step=step).params
         jax.tree.map(np.testing.assert_array_equal, state.params, expected)
         assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
         where = folder if given == folder else f"step {step} of {source}"
@@ -150,7 +151,7 @@ def test_a_longer_context_is_the_same_function(source, text, first_state, capsys
     )
     params = first_state(wide).params
     assert "  config.model.attention.bias_width: 8 there, 32 here\n" in capsys.readouterr().out
-    before = workdir.load_trained(source)
+    before = load_trained(source)
     tokens = jnp.arange(48)[None] % 200
     results = [
         Transformer(model).apply({"params": values}, tokens)
@@ -207,7 +208,7 @@ def test_a_resumed_run_does_not_start_again(source, text, cache, tmp_path, capsy
     out = capsys.readouterr().out
     assert "resuming after step 1" in out and "starting from" not in out and "init_from" not in out
     assert json.loads((new / "config.json").read_text())["training"]["init_from"] == str(from_)
-    assert workdir.load_trained(new).experiment.training.init_from == str(from_)
+    assert load_trained(new).experiment.training.init_from == str(from_)
     training = dataclasses.replace(first.training, steps=3, init_from=str(source))
     with pytest.raises(InputError, match=r"config.training.init_from is '.*source.*', but the ch"):
         run.train(dataclasses.replace(first, training=training), new, cache)

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from lazyattn.checkpoint.manager import Checkpoints
 from lazyattn.errors import InputError
+from lazyattn.experiment.training import TrainingConfig
 from lazyattn.sharding import MeshConfig, make_mesh
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.config import TrainingConfig
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import NonFiniteError, Run, fit
 from lazyattn.training.profile import StepProfile

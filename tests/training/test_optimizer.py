@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from lazyattn.training.config import OptimizerConfig
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.training.optimizer import decay_mask, is_decayed, make_optimizer, make_schedule
 
 DECAYED = [

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn.checkpoint.load import load_trained
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.data.pipeline import prepare
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
@@ -19,8 +22,8 @@ from lazyattn.export.run import export
 from lazyattn.generation.checkpoint import sample
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.sharding import MeshConfig
-from lazyattn.training import run, workdir
-from lazyattn.training.checkpoint import Checkpoints
+from lazyattn.training import run
+from lazyattn.training.optimizer import make_optimizer
 from tests.training import tiny
 
 
@@ -171,12 +174,14 @@ def test_what_a_workdir_holds(trained, text):
 
 
 def test_a_trained_model_comes_back(trained, text):
-    found = workdir.load_trained(trained)
+    found = load_trained(trained)
     assert found.step == 2
     assert found.experiment == _experiment(text, training__steps=2)
     assert found.checkpoint == trained / "checkpoints" / "2"
     assert found.tokenizer.decode(found.tokenizer.encode("may look")) == "may look"
-    abstract = workdir.make_state_factory(found.experiment, found.mesh).abstract
+    settings = found.experiment
+    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
+    abstract = make_state_factory(settings, found.mesh, optimizer).abstract
     with Checkpoints(trained, read_only=True) as checkpoints:
         state = checkpoints.restore(abstract).state
     np.testing.assert_array_equal(found.params["embedding"], state.params["embedding"])
@@ -189,7 +194,7 @@ def test_a_step_is_chosen_in_every_mode(text, cache, tmp_path, capsys):
     assert run.train(experiment, tmp_path, cache) == 0
     best = tmp_path / "checkpoints" / "3"
     assert f"best checkpoint            {best} (validation loss" in capsys.readouterr().out
-    models = {step: workdir.load_trained(tmp_path, step=step) for step in (None, 1, "best")}
+    models = {step: load_trained(tmp_path, step=step) for step in (None, 1, "best")}
     assert [model.step for model in models.values()] == [3, 1, 3]
     first = np.asarray(models[1].params["embedding"])
     assert np.any(first != np.asarray(models[None].params["embedding"]))

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lazyattn.checkpoint.state import StateFactory
+from lazyattn.experiment.training import OptimizerConfig
 from lazyattn.model.loss import LossSums
+from lazyattn.model.objective import counted
 from lazyattn.sharding import spec
-from lazyattn.training.config import OptimizerConfig
-from lazyattn.training.objective import counted
 from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.state import StateFactory
 from lazyattn.training.step import make_train_step
 
 VOCAB, WIDTH = 7, 4

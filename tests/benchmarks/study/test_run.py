@@ -14,13 +14,13 @@ from benchmarks.study.ledger import Ledger, short_name
 from benchmarks.study.settings import Spec, experiment_of
 from benchmarks.study.turns import turn
 from benchmarks.study.variants import VARIANTS
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.training.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
 from lazyattn.training.step import make_train_step
-from lazyattn.training.workdir import load_trained
 from tests.benchmarks.study.made_up import TINY, write_tokens
 
 KEYS = """

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn.checkpoint.manager import Checkpoints
+from lazyattn.checkpoint.state import TrainState
 from lazyattn.errors import InputError
 from lazyattn.sharding import MeshConfig, make_mesh, shard_batch
-from lazyattn.training.checkpoint import Checkpoints
-from lazyattn.training.state import TrainState
 from tests.training import toy
 
 # Tensorstore calls back into an event loop that a failed read has closed.

@@ -29,12 +29,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from lazyattn.checkpoint import schema
+from lazyattn.checkpoint.save_agreement import SaveAgreement
+from lazyattn.checkpoint.save_agreement import brief as _brief
+from lazyattn.checkpoint.state import TrainState
 from lazyattn.distributed import wait_for_all
 from lazyattn.errors import InputError
-from lazyattn.training import schema
-from lazyattn.training.save_agreement import SaveAgreement
-from lazyattn.training.save_agreement import brief as _brief
-from lazyattn.training.state import TrainState
 
 FOLDER = "checkpoints"
 BEST = "best"

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from lazyattn.training import save_agreement
-from lazyattn.training.save_agreement import SaveAgreement, brief
+from lazyattn.checkpoint import save_agreement
+from lazyattn.checkpoint.save_agreement import SaveAgreement, brief
 
 COUNT = 3
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt32
 
+from lazyattn.experiment import ExperimentConfig
+from lazyattn.model.objective import Params
+from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.sharding import check_divisible
-from lazyattn.training.objective import Params
 
 
 @flax.struct.dataclass
@@ -111,3 +113,16 @@ class StateFactory:
         if params is None:
             return jax.jit(self._create, out_shardings=self.shardings)()
         return jax.jit(self._create, out_shardings=self.shardings, donate_argnums=0)(params)
+
+
+def make_state_factory(
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> StateFactory:
+    """Returns the shapes and shardings of the experiment's state, and how to make it."""
+    return StateFactory(
+        lambda key: init_params(experiment.model, key),
+        partition_specs(experiment.model),
+        optimizer,
+        mesh,
+        experiment.training.seed,
+    )

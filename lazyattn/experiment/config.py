@@ -17,9 +17,9 @@ import ml_collections
 
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value, require
+from lazyattn.experiment.training import OptimizerConfig, TrainingConfig
 from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
 from lazyattn.sharding import MeshConfig
-from lazyattn.training.config import OptimizerConfig, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lazyattn.checkpoint import schema
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import RECIPES, AttentionConfig
-from lazyattn.training import run, schema
-from lazyattn.training.workdir import load_trained
+from lazyattn.training import run
 from tests.training import tiny
 
 WHERE = Path("runs/old/checkpoints/7")

@@ -2,9 +2,9 @@ import os
 
 import pytest
 
+from lazyattn.checkpoint.workdir import find_tokenizer, keep_tokenizer
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
-from lazyattn.training.workdir import find_tokenizer, keep_tokenizer
 
 
 def _trained(path):

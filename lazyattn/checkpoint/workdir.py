@@ -1,0 +1,103 @@
+"""The folder of a run.
+
+workdir/config.json     the settings of the last start
+        tokenizer.json  the tokenizer (tokenizer.model if it is SentencePiece's), so
+                        that the folder is all one needs
+        metrics.jsonl   one JSON line a step
+        tensorboard/    event files
+        checkpoints/    see `lazyattn.checkpoint.manager`
+        .lock           see `lazyattn.training.claim`
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from lazyattn.checkpoint.manager import FOLDER
+from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
+from lazyattn.errors import InputError, bad_value
+from lazyattn.experiment import ExperimentConfig
+from lazyattn.paths import local_path
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+SAMPLES = "samples.jsonl"
+
+
+def open_workdir(path: str | os.PathLike[str]) -> Path:
+    """Returns the folder, made if need be.
+
+    Raises:
+      InputError: if it is a URL, or nothing can be written there.
+    """
+    workdir = local_path("--workdir", path).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise bad_value(
+            "--workdir", str(path), f"a folder that can be written to ({error.strerror})"
+        ) from None
+    return workdir
+
+
+def write_experiment(workdir: Path, experiment: ExperimentConfig) -> None:
+    """Writes `config.json`, for people to read; checkpoints hold their own."""
+    (workdir / CONFIG).write_text(json.dumps(experiment.to_dict(), indent=2) + "\n")
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Copies the tokenizer into the folder, or checks that it is the one there.
+
+    Raises:
+      InputError: if the folder has another one: its model wouldn't understand.
+    """
+    path = find_tokenizer(workdir)
+    if path is not None:
+        if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"{path} is not the tokenizer of this data (another Python or other settings);"
+                " use what it was made with, or choose another --workdir."
+            )
+        return
+    temporary = workdir / f"tmp.{tokenizer.file_name}"
+    tokenizer.save(temporary)
+    os.replace(temporary, workdir / tokenizer.file_name)
+
+
+def find_tokenizer(workdir: Path) -> Path | None:
+    """Returns the tokenizer's file in a run's folder, whichever kind it is; None: none."""
+    for name in FILE_NAMES:
+        if (workdir / name).is_file():
+            return workdir / name
+    return None
+
+
+def check_tokenizer(path: str | os.PathLike[str]) -> None:
+    """Checks that a run's folder has a tokenizer, before anything long begins.
+
+    Raises:
+      InputError: if there are checkpoints but no tokenizer.
+    """
+    workdir = local_path("--workdir", path).absolute()
+    if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
+        raise bad_value(
+            "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, experiment: ExperimentConfig) -> None:
+    """Checks that the model has an embedding for every token.
+
+    Raises:
+      InputError: if the tokenizer is bigger than the model's vocabulary.
+    """
+    if tokenizer.vocab_size > experiment.model.vocab_size:
+        raise bad_value(
+            "model.vocab_size",
+            experiment.model.vocab_size,
+            f"at least {tokenizer.vocab_size}, the size of the tokenizer",
+        )

@@ -28,7 +28,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lazyattn import command_line, distributed, flag_help, paths
+from lazyattn import command_line, compile_cache, distributed, flag_help, paths
 from lazyattn.ahead_of_time import options as ahead_of_time_options
 from lazyattn.errors import InputError, require
 from lazyattn.evaluation import options as evaluation_options
@@ -84,6 +84,7 @@ _CACHE_DIR = paths.define(
     None,
     "train, check, eval: folder for prepared data; default: LAZYATTN_CACHE or the user's cache.",
 )
+compile_cache.define()
 distributed.define()
 evaluation_options.define()
 inspection_options.define()
@@ -205,6 +206,7 @@ _MODES: dict[str, Callable[[], int | None]] = {
     "export": _export,
     "compile": _compile,
 }
+_COMPILE_ON_THIS_MACHINE = ("train", "check", "eval", "inspect", "sample", "export")
 # The others would have nothing to do, or would print and write the same.
 _SEVERAL_PROCESSES = ("train", "eval")
 
@@ -250,6 +252,8 @@ def main(argv: Sequence[str]) -> int:
             print(_experiment().as_text(), end="")
             return 0
         distributed.initialize()
+        if mode in _COMPILE_ON_THIS_MACHINE and (trouble := compile_cache.set_up()):
+            print(trouble, file=sys.stderr)
         return _MODES[mode]() or 0
     except InputError as error:
         return _refuse(error)

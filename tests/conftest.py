@@ -53,12 +53,17 @@ def _prepare(folder: Path) -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the cache in the environment, before anything imports JAX."""
-    if config.option.markexpr == "gpu" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    # Without a folder of theirs, commands would use that of the user.
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
         return
     folder = _folder()
     try:
         config.stash[_MARK] = _prepare(folder)
     except OSError:
+        os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

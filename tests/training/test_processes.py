@@ -183,3 +183,20 @@ def test_any_number_of_processes_takes_the_same_steps(shell, whole, count, overr
     assert found.keys() == expected.keys()
     worst = max(abs(found[step] / expected[step] - 1) for step in expected)
     assert worst < 1e-5
+
+
+def test_processes_with_caches_of_their_own_read_programs_together(shell, whole, tmp_path):
+    def folder(number):
+        return tmp_path / str(number)
+
+    def run(name):
+        own = {"own": lambda number: (f"--compile_cache_dir={folder(number)}",)}
+        finish(shell.start(name, 2, "--config.mesh.fsdp=2", **own))
+        assert shell.losses(name) == shell.losses("whole")
+        return [{path.name: path for path in folder(i).rglob("jit_step-*-cache")} for i in (0, 1)]
+
+    first, second = run("compiled")
+    assert len(first) == len(second) == 1
+    second[next(iter(second))].unlink()
+    again = run("one_lacks_it")
+    assert [set(found) for found in again] == [set(first), set(second)]

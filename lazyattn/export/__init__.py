@@ -1,1 +1,1 @@
-"""Trained models for others: parameters alone, as an Orbax checkpoint or as safetensors."""
+"""`--mode=export`: trained models for others, as an Orbax checkpoint or as safetensors."""

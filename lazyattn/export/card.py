@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from lazyattn.export.parameters import stored_dtypes
-from lazyattn.export.settings import Facts, differences
 from lazyattn.model.accounting import parameter_counts
 from lazyattn.model.config import VARIANTS, AttentionConfig
+from lazyattn.pretrained.parameters import stored_dtypes
+from lazyattn.pretrained.settings import Facts, differences
 from lazyattn.quantity import quantity
 
 FILE = "README.md"
@@ -106,7 +106,7 @@ def _bias(attention: AttentionConfig) -> str:
 def _use(tokenizer: bool) -> str:
     ids = "[[model.tokenizer.bos_id, *model.tokenizer.encode(TEXT)]]" if tokenizer else "IDS"
     return (
-        "```python\nimport numpy as np\n\nfrom lazyattn.export.load import load_model\n\n"
+        "```python\nimport numpy as np\n\nfrom lazyattn.pretrained.load import load_model\n\n"
         f"model = load_model(FOLDER)\ntokens = np.array({ids})\n"
         "logits = model.logits(tokens)  # float32, [batch, length, vocab]\n```"
     )

@@ -18,11 +18,12 @@ from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
-from lazyattn.export import card, names, parameters, settings, tensor_files
-from lazyattn.export.load import PARAMS, ExportedModel, load_safetensors
+from lazyattn.export import card
 from lazyattn.export.options import ExportOptions
-from lazyattn.export.settings import Facts
 from lazyattn.paths import local_path, umask
+from lazyattn.pretrained import names, parameters, settings, tensor_files
+from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
+from lazyattn.pretrained.settings import Facts
 from lazyattn.sharding import MeshConfig, make_mesh
 
 _FOLDER = "export"

@@ -16,13 +16,13 @@ from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
-from lazyattn.export.load import load_model
-from lazyattn.export.settings import FILE
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES, bias_arguments
 from lazyattn.model.heads import global_heads
 from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
 from lazyattn.paths import local_path
+from lazyattn.pretrained.load import load_model
+from lazyattn.pretrained.settings import FILE
 
 _WHERE = "--init_from"
 # How it is computed, which changes nothing that has been learned.

@@ -17,11 +17,11 @@ import pytest
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import InputError
 from lazyattn.export.card import model_card
-from lazyattn.export.load import load_model, load_safetensors
 from lazyattn.export.options import ExportOptions
-from lazyattn.export.parameters import as_table
 from lazyattn.export.run import export
-from lazyattn.export.settings import Facts
+from lazyattn.pretrained.load import load_model, load_safetensors
+from lazyattn.pretrained.parameters import as_table
+from lazyattn.pretrained.settings import Facts
 from tests.evaluation.runs import make_run
 from tests.model.tiny import make_config
 

@@ -36,9 +36,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from lazyattn.errors import InputError
-from lazyattn.export.parameters import as_table, table_config
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params, parameter_shapes
+from lazyattn.pretrained.parameters import as_table, table_config
 
 INPUT, OUTPUT = "model.embeddings.weight", "lm_head.weight"
 BIAS, SLOPE, TAU = "attn.learnable_bias_diagonals", "attn.learnable_bias_slope", "attn.tau"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.export import names, settings, tensor_files
-from lazyattn.export.load import load_model
-from lazyattn.export.parameters import without_tail
-from lazyattn.export.settings import Facts
 from lazyattn.model.transformer import Transformer, logits, output_embedding
-from tests.export.theirs import theirs
+from lazyattn.pretrained import names, settings, tensor_files
+from lazyattn.pretrained.load import load_model
+from lazyattn.pretrained.parameters import without_tail
+from lazyattn.pretrained.settings import Facts
 from tests.model.tiny import make_batch, make_config, make_params
+from tests.pretrained.theirs import theirs
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import model_from_dict
-from lazyattn.export.names import BIAS, SLOPE, TAU
 from lazyattn.model.config import ModelConfig
+from lazyattn.pretrained.names import BIAS, SLOPE, TAU
 
 FILE = "config.json"
 _OURS = "lazyattn"

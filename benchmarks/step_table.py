@@ -1,0 +1,458 @@
+"""Training steps side by side on one GPU, each in processes of its own; a JSON line for each.
+
+    python -m benchmarks.step_table --runs=340m/lazy/none,340m/cudnn/none --deadline=570
+    python -m benchmarks.step_table --runs=340m/lazy/full,340m/cudnn/full,340m/lazy/auto
+    python -m benchmarks.step_table --runs=46m/lazy/none,46m/cudnn/none,340m/jla/none
+    python -m benchmarks.step_table --runs=340m/lazy/none,46m/lazy/none --parts
+
+A run is MODEL/ATTENTION/REMAT, and /LENGTH or /scan behind it where they are not the default:
+
+- models: 46m is that of the study, 340m and 1300m are the recipes, all of 4,096 tokens a row and
+  without a scan over layers, which on a GPU costs time and memory (/scan has it);
+- attentions: those of `benchmarks.train_step` (lazy, softmax, cudnn, paper), and jla or jla_fp8:
+  the same model in jax-linear-attention, at the best settings that its configuration names (memory
+  lean VJPs, its own cross entropy with the gradient in the forward pass), softmax attention by
+  whatever it chooses;
+- remat: none, dots, full or auto.
+
+A run is a process that compiles with an empty cache and times the step, then one that compiles
+again with what the first kept. Seconds of the two count from calling `lower` to the end of
+`compile`; those to the first step count from the start of the process. `--parts` traces the step,
+too (`benchmarks.step_profile`); CUDA graphs are off then, so time without it for a table.
+
+On an H200 a run takes about 90 s (340m), 70 s (46m), 150 s (1300m), and 20 s more with `--parts`:
+estimates, not measured. With `--deadline` no run is begun that would not be over in time, and what
+the file has from the same commit is left out: the same command again goes on.
+
+The peer is read from a folder, which must not be in the environment of the project:
+
+    pip install --no-deps --target build/jla jax-linear-attention==0.1.0 equinox==0.13.8 \\
+        safetensors==0.8.0 typeguard==4.6.1 wadler_lindig==0.1.8
+    python -m benchmarks.step_table --runs=340m/jla/none,340m/jla_fp8/none --peer=build/jla
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks import provenance
+from lazyattn import paths
+from lazyattn.errors import InputError, require
+
+# Rows of a step and the seconds that a run is expected to take.
+MODELS = {"46m": (16, 70.0), "340m": (8, 90.0), "1300m": (4, 150.0)}
+PEERS = ("jla", "jla_fp8")
+REMATS = ("none", "dots", "full", "auto")
+LENGTH = 4096
+_STEPS, _ROUNDS, _TRACED = 5, 5, 3
+_GRAPHS_OFF = "--xla_gpu_enable_command_buffer="
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is timed: see the module."""
+
+    model: str
+    attention: str
+    remat: str
+    length: int = LENGTH
+    scan: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """An estimate of what it takes."""
+        return MODELS[self.model][1]
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step: the tokens are those of rows of the default length."""
+        return max(1, MODELS[self.model][0] * LENGTH // self.length)
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it."""
+        length = [] if self.length == LENGTH else [str(self.length)]
+        return "/".join(
+            [self.model, self.attention, self.remat, *length, *(["scan"] if self.scan else [])]
+        )
+
+
+def parse(text: str) -> Run:
+    """Returns a run from its name.
+
+    Raises:
+      InputError: for another name.
+    """
+    from benchmarks.train_step import KINDS
+
+    parts = text.split("/")
+    scan = parts[-1] == "scan"
+    parts = parts[:-1] if scan else parts
+    length = int(parts.pop()) if parts and parts[-1].isdecimal() else LENGTH
+    fine = (
+        len(parts) == 3
+        and parts[0] in MODELS
+        and parts[1] in (*KINDS, *PEERS)
+        and parts[2] in REMATS
+        and length >= 2
+    )
+    if not fine:
+        raise InputError(
+            f"--runs has {text!r}, but a run must be MODEL/ATTENTION/REMAT with"
+            f" {', '.join(MODELS)}; {', '.join((*KINDS, *PEERS))}; {', '.join(REMATS)}."
+        )
+    return Run(*parts, length=length, scan=scan)
+
+
+def experiment_of(run: Run) -> Any:
+    """Returns the settings of a run; its attention is left to whoever times it."""
+    from benchmarks.study import settings
+    from lazyattn.experiment import from_config_dict
+    from lazyattn.recipes import recipe
+    from lazyattn.sharding import MeshConfig
+
+    if run.model == "46m":
+        spec = settings.Spec("sharp", 0, tokens=10**9, learning_rate=1e-3)
+        experiment = settings.experiment_of(spec)
+    else:
+        experiment = from_config_dict(recipe(run.model, "10b", "sharp"))
+    return dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, remat=run.remat, scan_layers=run.scan),
+        data=dataclasses.replace(experiment.data, batch_size=run.batch, sequence_length=run.length),
+        mesh=MeshConfig(data=1, fsdp=1),
+    )
+
+
+def _timed(step: Callable[[], Any]) -> float:
+    """Returns the milliseconds of a step, the median of rounds of some steps in a row."""
+    import jax
+
+    times = []
+    for _ in range(_ROUNDS + 1):
+        begin = time.perf_counter()
+        for _ in range(_STEPS):
+            result = step()
+        jax.block_until_ready(result)
+        times.append(1e3 * (time.perf_counter() - begin) / _STEPS)
+    return statistics.median(times[1:])
+
+
+def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
+    import jax
+    import numpy as np
+
+    from benchmarks import step_profile, train_step
+    from lazyattn import sharding
+    from lazyattn.ahead_of_time.hlo import Module
+    from lazyattn.model.accounting import parameter_counts
+
+    experiment = experiment_of(run)
+    mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+    begin = time.perf_counter()
+    compiled = train_step.compiled_step(run.attention, experiment, mesh)
+    seconds = time.perf_counter() - begin
+    state = train_step.initial_state(run.attention, experiment, mesh)
+    random = np.random.default_rng(1)
+    batches = [train_step.random_batch(experiment, mesh, random) for _ in range(4)]
+    state, metrics = jax.block_until_ready(compiled(state, batches[0]))
+    found: dict[str, Any] = {"compile_s": seconds, "first_step_s": time.time() - began}
+    if warm:
+        return found
+    memory = compiled.memory_analysis()
+    count = 0
+
+    def step() -> Any:
+        nonlocal state, metrics, count
+        count += 1
+        state, metrics = compiled(state, batches[count % len(batches)])
+        return metrics
+
+    ms = _timed(step)
+    found |= _facts(experiment, ms, memory)
+    found["parameters"] = parameter_counts(state.params)["total"]
+    found["loss"] = float(metrics["loss"])
+    if parts:
+
+        def steps() -> Any:
+            return [step() for _ in range(_TRACED)]
+
+        module = Module.parse(compiled.as_text() or "")
+        work, places = step_profile.parts_of(module)
+        unknown = step_profile.add_times(work, places, step_profile.trace(steps), _TRACED)
+        rates = step_profile.measure_rates()
+        print(step_profile.table(work, rates), file=sys.stderr)
+        found["rates"] = dataclasses.asdict(rates)
+        found["parts"] = {name: dataclasses.asdict(part) for name, part in work.items()}
+        found["unknown_ms"] = dict(sorted(unknown.items(), key=lambda item: -item[1])[:10])
+    return found
+
+
+def _facts(experiment: Any, ms: float, memory: Any) -> dict[str, Any]:
+    """Returns rate, MFU and memory of a step, by one rule for all programs."""
+    import jax
+
+    from benchmarks.train_step import _CHIP
+    from lazyattn.ahead_of_time.chips import CHIPS
+    from lazyattn.model.accounting import flops_per_token
+
+    rate = 1e3 * experiment.data.batch_size * experiment.data.sequence_length / ms
+    device = jax.devices()[0]
+    flops = flops_per_token(experiment.model, experiment.data.sequence_length).training
+    chip = _CHIP.get(device.device_kind)
+    bytes_ = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "ms": ms,
+        "tokens_per_second": rate,
+        "mfu": None if chip is None else rate * flops / CHIPS[chip].flops,
+        "gflop_per_token": flops / 1e9,
+        "gib": bytes_ / 2**30,
+        "peak_gib": None if peak is None else peak / 2**30,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def _theirs(run: Run, began: float, *, warm: bool) -> dict[str, Any]:
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jla.config import OptimConfig
+    from jla.models.config import AttentionConfig, ModelConfig
+    from jla.models.lm import build_model
+    from jla.training.optimizers import optimizer_from_config
+    from jla.training.step import LossConfig, build_train_step, lm_loss
+
+    experiment = experiment_of(run)
+    model, on_gpu = experiment.model, jax.default_backend() == "gpu"
+    att, fp8 = model.attention, run.attention == "jla_fp8"
+    config = ModelConfig(
+        vocab_size=model.vocab_size,
+        d_model=model.width,
+        n_layers=model.num_layers,
+        d_ff=model.hidden_width,
+        attention=AttentionConfig(att.num_heads, att.kv_heads, model.head_dim, qk_norm=att.qk_norm),
+        norm_eps=model.norm_eps,
+        tie_embeddings=model.tie_embeddings,
+        remat=run.remat,
+        scan_layers=run.scan,
+        lean_vjp=run.remat == "none",
+        **({"fp8": "delayed", "fp8_fused": True} if fp8 else {}),
+    )
+    loss = LossConfig(impl="auto", grad_in_forward=True) if on_gpu else LossConfig()
+    settings = OptimConfig(lr=experiment.optimizer.learning_rate, eps=1e-15)
+    optimizer = optimizer_from_config(settings, lambda step: jnp.float32(settings.lr))
+    step_fn = build_train_step(optimizer, lm_loss(loss), update_guard="select")
+
+    def make(key: Any) -> Any:
+        return eqx.filter(build_model(config, key=key), eqx.is_array)
+
+    key = jax.random.key(0)
+    shape = eqx.filter_eval_shape(build_model, config, key=key)
+    arrays = jax.jit(make)(key)
+    params = eqx.combine(arrays, eqx.filter(shape, lambda x: not hasattr(x, "shape")))
+    opt_state = jax.jit(optimizer.init)(eqx.filter(params, eqx.is_inexact_array))
+    random = np.random.default_rng(1)
+    tokens = random.integers(model.vocab_size, size=(4, 1, run.batch, run.length + 1))
+    batches = [
+        {"input_ids": jnp.asarray(t[..., :-1], jnp.int32), "labels": jnp.asarray(t[..., 1:])}
+        for t in tokens.astype(np.int32)
+    ]
+    total = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(params, eqx.is_inexact_array)))
+    begin = time.perf_counter()
+    compiled = step_fn.lower(params, opt_state, batches[0], key).compile()
+    seconds = time.perf_counter() - begin
+    step_fn.use_compiled(compiled)
+    state = (params, opt_state)
+    metrics: Any = None
+    del params, opt_state, arrays
+
+    def step(count: list[int] = [0]) -> Any:  # noqa: B006
+        nonlocal state, key, metrics
+        count[0] += 1
+        *new, metrics, key = step_fn(*state, batches[count[0] % 4], key)
+        state = (new[0], new[1])
+        return metrics
+
+    jax.block_until_ready(step())
+    found: dict[str, Any] = {"compile_s": seconds, "first_step_s": time.time() - began}
+    if warm:
+        return found
+    ms = _timed(step)
+    inner = compiled
+    while not hasattr(inner, "memory_analysis"):
+        inner = inner.compiled
+    found |= _facts(experiment, ms, inner.memory_analysis())
+    return found | {"parameters": total, "loss": float(metrics["loss"])}
+
+
+def _child(run: Run, options: flags.FlagValues) -> dict[str, Any]:
+    """Does one process's share of a run."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", options.cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    warm = options.phase == "warm"
+    if run.attention in PEERS:
+        return _theirs(run, options.began, warm=warm)
+    return _ours(run, options.began, warm=warm, parts=options.parts and not warm)
+
+
+def measure(run: Run, *, parts: bool, peer: str | None, limit: float) -> dict[str, Any]:
+    """Returns a run's line; it starts the processes, which see the GPU one after the other.
+
+    Args:
+      run: what is timed.
+      parts: trace it, too.
+      peer: folder of the peer's packages.
+      limit: seconds that a process may take.
+    """
+    found: dict[str, Any] = {}
+    environment = dict(os.environ)
+    if parts:
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_GRAPHS_OFF}"
+    if run.attention in PEERS and peer is not None:
+        before = environment.get("PYTHONPATH", "")
+        folder = str(pathlib.Path(peer).absolute())
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (before, folder)))
+    with tempfile.TemporaryDirectory() as cache:
+        for phase in ("cold", "warm"):
+            command = [
+                *(sys.executable, "-m", "benchmarks.step_table", f"--runs={run.name}"),
+                *(f"--phase={phase}", f"--cache={cache}", f"--began={time.time()}"),
+                *(["--parts"] if parts else []),
+            ]
+            try:
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=limit
+                )
+            except subprocess.TimeoutExpired:
+                return found | {"error": f"{phase}: more than {limit:.0f} s"}
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+                return found | {"error": f"{phase}: {lines[-1][:300]}"}
+            if parts and phase == "cold":
+                print(done.stderr[done.stderr.find("| part |") :], flush=True)
+            one = json.loads(done.stdout.strip().splitlines()[-1])
+            for name in ("compile_s", "first_step_s"):
+                found[f"{name.removesuffix('_s')}_{phase}_s"] = one.pop(name)
+            found |= one
+    return found
+
+
+def _commit() -> str | None:
+    """Returns the commit that is measured, with + where files differ from it."""
+    try:
+        git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except OSError:
+        return None
+    if name.returncode:
+        return None
+    return name.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def _done(output: pathlib.Path, commit: str | None, parts: bool) -> set[str]:
+    if commit is None or not output.exists():
+        return set()
+    lines = map(json.loads, output.read_text().splitlines())
+    return {
+        line["run"]
+        for line in lines
+        if line["commit"] == commit and "error" not in line and ("parts" in line) >= parts
+    }
+
+
+def _run(options: flags.FlagValues) -> None:
+    runs = [parse(text) for text in options.runs]
+    require(bool(runs), "--runs", "", "a list of runs")
+    require(options.deadline > 0, "--deadline", options.deadline, "positive")
+    if options.phase is not None:
+        print(json.dumps(_child(runs[0], options)))
+        return
+    output, commit = pathlib.Path(options.output), options.commit or _commit()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    for run in runs:
+        if run.name in _done(output, commit, options.parts):
+            print(f"{run.name}: {output} has it")
+            continue
+        left = options.deadline - (time.monotonic() - begin)
+        if left < run.seconds + (20 if options.parts else 0):
+            print(f"{run.name}: not begun, {left:.0f} s are left")
+            continue
+        found = measure(run, parts=options.parts, peer=options.peer, limit=left)
+        line = {
+            "run": run.name,
+            "program": "jla 0.1.0" if run.attention in PEERS else "lazyattn",
+            **{name: getattr(run, name) for name in ("model", "attention", "remat", "scan")},
+            **{"length": run.length, "batch": run.batch, "command_buffers": not options.parts},
+            **found,
+            "commit": commit,
+            **provenance.made_by("benchmarks.step_table"),
+        }
+        with output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(_summary(line), flush=True)
+
+
+def _summary(line: dict[str, Any]) -> str:
+    if "error" in line:
+        return f"{line['run']}: {line['error']}"
+    mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
+    return (
+        f"{line['run']}: {line['tokens_per_second']:,.0f} tokens/s{mfu}, {line['gib']:.1f} GiB,"
+        f" compiled in {line['compile_cold_s']:.1f} s,"
+        f" from the cache {line['compile_warm_s']:.1f} s;"
+        f" first step after {line['first_step_cold_s']:.1f} and {line['first_step_warm_s']:.1f} s"
+    )
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags."""
+    where: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_list("runs", [], "What to time: MODEL/ATTENTION/REMAT,...", **where)
+    flags.DEFINE_bool("parts", False, "Trace the steps, too; no CUDA graphs then.", **where)
+    flags.DEFINE_float("deadline", 3600.0, "Seconds in which all must be done.", **where)
+    flags.DEFINE_string("commit", None, "What is measured, where there is no git.", **where)
+    paths.define("peer", None, "Folder with the packages of jla.", values)
+    paths.define("output", "benchmarks/results/h200_step.jsonl", "File of lines.", values)
+    # Of the processes that this program starts.
+    flags.DEFINE_string("phase", None, "cold or warm.", **where)
+    flags.DEFINE_float("began", 0.0, "When the process was started.", **where)
+    paths.define("cache", None, "Folder of the compilation cache.", values)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Times what is asked for; returns the exit status."""
+    del argv
+    try:
+        _run(flags.FLAGS)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    define()
+    app.run(main)

@@ -1,0 +1,99 @@
+"""Names of runs, and what the processes of one are asked and say."""
+
+import json
+import subprocess
+import types
+
+import pytest
+from absl import flags
+
+from benchmarks import step_table
+from lazyattn.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "experiment_has"),
+    [
+        ("340m/lazy/none", 8, {"width": 1024, "scan_layers": False, "remat": "none"}),
+        ("340m/jla_fp8/full/16384", 2, {"width": 1024, "remat": "full"}),
+        ("46m/cudnn/dots/scan", 16, {"width": 512, "scan_layers": True, "remat": "dots"}),
+    ],
+)
+def test_names_of_runs(name, batch, experiment_has):
+    run = step_table.parse(name)
+    assert run.name == name and run.batch == batch
+    experiment = step_table.experiment_of(run)
+    assert experiment.data.batch_size == batch
+    assert experiment.data.sequence_length == run.length
+    for key, value in experiment_has.items():
+        assert getattr(experiment.model, key) == value
+
+
+@pytest.mark.parametrize("name", ["340m", "340m/lazy", "340m/linear/none", "1b/lazy/none", "scan"])
+def test_other_names_are_refused(name):
+    with pytest.raises(InputError, match=f"^--runs has '{name}', but a run must be MODEL/"):
+        step_table.parse(name)
+
+
+def _options(folder, *arguments):
+    values = flags.FlagValues()
+    step_table.define(values)
+    values(["program", f"--output={folder / 'lines.jsonl'}", "--commit=abc", *arguments])
+    return values
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Stands in for the processes; returns what they were asked."""
+    asked = []
+
+    def run(command, env, **_):
+        assert "benchmarks.step_table" in command
+        phase = next(word for word in command if word.startswith("--phase"))[8:]
+        name = next(word for word in command if word.startswith("--runs"))[7:]
+        asked.append((name, phase, env.get("XLA_FLAGS", ""), env.get("PYTHONPATH", "")))
+        if "paper" in name:
+            return types.SimpleNamespace(returncode=1, stdout="", stderr="a\nout of memory\n")
+        found = {"compile_s": 20.0 if phase == "cold" else 3.0, "first_step_s": 30.0}
+        if phase == "cold":
+            found |= {"tokens_per_second": 1e5, "mfu": None, "gib": 30.0}
+        return types.SimpleNamespace(returncode=0, stdout=f"x\n{json.dumps(found)}\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_a_cold_process_and_a_warm_one(started, tmp_path, capsys):
+    step_table._run(_options(tmp_path, "--runs=340m/lazy/none"))
+    assert [phase for _, phase, *_ in started] == ["cold", "warm"]
+    (line,) = _lines(tmp_path)
+    assert line["compile_cold_s"] == 20 and line["compile_warm_s"] == 3
+    for key in ("program", "attention", "length", "batch", "tokens_per_second", "gib", "commit"):
+        assert key in line
+    assert "100,000 tokens/s, 30.0 GiB, compiled in 20.0 s, from the cache 3.0" in (
+        capsys.readouterr().out
+    )
+    step_table._run(_options(tmp_path, "--runs=340m/lazy/none,46m/lazy/none"))
+    assert [name for name, phase, *_ in started[2:]] == ["46m/lazy/none"] * 2
+
+
+def test_what_fails_is_a_line_and_is_tried_again(started, tmp_path):
+    for _ in range(2):
+        step_table._run(_options(tmp_path, "--runs=340m/paper/none"))
+    assert [line["error"] for line in _lines(tmp_path)] == ["cold: out of memory"] * 2
+
+
+def test_no_run_begins_that_would_not_be_over(started, tmp_path, capsys):
+    step_table._run(_options(tmp_path, "--runs=340m/lazy/none", "--deadline=60"))
+    assert not started and "340m/lazy/none: not begun, 60 s are left" in capsys.readouterr().out
+
+
+def test_parts_leave_graphs_out_and_the_peer_comes_from_its_folder(started, tmp_path):
+    step_table._run(_options(tmp_path, "--runs=340m/lazy/none", "--parts"))
+    assert started[0][2].endswith("--xla_gpu_enable_command_buffer=")
+    step_table._run(_options(tmp_path, "--runs=340m/jla/none", f"--peer={tmp_path}"))
+    assert started[2][3].endswith(str(tmp_path)) and "command_buffer" not in started[2][2]

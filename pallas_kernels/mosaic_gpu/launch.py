@@ -10,7 +10,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu import bias_table, layout, pipeline, scheduler, weight_sums
+from pallas_kernels.mosaic_gpu import (
+    bias_table,
+    dump_names,
+    layout,
+    pipeline,
+    scheduler,
+    weight_sums,
+)
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
@@ -94,6 +101,7 @@ class Kernel:
         if self.interpret:
             shape = (self.tuning.warpgroups, ROWS, BLOCK)
             scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)
+        dump_names.make_stable()
         found = plgpu.kernel(
             body,
             out_type=tuple(results.values()),

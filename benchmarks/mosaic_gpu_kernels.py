@@ -20,7 +20,6 @@ from benchmarks import cases, timing
 from pallas_kernels.mosaic_gpu import backend
 from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
-from pallas_kernels.mosaic_gpu.row_stats import Residuals
 from pallas_kernels.problem import Inputs
 
 KERNELS = (
@@ -100,16 +99,11 @@ def measure(shape: cases.Shape) -> None:
         def before(inputs, d_out, plan=plan):
             table = _table(plan, inputs)
             kernels = backend.Kernels(plan, inputs, table)
-            visits = kernels.visits(table.maxima)
-            found = kernels.forward(visits, training=True)
-            live = visits.first if found["live"] is None else found["live"]
-            ranges = kernels.key_ranges(visits.first, live, visits.work)
-            if plan.has_offset:
-                found["out"] = None
-            residuals = Residuals(*(found[name] for name in Residuals._fields))
-            _, rows, *_ = kernels.backward_query(
-                residuals, visits.first, live, visits.no_overflow, ranges, d_out
-            )
+            visits = kernels.visits()
+            _, residuals = kernels.forward(visits, training=True)
+            ranges = kernels.key_ranges(visits, residuals)
+            _, rows, *_ = kernels.backward_query(visits, residuals, ranges, d_out)
+            live = visits.first if residuals.live is None else residuals.live
             return residuals, rows, visits, live, d_out, table
 
         saved = before(inputs, d_out)
@@ -130,18 +124,16 @@ def measure(shape: cases.Shape) -> None:
         job, plan, inputs, saved = item
 
         def run(inputs, saved):
-            residuals, rows, visits, live, d_out, table = saved
+            residuals, rows, visits, _, d_out, table = saved
             kernels = backend.Kernels(plan, inputs, table)
             if job.kernel in ("inference", "forward"):
-                return kernels.forward(visits, training=job.kernel == "forward")["out"]
-            ranges = kernels.key_ranges(visits.first, live, visits.work)
+                return kernels.forward(visits, training=job.kernel == "forward")[0]
+            ranges = kernels.key_ranges(visits, residuals)
             if job.kernel == "backward_query":
-                return kernels.backward_query(
-                    residuals, visits.first, live, visits.no_overflow, ranges, d_out
-                )
+                return kernels.backward_query(visits, residuals, ranges, d_out)
             if job.kernel in ("backward_key", "backward_value"):
                 # Both, where there are two.
-                return kernels.backward_key(rows, ranges, visits.work, d_out)
+                return kernels.backward_key(rows, visits, ranges, d_out)
             return kernels.backward_bias(rows, ranges, d_out)
 
         try:

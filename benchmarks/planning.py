@@ -37,7 +37,6 @@ from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
 from pallas_kernels import problem
 from pallas_kernels.mosaic_gpu import backend, forward
-from pallas_kernels.mosaic_gpu.row_stats import Residuals
 
 _PLANNERS = ("triton", "xla")
 
@@ -122,43 +121,36 @@ class Planning:
     def __init__(self, planner: str):
         self.planner = planner
 
-    def _kernels(
-        self, tensors: Any, parameters: Any, ids: Array | None
-    ) -> tuple[backend.Kernels, Any]:
+    def _kernels(self, tensors: Any, parameters: Any, ids: Array | None) -> backend.Kernels:
         with problem.options(planner=self.planner):
             call, inputs = cases.call(tensors, parameters, segment_ids=ids)
         plan, length = backend.plan(call), inputs.query.shape[1]
         table = backend.table(plan, inputs.distance_bias, inputs.distance_slope, length)
-        return backend.Kernels(plan, inputs, table), table
+        return backend.Kernels(plan, inputs, table)
 
     def leftovers(self, tensors: Any, parameters: Any, ids: Array | None) -> tuple[Any, ...]:
-        """Returns what the attention kernels leave: live, of_offset, sums, tail_sums."""
-        kernels, table = self._kernels(tensors, parameters, ids)
-        visits = kernels.visits(table.maxima)
-        found = kernels.forward(visits, training=True)
-        live = visits.first if found["live"] is None else found["live"]
-        ranges = kernels.key_ranges(visits.first, live, visits.work)
-        saved = found | {"out": None} if kernels.plan.has_offset else found
-        residuals = Residuals(*(saved[name] for name in Residuals._fields))
-        _, rows, of_offset, tail_sums = kernels.backward_query(
-            residuals, visits.first, live, visits.no_overflow, ranges, tensors[3]
-        )
-        sums = kernels.backward_key(rows, ranges, visits.work, tensors[3])[2]
-        if sums is None:
-            sums = kernels.backward_bias(rows, ranges, tensors[3])
-        return live, of_offset, sums, tail_sums
+        """Returns what the attention kernels leave: residuals, of_offset, sums, tail_sums."""
+        kernels, d_out = self._kernels(tensors, parameters, ids), tensors[3]
+        visits = kernels.visits()
+        _, residuals = kernels.forward(visits, training=True)
+        ranges = kernels.key_ranges(visits, residuals)
+        _, rows, *sums = kernels.backward_query(visits, residuals, ranges, d_out)
+        of_bias = kernels.backward_key(rows, visits, ranges, d_out)[2]
+        if of_bias is None:
+            of_bias = kernels.backward_bias(rows, ranges, d_out)
+        return residuals, sums[0], of_bias, sums[1]
 
     def once(self, tensors: Any, parameters: Any, ids: Array | None, leftovers: Any) -> Any:
         """Returns all that a training call plans."""
-        live, of_offset, sums, tail_sums = leftovers
-        kernels, table = self._kernels(tensors, parameters, ids)
-        visits = kernels.visits(table.maxima)
-        order = forward.order(kernels.plan, True, kernels.query, kernels.key)
-        orders = kernels.planning.tile_orders(visits.work, kernels.group, [order])
+        residuals, of_offset, sums, tail_sums = leftovers
+        kernels = self._kernels(tensors, parameters, ids)
+        visits, plans = kernels.visits(), backend.planning(kernels.plan)
+        orders = plans.tile_orders(visits.work, kernels.group, [forward.order(kernels, True)])
         # As between forward and backward pass, whose orders are made apart.
         visits = lax.optimization_barrier(visits)
-        ranges = kernels.key_ranges(visits.first, live, visits.work)
-        return table, visits, orders, ranges, kernels.gradients(1, of_offset, sums, tail_sums)
+        ranges = kernels.key_ranges(visits, residuals)
+        gradients = kernels.gradients(1, of_offset, sums, tail_sums)
+        return kernels.table, visits, orders, ranges, gradients
 
     def many(self, *args: Any) -> Any:
         """Plans `--repeats` times, each time anew."""

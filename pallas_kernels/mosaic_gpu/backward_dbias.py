@@ -19,9 +19,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan, RowStat
+from pallas_kernels.mosaic_gpu.pipeline import Slots
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, RowStat
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query blocks
@@ -30,60 +32,51 @@ _WORK_TILES = 2048
 _BLOCKS_A_WORK_TILE = 16
 
 
-def chunks(plan: Plan, batch: int, heads: int, blocks: int) -> int:
+def chunks(call: Call) -> int:
     """Returns into how many runs of queries a row is cut."""
-    groups = -(-plan.distances(blocks) // _tuning(plan).warpgroups)
-    wanted = -(-_WORK_TILES // (batch * heads * groups))
-    return max(1, min(wanted, blocks // _BLOCKS_A_WORK_TILE))
+    groups = -(-call.plan.distances(call.blocks) // _tuning(call).warpgroups)
+    wanted = -(-_WORK_TILES // (call.batch * call.heads * groups))
+    return max(1, min(wanted, call.blocks // _BLOCKS_A_WORK_TILE))
 
 
 def backward_dbias(
-    plan: Plan,
-    query: Float[Array, "batch length heads head_dim"],
-    d_out: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    table: Float[Array, "heads rows 128"],
+    call: Call,
     rows: Float[Array, "batch heads blocks kinds 64"],
     ranges: Int[Array, "batch heads chunks distances 3"],
     tile_order: Int[Array, " work_tiles+1"],
+    d_out: Float[Array, "batch length heads head_dim"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
 
     Args:
-      plan: the call, and how it is done.
-      query: as in the forward pass, like all that follow.
-      d_out: gradient of the output.
-      key: keys.
-      value: values.
-      table: from `plan.table`.
+      call: what it reads.
       rows: what `RowStat` says of each query.
       ranges: for each distance, a multiple of the warpgroups, the first query block of the
         chunk that visits the tile there, the first for which it may be live, and the one
         after the last that visits it; live ones are taken to be those from there on. Where
         nothing is visited the last is not above the first.
       tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
+      d_out: gradient of the output.
 
     Returns:
       for each distance the sums of dS over the diagonals of its tiles, the top right corner's
       first, and one 0.
     """
-    kernel = _Kernel(plan, query, key, table.shape, rows.shape, ranges.shape)
-    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, rows=rows)
-    operands |= dict(ranges=ranges, tile_order=tile_order)
+    kernel = _Kernel(call, rows.shape[3], *ranges.shape[2:4])
+    operands = dict(query=call.query, d_out=d_out, key=call.key, value=call.value)
+    operands |= dict(table=call.table.for_queries, rows=rows, ranges=ranges)
+    operands["tile_order"] = tile_order
     return kernel.launch(_WorkTile, operands, kernel.results)["sums"]
 
 
-def order(plan: Plan, query: Array, key: Array, ranges: tuple[int, ...]) -> TileOrder:
-    """Returns the order of the kernel's work tiles, for ranges of that shape."""
-    batch, _, heads, _ = query.shape
-    chunks, distances = ranges[2:4]
-    tiles = chunks * distances // _tuning(plan).warpgroups
-    return TileOrder.by_head(batch, heads, heads // key.shape[2], tiles)
+def order(call: Call, chunks: int, distances: int) -> TileOrder:
+    """Returns the order of the kernel's work tiles."""
+    tiles = chunks * distances // _tuning(call).warpgroups
+    return TileOrder.by_head(call.batch, call.heads, call.group, tiles)
 
 
-def _tuning(plan: Plan) -> config.Tuning:
-    tuning = plan.tunings.backward_bias
+def _tuning(call: Call) -> config.Tuning:
+    tuning = call.plan.tunings.backward_bias
     assert tuning is not None, "dK's kernel finds the gradient of the bias."
     return tuning
 
@@ -92,58 +85,40 @@ class _Kernel(launch.Kernel):
     """The kernel's static facts.
 
     Attributes:
+      kinds: of `RowStat`, that there are.
       distances: of tiles, with those that only fill up the warpgroups.
+      key_stages: slots for tiles of keys, and of values.
       results: types of what the kernel returns, by name.
     """
 
     name = "lazy_backward_bias"
 
-    def __init__(
-        self,
-        plan: Plan,
-        query: Array,
-        key: Array,
-        table_shape: tuple[int, ...],
-        rows_shape: tuple[int, ...],
-        ranges_shape: tuple[int, ...],
-    ):
-        tuning = _tuning(plan)
-        work_tiles = order(plan, query, key, ranges_shape)
-        super().__init__(plan, tuning, work_tiles, query, key, table_shape)
-        self.kinds = rows_shape[3]
-        chunks, self.distances = ranges_shape[2:4]
-        self.tables = config.tables(config.bias_tiles(tuning, self.head_dim), table_shape[1])
-        shape = (self.batch, chunks, self.heads, self.distances, 2 * BLOCK)
+    def __init__(self, call: Call, kinds: int, chunks: int, distances: int):
+        tuning = _tuning(call)
+        used = config.bias_tiles(tuning, call.head_dim)
+        super().__init__(call, tuning, order(call, chunks, distances), used)
+        self.kinds, self.distances = kinds, distances
+        # Warpgroups lag behind each other by one tile of keys.
+        self.key_stages = tuning.stages + tuning.warpgroups - 1
+        shape = (self.batch, chunks, self.heads, distances, 2 * BLOCK)
         self.results = {"sums": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def scratch(self) -> Scratch:
-        """Returns the types of SMEM buffers and barriers."""
-        tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
-        # Warpgroups lag behind each other by one tile of keys.
-        keys = pipeline.tiled((self.key_stages, BLOCK, d), self.dtype)
-        scratch: Scratch = {
-            "query_smem": tile,
-            "d_out_smem": tile,
-            "key_smem": keys,
-            "value_smem": keys,
+        """Returns the types of SMEM buffers."""
+        tuning = self.tuning
+        return {
+            "query_smem": self.tiled(tuning.stages),
+            "d_out_smem": self.tiled(tuning.stages),
+            "key_smem": self.tiled(self.key_stages),
+            "value_smem": self.tiled(self.key_stages),
             "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, BLOCK), jnp.float32),
-            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
             "sums_smem": plgpu.SMEM((tuning.warpgroups, memory.DIAGONALS_WORDS), jnp.float32),
         }
-        scratch |= pipeline.barriers("query", tuning.stages, tuning.warpgroups, copies=3)
-        scratch |= pipeline.barriers("key", self.key_stages, tuning.warpgroups, copies=2)
-        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
-        return scratch
 
-    @property
-    def key_stages(self) -> int:
-        """Slots for tiles of keys, and of values."""
-        return self.tuning.stages + self.tuning.warpgroups - 1
-
-    def slots(self) -> dict[str, int]:
-        """Returns how many slots each pipeline has: of queries and d_out, of keys and values."""
-        return {"query": self.tuning.stages, "key": self.key_stages, "table": self.tables}
+    def slots(self) -> dict[str, Slots]:
+        """Returns the slots of each pipeline: of queries and d_out, of keys and values."""
+        query, key = Slots(self.tuning.stages, copies=3), Slots(self.key_stages, copies=2)
+        return {"query": query, "key": key, "table": Slots(self.tables)}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""

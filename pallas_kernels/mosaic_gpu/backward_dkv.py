@@ -30,55 +30,48 @@ from pallas_kernels.mosaic_gpu import (
     pipeline,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
-from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan, RowStat
+from pallas_kernels.mosaic_gpu.pipeline import Slots
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, RowStat
+from pallas_kernels.mosaic_gpu.planning.by_xla import KeyRanges
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
 def backward_dkv(
-    plan: Plan,
+    call: Call,
     wanted: tuple[str, ...],
-    query: Float[Array, "batch length heads head_dim"],
-    d_out: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    table: Float[Array, "heads rows 128"],
-    tail: Float[Array, "heads 2"],
-    offset: Float[Array, " heads"],
     rows: Float[Array, "batch heads blocks kinds 64"],
-    last: Int[Array, "batch heads blocks"],
-    live: Int[Array, "batch heads blocks"],
-    masked: Int[Array, "batch blocks"],
+    ranges: KeyRanges,
     tile_order: Int[Array, " work_tiles+1"],
+    d_out: Float[Array, "batch length heads head_dim"],
 ) -> dict[str, Array]:
     """Launches the kernel.
 
     Args:
-      plan: the call, and how it is done.
+      call: what it reads.
       wanted: "key", "value" or both.
-      query: as in the forward pass, like all that follow.
-      d_out: gradient of the output.
-      key: keys.
-      value: values.
-      table: from `plan.table`.
-      tail: from `plan.table`.
-      offset: tau; not read without an offset.
       rows: what `RowStat` says of each query.
-      last: last block of queries that visits each block of keys.
-      live: last one for which it may be live.
-      masked: first one of which some query doesn't see all of the block, for its document or
-        window begins later; not read unless `plan.packed`.
+      ranges: which tiles it visits.
       tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
+      d_out: gradient of the output.
 
     Returns:
       `d_key` and `d_value`, of those that are wanted; and with both of them, where there is room
       for it and no other kernel for it, `sums` of dS over distances inside the bias table and as
       far as tiles go that have one, of each block of keys [batch, blocks, heads, distances, 64].
     """
-    kernel = _Kernel(plan, wanted, query, key, table.shape, rows.shape)
-    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
-    operands |= dict(offset=offset, rows=rows, last=last, live=live, masked=masked)
+    kernel = _Kernel(call, wanted, rows.shape[3])
+    masked = ranges.last
+    if call.plan.packed:
+        # Documents and windows begin later and later: blocks are masked from some one on.
+        starts = call.segment_start[:, None, BLOCK - 1 :: BLOCK]
+        keys = BLOCK * jnp.arange(call.blocks)
+        masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
+    operands = dict(query=call.query, d_out=d_out, key=call.key, value=call.value)
+    operands |= dict(table=call.table.for_keys, tail=call.table.tail, offset=call.offset)
+    operands |= dict(rows=rows, last=ranges.last, live=ranges.last_live, masked=masked)
     found = kernel.launch(WorkTile, operands | {"tile_order": tile_order}, kernel.results)
     if kernel.want_bias:
         axes = (kernel.batch, kernel.blocks, kernel.heads, kernel.distances, BLOCK)
@@ -86,12 +79,10 @@ def backward_dkv(
     return found
 
 
-def order(plan: Plan, query: Array, key: Array) -> TileOrder:
+def order(call: Call) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
-    batch, length, kv_heads, head_dim = key.shape
-    rows = plan.tunings.backward_key.rows
-    group = query.shape[2] // kv_heads
-    return TileOrder.of_keys(batch, kv_heads, group, length, rows, head_dim)
+    rows, kv_heads = call.plan.tunings.backward_key.rows, call.heads // call.group
+    return TileOrder.of_keys(call.batch, kv_heads, call.group, call.length, rows, call.head_dim)
 
 
 class _Kernel(launch.Kernel):
@@ -99,6 +90,7 @@ class _Kernel(launch.Kernel):
 
     Attributes:
       wanted: gradients that it finds.
+      kinds: of `RowStat`, that there are.
       operands: of "key" and "value", those that it reads.
       want_bias: it also finds the gradient of the bias table.
       results: types of what the kernel returns, by name.
@@ -106,51 +98,34 @@ class _Kernel(launch.Kernel):
 
     name = "lazy_backward_key"
 
-    def __init__(
-        self,
-        plan: Plan,
-        wanted: tuple[str, ...],
-        query: Array,
-        key: Array,
-        table_shape: tuple[int, ...],
-        rows_shape: tuple[int, ...],
-    ):
-        tuning = plan.tunings.backward_key
-        if wanted == ("value",) and plan.tunings.backward_value is not None:
-            tuning, self.name = plan.tunings.backward_value, "lazy_backward_value"
-        super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
-        self.wanted = wanted
-        self.blocks, self.kinds = rows_shape[2:4]
+    def __init__(self, call: Call, wanted: tuple[str, ...], kinds: int):
+        plan, tunings = call.plan, call.plan.tunings
+        tuning = tunings.backward_key
+        if wanted == ("value",) and tunings.backward_value is not None:
+            tuning, self.name = tunings.backward_value, "lazy_backward_value"
+        self.wanted, self.kinds = wanted, kinds
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
-        self.want_bias = plan.width > 0 and plan.tunings.backward_bias is None and len(wanted) == 2
-        self.distances = plan.distances(self.blocks)
+        self.want_bias = plan.width > 0 and tunings.backward_bias is None and len(wanted) == 2
         width = plan.width if self.want_bias else 0
-        tiles = config.key_tiles(tuning, self.head_dim, width, len(self.operands))
-        self.tables = config.tables(tiles, table_shape[1])
-        same = jax.ShapeDtypeStruct(key.shape, key.dtype)
+        used = config.key_tiles(tuning, call.head_dim, width, len(self.operands))
+        super().__init__(call, tuning, order(call), used)
+        self.distances = plan.distances(self.blocks)
+        same = jax.ShapeDtypeStruct(call.key.shape, self.dtype)
         self.results = {f"d_{name}": same for name in wanted}
         if self.want_bias:
             shape = (self.batch * self.blocks * self.heads, BLOCK * self.distances)
             self.results["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def scratch(self) -> Scratch:
-        """Returns the types of SMEM buffers and barriers."""
-        tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
-        keys = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
+        """Returns the types of SMEM buffers."""
+        tuning, keys = self.tuning, self.tiled(self.tuning.warpgroups)
         scratch: Scratch = {
-            "query_smem": tile,
-            "d_out_smem": tile,
+            "query_smem": self.tiled(tuning.stages),
+            "d_out_smem": self.tiled(tuning.stages),
             "rows_smem": plgpu.SMEM((tuning.stages, self.kinds, BLOCK), jnp.float32),
-            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
         }
         scratch |= {f"{name}_smem": keys for name in self.operands}
-        copies = len(self.operands) * tuning.warpgroups
-        scratch |= pipeline.barriers("key", 1, tuning.warpgroups, copies=copies)
-        scratch |= pipeline.barriers("query", tuning.stages, tuning.warpgroups, copies=2)
-        scratch |= pipeline.barriers("d_out", tuning.stages, tuning.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
         if tuning.in_registers:
             # Else the keys' and values' own places, which they need to the end.
             scratch |= {"d_key_smem": keys, "d_value_smem": keys}
@@ -158,10 +133,11 @@ class _Kernel(launch.Kernel):
             scratch |= diagonals.scratch(tuning.warpgroups, self.distances)
         return scratch
 
-    def slots(self) -> dict[str, int]:
-        """Returns how many slots each pipeline has."""
-        stages = self.tuning.stages
-        return {"query": stages, "d_out": stages, "key": 1, "table": self.tables}
+    def slots(self) -> dict[str, Slots]:
+        """Returns the slots of each pipeline."""
+        stages, own = self.tuning.stages, len(self.operands) * self.tuning.warpgroups
+        tiles = {"query": Slots(stages, copies=2), "d_out": Slots(stages)}
+        return tiles | {"key": Slots(1, copies=own), "table": Slots(self.tables)}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""

@@ -36,47 +36,24 @@ from pallas_kernels.mosaic_gpu import (
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, Plan
+from pallas_kernels.mosaic_gpu.pipeline import Slots
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED
+from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
+from pallas_kernels.problem import Residuals
 
 
 def backward_dq(
-    plan: Plan,
-    query: Float[Array, "batch length heads head_dim"],
-    d_out: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    table: Float[Array, "heads rows 128"],
-    tail: Float[Array, "heads 2"],
-    residuals: row_stats.Residuals,
-    offset: Float[Array, " heads"],
-    offset_scale: Float[Array, "batch padded"],
-    segment_start: Int[Array, "batch padded"],
-    first: Int[Array, "batch heads blocks"],
-    live: Int[Array, "batch heads blocks"],
-    no_overflow: Int[Array, "batch heads"],
+    call: Call,
+    residuals: Residuals,
+    visits: Visits,
     tile_order: Int[Array, " work_tiles+1"],
+    d_out: Float[Array, "batch length heads head_dim"],
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Launches the kernel.
-
-    Args:
-      plan: the call, and how it is done.
-      query: as in the forward pass, like all that follow.
-      d_out: gradient of the output.
-      key: keys.
-      value: values.
-      table: from `plan.table`.
-      tail: from `plan.table`.
-      residuals: of the forward pass.
-      offset: tau; not read without an offset.
-      offset_scale: as in the forward pass, like the next.
-      segment_start: first key each query sees; not read unless `plan.packed`.
-      first: first block of keys that each block of queries visits.
-      live: first one of them that may be live.
-      no_overflow: as in the forward pass.
-      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
 
     Returns:
       d_query; what `RowStat` says of each query [batch, heads, blocks, kinds, 64]; with an offset
@@ -84,20 +61,30 @@ def backward_dq(
       has a slope, for each query the sum of dS over tiles past the table, and of dS times the
       distance past its end [batch, heads, blocks, 2, 64].
     """
-    kernel = _Kernel(plan, query, key, table.shape, first)
-    operands = dict(query=query, d_out=d_out, key=key, value=value, table=table, tail=tail)
-    operands |= dict(offset=offset, offset_scale=offset_scale, segment_start=segment_start)
-    operands |= dict(first=first, live=live, no_overflow=no_overflow, tile_order=tile_order)
-    operands |= {"ones": weight_sums.ones(query.dtype)} | residuals.given
+    kernel = _Kernel(call)
+    first, table = visits.first, call.table
+    live = first if residuals.live is None else residuals.live
+    # What is not read must only be there.
+    segment_start = call.segment_start if call.plan.packed else first
+    operands = dict(query=call.query, d_out=d_out, key=call.key, value=call.value)
+    operands |= dict(table=table.for_queries, tail=table.tail, offset=call.offset)
+    operands |= dict(offset_scale=call.offset_scale, segment_start=segment_start, first=first)
+    operands |= dict(live=live, no_overflow=visits.no_overflow, tile_order=tile_order)
+    operands |= dict(ones=weight_sums.ones(kernel.dtype), lse=residuals.lse)
+    if residuals.mean_k is not None:
+        operands |= zip(mean_k.NAMES, residuals.mean_k, strict=True)
+    saved = dict(out=residuals.out, rounding=residuals.rounding, past=residuals.past)
+    operands |= {name: x for name, x in saved.items() if x is not None}
     found = kernel.launch(WorkTile, operands, kernel.results)
     return found["d_query"], found["rows"], found.get("of_offset"), found.get("tail_sums")
 
 
-def order(plan: Plan, query: Array, key: Array) -> TileOrder:
+def order(call: Call) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
-    batch, length, heads, head_dim = query.shape
-    rows = plan.tunings.backward_query.rows
-    return TileOrder.of_queries(batch, heads, heads // key.shape[2], length, rows, head_dim)
+    rows = call.plan.tunings.backward_query.rows
+    return TileOrder.of_queries(
+        call.batch, call.heads, call.group, call.length, rows, call.head_dim
+    )
 
 
 class _Kernel(launch.Kernel):
@@ -111,52 +98,38 @@ class _Kernel(launch.Kernel):
 
     name = "lazy_backward_query"
 
-    def __init__(
-        self, plan: Plan, query: Array, key: Array, table_shape: tuple[int, ...], first: Array
-    ):
-        tuning = plan.tunings.backward_query
-        super().__init__(plan, tuning, order(plan, query, key), query, key, table_shape)
-        self.blocks = first.shape[-1]
+    def __init__(self, call: Call):
+        plan, tuning = call.plan, call.plan.tunings.backward_query
+        used, self.out_stages = config.query_tiles(tuning, call.head_dim, plan.has_offset)
+        super().__init__(call, tuning, order(call), used)
         self.want_tail = plan.has_tail(self.length)
-        tiles, self.out_stages = config.query_tiles(tuning, self.head_dim, plan.has_offset)
-        self.tables = config.tables(tiles, table_shape[1])
-        self.results = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
-        self.results |= row_stats.outputs(plan, first.shape)
+        of_blocks = (self.batch, self.heads, self.blocks)
+        self.results = {"d_query": jax.ShapeDtypeStruct(call.query.shape, self.dtype)}
+        self.results |= row_stats.outputs(plan, of_blocks)
         if self.want_tail:
-            self.results["tail_sums"] = jax.ShapeDtypeStruct((*first.shape, 2, BLOCK), jnp.float32)
+            self.results["tail_sums"] = jax.ShapeDtypeStruct((*of_blocks, 2, BLOCK), jnp.float32)
 
     def scratch(self) -> Scratch:
-        """Returns the types of SMEM buffers and barriers."""
-        tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
-        rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
-        scratch: Scratch = {
-            "query_smem": rows,
-            "d_out_smem": rows,
-            "key_smem": tile,
-            "value_smem": tile,
-            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
-        }
+        """Returns the types of SMEM buffers."""
+        tuning, rows = self.tuning, self.tiled(self.tuning.warpgroups)
+        tile = self.tiled(tuning.stages)
+        scratch = dict(query_smem=rows, d_out_smem=rows, key_smem=tile, value_smem=tile)
         if self.plan.has_offset:
             scratch |= weight_sums.scratch(self.dtype)
         if self.out_stages:
-            scratch |= row_stats.scratch(
-                self.out_stages, tuning.warpgroups, self.head_dim, self.dtype
-            )
-        scratch |= pipeline.barriers("query", 1, tuning.warpgroups, copies=2 * tuning.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
-        for name in ("key", "value"):
-            scratch |= pipeline.barriers(name, tuning.stages, tuning.warpgroups)
+            shape = (self.out_stages, tuning.warpgroups, ROWS, self.head_dim)
+            scratch["out_smem"] = pipeline.tiled(shape, self.dtype)
         if tuning.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["d_query_smem"] = rows
         return scratch
 
-    def slots(self) -> dict[str, int]:
-        """Returns how many slots each pipeline has."""
-        stages = self.tuning.stages
-        slots = {"key": stages, "value": stages, "query": 1, "table": self.tables}
-        return slots | ({"out": self.out_stages} if self.out_stages else {})
+    def slots(self) -> dict[str, Slots]:
+        """Returns the slots of each pipeline."""
+        tiles, warpgroups = Slots(self.tuning.stages), self.tuning.warpgroups
+        query, table = Slots(1, copies=2 * warpgroups), Slots(self.tables)
+        slots = {"key": tiles, "value": tiles, "query": query, "table": table}
+        return slots | ({"out": Slots(self.out_stages, warpgroups)} if self.out_stages else {})
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""

@@ -20,7 +20,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic_gpu import (
     bias_table,
@@ -33,48 +33,22 @@ from pallas_kernels.mosaic_gpu import (
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, Plan, threshold
+from pallas_kernels.mosaic_gpu.pipeline import Slots
+from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, threshold
+from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
-# What the kernel may return.
-RESULTS = ("out", "lse", "rounding", "live", *mean_k.NAMES, "past")
 # Of a warpgroup's queries with one block of keys.
 _SCORES = plgpu.ACC((ROWS, BLOCK), jnp.float32)
 
 
 def forward(
-    plan: Plan,
-    training: bool,
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    table: Float[Array, "heads rows 128"],
-    tail: Float[Array, "heads 2"],
-    offset: Float[Array, " heads"],
-    offset_scale: Float[Array, "batch padded"],
-    segment_start: Int[Array, "batch padded"],
-    first: Int[Array, "batch heads blocks"],
-    no_overflow: Int[Array, "batch heads"],
-    tile_order: Int[Array, " work_tiles+1"],
-) -> dict[str, Array | None]:
-    """Launches the forward pass.
-
-    Args:
-      plan: the call, and how it is done.
-      training: also return residuals.
-      query: rotated queries; the length is a multiple of 8.
-      key: rotated keys.
-      value: values.
-      table: from `plan.table`.
-      tail: from `plan.table`.
-      offset: tau; not read without an offset.
-      offset_scale: factor of tau for each query; rows are padded to blocks of 64.
-      segment_start: first key each query sees; not read unless `plan.packed`.
-      first: first block of keys that each block of queries visits.
-      no_overflow: whether no exponential of a score of this head can overflow.
-      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
+    call: Call, training: bool, visits: Visits, tile_order: Int[Array, " work_tiles+1"]
+) -> dict[str, Array]:
+    """Launches the forward pass; with `training` it also leaves residuals.
 
     Returns:
       By name: `out`; in training `lse`, log2-sum-exp2 of each row's scores less b(0)
@@ -86,20 +60,29 @@ def forward(
       table of the softmax, and of the softmax times the distance past its end [batch, heads,
       blocks, 2, 64].
     """
-    kernel = _Forward(plan, training, query, key, table.shape, first.shape[-1])
-    operands = dict(query=query, key=key, value=value, table=table, tail=tail)
-    operands |= dict(offset=offset, offset_scale=offset_scale, segment_start=segment_start)
-    operands |= dict(first=first, no_overflow=no_overflow, tile_order=tile_order)
-    operands["ones"] = weight_sums.ones(query.dtype)
-    return dict.fromkeys(RESULTS) | kernel.launch(WorkTile, operands, kernel.results)
+    kernel = _Forward(call, training)
+    first, table = visits.first, call.table
+    # What is not read must only be there.
+    segment_start = call.segment_start if call.plan.packed else first
+    operands = dict(query=call.query, key=call.key, value=call.value)
+    operands |= dict(table=table.for_queries, tail=table.tail, offset=call.offset)
+    operands |= dict(offset_scale=call.offset_scale, segment_start=segment_start, first=first)
+    operands |= dict(no_overflow=visits.no_overflow, tile_order=tile_order)
+    operands["ones"] = weight_sums.ones(kernel.dtype)
+    return kernel.launch(WorkTile, operands, kernel.results)
 
 
-def order(plan: Plan, training: bool, query: Array, key: Array) -> TileOrder:
+def order(call: Call, training: bool) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
-    batch, length, heads, head_dim = query.shape
-    tuning = plan.tunings.forward if training else plan.tunings.inference
-    group = heads // key.shape[2]
-    return TileOrder.of_queries(batch, heads, group, length, tuning.rows, head_dim)
+    rows = _tuning(call, training).rows
+    return TileOrder.of_queries(
+        call.batch, call.heads, call.group, call.length, rows, call.head_dim
+    )
+
+
+def _tuning(call: Call, training: bool) -> config.Tuning:
+    tunings = call.plan.tunings
+    return tunings.forward if training else tunings.inference
 
 
 class _Forward(launch.Kernel):
@@ -116,32 +99,23 @@ class _Forward(launch.Kernel):
 
     name = "lazy_forward"
 
-    def __init__(
-        self,
-        plan: Plan,
-        training: bool,
-        query: Array,
-        key: Array,
-        table_shape: tuple[int, ...],
-        blocks: int,
-    ):
-        tuning = plan.tunings.forward if training else plan.tunings.inference
-        super().__init__(plan, tuning, order(plan, training, query, key), query, key, table_shape)
+    def __init__(self, call: Call, training: bool):
+        plan, tuning = call.plan, _tuning(call, training)
         self.training = training
         self.want_keys = training and plan.has_offset
         self.want_rounding = training and not plan.has_offset
+        used = config.forward_tiles(tuning, call.head_dim, 1 + self.want_rounding)
+        super().__init__(call, tuning, order(call, training), used)
         self.want_tail = self.want_keys and plan.has_tail(self.length)
         # Exponentials that are not divided by their sum yet need the range of bfloat16.
         self.keys_at_once = self.want_keys and self.dtype == jnp.bfloat16
         # Softmax's own sum of exp2(s) v, not rescaled, needs the range of bfloat16.
         self.one_sweep = not plan.has_offset and self.dtype == jnp.bfloat16
-        used = config.forward_tiles(tuning, self.head_dim, 1 + self.want_rounding)
-        self.tables = config.tables(used, table_shape[1])
-        of_blocks = (self.batch, self.heads, blocks)
-        same = jax.ShapeDtypeStruct(query.shape, query.dtype)
+        of_blocks = (self.batch, self.heads, self.blocks)
+        same = jax.ShapeDtypeStruct(call.query.shape, self.dtype)
         self.results = {"out": same}
         if training:
-            rows = (*of_blocks[:2], BLOCK * blocks)
+            rows = (*of_blocks[:2], BLOCK * self.blocks)
             self.results["lse"] = jax.ShapeDtypeStruct(rows, jnp.float32)
         if self.want_rounding:
             self.results["rounding"] = same
@@ -152,23 +126,16 @@ class _Forward(launch.Kernel):
             self.results["past"] = jax.ShapeDtypeStruct((*of_blocks, 2, BLOCK), jnp.float32)
 
     def scratch(self) -> Scratch:
-        """Returns the types of SMEM buffers and barriers."""
-        tuning, d = self.tuning, self.head_dim
-        tile = pipeline.tiled((tuning.stages, BLOCK, d), self.dtype)
-        rows = pipeline.tiled((tuning.warpgroups, ROWS, d), self.dtype)
+        """Returns the types of SMEM buffers."""
+        tuning, rows = self.tuning, self.tiled(self.tuning.warpgroups)
         scratch: Scratch = {
             "query_smem": rows,
-            "key_smem": tile,
-            "value_smem": tile,
-            "table_smem": plgpu.SMEM((self.tables, *self.table_shape), jnp.float32),
+            "key_smem": self.tiled(tuning.stages),
+            "value_smem": self.tiled(tuning.stages),
             # Of two work tiles, since one warpgroup may be at the next.
             "words_smem": plgpu.SMEM((2, 4 * tuning.warpgroups), jnp.int32),
             "bound_barrier": plgpu.Barrier(num_arrivals=tuning.warpgroups),
         }
-        scratch |= pipeline.barriers("query", 1, tuning.warpgroups, copies=tuning.warpgroups)
-        scratch |= pipeline.barriers("table", self.tables, tuning.warpgroups)
-        for name in ("key", "value"):
-            scratch |= pipeline.barriers(name, tuning.stages, tuning.warpgroups)
         if tuning.in_registers:
             # Else the queries' own place, which they need to the end.
             scratch["out_smem"] = rows
@@ -180,10 +147,10 @@ class _Forward(launch.Kernel):
             scratch["total_smem"] = plgpu.SMEM((tuning.warpgroups, ROWS), jnp.float32)
         return scratch
 
-    def slots(self) -> dict[str, int]:
-        """Returns how many slots each pipeline has."""
-        stages = self.tuning.stages
-        return {"key": stages, "value": stages, "query": 1, "table": self.tables}
+    def slots(self) -> dict[str, Slots]:
+        """Returns the slots of each pipeline."""
+        tiles, query = Slots(self.tuning.stages), Slots(1, copies=self.tuning.warpgroups)
+        return {"key": tiles, "value": tiles, "query": query, "table": Slots(self.tables)}
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""

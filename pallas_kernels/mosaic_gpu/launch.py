@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import (
     bias_table,
+    config,
     dump_names,
     layout,
     pipeline,
@@ -19,11 +20,12 @@ from pallas_kernels.mosaic_gpu import (
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
 from pallas_kernels.mosaic_gpu.pipeline import Pipeline
-from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
+from pallas_kernels.mosaic_gpu.plan import BLOCK
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
@@ -31,40 +33,36 @@ class Kernel:
     """A kernel's static facts.
 
     Args:
-      plan: the call, and how it is done.
-      tuning: its warpgroups and stages.
-      order: of its work tiles.
-      query, key: their shapes count.
-      table_shape: of all heads' bias tables.
+      call: its sizes count.
+      tuning: warpgroups and stages.
+      order: of the work tiles.
+      tiles: bytes of SMEM that the kernel's tiles take, see `config`.
     """
 
     name: str
 
-    def __init__(
-        self,
-        plan: Plan,
-        tuning: Tuning,
-        order: TileOrder,
-        query: Array,
-        key: Array,
-        table_shape: tuple[int, ...],
-    ):
-        self.plan, self.tuning, self.order = plan, tuning, order
-        self.interpret = plan.interpret is not None
-        self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.group = self.heads // key.shape[2]
-        self.dtype = query.dtype
-        self.table_shape = table_shape[1:]
+    def __init__(self, call: Call, tuning: Tuning, order: TileOrder, tiles: int):
+        self.plan, self.tuning, self.order = call.plan, tuning, order
+        self.interpret = call.plan.interpret is not None
+        self.batch, self.length, self.heads = call.batch, call.length, call.heads
+        self.head_dim, self.group, self.blocks = call.head_dim, call.group, call.blocks
+        self.dtype = call.query.dtype
+        self.table_shape = call.table.for_queries.shape[1:]
+        self.tables = config.tables(tiles, self.table_shape[0])
         # Sums of 64 rows by columns of the head size.
         self.sums = plgpu.ACC((ROWS, self.head_dim), jnp.float32)
 
     def scratch(self) -> Scratch:
-        """Returns the types of SMEM buffers and of the pipelines' barriers."""
+        """Returns the types of SMEM buffers, but for those that all kernels have."""
         raise NotImplementedError
 
-    def slots(self) -> dict[str, int]:
-        """Returns how many slots each pipeline has."""
+    def slots(self) -> dict[str, pipeline.Slots]:
+        """Returns the slots of each pipeline, by name; `table`'s are among them."""
         raise NotImplementedError
+
+    def tiled(self, count: int) -> pl.MemoryRef:
+        """Returns the type of so many blocks of queries, keys or the like in SMEM."""
+        return pipeline.tiled((count, BLOCK, self.head_dim), self.dtype)
 
     def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed.
@@ -81,15 +79,12 @@ class Kernel:
         operands: dict[str, Array],
         results: dict[str, jax.ShapeDtypeStruct],
     ) -> dict[str, Array]:
-        """Runs the kernel.
+        """Runs the kernel; returns the results by name.
 
         Args:
           work_tile: what a CTA does at a time.
           operands: by the names of their references; `tile_order` is among them.
           results: types, by name.
-
-        Returns:
-          the results by name.
         """
         names = [*operands, *results]
 
@@ -98,6 +93,9 @@ class Kernel:
 
         body.__name__ = self.name
         scratch = self.scratch() | scheduler.scratch()
+        scratch["table_smem"] = plgpu.SMEM((self.tables, *self.table_shape), jnp.float32)
+        for name, slots in self.slots().items():
+            scratch |= pipeline.barriers(name, slots, self.tuning.warpgroups)
         if self.interpret:
             shape = (self.tuning.warpgroups, ROWS, BLOCK)
             scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)

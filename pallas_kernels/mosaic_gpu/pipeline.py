@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -147,26 +148,25 @@ class Pipeline:
                 pl.when(tiles > slot)(wait)
 
 
-def barriers(name: str, slots: int, warpgroups: int, copies: int = 1) -> Scratch:
-    """Returns the types of a pipeline's barriers.
+class Slots(NamedTuple):
+    """How many slots a pipeline has, and how many copies fill one."""
 
-    Args:
-      name: of the pipeline.
-      slots: of the pipeline.
-      warpgroups: how many release each tile.
-      copies: how many copies fill a slot.
-    """
-    return {
-        f"{name}_full": plgpu.Barrier(num_barriers=slots, num_arrivals=copies),
-        f"{name}_empty": plgpu.Barrier(num_barriers=slots, num_arrivals=warpgroups),
-    }
+    stages: int
+    copies: int = 1
 
 
-def make(ref: Refs, slots: dict[str, int], warpgroups: int, plan: Plan) -> dict[str, Pipeline]:
+def barriers(name: str, slots: Slots, warpgroups: int) -> Scratch:
+    """Returns the types of a pipeline's barriers; `warpgroups` release each tile."""
+    full = plgpu.Barrier(num_barriers=slots.stages, num_arrivals=slots.copies)
+    empty = plgpu.Barrier(num_barriers=slots.stages, num_arrivals=warpgroups)
+    return {f"{name}_full": full, f"{name}_empty": empty}
+
+
+def make(ref: Refs, slots: dict[str, Slots], warpgroups: int, plan: Plan) -> dict[str, Pipeline]:
     """Returns the pipelines of a CTA, given the slots of each."""
     made, number = {}, FIRST_NAMED_BARRIER
-    for name, stages in slots.items():
-        full, empty = (ref[f"{name}_{end}"] for end in ("full", "empty"))
+    for name, (stages, _) in slots.items():
+        full, empty = ref[f"{name}_full"], ref[f"{name}_empty"]
         made[name] = Pipeline(full, empty, stages, number, warpgroups, plan)
         number += stages
     assert number <= _NAMED_BARRIERS, slots

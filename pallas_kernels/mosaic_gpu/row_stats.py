@@ -11,40 +11,15 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu import layout, memory, pipeline
-from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch
-from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
+from pallas_kernels.mosaic_gpu import layout, memory
+from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
+from pallas_kernels.mosaic_gpu.mlir import TILE
 from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan, RowStat, threshold
 
 if TYPE_CHECKING:  # It imports this.
     from pallas_kernels.mosaic_gpu import backward_dq
-
-
-class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass, see `forward.forward`.
-
-    Attributes:
-      lse: log2-sum-exp2 of each row's scores less b(0) [batch, heads, padded].
-      out: the output [batch, length, heads, head_dim]; None with an offset, like the next.
-      rounding: what rounding took from it.
-      mean_k_left, mean_k_right: the mean of the keys; None without an offset.
-      past: sums over tiles past the bias table; None unless there are some, and an offset.
-    """
-
-    lse: Float[Array, "batch heads padded"]
-    out: Array | None
-    rounding: Array | None
-    mean_k_left: Array | None
-    mean_k_right: Array | None
-    past: Array | None
-
-    @property
-    def given(self) -> dict[str, Array]:
-        """Those that are there."""
-        return {name: x for name, x in self._asdict().items() if x is not None}
 
 
 # What delta is found from without an offset, in the order it is fetched in.
@@ -63,12 +38,6 @@ def outputs(plan: Plan, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeS
     if plan.has_offset:
         types["of_offset"] = jax.ShapeDtypeStruct((*of_blocks, BLOCK), jnp.float32)
     return types
-
-
-def scratch(stages: int, warpgroups: int, head_dim: int, dtype: DTypeLike) -> Scratch:
-    """Returns the types of the pipeline that the output comes by."""
-    tile = pipeline.tiled((stages, warpgroups, ROWS, head_dim), dtype)
-    return {"out_smem": tile} | pipeline.barriers("out", stages, warpgroups, copies=warpgroups)
 
 
 def fetch(work_tile: "backward_dq.WorkTile") -> None:

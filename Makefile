@@ -8,7 +8,7 @@ GPU_TEST_WORKERS ?= 4
 LIBTPU ?= build/libtpu
 TPU_REPORT ?= build/tpu_report
 
-.PHONY: help setup train test test-all test-jax test-gpu test-tpu test-tpu-device libtpu check format clean
+.PHONY: help setup train test test-all test-jax test-gpu test-tpu test-tpu-device libtpu docs check format clean
 
 help:
 	@echo "make train     train a small Lazy Attention model on English every Python carries"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-tpu  the TPU kernels interpreted and compiled for every TPU, without one"
 	@echo "make libtpu    get the TPU compiler for \`train.py --mode=compile\` (700 MB, into build/)"
 	@echo "make test-tpu-device  their numbers and times on a TPU, as one report to send back"
+	@echo "make docs      build the site of the documents into build/docs/site, its links checked"
 	@echo "make format    format the code"
 
 setup:
@@ -77,6 +78,9 @@ test-tpu-device: setup
 	  $(PYTHON_BIN) -m benchmarks.attention --implementations=tpu,xla_chunked,splash \
 	    --output=$(TPU_REPORT); } 2>&1 | tee $(TPU_REPORT).txt
 	@echo "Please send $(TPU_REPORT).txt and $(TPU_REPORT).json with your issue."
+
+docs: setup
+	@tools/docs
 
 format: setup
 	@$(PYTHON_BIN) -m ruff check --fix --quiet .

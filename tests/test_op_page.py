@@ -1,4 +1,4 @@
-"""The code of docs/op.md, run as it stands."""
+"""The code of docs/op.md and docs/relative_bias.md, run as it stands."""
 
 import ast
 import importlib.util
@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "op.md"
+PAGES = [ROOT / "docs" / name for name in ("op.md", "relative_bias.md")]
 
 
-def blocks():
-    """Returns (heading, code) of each Python block of the page."""
+def blocks(page):
+    """Returns (heading, code) of each Python block of a page."""
     found, heading = [], ""
     for match in re.finditer(
-        r"^## ([^\n]*)$|^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S
+        r"^## ([^\n]*)$|^```python\n(.*?)^```$", page.read_text(), re.M | re.S
     ):
         heading = match[1] or heading
         if match[2]:
-            found.append((heading, match[2]))
+            found.append((f"{page.name}, {heading}", match[2]))
     return found
 
 
-BLOCKS = blocks()
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 EQUINOX = [code for _, code in BLOCKS if "import equinox" in code]
 
 
@@ -45,7 +45,7 @@ def missing_packages(code):
 def test_code_runs_as_it_stands(heading, code):
     if missing := missing_packages(code):
         pytest.skip(f"{', '.join(missing)} is not installed")
-    exec(compile(code, f"{PAGE.name}, {heading}", "exec"), {"__name__": "__page__"})
+    exec(compile(code, heading, "exec"), {"__name__": "__page__"})
 
 
 @pytest.mark.slow
@@ -70,4 +70,4 @@ def test_equinox_block(tmp_path):
 def test_a_missing_package_is_seen():
     code = "import jax.numpy, no_such_package.part\nfrom nowhere_at_all import x"
     assert missing_packages(code) == ["no_such_package", "nowhere_at_all"]
-    assert len(BLOCKS) >= 6 and len(EQUINOX) == 1
+    assert len(BLOCKS) >= 9 and len(EQUINOX) == 1

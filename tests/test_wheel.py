@@ -96,7 +96,10 @@ def test_what_is_in_it(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: jax<0.13,>=0.11.2" in metadata
-    for extra in ("cuda", "tpu", "evaluation", "export", "data", "plot", "wandb"):
+    for extra in (
+        *("cuda", "tpu", "gcs", "s3", "evaluation", "export", "data", "plot", "wandb"),
+        *("docs", "notebook"),
+    ):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 

@@ -46,7 +46,8 @@ def lazy_attention(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[2] // key.shape[2]
     key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
-    keys = jnp.arange(key.shape[1])
+    # Of the position's dtype: under x64 XLA scatters wrongly by int64 distances on a GPU.
+    keys = jnp.arange(key.shape[1], dtype=position.dtype)
     distance = position[:, :, None] - keys
     if seen_from is None:
         visible = distance >= 0

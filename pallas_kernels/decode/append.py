@@ -46,4 +46,5 @@ def unsupported(held: Sequence[Held], new: int) -> str | None:
         if PAGE < keys.shape[1] < PAGE + new:
             return f"a ring of {keys.shape[1]} keys comes back to its first page in one step"
     keys = held[0][0]
-    return support.refusal(keys.shape[-1], keys.shape[-1], keys.dtype)
+    refused = support.refusal(keys.shape[-1], keys.shape[-1], keys.dtype)
+    return refused or support.refuses_in_place()

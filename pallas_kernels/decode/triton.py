@@ -31,7 +31,7 @@ from pallas_kernels.decode.types import MAX_CACHES, Call, Inputs, Settings
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
-from pallas_kernels.triton.tile import LOWEST, MASKED, PRECISION, gather, thresholds
+from pallas_kernels.triton.tile import LOWEST, MASKED, PRECISION, constant, gather, thresholds
 
 PAGE = tl.constexpr(types.PAGE)
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -154,27 +154,37 @@ class Static:
     @property
     def part0(self) -> Part:
         """Returns the sizes of the first cache."""
-        return self.parts[0]
+        return constant(self.parts[0])
 
     @property
     def part1(self) -> Part:
         """Returns those of the second."""
-        return self.parts[1]
+        return constant(self.parts[1])
 
     @property
     def part2(self) -> Part:
         """Returns those of the third."""
-        return self.parts[2]
+        return constant(self.parts[2])
 
     @property
     def part3(self) -> Part:
         """Returns those of the fourth."""
-        return self.parts[3]
+        return constant(self.parts[3])
 
     @property
     def part4(self) -> Part:
         """Returns those of the fifth."""
-        return self.parts[4]
+        return constant(self.parts[4])
+
+    @property
+    def first_splits(self) -> int:
+        """Returns how many programs share a row of the first cache."""
+        return self.parts[0].splits
+
+    @property
+    def first_slots(self) -> int:
+        """Returns the keys of a row of the first cache."""
+        return self.parts[0].slots
 
     @property
     def splits(self) -> int:
@@ -210,6 +220,12 @@ class Static:
     def slack(self) -> float:
         """Returns what is added to bounds of scores, in units of log2."""
         return rule.SLACK * math.log2(math.e)
+
+
+@triton.jit
+def _owns(program, part: tl.constexpr):
+    """Returns whether a program is one of the cache's."""
+    return (program >= part.start) & (program < part.stop)
 
 
 @triton.jit
@@ -480,19 +496,19 @@ def decode_scores(
     shared = (query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, offset_ptr, heads_ptr)
     found = (scores_ptr, page_ptr, maximum_ptr, total_ptr)
     program = tl.program_id(0)
-    if program < static.part0.stop:
+    if _owns(program, static.part0):
         _keep_scores(key0_ptr, norms0_ptr, scales0_ptr, shared, found, static, static.part0)
     if static.number > 1:  # noqa: SIM102
-        if (program >= static.part1.start) & (program < static.part1.stop):
+        if _owns(program, static.part1):
             _keep_scores(key1_ptr, norms1_ptr, scales1_ptr, shared, found, static, static.part1)
     if static.number > 2:  # noqa: SIM102
-        if (program >= static.part2.start) & (program < static.part2.stop):
+        if _owns(program, static.part2):
             _keep_scores(key2_ptr, norms2_ptr, scales2_ptr, shared, found, static, static.part2)
     if static.number > 3:  # noqa: SIM102
-        if (program >= static.part3.start) & (program < static.part3.stop):
+        if _owns(program, static.part3):
             _keep_scores(key3_ptr, norms3_ptr, scales3_ptr, shared, found, static, static.part3)
     if static.number > 4:  # noqa: SIM102
-        if (program >= static.part4.start) & (program < static.part4.stop):
+        if _owns(program, static.part4):
             _keep_scores(key4_ptr, norms4_ptr, scales4_ptr, shared, found, static, static.part4)
 
 
@@ -608,19 +624,19 @@ def decode_values(
     shared = (query_ptr, length_ptr, layer_ptr, offset_ptr, heads_ptr)
     found = (scores_ptr, page_ptr, maximum_ptr, total_ptr, out_ptr, weight_ptr)
     program = tl.program_id(0)
-    if program < static.part0.stop:
+    if _owns(program, static.part0):
         _add_values(value0_ptr, scales0_ptr, shared, found, static, static.part0)
     if static.number > 1:  # noqa: SIM102
-        if (program >= static.part1.start) & (program < static.part1.stop):
+        if _owns(program, static.part1):
             _add_values(value1_ptr, scales1_ptr, shared, found, static, static.part1)
     if static.number > 2:  # noqa: SIM102
-        if (program >= static.part2.start) & (program < static.part2.stop):
+        if _owns(program, static.part2):
             _add_values(value2_ptr, scales2_ptr, shared, found, static, static.part2)
     if static.number > 3:  # noqa: SIM102
-        if (program >= static.part3.start) & (program < static.part3.stop):
+        if _owns(program, static.part3):
             _add_values(value3_ptr, scales3_ptr, shared, found, static, static.part3)
     if static.number > 4:  # noqa: SIM102
-        if (program >= static.part4.start) & (program < static.part4.stop):
+        if _owns(program, static.part4):
             _add_values(value4_ptr, scales4_ptr, shared, found, static, static.part4)
 
 
@@ -731,7 +747,7 @@ def decode_softmax(
     shared = (query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, heads_ptr)
     found = (out_ptr, maximum_ptr, total_ptr)
     program = tl.program_id(0)
-    if program < static.part0.stop:
+    if _owns(program, static.part0):
         _add_softmax(
             key0_ptr,
             value0_ptr,
@@ -744,7 +760,7 @@ def decode_softmax(
             static.part0,
         )
     if static.number > 1:  # noqa: SIM102
-        if (program >= static.part1.start) & (program < static.part1.stop):
+        if _owns(program, static.part1):
             _add_softmax(
                 key1_ptr,
                 value1_ptr,
@@ -757,7 +773,7 @@ def decode_softmax(
                 static.part1,
             )
     if static.number > 2:  # noqa: SIM102
-        if (program >= static.part2.start) & (program < static.part2.stop):
+        if _owns(program, static.part2):
             _add_softmax(
                 key2_ptr,
                 value2_ptr,
@@ -770,7 +786,7 @@ def decode_softmax(
                 static.part2,
             )
     if static.number > 3:  # noqa: SIM102
-        if (program >= static.part3.start) & (program < static.part3.stop):
+        if _owns(program, static.part3):
             _add_softmax(
                 key3_ptr,
                 value3_ptr,
@@ -783,7 +799,7 @@ def decode_softmax(
                 static.part3,
             )
     if static.number > 4:  # noqa: SIM102
-        if (program >= static.part4.start) & (program < static.part4.stop):
+        if _owns(program, static.part4):
             _add_softmax(
                 key4_ptr,
                 value4_ptr,
@@ -818,8 +834,8 @@ def decode_combine(
     turn = number // static.group
     length = tl.load(length_ptr + row)
     # Splits and slots of the head.
-    used = static.part0.splits
-    slots = static.part0.slots
+    used = static.first_splits
+    slots = static.first_slots
     if static.number > 1:
         used = tl.load(sizes_ptr + pair % static.kv_heads * 2)
         slots = tl.load(sizes_ptr + pair % static.kv_heads * 2 + 1)

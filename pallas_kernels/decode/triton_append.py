@@ -19,6 +19,7 @@ from pallas_kernels.decode.types import MAX_CACHES
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
+from pallas_kernels.triton.tile import constant
 
 PAGE = tl.constexpr(types.PAGE)
 
@@ -78,27 +79,27 @@ class Static:
     @property
     def part0(self) -> Part:
         """Returns the sizes of the first cache."""
-        return self.parts[0]
+        return constant(self.parts[0])
 
     @property
     def part1(self) -> Part:
         """Returns those of the second."""
-        return self.parts[1]
+        return constant(self.parts[1])
 
     @property
     def part2(self) -> Part:
         """Returns those of the third."""
-        return self.parts[2]
+        return constant(self.parts[2])
 
     @property
     def part3(self) -> Part:
         """Returns those of the fourth."""
-        return self.parts[3]
+        return constant(self.parts[3])
 
     @property
     def part4(self) -> Part:
         """Returns those of the fifth."""
-        return self.parts[4]
+        return constant(self.parts[4])
 
 
 @triton.jit

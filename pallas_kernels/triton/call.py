@@ -10,6 +10,7 @@ from jaxtyping import Array
 from pallas_kernels.gpu import compute_capability
 from pallas_kernels.problem import Options, current_options
 from pallas_kernels.triton.config import Block
+from pallas_kernels.triton.support import refuses_in_place
 from pallas_kernels.varying import vary_alike
 
 
@@ -71,6 +72,8 @@ def _triton_call(
         settings: dict[str, Any] = {"out_type": list(outputs), "backend_options": options}
     else:  # jax-triton 0.3
         settings = {"out_shape": list(outputs)} | options
+    if in_place and (refused := refuses_in_place()):  # It would be silently wrong.
+        raise NotImplementedError(f"{kernel.__name__} writes to its inputs, but {refused}.")
     refs = {n: jax.new_ref(arrays[n]) for n in in_place}
     results = jax_triton.triton_call(
         *(refs.get(n, x) for n, x in enumerate(arrays)),

@@ -1,5 +1,6 @@
 """What these kernels can do, decided without importing Triton."""
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -32,4 +33,12 @@ def refusal(head_dim: int, value_dim: int, dtype: Any) -> str | None:
         return f"value_dim is {value_dim} and head_dim {head_dim}"
     if str(dtype) == "float64":
         return "inputs are float64"
+    return None
+
+
+def refuses_in_place() -> str | None:
+    """Returns why kernels can't write to their inputs here, like `unsupported`."""
+    version = importlib.metadata.version("jax-triton")
+    if tuple(map(int, version.split(".")[:2])) < (0, 4):
+        return f"jax-triton is {version}, below 0.4, whose kernels can't write to their inputs"
     return None

@@ -12,6 +12,8 @@ The bias of a tile takes one of three forms:
   plus a part a key, both free of gathers.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -33,6 +35,14 @@ DEAD_SLACK = tl.constexpr(1.0e-4)
 PRECISION = tl.constexpr("ieee")
 
 _BY_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+def constant(value: Any) -> Any:
+    """Returns a constant's attribute in the form in which a kernel can pass it on.
+
+    Triton 3.6 takes a constexpr alone; its interpreter reads no attributes of one.
+    """
+    return tl.constexpr(value) if isinstance(gather, triton.JITFunction) else value
 
 
 @triton.jit

@@ -69,7 +69,9 @@ LONG_WINDOWED = [
 # Half precision rounds weights before it multiplies values, as every fused attention does,
 # and so delta is off by that much; "xla" takes delta from unrounded weights. That shows
 # where one weight holds nearly all of its row's mass.
-HALF_PRECISION_FACTOR = {"sharp_scores": 3.0}
+# And the sum of live values is kept in half precision between the passes: that shows in a
+# gradient of tau that nearly cancels.
+HALF_PRECISION_FACTOR = {"sharp_scores": 3.0, "learned_tau_of_both_signs": 2.2}
 
 
 # Of these some gradient, or most, is a sum that is 0 but for rounding.

@@ -36,10 +36,10 @@ from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import RECIPES, AttentionConfig
-from lazyattn.model.objective import Batch, make_loss_fn
+from lazyattn.model.objective import Batch
 from lazyattn.model.parameters import init_params, partition_specs
-from lazyattn.training.optimizer import make_optimizer, make_schedule
-from lazyattn.training.step import make_train_step
+from lazyattn.training import remat
+from lazyattn.training.optimizer import make_optimizer
 
 # Changes to the config's attention. That of `cudnn` is replaced besides.
 KINDS: dict[str, dict[str, Any]] = {
@@ -138,22 +138,17 @@ def _state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Sta
 def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
     """Returns the trainer's step with a kind of attention, compiled: state, batch -> both."""
     experiment = with_attention(experiment, **KINDS[kind])
-    training = experiment.training
     factory = _state_factory(experiment, mesh)
-    step = make_train_step(
-        make_loss_fn(experiment.model, training.z_loss),
-        make_optimizer(experiment.optimizer, training.steps),
-        make_schedule(experiment.optimizer, training.steps),
-        mesh=mesh,
-        shardings=factory.shardings,
-        microbatches=training.microbatches,
-    )
-    shape = experiment.data.batch_size, experiment.data.sequence_length
-    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
-    one = jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
-    batch: Any = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), one)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
-        return step.lower(factory.abstract, batch).compile()
+        step, said = remat.make_step(
+            experiment, mesh, optimizer, factory.shardings, factory.abstract
+        )
+        for line in said:
+            print(line, file=sys.stderr, flush=True)
+        if isinstance(step.jitted, jax.stages.Compiled):
+            return step.jitted
+        return step.lower(factory.abstract, remat.abstract_batch(experiment, mesh)).compile()
 
 
 def initial_state(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> TrainState:

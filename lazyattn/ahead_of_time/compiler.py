@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
-from lazyattn import sharding
 from lazyattn.checkpoint.state import StateFactory, make_state_factory
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.model.objective import Batch, make_loss_fn
+from lazyattn.model.objective import make_loss_fn
 from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.remat import abstract_batch
 from lazyattn.training.step import make_train_step
 from pallas_kernels.tpu import support
 
@@ -167,16 +166,6 @@ def _traced(
         microbatches=training.microbatches,
     )
     return step.lower(factory.abstract, abstract_batch(experiment, mesh))
-
-
-def abstract_batch(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """Returns a batch as `jax.ShapeDtypeStruct`s laid out over the mesh."""
-    rows: jax.Array = jax.ShapeDtypeStruct(  # type: ignore[assignment]
-        (experiment.data.batch_size, experiment.data.sequence_length),
-        jnp.int32,
-        sharding=jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length")),
-    )
-    return dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), rows)
 
 
 def state_factory(

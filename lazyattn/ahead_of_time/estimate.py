@@ -4,16 +4,13 @@ The state's memory is exact; activations are what JAX's own linearisation keeps,
 tracing; products are counted; traffic follows the usual scheme of fully sharded training.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lazyattn import sharding
-from lazyattn.ahead_of_time import compiler, memory
+from lazyattn.ahead_of_time import compiler
 from lazyattn.ahead_of_time.chips import Chip
 from lazyattn.ahead_of_time.collectives import Collective
 from lazyattn.ahead_of_time.report import Report, Traffic
@@ -23,9 +20,7 @@ from lazyattn.ahead_of_time.topology import Topology
 from lazyattn.errors import require
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
-from lazyattn.model.config import ModelConfig
-from lazyattn.model.objective import make_loss_fn
-from lazyattn.model.parameters import parameter_shapes
+from lazyattn.training import step_memory
 
 
 def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
@@ -45,25 +40,11 @@ def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
     parts = experiment.training.microbatches
     sharding.check_batch(mesh, experiment.data.batch_size, parts, experiment.data.sequence_length)
     factory = compiler.state_factory(experiment, mesh)
-    state = memory.state_bytes(factory.abstract)
+    state = step_memory.state_bytes(factory.abstract)
     counts = parameter_counts(factory.abstract.params)
     model, length = experiment.model, experiment.data.sequence_length
-    rows = experiment.data.batch_size // sharding.num_shards(mesh, "batch") // parts
-
-    activations = kept_bytes(model, rows, length) / _split(sizes)
-    one = dataclasses.replace(model, num_layers=1, remat="none")
-    layer = kept_bytes(one, rows, length) / _split(sizes)
-    blocks = counts["attention"] + counts["mlp"]
-    shards = sizes["fsdp"] * sizes["tensor"]
-    gradients = 4 * blocks / shards
-    temporaries = (
-        activations
-        + 2 * layer  # a block's own, and their gradients
-        + 4 * counts["total"] / shards * (1 if parts == 1 else 2)  # gradients, and their sum
-        + 2 * 2 * blocks / model.num_layers / sizes["tensor"]  # two gathered blocks, bfloat16
-        + _loss_bytes(model, rows, sizes["tensor"])
-    )
-    needed = state.parameters + state.optimizer + temporaries
+    held = step_memory.temporaries(experiment, mesh, counts)
+    needed = state.parameters + state.optimizer + held.total
     available = where.chip.usable_bytes
     return Report(
         topology=where,
@@ -74,13 +55,13 @@ def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
         remat=model.remat,
         implementation="of the GPU",
         state=state,
-        activations=activations,
-        gradients=gradients,
-        temporaries=temporaries,
+        activations=held.activations,
+        gradients=held.gradients,
+        temporaries=held.total,
         needed=needed,
         available=available,
         seconds=None,
-        traffic=_traffic(experiment, where, sizes, counts, layer),
+        traffic=_traffic(experiment, where, sizes, counts, held.layer),
         suggestions=suggest(
             experiment,
             sizes,
@@ -103,52 +84,6 @@ def _sizes(experiment: ExperimentConfig, devices: int) -> dict[str, int]:
         f"sizes with a product of {devices}, the number of devices",
     )
     return sizes
-
-
-def _split(sizes: Mapping[str, int]) -> float:
-    """Returns over how many devices one row's activations lie.
-
-    Of a block's, the residual stream is whole on each device along `tensor` and the
-    others, heads and SwiGLU, are split: about a quarter and three quarters.
-    """
-    tensor = sizes["tensor"]
-    return sizes.get("sequence", 1) / (0.25 + 0.75 / tensor)
-
-
-def kept_bytes(model: ModelConfig, rows: int, length: int) -> float:
-    """Returns what the forward pass keeps for the backward pass, besides parameters.
-
-    Args:
-      model: the model; its attention is taken to keep what the fused kernels keep.
-      rows: of a microbatch on one device.
-      length: tokens a row.
-    """
-    attention = dataclasses.replace(model.attention, implementation="xla_chunked")
-    model = dataclasses.replace(model, attention=attention)
-    loss_fn = make_loss_fn(model)
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
-    params = parameter_shapes(model)
-
-    def kept(params: Any, batch: Any) -> Any:
-        _, backward = jax.vjp(lambda p: loss_fn(p, batch).objective, params)
-        return jax.tree.leaves(backward)
-
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return float(
-        sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize
-            for leaf in jax.eval_shape(kept, params, batch)
-            if leaf.shape not in shapes
-        )
-    )
-
-
-def _loss_bytes(model: ModelConfig, rows: int, tensor: int) -> float:
-    """Returns the loss's logits of a chunk, twice, its table and the table's gradient."""
-    positions = max(model.loss_chunk, rows)
-    vocab = model.vocab_size / tensor
-    return vocab * (3 * 4 * positions + (2 + 4 + 4) * model.width)
 
 
 def _traffic(

@@ -1,25 +1,8 @@
-"""What of a device's memory is parameters, optimiser, gradients, activations and the rest."""
+"""What of a compiled step's memory is gradients and activations."""
 
 import dataclasses
-import math
-from typing import Any
-
-import jax
 
 from lazyattn.ahead_of_time.hlo import Instruction, Module
-
-
-@dataclasses.dataclass(frozen=True)
-class StateBytes:
-    """Bytes a device of the training state.
-
-    Attributes:
-      parameters: float32 parameters.
-      optimizer: the optimiser's state.
-    """
-
-    parameters: int
-    optimizer: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +16,6 @@ class Stacked:
 
     activations: int
     gradients: int
-
-
-def state_bytes(abstract: Any) -> StateBytes:
-    """Returns the state's bytes a device.
-
-    Args:
-      abstract: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
-    """
-    return StateBytes(shard_bytes(abstract.params), shard_bytes(abstract.opt_state))
-
-
-def shard_bytes(tree: Any) -> int:
-    """Returns the bytes of one device's share of arrays that carry their shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def stacked_bytes(module: Module, layers: int) -> Stacked:

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from lazyattn.ahead_of_time.collectives import Collective
-from lazyattn.ahead_of_time.memory import StateBytes
 from lazyattn.ahead_of_time.roofline import ASSUMPTIONS, Roofline
 from lazyattn.ahead_of_time.topology import Topology
 from lazyattn.quantity import quantity
+from lazyattn.training.step_memory import StateBytes
 
 
 @dataclasses.dataclass(frozen=True)

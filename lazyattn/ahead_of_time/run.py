@@ -1,5 +1,7 @@
 """`--mode=compile`: what a step needs on a machine that is not here."""
 
+import dataclasses
+
 import jax
 
 from lazyattn import sharding
@@ -11,6 +13,8 @@ from lazyattn.ahead_of_time.roofline import roofline
 from lazyattn.ahead_of_time.suggestions import suggest
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.model.config import AUTO
+from lazyattn.training import remat, step_memory
 
 
 def compile_report(experiment: ExperimentConfig, name: str) -> int:
@@ -37,10 +41,33 @@ def compile_report(experiment: ExperimentConfig, name: str) -> int:
 def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
     """Returns the report: compiled for TPUs and CPUs, estimated for GPUs.
 
+    With `model.remat="auto"` it is that of the policy which training would choose.
+
     Args:
       experiment: the settings.
       where: the chips.
     """
+    if experiment.model.remat != AUTO:
+        return _examine(experiment, where)
+    by_formula = {name: 0.0 for name in remat.POLICIES}
+    if where.chip.is_tpu or where.chip.is_cpu:
+        mesh = sharding.make_mesh(experiment.mesh, topology.devices(where))
+        factory = compiler.state_factory(experiment, mesh)
+        by_formula = remat.estimates(experiment, mesh, factory.abstract)
+
+    def needs(policy: str) -> remat.Need:
+        report = _examine(remat.with_remat(experiment, policy), where)
+        return remat.Need(report.needed if report.fits else float("inf"), report)
+
+    available = where.chip.usable_bytes
+    if where.chip.is_cpu:
+        available = where.chip.hbm_bytes / where.devices
+    choice = remat.choose(needs, available=available, estimates=by_formula)
+    told = f"{choice.policy}, chosen by auto ({choice.why})"
+    return dataclasses.replace(choice.result, remat=told)
+
+
+def _examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
     if not where.chip.is_tpu and not where.chip.is_cpu:
         return estimate.estimate(experiment, where)
     mesh = sharding.make_mesh(experiment.mesh, topology.devices(where))
@@ -51,7 +78,7 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
         experiment.data.sequence_length,
     )
     factory = compiler.state_factory(experiment, mesh)
-    state = memory.state_bytes(factory.abstract)
+    state = step_memory.state_bytes(factory.abstract)
     parameters = parameter_counts(factory.abstract.params)["total"]
     result = compiler.compile_step(experiment, mesh, factory)
     tokens = experiment.data.batch_size * experiment.data.sequence_length

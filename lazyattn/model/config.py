@@ -218,6 +218,10 @@ RECIPES = {
 }
 
 
+# `ModelConfig.remat` for whoever trains to choose.
+AUTO = "auto"
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
@@ -232,7 +236,8 @@ class ModelConfig:
       compute_dtype: dtype of activations, "float32" or "bfloat16"; parameters,
         norms, logits and the loss are float32.
       remat: what the backward pass recomputes: "none" (nothing), "dots" (all but
-        matrix products), "full" (each block).
+        matrix products), "full" (each block), "auto" (as little as fits; the trainer
+        chooses, and what else calls the model recomputes nothing).
       scan_layers: compile one block and scan over it.
       loss_chunk: positions whose logits are held at once by the loss.
       attention: the attention layer.
@@ -267,7 +272,10 @@ class ModelConfig:
             "float32 or bfloat16",
         )
         require(
-            self.remat in ("none", "dots", "full"), "model.remat", self.remat, "none, dots or full"
+            self.remat in ("none", "dots", "full", AUTO),
+            "model.remat",
+            self.remat,
+            "none, dots, full or auto",
         )
         if self.attention.head_dim is None:
             require(

@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         """Applies all layers, scanned or unrolled."""
         cfg = self.config
         block: Any = Block
-        if cfg.remat != "none":
+        if cfg.remat in _REMAT_POLICIES:
             # Inside a scan XLA cannot merge the recomputation with the original.
             block = nn.remat(
                 Block, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers

@@ -27,19 +27,17 @@ from lazyattn.evaluation.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.inspection.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
-from lazyattn.model.objective import make_loss_fn
 from lazyattn.quantity import quantity
-from lazyattn.training import balance, resume_data
+from lazyattn.training import balance, remat, resume_data
 from lazyattn.training.claim import claimed
 from lazyattn.training.initialize import Weights, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
-from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.read_ahead import read_together
 from lazyattn.training.samples import Samples
-from lazyattn.training.step import make_train_step
 from lazyattn.training.summary import print_summary
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 
@@ -193,18 +191,16 @@ def train(
                     curves=(weights_and_biases,),
                 )
             )
+            step_fn, said = remat.make_step(
+                experiment, mesh, optimizer, factory.shardings, factory.abstract
+            )
+            for line in said:
+                _say(line)
             run = Run(
                 config=training,
                 experiment=experiment.to_dict(),
                 mesh=mesh,
-                step_fn=make_train_step(
-                    make_loss_fn(experiment.model, training.z_loss),
-                    optimizer,
-                    make_schedule(experiment.optimizer, training.steps),
-                    mesh=mesh,
-                    shardings=factory.shardings,
-                    microbatches=training.microbatches,
-                ),
+                step_fn=step_fn,
                 batches=batches,
                 checkpoints=checkpoints,
                 log=log,

@@ -14,6 +14,7 @@ from lazyattn.errors import InputError
 from lazyattn.experiment import check_override, from_config_dict
 from lazyattn.model.accounting import flops_per_token
 from lazyattn.recipes import recipe
+from lazyattn.training import step_memory
 from lazyattn.training.metrics import PEAK_FLOPS
 
 EIGHT = topology.parse("h100:8")
@@ -37,10 +38,10 @@ def test_the_state_is_exact(small):
 
 def test_remat_keeps_what_enters_a_block():
     model = _experiment().model
-    full = estimate.kept_bytes(model, 2, 4096)
+    full = step_memory.kept_bytes(model, 2, 4096)
     stream = model.num_layers * 2 * 4096 * model.width * 2
     assert stream < full < 1.5 * stream
-    none = estimate.kept_bytes(dataclasses.replace(model, remat="none"), 2, 4096)
+    none = step_memory.kept_bytes(dataclasses.replace(model, remat="none"), 2, 4096)
     assert none > 8 * full
 
 
@@ -220,3 +221,18 @@ def test_a_running_step_is_measured_against_the_same_peak(kind, name):
 )
 def test_the_compilers_refusal(message, expected):
     assert compiler.read_refusal(message) == expected
+
+
+def test_auto_takes_the_fastest_policy_that_fits(small, monkeypatch):
+    needs = {"none": 2.0, "dots": 0.95, "full": 0.5}
+
+    def examine(experiment, where):
+        needed = needs[experiment.model.remat] * where.chip.usable_bytes
+        return dataclasses.replace(small, needed=needed, remat=experiment.model.remat)
+
+    monkeypatch.setattr(run, "_examine", examine)
+    found = run.examine(_experiment(model__remat="auto"), EIGHT)
+    assert found.needed == 0.5 * EIGHT.chip.usable_bytes and found.fits
+    assert found.remat.startswith("full, chosen by auto (its step needs 34.")
+    assert "none needs more than there is" in found.remat and "dots needs 64." in found.remat
+    assert run.examine(_experiment(model__remat="dots"), EIGHT).remat == "dots"

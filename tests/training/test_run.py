@@ -53,7 +53,7 @@ def nothing_long(monkeypatch):
         pytest.fail("the mistake was not found before the work began")
 
     monkeypatch.setattr(run, "prepare", too_late)
-    monkeypatch.setattr(run, "make_train_step", too_late)
+    monkeypatch.setattr(run.remat, "make_step", too_late)
 
 
 def _experiment(text, **changes):

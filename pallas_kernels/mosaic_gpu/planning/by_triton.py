@@ -156,11 +156,7 @@ def _ranked(
 ) -> dict[str, Any]:
     """Returns what is static of work and orders."""
     batch, heads, parts = work.shape
-    static = dict(kv_pairs=batch * heads // group, work_parts=group * parts)
-    for letter, order in zip("abc", orders, strict=False):
-        for name in ("tiles", "section", "members", "descending"):
-            static[f"{name}_{letter}"] = getattr(order, name)
-    return static
+    return dict(kv_pairs=batch * heads // group, work_parts=group * parts, orders=tuple(orders))
 
 
 def key_ranges(

@@ -32,25 +32,16 @@ def lazy_key_ranges(
         kv_heads = static.heads // static.group
         kv_pair = tl.program_id(2) * kv_heads + tl.program_id(1) // static.group
         place = rank(work_ptr, kv_pair, static)
-        store_tile_order(
-            of_queries_ptr, kv_pair, place, static.kv_pairs * static.members_a,
-            static.tiles_a, static.section_a, static.members_a, static.descending_a,
-        )  # fmt: skip
-        store_tile_order(
-            of_keys_ptr, kv_pair, place, static.kv_pairs * static.members_b,
-            static.tiles_b, static.section_b, static.members_b, static.descending_b,
-        )  # fmt: skip
+        store_tile_order(of_queries_ptr, kv_pair, place, static.orders[0])
+        store_tile_order(of_keys_ptr, kv_pair, place, static.orders[1])
         if static.parts > 0:
-            store_tile_order(
-                of_bias_ptr, kv_pair, place, static.kv_pairs * static.members_c,
-                static.tiles_c, static.section_c, static.members_c, static.descending_c,
-            )  # fmt: skip
+            store_tile_order(of_bias_ptr, kv_pair, place, static.orders[2])
     row = tl.program_id(2) * static.heads + tl.program_id(1)
     first_ptr += row * static.blocks
     live_ptr += row * static.blocks
     if number * static.at_once < static.blocks:
         keys = number * static.at_once + tl.arange(0, static.at_once)
-        queries = tl.arange(0, static.blocks_padded)
+        queries = tl.arange(0, triton.next_power_of_2(static.blocks))
         exists = queries < static.blocks
         first = tl.load(first_ptr + queries, mask=exists, other=static.blocks)
         live = tl.load(live_ptr + queries, mask=exists, other=static.blocks)
@@ -60,11 +51,11 @@ def lazy_key_ranges(
         tl.store(last_ptr + at, _last(first, queries, keys), mask=inside)
         tl.store(last_live_ptr + at, _last(live, queries, keys), mask=inside)
     if number < static.parts:
-        queries = number * static.part + tl.arange(0, static.part_padded)
+        queries = number * static.part + tl.arange(0, triton.next_power_of_2(static.part))
         exists = (queries < static.blocks) & (queries < (number + 1) * static.part)
         first = tl.load(first_ptr + queries, mask=exists, other=static.blocks)
         live = tl.load(live_ptr + queries, mask=exists, other=static.blocks)
-        distances = tl.arange(0, static.filled_padded)
+        distances = tl.arange(0, triton.next_power_of_2(static.filled))
         keys = queries[:, None] - distances[None, :]
         exists = exists[:, None] & (keys >= 0) & (distances < static.distances)[None, :]
         visited = exists & (first[:, None] <= keys)

@@ -10,7 +10,7 @@ def rank(work_ptr, kv_pair, static: tl.constexpr):
 
     work: [kv_pairs, work_parts].
     """
-    parts = tl.arange(0, static.work_parts_padded)
+    parts = tl.arange(0, triton.next_power_of_2(static.work_parts))
     of_parts = parts < static.work_parts
     own = tl.sum(tl.load(work_ptr + kv_pair * static.work_parts + parts, mask=of_parts, other=0), 0)
     before = tl.zeros((64,), tl.int32)
@@ -25,38 +25,24 @@ def rank(work_ptr, kv_pair, static: tl.constexpr):
 
 
 @triton.jit
-def store_tile_order(
-    tile_order_ptr,
-    kv_pair,
-    rank,
-    pairs,
-    TILES: tl.constexpr,
-    SECTION: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    DESCENDING: tl.constexpr,
-):
-    """Stores the numbers of one key head's work tiles in their turn; see `TileOrder`."""
-    for member in range(0, MEMBERS):
-        place = rank * MEMBERS + member
-        start = place // SECTION * SECTION
-        size = tl.minimum(pairs - start, SECTION)
-        for tile0 in range(0, TILES, 64):
+def store_tile_order(tile_order_ptr, kv_pair, rank, order: tl.constexpr):
+    """Stores the numbers of one key head's work tiles in their turn, of one `TileOrder`."""
+    for member in range(0, order.members):
+        place = rank * order.members + member
+        start = place // order.section * order.section
+        size = tl.minimum(order.pairs - start, order.section)
+        for tile0 in range(0, order.tiles, 64):
             tile = tile0 + tl.arange(0, 64)
-            turn = TILES - 1 - tile if DESCENDING else tile
-            at = start * TILES + turn * size + place - start
-            number = (kv_pair * MEMBERS + member) * TILES + tile
-            tl.store(tile_order_ptr + at, number, mask=tile < TILES)
+            turn = order.tiles - 1 - tile if order.descending else tile
+            at = start * order.tiles + turn * size + place - start
+            number = (kv_pair * order.members + member) * order.tiles + tile
+            tl.store(tile_order_ptr + at, number, mask=tile < order.tiles)
     if kv_pair == 0:
-        tl.store(tile_order_ptr + pairs * TILES, 0)
+        tl.store(tile_order_ptr + order.pairs * order.tiles, 0)
 
 
 @triton.jit
 def lazy_tile_order(work_ptr, tile_order_ptr, static: tl.constexpr):
     """The order of the forward pass's work tiles; grid (batch * key heads,)."""
     kv_pair = tl.program_id(0)
-    pairs = static.kv_pairs * static.members_a
-    place = rank(work_ptr, kv_pair, static)
-    store_tile_order(
-        tile_order_ptr, kv_pair, place, pairs,
-        static.tiles_a, static.section_a, static.members_a, static.descending_a,
-    )  # fmt: skip
+    store_tile_order(tile_order_ptr, kv_pair, rank(work_ptr, kv_pair, static), static.orders[0])

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.triton.config import padded_head_dim, power_of_two
+from pallas_kernels.mosaic_gpu.scheduler import TileOrder
+from pallas_kernels.triton.config import padded_head_dim
 from pallas_kernels.visit import NEAR
 
 # Numbers that are added up side by side.
@@ -30,7 +31,7 @@ class Static:
       rows: of the batch in a group.
       has_tail_sums: some tiles lie past the table.
       kv_pairs, work_parts: (batch, key head) that are ranked, and numbers of work of each.
-      tiles_*, section_*, members_*, descending_*: of up to three `TileOrder`s, a, b and c.
+      orders: of work tiles.
     """
 
     length: int = 0
@@ -60,28 +61,12 @@ class Static:
     has_tail_sums: bool = False
     kv_pairs: int = 0
     work_parts: int = 0
-    tiles_a: int = 0
-    section_a: int = 0
-    members_a: int = 0
-    descending_a: bool = False
-    tiles_b: int = 0
-    section_b: int = 0
-    members_b: int = 0
-    descending_b: bool = False
-    tiles_c: int = 0
-    section_c: int = 0
-    members_c: int = 0
-    descending_c: bool = False
+    orders: tuple[TileOrder, ...] = ()
 
     @property
     def maxima_row(self) -> int:
         """Returns the numbers of a head that `lazy_table` leaves for the visits."""
         return self.blocks + 2 * self.block
-
-    @property
-    def work_parts_padded(self) -> int:
-        """Returns `work_parts`, rounded up to a power of two."""
-        return power_of_two(self.work_parts)
 
     @property
     def size_of_scale(self) -> float:
@@ -94,26 +79,11 @@ class Static:
         return padded_head_dim(self.head_dim)
 
     @property
-    def blocks_padded(self) -> int:
-        """Returns the blocks, rounded up to a power of two."""
-        return power_of_two(self.blocks)
-
-    @property
     def row_runs(self) -> int:
         """Returns how many runs of `ROWS` queries cover a row."""
         return -(-self.blocks * self.block // ROWS)
 
     @property
-    def filled_padded(self) -> int:
-        """Returns `filled`, rounded up to a power of two."""
-        return power_of_two(self.filled)
-
-    @property
     def part(self) -> int:
         """Returns the blocks of queries of one part."""
         return -(-self.blocks // max(self.parts, 1))
-
-    @property
-    def part_padded(self) -> int:
-        """Returns the same, rounded up to a power of two."""
-        return power_of_two(self.part)

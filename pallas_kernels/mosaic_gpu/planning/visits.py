@@ -116,7 +116,7 @@ def lazy_visits(
     head = tl.program_id(1)
     batch = tl.program_id(2)
     blocks = tl.program_id(0) * static.at_once + tl.arange(0, static.at_once)
-    tiles = tl.arange(0, static.blocks_padded)
+    tiles = tl.arange(0, triton.next_power_of_2(static.blocks))
     inside = blocks < static.blocks
     norms_ptr += (batch * 3 * static.heads + head) * static.blocks
     of_kind: tl.constexpr = static.heads * static.blocks

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from benchmarks import cases
 from benchmarks.tpu_compiler import Compiler, Part, Schedule
-from pallas_kernels.tpu import config
+from pallas_kernels.visit import TileSizes
 
 _TILE = 128
 
@@ -223,7 +223,7 @@ def _disjoint(parts: Iterable[Part]) -> int:
 
 
 def chunk_visits(
-    block: config.Block, chunk: int, visited: Int[np.ndarray, "heads query_tiles"]
+    block: TileSizes, chunk: int, visited: Int[np.ndarray, "heads query_tiles"]
 ) -> Int[np.ndarray, "heads query_tiles"]:
     """Returns how many chunks of keys each tile of queries visits.
 
@@ -237,7 +237,7 @@ def chunk_visits(
     return diagonal // tiles - (diagonal - visited) // tiles + 1
 
 
-def waiting_bundles(generation: str, block: config.Block, head_dim: int) -> float:
+def waiting_bundles(generation: str, block: TileSizes, head_dim: int) -> float:
     """Returns the bundles that a visit to one of several chunks waits while dQ is read and
     written."""
     return 2 * 4 * head_dim * block.queries / _BYTES_A_BUNDLE[generation]

@@ -38,7 +38,7 @@ from benchmarks.tpu_estimate import Kernel, chunk_visits, memory_bundles, splash
 from lazyattn import lazy_attention
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.tpu import config
-from pallas_kernels.visit import visit_ranges
+from pallas_kernels.visit import TileSizes, visit_ranges
 
 _TILE = 128
 WIDTH = 1024
@@ -83,7 +83,7 @@ def gradient(args: dict[str, Array]) -> dict[str, Array]:
     return jax.grad(lambda args: jnp.sum(run(args).astype(jnp.float32)))(args)
 
 
-def counts(case: str, shape: cases.Shape, block: config.Block) -> Counts:
+def counts(case: str, shape: cases.Shape, block: TileSizes) -> Counts:
     """Returns the tiles that real inputs visit, and those with a live entry."""
     query, key, _, _ = cases.tensors(shape, jnp.bfloat16, 0)
     parameters = cases.parameters(case, shape, WIDTH, None)
@@ -267,7 +267,7 @@ def main(argv: list[str]) -> None:
             for head_dim in map(int, options.head_dims):
                 if options.block:
                     queries, keys = map(int, options.block.split("x"))
-                    found = config.Block(queries, keys)
+                    found = TileSizes(queries, keys)
                     config.block = lambda *_, found=found: found
                 shape = cases.Shape(1, options.heads, length, head_dim, options.heads)
                 report(compiler, generation, shape)

@@ -36,7 +36,7 @@ def tiles(head_dim: int, length: int) -> Iterator[tuple[str, TileSizes]]:
         block = triton_config.blocks(capability, 2, head_dim).forward
         yield f"triton, {capability / 10}", TileSizes(block.queries, block.keys)
     for generation in ("v4", "v5p"):
-        yield f"tpu, {generation}", tpu_config.block(generation, 2, head_dim, length).tiles
+        yield f"tpu, {generation}", tpu_config.block(generation, 2, head_dim, length)
     size = tile_size(length)
     yield "xla_chunked", TileSizes(size, size)
 

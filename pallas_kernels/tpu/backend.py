@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import bias as bias_lib
 from pallas_kernels.problem import Inputs, Problem
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.backward import backward
@@ -49,7 +50,9 @@ def table(
 ) -> Float[Array, "heads padded_length"] | None:
     """Returns b(x) of every distance; None: there is no bias."""
     del length
-    return None if distance_bias is None else plan.expand_bias(distance_bias, distance_slope)
+    if distance_bias is None:
+        return None
+    return bias_lib.expand(distance_bias, distance_slope, plan.padded_length)
 
 
 def ranges(
@@ -69,5 +72,5 @@ def ranges(
         inputs.segment_start,
         scale=plan.scale,
         skip_mass=plan.skip_mass,
-        tiles=plan.block.tiles,
+        tiles=plan.block,
     ).first

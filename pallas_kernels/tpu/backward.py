@@ -40,15 +40,8 @@ from pallas_kernels.tpu.tile import (
 
 # References that hold the queries of a step.
 _OF_QUERIES = (
-    "query",
-    "scale",
-    "segment_start",
-    "out",
-    "d_out",
-    "lse",
-    "live_v_mean",
-    "rounding",
-    "pull",
+    *("query", "scale", "segment_start", "out", "d_out"),
+    *("lse", "live_v_mean", "rounding", "pull"),
 )
 
 
@@ -63,14 +56,7 @@ def backward(
 ) -> Gradients:
     """Launches the backward pass; returns the gradients.
 
-    Args:
-      plan: what is static.
-      inputs: its arrays.
-      table: as for `forward.forward`.
-      ranges: as there.
-      residuals: from there.
-      d_out: gradient of the output.
-      groups: of the batch, each with gradients of its own of bias and offset.
+    Those of bias and offset are of each of `groups` of the batch.
     """
     found = _launch(plan, inputs, table, ranges, residuals, d_out)
 
@@ -136,6 +122,15 @@ def _launch(
     def row(b, h, c, g, i, *refs):
         return b, 0, i
 
+    def pull_of(b, h, c, g, i, *refs):
+        return b, c, head(h, g), 0, i
+
+    def bias_of(b, h, c, g, i, *refs):
+        return head(h, g), 0, 0
+
+    def d_bias_of(b, h, c, g, i, *refs):
+        return b, c, head(h, g), 0, 0
+
     block = queries * plan.tiles_a_step
     tile = (1, 1, dim, block)
     operands = [
@@ -147,19 +142,9 @@ def _launch(
         Operand("out", out, tile, own),
         Operand("d_out", d_out, tile, own),
     ]
-    outputs = [
-        Operand(
-            name,
-            jax.ShapeDtypeStruct((batch, plan.key_heads, length, dim), float32),
-            (1, 1, chunk, dim),
-            lambda b, h, c, g, i, *refs: (b, h, c, 0),
-        )
-        for name in ("d_key", "d_value")
-    ]
-    scratch = {
-        "sum": pltpu.VMEM((dim, queries), float32),
-        "delta": pltpu.VMEM((1, queries), float32),
-    }
+    of_keys = jax.ShapeDtypeStruct((batch, plan.key_heads, length, dim), float32)
+    outputs = [Operand(name, of_keys, (1, 1, chunk, dim), rows) for name in ("d_key", "d_value")]
+    scratch = dict(sum=pltpu.VMEM((dim, queries), float32), delta=pltpu.VMEM((1, queries), float32))
     scratch |= layout(plan).scratch() | Bias.scratch(plan, backward=True)
     aliases = {}
     if chunks == 1:
@@ -176,41 +161,20 @@ def _launch(
     if plan.packed:
         segment_start = plan.rows(inputs.segment_start, mode="edge")
         operands.append(Operand("segment_start", segment_start, (1, 1, block), row))
-    scalars = {"first": plan.ranges(ranges)}
+    scalars = {"first": ranges.reshape(-1)}
     if plan.has_offset:
-        assert residuals.live is not None
-        scalars |= {"live": plan.ranges(residuals.live), "tau": plan.tau(inputs.offset)}
+        assert residuals.live is not None and inputs.offset is not None
+        scalars |= {"live": residuals.live.reshape(-1), "tau": inputs.offset}
         operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
         operands.append(Operand("live_v_mean", residuals.live_v, tile, own))
         pulls = jax.ShapeDtypeStruct((batch, chunks, heads, 1, length), float32)
-        outputs.append(
-            Operand(
-                "pull",
-                pulls,
-                (1, 1, 1, 1, block),
-                lambda b, h, c, g, i, *refs: (b, c, head(h, g), 0, i),
-            )
-        )
+        outputs.append(Operand("pull", pulls, (1, 1, 1, 1, block), pull_of))
         scratch["threshold"] = pltpu.VMEM((1, queries), float32)
     if table is not None:
         bias = plan.bias(table)
-        operands.append(
-            Operand(
-                "bias",
-                bias,
-                (1, *bias.shape[1:]),
-                lambda b, h, c, g, i, *refs: (head(h, g), 0, 0),
-            )
-        )
+        operands.append(Operand("bias", bias, (1, *bias.shape[1:]), bias_of))
         sums = jax.ShapeDtypeStruct((batch, chunks, *bias.shape), float32)
-        outputs.append(
-            Operand(
-                "d_bias",
-                sums,
-                (1, 1, 1, *bias.shape[1:]),
-                lambda b, h, c, g, i, *refs: (b, c, head(h, g), 0, 0),
-            )
-        )
+        outputs.append(Operand("d_bias", sums, (1, 1, 1, *bias.shape[1:]), d_bias_of))
     return launch(
         functools.partial(_kernel, plan),
         "lazy_backward",
@@ -410,8 +374,7 @@ class QueryTile:
         plan, refs = self.plan, self.refs
         cut, dtype = slice(skipped or 0, None), refs.query.dtype
         bias, buffers = self.in_order if sets.in_order else self.free
-        size = plan.strips.dead if raw_d is None else plan.strips.live
-        for keys in strips(plan, size if sets.in_order else HALF):
+        for keys in strips(plan, plan.strips.backward if sets.in_order else HALF):
             scores = raw(keys) * plan.score_scale
             if plan.has_bias:
                 scores = scores + bias.tile(self.diagonal - tile, keys, cut.start)

@@ -24,23 +24,8 @@ _STEP_BYTES = {"v4": _MIB // 8, "v5e": _MIB, "v5p": _MIB, "v6e": _MIB, "7x": _MI
 SMEM_FOR_RANGES = 512 * 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Tiles of one launch: queries a multiple of keys, keys of 128."""
-
-    queries: int
-    keys: int
-
-    def __post_init__(self):
-        assert self.queries % self.keys == 0 and self.keys % LANES == 0
-
-    @property
-    def tiles(self) -> TileSizes:
-        """Returns the tile sizes."""
-        return TileSizes(self.queries, self.keys)
-
-
-# (generation, head size) -> queries and keys of a tile. Chosen by bundles of the final
+# (generation, head size) -> queries and keys of a tile, both multiples of 128 and queries of
+# keys. Chosen by bundles of the final
 # schedule, see `benchmarks/tpu_static.py`.
 _BLOCKS: dict[tuple[str, int], tuple[int, int]] = {
     ("v4", 64): (256, 256),
@@ -66,17 +51,14 @@ class Strips:
     """Keys of a tile that vector units work on at a time, see `buffers`.
 
     Attributes:
-      sums: first sweep.
-      weights: second sweep, or the only one.
-      residuals: second sweep of a forward pass that leaves residuals.
-      live, dead: tiles of the backward pass.
+      large: of the forward pass.
+      small: of a second sweep that leaves residuals.
+      backward: of the backward pass.
     """
 
-    sums: int
-    weights: int
-    residuals: int
-    live: int
-    dead: int
+    large: int
+    small: int
+    backward: int
 
 
 def strips(turned: bool, queries: int) -> Strips:
@@ -90,8 +72,7 @@ def strips(turned: bool, queries: int) -> Strips:
     most = LANES // 2
     more = max(1, 512 // queries)
     large, small = min(32 * more, most), min(16 * more, most)
-    backward = small if turned else most
-    return Strips(sums=large, weights=large, residuals=small, live=backward, dead=backward)
+    return Strips(large=large, small=small, backward=small if turned else most)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -99,7 +80,7 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
 
 
-def block(generation: str, itemsize: int, head_dim: int, length: int) -> Block:
+def block(generation: str, itemsize: int, head_dim: int, length: int) -> TileSizes:
     """Returns the tiles for a call.
 
     Args:
@@ -113,10 +94,12 @@ def block(generation: str, itemsize: int, head_dim: int, length: int) -> Block:
         queries, keys = min(queries, 256), min(keys, 128)
     while queries >= 2 * LANES and queries // 2 >= length:
         queries //= 2
-    return Block(queries, min(keys, queries))
+    return TileSizes(queries, min(keys, queries))
 
 
-def tiles_a_step(generation: str, block: Block, length: int, head_dim: int, itemsize: int) -> int:
+def tiles_a_step(
+    generation: str, block: TileSizes, length: int, head_dim: int, itemsize: int
+) -> int:
     """Returns the tiles of queries of one step, a divisor of all there are."""
     tiles = length // block.queries
     most = max(1, min(tiles, _STEP_BYTES[generation] // (block.queries * head_dim * itemsize)))
@@ -149,7 +132,7 @@ def vmem_limit(generation: str) -> int:
 
 
 def layout(
-    generation: str, block: Block, length: int, head_dim: int, itemsize: int
+    generation: str, block: TileSizes, length: int, head_dim: int, itemsize: int
 ) -> tuple[bool, int, int]:
     """Returns whether VMEM holds a turned bias, and the chunks forward and backward.
 
@@ -176,7 +159,7 @@ def layout(
 
 def key_chunks(
     generation: str,
-    block: Block,
+    block: TileSizes,
     length: int,
     head_dim: int,
     itemsize: int,
@@ -224,7 +207,7 @@ def key_chunks(
 
 
 def vmem_bytes(
-    block: Block,
+    block: TileSizes,
     length: int,
     chunk: int,
     head_dim: int,

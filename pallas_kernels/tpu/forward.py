@@ -101,6 +101,12 @@ def forward(
     def row(b, h, i, step, *refs):
         return b, 0, i
 
+    def bias_of(b, h, i, step, *refs):
+        return h, 0, 0
+
+    def live_of(b, h, i, step, *refs):
+        return b, h, 0, 0
+
     operands = [
         Operand("query", query, (1, 1, dim, block), own),
         Operand("key", key, (1, 1, chunk, dim), keys),
@@ -108,9 +114,7 @@ def forward(
     ]
     if table is not None:
         bias = plan.bias(table)
-        operands.append(
-            Operand("bias", bias, (1, *bias.shape[1:]), lambda b, h, i, step, *refs: (h, 0, 0))
-        )
+        operands.append(Operand("bias", bias, (1, *bias.shape[1:]), bias_of))
     if plan.has_offset:
         operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
     if plan.packed:
@@ -126,26 +130,14 @@ def forward(
         if plan.has_offset:
             live = jax.ShapeDtypeStruct((batch, heads, 1, plan.query_tiles), jnp.int32)
             outputs.append(Operand("live_v_mean", same, (1, 1, dim, block), own))
-            outputs.append(
-                Operand(
-                    "live",
-                    live,
-                    (1, 1, 1, plan.query_tiles),
-                    lambda b, h, i, step, *refs: (b, h, 0, 0),
-                )
-            )
-    one_row = pltpu.VMEM((1, queries), float32)
-    scratch = {
-        "sum": pltpu.VMEM((dim, queries), float32),
-        "lse": one_row,
-    }
+            outputs.append(Operand("live", live, (1, 1, *live.shape[2:]), live_of))
+    one_row, largest = (pltpu.VMEM((n, queries), float32) for n in (1, SUBLANES))
+    scratch = {"sum": pltpu.VMEM((dim, queries), float32), "lse": one_row}
     scratch |= layout(plan, training).scratch() | Bias.scratch(plan, backward=False)
     if plan.has_offset:
+        sums = pltpu.VMEM((2 * SUBLANES, queries), float32)
+        scratch |= dict(sums_0=sums, sums_1=sums, largest_0=largest, largest_1=largest)
         scratch |= {
-            "sums_0": pltpu.VMEM((2 * SUBLANES, queries), float32),
-            "sums_1": pltpu.VMEM((2 * SUBLANES, queries), float32),
-            "largest_0": pltpu.VMEM((SUBLANES, queries), float32),
-            "largest_1": pltpu.VMEM((SUBLANES, queries), float32),
             "threshold": one_row,
             "live_v_sum": pltpu.VMEM((dim, queries), float32),
             "highest": pltpu.VMEM((length // plan.keys * SUBLANES, queries), float32),
@@ -153,12 +145,15 @@ def forward(
         }
     else:
         scratch["total"] = pltpu.VMEM((SUBLANES, queries), float32)
+    scalars = {"first": ranges.reshape(-1)}
+    # Scalar memory holds something, if there are no offsets.
+    scalars["tau"] = jnp.zeros(1, float32) if inputs.offset is None else inputs.offset
     found = launch(
         functools.partial(_kernel, plan, training),
         "lazy_forward" if training else "lazy_inference",
         (batch, heads, plan.query_tiles // tiles, steps),
         2,
-        {"first": plan.ranges(ranges), "tau": plan.tau(inputs.offset)},
+        scalars,
         operands,
         outputs,
         scratch,
@@ -490,7 +485,7 @@ class QueryTile:
         under way. Each half of them has its largest scores of the tile, too.
         """
         plan, refs = self.plan, self.refs
-        cut, size = slice(skipped or 0, None), plan.strips.sums
+        cut, size = slice(skipped or 0, None), plan.strips.large
         # In order: see `buffers`. On v6e the sums' order is enough, and more costs spills.
         row = unknown_zero(self.zero)
         row_of_largest = row if plan.query_first else 0
@@ -521,7 +516,7 @@ class QueryTile:
         refs, cut = self.refs, slice(skipped or 0, None)
         bias, buffers = self.in_order if sets.in_order else self.free
         sizes, dtype = self.plan.strips, buffers.dtype
-        size = sizes.residuals if self.training else sizes.weights
+        size = sizes.small if self.training else sizes.large
         for keys in strips(self.plan, size if sets.in_order else HALF):
             scores, seen = self.scores(tile, raw(keys), keys, skipped)
             softmax = jnp.exp2(scores - refs.lse[:, cut])
@@ -550,7 +545,7 @@ class QueryTile:
         """The only sweep where there is no offset."""
         refs, cut = self.refs, slice(skipped or 0, None)
         bias, buffers = self.in_order if sets.in_order else self.free
-        parts = strips(self.plan, self.plan.strips.weights if sets.in_order else HALF)
+        parts = strips(self.plan, self.plan.strips.large if sets.in_order else HALF)
 
         highest = jnp.full((SUBLANES, self.plan.queries), LOWEST)[:, cut]
         for keys in parts:

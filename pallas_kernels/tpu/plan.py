@@ -10,11 +10,11 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import bias as bias_lib
 from pallas_kernels.problem import Problem
 from pallas_kernels.tpu import config
+from pallas_kernels.visit import TileSizes
 
 LOG2_E = math.log2(math.e)
 SUBLANES = 8
@@ -34,7 +34,7 @@ class Plan(Problem):
       forward_chunks, backward_chunks: see `config.key_chunks`.
     """
 
-    block: config.Block
+    block: TileSizes
     strips: config.Strips
     query_first: bool
     turned: bool
@@ -128,10 +128,6 @@ class Plan(Problem):
         """Pads a number a query, and gives it a sublane."""
         return jnp.pad(x, ((0, 0), (0, self.padded_length - self.length)), **how)[:, None]
 
-    def tau(self, offset: Float[Array, " heads"] | None) -> Float[Array, " heads"]:
-        """Returns the offsets as scalar memory holds them; something, if there are none."""
-        return jnp.zeros(1, jnp.float32) if offset is None else offset
-
     def bias(
         self, values: Float[Array, "heads padded_length"]
     ) -> Float[Array, "heads 8 bias_length"]:
@@ -155,15 +151,3 @@ class Plan(Problem):
         starts = [self.queries + s for s in range(SUBLANES)]
         copies = [sums[..., s, at : at + self.padded_length] for s, at in enumerate(starts)]
         return jnp.sum(jnp.stack(copies), axis=0)
-
-    def expand_bias(
-        self,
-        distance_bias: Float[Array, "heads width"],
-        distance_slope: Float[Array, " heads"] | None,
-    ) -> Float[Array, "heads padded_length"]:
-        """Returns b(x) of every distance, differentiably."""
-        return bias_lib.expand(distance_bias, distance_slope, self.padded_length)
-
-    def ranges(self, first: Int[Array, "batch heads query_tiles"]) -> Int[Array, " flat"]:
-        """Returns tile ranges as scalar memory holds them."""
-        return first.reshape(-1)

@@ -50,5 +50,5 @@ def test_a_turn_alone_leaves_the_sets_as_it_found_them():
 @pytest.mark.parametrize("queries", [128, 256, 512])
 def test_strips_fit_into_halves_and_packed_vectors(turned, queries):
     sizes = config.strips(turned, queries)
-    for size in (sizes.sums, sizes.weights, sizes.residuals, sizes.live, sizes.dead):
+    for size in (sizes.large, sizes.small, sizes.backward):
         assert HALF % size == 0 and size % 16 == 0

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import problem
 from pallas_kernels.tpu import config, support
+from pallas_kernels.visit import TileSizes
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def interpreted(
         return turned, chunks, chunks
 
     parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    block = config.Block(queries, keys)
+    block = TileSizes(queries, keys)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (config, "block", lambda *_: block),

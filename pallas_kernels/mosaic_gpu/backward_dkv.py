@@ -231,13 +231,7 @@ class WorkTile(launch.WorkTile):
     def add_head(self, accs: Refs, member: Scalar, tiles_consumed: TilesConsumed) -> TilesConsumed:
         """Goes over the query tiles of one head of the group: live ones, then dead ones.
 
-        Args:
-          accs: accumulators of the gradients that are wanted, by name.
-          member: which head of the group.
-          tiles_consumed: before it.
-
-        Returns:
-          `tiles_consumed` after it.
+        Returns `tiles_consumed` after it; `accs` are the accumulators by their gradients' names.
         """
         ref, plan, begin = self.ref, self.plan, self.begin
         queries_consumed, d_outs_consumed = tiles_consumed
@@ -509,13 +503,7 @@ class WorkTile(launch.WorkTile):
     ) -> None:
         """Adds dS times the queries to dK, and gives the tile's slots back.
 
-        Args:
-          kind: of the tile.
-          acc: of dK.
-          n: which step it is.
-          slot: of its queries.
-          d_scores: dS.
-          d_slot: of its d_out, which products issued before read; None: it has none.
+        Products issued before read its d_out in `d_slot`; None: it has none.
         """
         packed = layout.pack(d_scores, self.kernel.dtype, relu=False, interpret=self.interpret)
         pipeline.multiply(acc, packed, self.ref["query_smem"].at[slot], self.spare())

@@ -263,9 +263,8 @@ class WorkTile(launch.WorkTile):
     def sum_tiles(self, divided: bool, *accs: Ref) -> _Found:
         """Goes over the tiles that may be live.
 
-        Args:
-          divided: exponentials are divided by their sum at once; else at the end.
-          accs: of d_query, and with an offset of the sums of weights as they were rounded.
+        With `divided` exponentials are divided by their sum at once; else at the end. `accs` are
+        of d_query, and with an offset of the sums of weights as they were rounded.
         """
         plan, begin, end = self.plan, self.begin, self.end
         zero = self.per_row(0.0)

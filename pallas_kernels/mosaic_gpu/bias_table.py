@@ -52,18 +52,13 @@ def loops(
     """Runs one loop over steps start, ..., stop-1 as several that know more of their tiles.
 
     Args:
-      plan: the call, and how it is done.
-      length: of its rows.
+      plan, length: of the call, and of its rows.
       diagonal: step of the tile on the diagonal, from which steps lead away.
-      start: first step.
-      stop: after the last one.
+      start, stop: first step, and after the last one.
       loop: called as loop(kind, start, stop, carry), with a static `TileKind`; returns the next
         carry. There is no step if `stop` is not above `start`.
       carry: for the first step.
-      masked: first step from which on they may; None: never.
-
-    Returns:
-      the last carry.
+      masked: first step with MASKED tiles; None: there are none.
     """
     start, stop = pipeline.as_index(start), pipeline.as_index(stop)
     end = stop if masked is None else lax.min(pipeline.as_index(masked), stop)
@@ -90,13 +85,7 @@ def tile_bias(
     """Returns the bias of a 64 x 64 tile of any kind, and what is still to be added to it.
 
     Loaded before the tile's products are issued: behind them in the queue to memory it would
-    wait for the tensor cores.
-
-    Args:
-      plan: the call, and how it is done.
-      table: in SMEM.
-      tile_distance, tail, rows_are_keys, whole, interpret: see `tail_bias`.
-      kind: of the tile.
+    wait for the tensor cores. Arguments are those of `tail_bias`, and `table` in SMEM.
     """
     if kind is TileKind.TAIL:
         return tail_bias(
@@ -118,6 +107,8 @@ def tail_bias(
 ) -> tuple[Array | float, Array | float]:
     """Returns a tile's bias and what is still to be added to it, as `Plan.bias_of_tile` does.
 
+    The bias is one number or a tile [64, 64], not above 0 but for what is to be added.
+
     Args:
       plan: the call, and how it is done.
       tile_distance: first query less first key.
@@ -125,9 +116,6 @@ def tail_bias(
       rows_are_keys: of the tile, rather than queries.
       whole: nothing is to be added.
       interpret: for interpret mode.
-
-    Returns:
-      the bias, one number or a tile [64, 64], not above 0 but for what is to be added; and that.
     """
     value, slope = tail
     if not plan.has_slope:
@@ -148,15 +136,10 @@ def add_tail_sums(
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "64"], ...]:
-    """Adds a tile if it lies wholly past the table.
+    """Adds a tile, its rows queries, if it lies wholly past the table.
 
-    Args:
-      plan: the call, and how it is done.
-      sums: two, per lane, of x and of x times the distance past the table's end.
-      x: of a tile, its rows queries.
-      tile_distance: its first query less its first key.
-      kind: where it lies; MASKED: not known before it is computed.
-      interpret: for interpret mode.
+    `sums` are two, per lane, of x and of x times the distance past the table's end. Where a
+    MASKED tile lies is not known before it is computed.
     """
 
     def added():

@@ -141,23 +141,14 @@ def padded_head_dim(head_dim: int) -> int:
 def is_elastic(head_dim: int, given: bool) -> bool:
     """Returns whether a call is Elastic-Softmax to the kernels.
 
-    Where they have no softmax of their own, one without an offset is Elastic-Softmax with tau 0.
-
-    Args:
-      head_dim: padded head size.
-      given: whether it has an offset.
+    It is, if an offset is `given`; and where they have no softmax of their own, for padded head
+    sizes above 128, with tau 0.
     """
     return given or head_dim > _MAX_HEAD_DIM_OF_SOFTMAX
 
 
 def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
-    """Returns the tunings for a padded head size and a bias table.
-
-    Args:
-      head_dim: padded head size.
-      width: of the table; 0: no bias.
-      has_offset: Elastic-Softmax rather than softmax.
-    """
+    """Returns the tunings for a padded head size and a bias table; width 0: there is none."""
     found = _usual(head_dim, has_offset)
     with_bias = _KEY_WITH_BIAS.get(head_dim)
     if with_bias is not None and width > 0:
@@ -178,13 +169,9 @@ def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
 
 
 def tables(tiles: int, table_rows: int) -> int:
-    """Returns how many bias tables a kernel has room for: 2, or 1.
+    """Returns how many bias tables a kernel has room for beside so many bytes of tiles: 2, or 1.
 
     With two, the next work tile's is fetched while one is in use.
-
-    Args:
-      tiles: bytes that the kernel's tiles take.
-      table_rows: rows of 128 entries that a table has.
     """
     return 2 if tiles + 2 * 512 * table_rows <= _SHARED_MEMORY else 1
 
@@ -192,10 +179,7 @@ def tables(tiles: int, table_rows: int) -> int:
 def forward_tiles(tuning: Tuning, head_dim: int, outputs: int) -> int:
     """Returns the bytes of SMEM that the tiles of the forward pass take.
 
-    Args:
-      tuning: of the kernel.
-      head_dim: padded head size.
-      outputs: arrays of the query's size that it writes.
+    `outputs` are arrays of the query's size that it writes.
     """
     own = outputs + tuning.in_registers
     return (own * tuning.rows + 2 * tuning.stages * 64) * 2 * head_dim
@@ -212,11 +196,8 @@ def query_tiles(tuning: Tuning, head_dim: int, has_offset: bool = True) -> tuple
 def key_tiles(tuning: Tuning, head_dim: int, width: int = 0, own: int = 2) -> int:
     """Returns the bytes of SMEM that the tiles of the kernel of dK and dV take.
 
-    Args:
-      tuning: of the kernel.
-      head_dim: padded head size.
-      width: of the bias table, if the kernel also finds its gradient.
-      own: operands that are the CTA's own.
+    `width` is that of the bias table, if the kernel also finds its gradient; `own` are operands
+    that are the CTA's own.
     """
     tiles = (own * (1 + tuning.in_registers) * tuning.rows + 2 * tuning.stages * 64) * 2 * head_dim
     if width:
@@ -246,11 +227,7 @@ def bias_tiles(tuning: Tuning, head_dim: int) -> int:
 
 
 def widest_table(head_dim: int) -> int:
-    """Returns the longest bias table that fits into shared memory beside the tiles.
-
-    Args:
-      head_dim: padded head size.
-    """
+    """Returns the longest bias table that fits into shared memory beside the tiles."""
     widest = []
     for given in (True, False):
         offset = is_elastic(head_dim, given)

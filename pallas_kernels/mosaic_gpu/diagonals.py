@@ -29,12 +29,7 @@ _WARP_ROWS = 16
 
 
 def scratch(warpgroups: int, distances: int) -> Scratch:
-    """Returns the types of SMEM buffers.
-
-    Args:
-      warpgroups: that compute.
-      distances: of tiles, that have an entry inside the bias table.
-    """
+    """Returns the types of SMEM buffers, for so many distances of tiles inside the table."""
     return {
         "skew_smem": plgpu.SMEM((warpgroups, 4 * SKEW_WORDS), jnp.float32),
         "near_smem": plgpu.SMEM((warpgroups, 4 * near_words(distances)), jnp.float32),
@@ -65,7 +60,7 @@ class Diagonals:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
         def clear(_, skew, warpgroup):
-            zero = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
+            zero = mlir.number(0.0)
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
             for at in range(0, SKEW_WORDS, 32):
                 inside = arith.cmpi(
@@ -117,9 +112,8 @@ class Diagonals:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR))
         def add(_, skew, near, warpgroup, distance):
-            f32 = ir.F32Type.get()
-            four = ir.VectorType.get((4,), f32)
-            zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+            four = ir.VectorType.get((4,), ir.F32Type.get())
+            zero = mlir.number(0.0)
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
             sums, _ = _of_warp(near, warpgroup, self.entries)
             column = arith.muli(lane, mlir.constant(4))
@@ -153,12 +147,9 @@ class Diagonals:
             self.near[self.warpgroup] = jnp.zeros((4 * self.entries,), jnp.float32)
 
     def write(self, out: Ref, row: Scalar, tiles: Scalar) -> None:
-        """Writes a head's sums.
+        """Writes a head's sums into a row of `out`, float32 [rows, 64 distances].
 
-        Args:
-          out: float32 [rows, 64 distances] in global memory.
-          row: of `out`.
-          tiles: how many were added, at most all distances; of those further away it is 0.
+        So many tiles were added, at most all distances; of those further away the sum is 0.
         """
         size = BLOCK * self.distances
         if self.interpret:
@@ -168,15 +159,14 @@ class Diagonals:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR, SCALAR))
         def add_warps(_, near, out, warpgroup, row, tiles):
             f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
-            zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-            thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+            zero, thread = mlir.number(0.0), mlir.thread()
             start = arith.muli(mlir.scalar(warpgroup), mlir.constant(4 * self.entries))
-            sums = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(near), [start], f32)
+            sums = mlir.pointer(near, start)
             row = arith.muli(
                 arith.extsi(i64, mlir.scalar(row)),
                 arith.constant(i64, ir.IntegerAttr.get(i64, size)),
             )
-            target = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [row], f32)
+            target = mlir.pointer(out, row)
             end = arith.muli(mlir.scalar(tiles), mlir.constant(BLOCK))
             # All warps have added what they have.
             mgpu.utils.warpgroup_barrier()
@@ -213,8 +203,7 @@ def _of_warp(ref: ir.Value, warpgroup: ir.Value, words: int) -> tuple[ir.Value, 
     warp = arith.divui(lane, mlir.constant(32))
     first = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
     first = arith.muli(first, mlir.constant(words))
-    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [first], ir.F32Type.get())
-    return base, arith.remui(lane, mlir.constant(32))
+    return mlir.pointer(ref, first), arith.remui(lane, mlir.constant(32))
 
 
 def _at(base: ir.Value, index: ir.Value, more: int) -> ir.Value:
@@ -225,10 +214,4 @@ def _at(base: ir.Value, index: ir.Value, more: int) -> ir.Value:
 
 def _sync_warp() -> None:
     """Makes what lanes of a warp have stored known to the others."""
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        [],
-        "bar.warp.sync 0xffffffff;",
-        "~{memory}",
-        has_side_effects=True,
-    )
+    mlir.run("bar.warp.sync 0xffffffff;", "~{memory}")

@@ -490,20 +490,10 @@ class WorkTile(launch.WorkTile):
         keep: bool = False,
         whole: bool = False,
     ) -> tuple[Array, Array | float, Scalar]:
-        """Computes a tile's scores, and releases its keys unless told to keep them.
+        """Returns a tile's scores, what is still to be added to them, and its first key.
 
-        Scores are masked where causality wants it: the table holds `MASKED` there.
-
-        Args:
-          kind: see `bias_table.loops`.
-          step: where the tile lies.
-          slot: of its keys.
-          wait: called when the product is issued, see `pipeline.steps`.
-          keep: the keys are needed once more.
-          whole: nothing is left to be added.
-
-        Returns:
-          scores; what is to be added to them; the tile's first key.
+        Scores are masked where causality wants it: the table holds `MASKED` there. With `whole`
+        nothing is left to be added. The keys in `slot` are given back unless told to `keep` them.
         """
         key0 = (self.last - step) * BLOCK
         # Behind the product in the queue to memory, loads would wait for the tensor cores.
@@ -551,13 +541,8 @@ class WorkTile(launch.WorkTile):
     def steps(self, end: Scalar, body, carry: Carry, keys, *values, by_distance=True) -> Carry:
         """Does what `pipeline.steps` does, for this warpgroup's tiles before `end`.
 
-        Args:
-          end: step after the last.
-          body: called as `pipeline.steps` does, but with the tile's kind first.
-          carry: for the first step.
-          keys: pipeline of the keys, and its tile of step 0.
-          *values: the same of the values; they come late.
-          by_distance: in loops that know what tiles they have, see `bias_table.loops`.
+        `body` gets the tile's kind first. Values, if there are any, come late. `by_distance`: in
+        loops that know what tiles they have, see `bias_table.loops`.
         """
 
         def loop(kind, start, stop, carry):

@@ -10,6 +10,8 @@ that lane's own columns give. Only elementwise operations and `memory.store_mini
 it. In interpret mode it is an ordinary row vector.
 """
 
+from collections.abc import Iterable
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -27,12 +29,8 @@ def sum_and_bound(
 ) -> tuple[Float[Array, "64"], Float[Array, "64"]]:
     """Returns row sums and a bound on each row's largest entry, both per lane.
 
-    The bound is the largest sum of 8 entries of one lane: a maximum over single entries would
-    cost an instruction each. `finish_sums` adds up the lanes' sums.
-
-    Args:
-      x: not negative.
-      interpret: for interpret mode.
+    x must not be negative. The bound is the largest sum of 8 entries of one lane: a maximum over
+    single entries would cost an instruction each. `finish_sums` adds up the lanes' sums.
     """
     if interpret:
         return x.sum(axis=1), x.max(axis=1)
@@ -44,14 +42,7 @@ def sum_and_bound(
         sums, bounds = [], []
         for half in range(2):
             groups = [
-                mlir.tree(
-                    mlir.add,
-                    [
-                        mlir.element(registers[half, octet], i)
-                        for octet in range(4 * group, 4 * group + 4)
-                        for i in range(2)
-                    ],
-                )
+                _sum(registers[half, octet] for octet in range(4 * group, 4 * group + 4))
                 for group in range(2)
             ]
             bounds.append(arith.maxnumf(*groups))
@@ -59,6 +50,10 @@ def sum_and_bound(
         return mlir.row(sums), mlir.row(bounds)
 
     return reduce(x)
+
+
+def _sum(pairs: Iterable[ir.Value]) -> ir.Value:
+    return mlir.tree(mlir.add, [mlir.element(pair, i) for pair in pairs for i in range(2)])
 
 
 def lane_sums(
@@ -78,19 +73,11 @@ def lane_sums(
     )
     def reduce(_, x):
         registers = mlir.registers(x)
-        f32 = ir.F32Type.get()
         _, _, t = mlir.position()
-        first = arith.sitofp(f32, arith.muli(t, mlir.constant(2)))
+        first = arith.sitofp(ir.F32Type.get(), arith.muli(t, mlir.constant(2)))
         sums = []
         for half in range(2):
-            plain = mlir.tree(
-                mlir.add,
-                [
-                    mlir.element(registers[half, b], i)
-                    for b in range(columns // 8)
-                    for i in range(2)
-                ],
-            )
+            plain = _sum(registers[half])
             if not weights:
                 sums.append(plain)
                 continue
@@ -98,7 +85,7 @@ def lane_sums(
             moment = math.fma(plain, first, mlir.element(registers[half, 0], 1))
             for b in range(1, columns // 8):
                 for i in range(2):
-                    weight = arith.constant(f32, ir.FloatAttr.get(f32, float(8 * b + i)))
+                    weight = mlir.number(float(8 * b + i))
                     moment = math.fma(mlir.element(registers[half, b], i), weight, moment)
             sums.append(moment)
         return mlir.row(sums)
@@ -154,22 +141,18 @@ def slanted(
     )
     def build_tile(_, base, slope):
         base, slope = mlir.scalar(base), mlir.scalar(slope)
-        f32 = ir.F32Type.get()
         row, column = mlir.first_entry()
-        first = arith.sitofp(f32, arith.subi(column, row))
+        first = arith.sitofp(ir.F32Type.get(), arith.subi(column, row))
         base = math.fma(slope, first, base)
         entries: dict[int, ir.Value] = {}
 
-        def entry(distance):
+        def entry(half, octet, i):
+            distance = 8 * (octet - half) + i
             if distance not in entries:
-                by = arith.constant(f32, ir.FloatAttr.get(f32, float(distance)))
-                entries[distance] = math.fma(slope, by, base)
+                entries[distance] = math.fma(slope, mlir.number(float(distance)), base)
             return entries[distance]
 
-        def build(half, octet):
-            return mlir.vector_of([entry(8 * (octet - half) + i) for i in range(2)])
-
-        return mlir.tile(build, columns)
+        return mlir.tile_of(entry, columns)
 
     return build_tile(base, slope)
 
@@ -184,12 +167,7 @@ def where_seen(
 ) -> Float[Array, "64 columns"]:
     """Returns x where the query is not before the key, else another number.
 
-    Args:
-      x: a tile.
-      tile_distance: its first query less its first key.
-      otherwise: the other number.
-      rows_are_keys: rather than queries.
-      interpret: for interpret mode.
+    `tile_distance` is the tile's first query less its first key.
     """
     if interpret:
         r = lax.broadcasted_iota(jnp.int32, x.shape, 0)
@@ -204,8 +182,7 @@ def where_seen(
         row, column = mlir.first_entry(mlir.afresh(mgpu.utils.thread_idx()))
         less = arith.subi(column, row)
         start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(tile_distance), less)
-        f32 = ir.F32Type.get()
-        other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
+        other = mlir.number(otherwise)
         registers = mlir.registers(x)
         seen: dict[int, ir.Value] = {}
 
@@ -216,10 +193,7 @@ def where_seen(
                 seen[distance] = arith.cmpi(arith.CmpIPredicate.sge, start, limit)
             return arith.select(seen[distance], mlir.element(registers[half, octet], i), other)
 
-        def build(half, octet):
-            return mlir.vector_of([chosen(half, octet, i) for i in range(2)])
-
-        return mlir.tile(build, x.shape[1])
+        return mlir.tile_of(chosen, x.shape[1])
 
     return select(x, jnp.asarray(tile_distance, jnp.int32))
 
@@ -238,8 +212,7 @@ def where_from(
     def select(_, x, first):
         _, own = mlir.first_entry()
         starts = [arith.subi(mlir.element(row, 0), own) for row in first.registers.flat]
-        f32 = ir.F32Type.get()
-        other = arith.constant(f32, ir.FloatAttr.get(f32, otherwise))
+        other = mlir.number(otherwise)
         registers = mlir.registers(x)
 
         def chosen(half, octet, i):
@@ -247,10 +220,7 @@ def where_from(
             seen = arith.cmpi(arith.CmpIPredicate.sle, starts[half], column)
             return arith.select(seen, mlir.element(registers[half, octet], i), other)
 
-        def build(half, octet):
-            return mlir.vector_of([chosen(half, octet, i) for i in range(2)])
-
-        return mlir.tile(build, x.shape[1])
+        return mlir.tile_of(chosen, x.shape[1])
 
     return select(x, first)
 
@@ -263,12 +233,8 @@ def row_index(*, interpret: bool) -> Float[Array, "64"]:
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW))
     def index(_):
         row, _ = mlir.first_entry()
-        return mlir.row(
-            [
-                arith.sitofp(ir.F32Type.get(), arith.addi(row, mlir.constant(8 * half)))
-                for half in range(2)
-            ]
-        )
+        rows = (arith.addi(row, mlir.constant(8 * half)) for half in range(2))
+        return mlir.row([arith.sitofp(ir.F32Type.get(), x) for x in rows])
 
     return index()
 

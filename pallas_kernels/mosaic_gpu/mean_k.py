@@ -40,11 +40,7 @@ def outputs(head_dim: int, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDty
 def add(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], weights: Array, slot: Scalar) -> None:
     """Issues the products of weights with the keys in a slot, and with ones.
 
-    Args:
-      work_tile: of the forward pass.
-      accs: of the sums of keys, and of weights.
-      weights: of the tile, all of a row times any one factor.
-      slot: of the keys.
+    All weights of a row may be times any one factor. `accs` are of sums of keys, and of weights.
     """
     weights = layout.pack(
         weights, work_tile.kernel.dtype, relu=False, interpret=work_tile.interpret

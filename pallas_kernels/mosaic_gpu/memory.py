@@ -42,9 +42,9 @@ def gather(
       table: SMEM [2 n, 128] float32: n rows of the table, then the table without its first
         entry. Entries from start - 64 to start + columns are read.
       start: even.
-      columns: N, a multiple of 8.
+      columns: a multiple of 8.
       interpret: for interpret mode.
-      plus: float32; the float 0.0 costs nothing.
+      plus: the float 0.0 costs nothing.
     """
     if interpret:
         flat = table[...].reshape(2, -1)[0]
@@ -60,14 +60,14 @@ def gather(
         return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, TILE),
     )
     def load(_, ref, start, *more):
-        f32 = ir.F32Type.get()
         row, column = mlir.first_entry()
         at = arith.subi(column, row)
         # An entry at an odd place begins an aligned pair in the second copy.
         odd = arith.andi(row, mlir.constant(1))
         at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
         at = arith.addi(at, mlir.scalar(start))
-        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32)
+        base = mlir.pointer(ref, at)
+        f32 = ir.F32Type.get()
         two = ir.VectorType.get((2,), f32)
         loaded: dict[int, ir.Value] = {}
 
@@ -97,10 +97,8 @@ def store_registers(x: Float[Array, "64 columns"], targets: list[Ref], *, interp
     A lane writes 16 bytes at a time, of 8 columns, and a warp 512 that follow each other: no
     other order is as fast, and none needs shared memory.
 
-    Args:
-      x: float32.
-      targets: global memory float32, each for as many columns, see `registers_shape`.
-      interpret: for interpret mode, where the order is another.
+    Each of the targets takes as many columns, see `registers_shape`. In interpret mode the
+    order is another.
     """
     columns = x.shape[1] // len(targets)
     if interpret:
@@ -147,22 +145,14 @@ def load_registers(sources: list[Ref], *, interpret: bool) -> Float[Array, "64 c
 
 def _of_lane(ref: ir.Value, octets: int) -> list[ir.Value]:
     """Returns where this lane's four numbers of each octet of columns lie."""
-    lane = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
-    at = arith.muli(lane, mlir.constant(4))
-    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
-    step = 4 * LANES
-    return [
-        mgpu.utils.getelementptr(base, [step * octet], ir.F32Type.get()) for octet in range(octets)
-    ]
+    base, f32 = mlir.pointer(ref, arith.muli(mlir.thread(), mlir.constant(4))), ir.F32Type.get()
+    return [mgpu.utils.getelementptr(base, [4 * LANES * n], f32) for n in range(octets)]
 
 
 def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> Float[Array, "128"]:
     """Returns the sums over the diagonals of x, the top right corner's first, and one 0.
 
-    Args:
-      x: a tile.
-      spare: SMEM of this warpgroup's own, [DIAGONALS_WORDS] float32.
-      interpret: for interpret mode.
+    `spare` is SMEM of this warpgroup's own, [DIAGONALS_WORDS] float32.
     """
     if interpret:
         return jnp.pad(bias_lib.sum_diagonals(x), (0, 1))
@@ -187,8 +177,7 @@ def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> F
         place = arith.addi(arith.muli(arith.remui(warp, two), mlir.constant(8)), g)
         first = arith.muli(place, mlir.constant(DIAGONALS_PITCH))
         first = arith.addi(first, arith.muli(t, mlir.constant(2)))
-        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
-        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        thread, zero = mlir.thread(), mlir.number(0.0)
         sums = []
         for half, pair in np.ndindex(2, 2):
             # All have read what was there before.
@@ -226,14 +215,7 @@ def no_diagonals(*, interpret: bool) -> Float[Array, "128"]:
 
 
 def store_minimum(x: Int[Array, "64"], words: Ref, warpgroup: Scalar, *, interpret: bool) -> None:
-    """Stores the least of a warpgroup's per-lane x into its four words of SMEM.
-
-    Args:
-      x: int32, per lane.
-      words: SMEM int32, four a warpgroup, whose minimum is the result.
-      warpgroup: index of this warpgroup.
-      interpret: for interpret mode.
-    """
+    """Stores the least of a warpgroup's per-lane x: the minimum of its four words of SMEM."""
     if interpret:
         words[pl.ds(4 * warpgroup, 4)] = jnp.full((4,), x.min())
         return
@@ -251,7 +233,7 @@ def store_minimum(x: Int[Array, "64"], words: Ref, warpgroup: Scalar, *, interpr
         )
         warp, g, t = mlir.position()
         at = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
-        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [at], i32)
+        pointer = mlir.pointer(words, at, i32)
         first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), mlir.constant(0))
         with mgpu.utils.when(first):
             llvm.store(least, pointer)
@@ -260,13 +242,9 @@ def store_minimum(x: Int[Array, "64"], words: Ref, warpgroup: Scalar, *, interpr
 
 
 def prefetch(x: Ref, start: Scalar, size: int, *, interpret: bool) -> None:
-    """Brings some of x into the first cache, a line a thread; past its end nothing.
+    """Brings `size` 4-byte numbers of x into the first cache, a line a thread; past its end none.
 
-    Args:
-      x: 4-byte numbers in global memory, one axis.
-      start: of what is wanted.
-      size: how many.
-      interpret: for interpret mode.
+    x is in global memory, of one axis.
     """
     if interpret:
         return
@@ -274,22 +252,15 @@ def prefetch(x: Ref, start: Scalar, size: int, *, interpret: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
     def fetch(_, x, start):
-        f32 = ir.F32Type.get()
-        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
+        thread = mlir.thread()
         at = arith.addi(mlir.scalar(start), arith.muli(thread, mlir.constant(32)))
         wanted = arith.andi(
             arith.cmpi(arith.CmpIPredicate.slt, thread, mlir.constant(-(-size // 32))),
             arith.cmpi(arith.CmpIPredicate.slt, at, mlir.constant(length)),
         )
-        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [at], f32)
+        pointer = mlir.pointer(x, at)
         with mgpu.utils.when(wanted):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [pointer],
-                "prefetch.global.L1 [$0];",
-                "l",
-                has_side_effects=True,
-            )
+            mlir.run("prefetch.global.L1 [$0];", "l", pointer)
 
     fetch(x, start)
 
@@ -301,17 +272,10 @@ def prefetch_tile(x: Ref, words: int, *, interpret: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def fetch(_, x):
-        thread = arith.remui(mgpu.utils.thread_idx(), mlir.constant(LANES))
-        line = arith.muli(thread, mlir.constant(32))
-        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [line], ir.F32Type.get())
+        base = mlir.pointer(x, arith.muli(mlir.thread(), mlir.constant(32)))
         for at in range(0, words, 32 * LANES):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [mgpu.utils.getelementptr(base, [at], ir.F32Type.get())],
-                "prefetch.global.L2 [$0];",
-                "l",
-                has_side_effects=True,
-            )
+            line = mgpu.utils.getelementptr(base, [at], ir.F32Type.get())
+            mlir.run("prefetch.global.L2 [$0];", "l", line)
 
     fetch(x)
 
@@ -342,8 +306,7 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
         )
         source = mgpu.utils.memref_ptr(numbers)
         counter = mgpu.utils.getelementptr(source, [count], i32)
-        target = mgpu.utils.memref_ptr(words)
-        target = mgpu.utils.getelementptr(target, [mlir.scalar(slot)], i32)
+        target = mlir.pointer(words, mlir.scalar(slot), i32)
         with mgpu.utils.when(chosen):
             turn = llvm.inline_asm(
                 i32,
@@ -370,13 +333,7 @@ def named_barrier(operation: str, number: Index, threads: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(SCALAR,))
     def bar_op(_, number):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [mlir.scalar(number)],
-            f"bar.{operation} $0, {threads};",
-            "r",
-            has_side_effects=True,
-        )
+        mlir.run(f"bar.{operation} $0, {threads};", "r", mlir.scalar(number))
 
     bar_op(jnp.asarray(number, jnp.int32))
 

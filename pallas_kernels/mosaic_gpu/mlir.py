@@ -26,6 +26,28 @@ def constant(value: int) -> ir.Value:
     return mgpu.utils.c(value, i32())
 
 
+def number(value: float) -> ir.Value:
+    """Returns a float32 constant."""
+    return mgpu.utils.c(value, ir.F32Type.get())
+
+
+def pointer(ref: ir.Value, at: ir.Value | int, kind: ir.Type | None = None) -> ir.Value:
+    """Returns where a number of a reference lies; `kind` is its type, else float32."""
+    kind = ir.F32Type.get() if kind is None else kind
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], kind)
+
+
+def thread() -> ir.Value:
+    """Returns the index of this thread in its warpgroup."""
+    return arith.remui(mgpu.utils.thread_idx(), constant(LANES))
+
+
+def run(instruction: str, constraints: str, *operands: ir.Value) -> None:
+    """Issues an instruction that returns nothing."""
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, operands, instruction, constraints, has_side_effects=True)
+
+
 def scalar(x) -> ir.Value:
     """Returns the value of what Pallas passes as a scalar."""
     return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
@@ -108,16 +130,20 @@ def tile(build, columns: int) -> mgpu.FragmentedArray:
     )
 
 
+def tile_of(entry, columns: int) -> mgpu.FragmentedArray:
+    """Returns the tile of entries: entry(row half, octet of columns, 0 or 1)."""
+    return tile(lambda *at: vector_of([entry(*at, i) for i in range(2)]), columns)
+
+
 def row(values: list[ir.Value]) -> mgpu.FragmentedArray:
     """Returns the row vector of a lane's two rows."""
     layout = ROW.to_mgpu()
     shape = layout.registers_shape((ROWS,))
     kind = layout.registers_element_type(values[0].type)
     registers = np.empty(2, object)
+    wide = isinstance(kind, ir.VectorType)
     for index, value in enumerate(values):
-        registers[index] = (
-            vector.broadcast(kind, value) if isinstance(kind, ir.VectorType) else value
-        )
+        registers[index] = vector.broadcast(kind, value) if wide else value
     return mgpu.FragmentedArray(
         _registers=registers.reshape(shape), _layout=layout, _is_signed=None
     )

@@ -193,11 +193,8 @@ def divide(
 def skip(start: Index, stop: Index, *numbered: tuple[Pipeline, Index]) -> None:
     """Takes and releases steps start, ..., stop-1 without a look at them.
 
-    Args:
-      start: first step.
-      stop: after the last one.
-      *numbered: pipelines, and the number of the tile that each fetches for step 0. All pipelines'
-        tiles of one step go together, as they are fetched: else one would wait for ever.
+    `numbered` are pipelines, and the number of the tile that each fetches for step 0. All
+    pipelines' tiles of one step go together, as they are fetched: else one would wait for ever.
     """
 
     @pl.loop(0, lax.max(as_index(stop - start), jnp.int32(0)))
@@ -219,8 +216,7 @@ def steps(
     """Runs steps start, ..., stop-1 over tiles of some pipelines.
 
     Args:
-      start: first step.
-      stop: after the last one.
+      start, stop: first step, and after the last one.
       ahead: wait for a step's tiles during the step before.
       body: called as body(n, slots, wait, carry) with the step, the slots of its tiles, and a
         function that it calls once while products are in flight, so that waiting takes no
@@ -229,9 +225,6 @@ def steps(
       carry: for the first step.
       *numbered: as `skip` wants them; the tiles are there when `body` is called.
       late: more of them, whose tiles are there after `wait`.
-
-    Returns:
-      the last carry.
     """
     start = as_index(start)
     stop = lax.max(as_index(stop), start)
@@ -282,13 +275,7 @@ def operand(
 ) -> Callable[[], Ref | Array]:
     """Returns a function that gives a warpgroup's tile as first operand of matrix products.
 
-    Called at each step; the tile is in registers, or in SMEM.
-
-    Args:
-      tiles: in SMEM, one a warpgroup.
-      warpgroup: index of this one.
-      in_registers: whether to keep it there.
-      interpret: for interpret mode, where it stays in SMEM.
+    Called at each step; the tile is in registers, or, as always in interpret mode, in SMEM.
     """
     if in_registers and not interpret:
         tile = plgpu.load(tiles.at[warpgroup], layout=layout.TILE, optimized=False)
@@ -308,12 +295,9 @@ def begin_with(acc: Ref, x: Float[Array, "64 64"], interpret: bool) -> Array | N
 
 
 def finish(acc: Ref, begun: Array | None, in_flight: int = 0) -> Float[Array, "64 64"]:
-    """Returns an accumulator's value.
+    """Returns an accumulator's value; `begun` is what `begin_with` returned.
 
-    Args:
-      acc: the accumulator.
-      begun: what `begin_with` returned.
-      in_flight: how many products issued later needn't be waited for.
+    So many products issued later as `in_flight` says needn't be waited for.
     """
     x = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
     return x if begun is None else x + begun

@@ -27,12 +27,7 @@ _OUTPUTS = ("out", "rounding")
 
 
 def outputs(plan: Plan, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the types of `rows`, and with an offset of what each query adds to its gradient.
-
-    Args:
-      plan: the call, and how it is done.
-      of_blocks: batch, heads, blocks.
-    """
+    """Returns the types of `rows`, and with an offset of what each query adds to its gradient."""
     kinds = 4 if plan.packed else 3
     types = {"rows": jax.ShapeDtypeStruct((*of_blocks, kinds, BLOCK), jnp.float32)}
     if plan.has_offset:
@@ -86,12 +81,7 @@ class RowStats(NamedTuple):
 
 
 def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
-    """Returns the statistics of a warpgroup's queries.
-
-    Args:
-      work_tile: of dQ's kernel; its own operands have arrived.
-      block: of queries.
-    """
+    """Returns the statistics of a block of queries, once the CTA's own operands have arrived."""
     ref, plan, interpret = work_tile.ref, work_tile.plan, work_tile.interpret
     b, h = work_tile.batch, work_tile.head
 
@@ -133,15 +123,7 @@ def write(
     delta: Array,
     of_offset: Array | None,
 ) -> None:
-    """Writes down the statistics of a warpgroup's queries.
-
-    Args:
-      work_tile: as for `find`.
-      row: what that returned.
-      block: of queries.
-      delta: see above.
-      of_offset: what each query adds to the gradient of tau; None without an offset.
-    """
+    """Writes down what `find` returned, delta, and what each query adds to the gradient of tau."""
     b, h = work_tile.batch, work_tile.head
     rows = work_tile.ref["rows"].at[b, h, block]
     rows[RowStat.LSE] = row.lse

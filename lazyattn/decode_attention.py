@@ -95,8 +95,9 @@ def decode_attention(
         have no axis of layers.
       skip_mass: keys may be left out that together hold less than this share of a row's softmax
         mass, certainly and for any input; needs key_norms. 0: none.
-      implementation: "triton" (NVIDIA GPUs), "xla_chunked" (plain JAX that skips, for CPUs) or
-        "xla" (the definition, which reads all); None: the best that applies.
+      implementation: "triton" (NVIDIA GPUs), "tpu" (TPUs; float32 and bfloat16), "xla_chunked"
+        (plain JAX that skips, for CPUs) or "xla" (the definition, which reads all); None: the
+        best that applies.
 
     Returns:
       out, in the shape and dtype of `query`.

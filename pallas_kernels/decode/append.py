@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.types import MAX_CACHES, PAGE
+from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support
 
 # Keys, values and key norms of a group of heads, as in `types.Inputs`, without layers.
@@ -31,6 +32,10 @@ def append(
       start: int32, positions each row has had.
       count: int32, how many of the new ones each row has; the others are not written.
     """
+    if tpu_unsupported(held) is None:
+        from pallas_kernels.decode import tpu_append  # As `op` imports the TPU's kernels.
+
+        return tpu_append.append(held, heads, keys, values, start, count)
     if unsupported(held, keys.shape[1]) is not None:
         return None
     from pallas_kernels.decode import triton_append  # Triton takes a second to import.
@@ -38,8 +43,18 @@ def append(
     return triton_append.append(held, heads, keys, values, start, count)
 
 
+def tpu_unsupported(held: Sequence[Held]) -> str | None:
+    """Returns why the TPU's kernel can't do it, as the end of "... since ..."; None: it can."""
+    for keys, _, _ in held:
+        if keys.shape[1] % PAGE:
+            return f"{keys.shape[1]} slots are no whole pages"
+        if keys.dtype not in ("float32", "bfloat16"):
+            return f"the cache is {keys.dtype}"
+    return tpu_support.unavailable()
+
+
 def unsupported(held: Sequence[Held], new: int) -> str | None:
-    """Returns why no kernel does it, as the end of "... since ..."; None: one does."""
+    """Returns why Triton can't do it, as the end of "... since ..."; None: it can."""
     if len(held) > MAX_CACHES:
         return f"there are {len(held)} caches, above {MAX_CACHES}"
     for keys, _, _ in held:

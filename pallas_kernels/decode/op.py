@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import target
 from pallas_kernels.decode import xla, xla_chunked
 from pallas_kernels.decode.types import Call, one_by_one
+from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support as triton_support
 
 
@@ -42,6 +43,21 @@ def _triton_unsupported(call: Call) -> str | None:
     return triton_support.refusal(head_dim, head_dim, call.query.dtype)
 
 
+def _tpu(call: Call) -> Array:
+    from pallas_kernels.decode import tpu  # Pallas's TPU part takes a while to import.
+
+    return one_by_one(tpu.attention, call)
+
+
+def _tpu_unsupported(call: Call) -> str | None:
+    reason = tpu_support.unavailable()
+    if reason is not None:
+        return reason
+    from pallas_kernels.decode import tpu
+
+    return tpu.unsupported(call)
+
+
 def _does_all(call: Call) -> str | None:
     del call
     return None
@@ -54,6 +70,7 @@ BACKENDS: dict[
     tuple[Callable[[Call], Array], Callable[[Call], str | None], tuple[str, ...] | None],
 ] = {
     "triton": (_triton, _triton_unsupported, ("gpu",)),
+    "tpu": (_tpu, _tpu_unsupported, ("tpu",)),
     "xla_chunked": (functools.partial(one_by_one, xla_chunked.attention), _does_all, ("cpu",)),
     "xla": (functools.partial(one_by_one, xla.attention), _does_all, None),
 }

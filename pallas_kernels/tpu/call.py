@@ -23,18 +23,22 @@ class Operand:
       array: the input, or the output's shape and dtype.
       block: shape of a block; None: all of it, left in HBM.
       index: block indices as a function of grid indices and scalar references.
+      scalars: whether blocks go to scalar memory.
     """
 
     name: str
     array: Any
     block: tuple[int, ...] | None
     index: Callable[..., tuple[Any, ...]] | None = None
+    scalars: bool = False
 
     @property
     def spec(self) -> pl.BlockSpec:
         """Returns what Pallas calls this."""
         if self.block is None:
             return pl.BlockSpec(memory_space=pl.ANY)
+        if self.scalars:
+            return pl.BlockSpec(self.block, self.index, memory_space=pltpu.SMEM)
         return pl.BlockSpec(self.block, self.index)
 
 

@@ -46,19 +46,28 @@ def generation_of(device_kind: str) -> str | None:
     return named
 
 
+def unavailable() -> str | None:
+    """Returns why there is no TPU to compile for, as the end of "... since ..."; None: there is."""
+    if generation() is not None:
+        return None
+    if target.platform() == "tpu":
+        return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
+    return f"it needs a TPU and JAX runs on {target.platform()!r}"
+
+
 def unsupported(problem: Problem, batch: int) -> str | None:
     """Returns why a call can't be done, as the end of "... since ..."; None: it can."""
-    tpu = generation()
-    if tpu is None:
-        if target.platform() == "tpu":
-            return f"the TPU is {jax.local_devices()[0].device_kind!r}, older than v4 or unknown"
-        return f"it needs a TPU and JAX runs on {target.platform()!r}"
+    reason = unavailable()
+    if reason is not None:
+        return reason
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head_dim is {problem.head_dim}, above {MAX_HEAD_DIM}"
     if problem.value_dim != problem.head_dim:
         return f"value_dim is {problem.value_dim} and head_dim {problem.head_dim}"
     if problem.dtype not in ("float32", "bfloat16"):
         return f"inputs are {problem.dtype}"
+    tpu = generation()
+    assert tpu is not None
     return config.refusal(
         tpu, batch, problem.heads, problem.length, problem.head_dim, problem.itemsize
     )

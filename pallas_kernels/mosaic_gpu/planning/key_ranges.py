@@ -32,10 +32,10 @@ def lazy_key_ranges(
         kv_heads = static.heads // static.group
         kv_pair = tl.program_id(2) * kv_heads + tl.program_id(1) // static.group
         place = rank(work_ptr, kv_pair, static)
-        store_tile_order(of_queries_ptr, kv_pair, place, static.orders[0])
-        store_tile_order(of_keys_ptr, kv_pair, place, static.orders[1])
+        store_tile_order(of_queries_ptr, kv_pair, place, static, 0)
+        store_tile_order(of_keys_ptr, kv_pair, place, static, 1)
         if static.parts > 0:
-            store_tile_order(of_bias_ptr, kv_pair, place, static.orders[2])
+            store_tile_order(of_bias_ptr, kv_pair, place, static, 2)
     row = tl.program_id(2) * static.heads + tl.program_id(1)
     first_ptr += row * static.blocks
     live_ptr += row * static.blocks

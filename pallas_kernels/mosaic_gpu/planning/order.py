@@ -25,8 +25,9 @@ def rank(work_ptr, kv_pair, static: tl.constexpr):
 
 
 @triton.jit
-def store_tile_order(tile_order_ptr, kv_pair, rank, order: tl.constexpr):
-    """Stores the numbers of one key head's work tiles in their turn, of one `TileOrder`."""
+def store_tile_order(tile_order_ptr, kv_pair, rank, static: tl.constexpr, WHICH: tl.constexpr):
+    """Stores the numbers of one key head's work tiles in their turn, of one of the orders."""
+    order: tl.constexpr = static.orders[WHICH]
     for member in range(0, order.members):
         place = rank * order.members + member
         start = place // order.section * order.section
@@ -45,4 +46,4 @@ def store_tile_order(tile_order_ptr, kv_pair, rank, order: tl.constexpr):
 def lazy_tile_order(work_ptr, tile_order_ptr, static: tl.constexpr):
     """The order of the forward pass's work tiles; grid (batch * key heads,)."""
     kv_pair = tl.program_id(0)
-    store_tile_order(tile_order_ptr, kv_pair, rank(work_ptr, kv_pair, static), static.orders[0])
+    store_tile_order(tile_order_ptr, kv_pair, rank(work_ptr, kv_pair, static), static, 0)

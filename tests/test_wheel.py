@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,13 +105,16 @@ def test_what_is_in_it(wheel):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
+SMALL = (
+    *("--config.model.width=32", "--config.model.num_layers=1"),
+    *("--config.data.sequence_length=64", "--config.data.vocab_size=300"),
+    *("--config.training.eval_batches=1", "--config.model.attention.bias_width=16"),
+)
+
+
 def test_it_runs_the_op_and_trains_the_quickstart(python, tmp_path):
     assert str(ROOT) not in _run(python, "-c", OP, cwd=tmp_path)
-    small = (
-        *("--config.training.steps=3", "--config.model.width=32", "--config.model.num_layers=1"),
-        *("--config.data.sequence_length=32", "--config.data.vocab_size=300"),
-        *("--config.training.eval_batches=1", "--config.model.attention.bias_width=16"),
-    )
+    small = (*SMALL, "--config.training.steps=3")
     command = python.with_name("lazyattn")
     cache = {"LAZYATTN_CACHE": str(tmp_path / "cache")}
     out = _run(command, "--config=quickstart", "--workdir=run", *small, cwd=tmp_path, **cache)
@@ -142,3 +147,80 @@ for name in {configs!r}:
     print(name)
 """
     assert _run(python, "-c", script, cwd=tmp_path).split() == configs
+
+
+@pytest.fixture(scope="module")
+def python_with_extras(python, wheel, tmp_path_factory):
+    """The same Python, with what the first steps and the notebook ask for."""
+    extras = f"lazyattn[plot,export,notebook] @ {wheel.as_uri()}"
+    pins = ROOT / "requirements.txt"
+    folder = tmp_path_factory.mktemp("extras")
+    _run(python, "-m", "pip", "install", "-q", "-c", pins, extras, cwd=folder)
+    return python
+
+
+def blocks(language):
+    """Returns the blocks of the page of first steps in one language."""
+    text = (ROOT / "docs" / "first_steps.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def test_the_first_steps_as_they_stand(python_with_extras, tmp_path):
+    """Only the model is smaller, and the rows."""
+    python = python_with_extras
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    trainings = 0
+    for line in lines:
+        name, *flags = shlex.split(line)
+        assert name == "lazyattn"
+        if any(flag.startswith("--config=") for flag in flags):
+            flags += SMALL
+            trainings += 1
+        printed = _run(
+            *(python.with_name(name), *flags), cwd=tmp_path, LAZYATTN_CACHE=str(tmp_path / "cache")
+        )
+        if "--step=best" in flags and "--mode=eval" in flags:
+            assert "checkpoints" in printed
+    assert trainings == 4 and len(lines) == 9
+    (program,) = blocks("python")
+    assert _run(python, "-c", program, cwd=tmp_path).startswith("The ")
+    for made in (
+        *("runs/lazy/plot/loss.png", "runs/lazy/inspection/report.html"),
+        *("exports/lazy/params", "exports/lazy/model.safetensors"),
+    ):
+        assert (tmp_path / made).exists()
+    assert list((tmp_path / "runs/lazy/profile").rglob("*.xplane.pb"))
+
+
+NOTEBOOK = """
+import sys, nbclient, nbformat
+book = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(book, timeout=1200, kernel_name="python3").execute()
+nbformat.write(book, "notebook.ipynb")
+"""
+
+
+def test_the_notebook_runs(python_with_extras, tmp_path):
+    source = ROOT / "docs" / "notebook.ipynb"
+    cache = {"LAZYATTN_CACHE": str(tmp_path / "cache"), "JUPYTER_PLATFORM_DIRS": "1"}
+    _run(python_with_extras, "-c", NOTEBOOK, source, cwd=tmp_path, **cache)
+    code = [
+        cell
+        for cell in json.loads((tmp_path / "notebook.ipynb").read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    shown = [output.get("data", {}) for cell in code for output in cell["outputs"]]
+    assert any("image/svg+xml" in data for data in shown)
+    (report,) = ("".join(data["text/html"]) for data in shown if "text/html" in data)
+    assert "attention" in report and "lazy" in report and "softmax" in report
+    losses = [json.loads(line) for run in ("lazy", "softmax") for line in _last(tmp_path, run)]
+    assert all(loss["step"] == 120 and loss["validation_loss"] < 6 for loss in losses)
+
+
+def _last(folder, run):
+    return (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()[-1:]
+
+
+def test_the_notebook_is_kept_without_what_it_shows():
+    for cell in json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None

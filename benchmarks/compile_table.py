@@ -19,9 +19,9 @@ import jax
 from absl import app, flags
 
 from lazyattn import paths
-from lazyattn.ahead_of_time import topology
-from lazyattn.ahead_of_time.report import Report
-from lazyattn.ahead_of_time.run import examine
+from lazyattn.compile import topology
+from lazyattn.compile.main import examine
+from lazyattn.compile.report import Report
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.sharding import MeshConfig
 

@@ -29,6 +29,7 @@ from absl import app, flags, logging
 
 from benchmarks import provenance
 from lazyattn import paths
+from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import require
 from lazyattn.generation import (
     CacheOptions,
@@ -45,7 +46,6 @@ from lazyattn.generation.cache import CachePlan
 from lazyattn.generation.prepared import PreparedModel
 from lazyattn.generation.spans import everything_kept
 from lazyattn.model.config import ModelConfig
-from lazyattn.training.workdir import load_trained
 
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _OWN: dict[str, Any] = {"flag_values": FLAGS}

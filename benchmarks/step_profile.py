@@ -44,8 +44,8 @@ from absl import app, flags, logging
 
 from benchmarks import hopper_target, provenance, timing, train_step
 from lazyattn import compile_for, paths, sharding
-from lazyattn.ahead_of_time import work
-from lazyattn.ahead_of_time.hlo import Computation, Instruction, Module
+from lazyattn.compile import work
+from lazyattn.compile.hlo import Computation, Instruction, Module
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 

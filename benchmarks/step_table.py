@@ -154,7 +154,7 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
 
     from benchmarks import step_profile, train_step
     from lazyattn import sharding
-    from lazyattn.ahead_of_time.hlo import Module
+    from lazyattn.compile.hlo import Module
     from lazyattn.model.accounting import parameter_counts
 
     experiment = experiment_of(run)
@@ -203,7 +203,7 @@ def _facts(experiment: Any, ms: float, memory: Any) -> dict[str, Any]:
     import jax
 
     from benchmarks.train_step import _CHIP
-    from lazyattn.ahead_of_time.chips import CHIPS
+    from lazyattn.compile.chips import CHIPS
     from lazyattn.model.accounting import flops_per_token
 
     rate = 1e3 * experiment.data.batch_size * experiment.data.sequence_length / ms

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazyattn.ahead_of_time import libtpu
+from lazyattn.compile import libtpu
 
 # What `jax.experimental.topologies` calls the smallest slice of each generation.
 TOPOLOGIES = {

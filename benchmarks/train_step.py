@@ -30,8 +30,8 @@ from ml_collections import config_flags
 
 from benchmarks import provenance, softmax_by_jax
 from lazyattn import command_line, paths, sharding
-from lazyattn.ahead_of_time.chips import CHIPS
 from lazyattn.checkpoint.state import StateFactory, TrainState
+from lazyattn.compile.chips import CHIPS
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.accounting import flops_per_token, parameter_counts

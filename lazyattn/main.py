@@ -29,14 +29,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lazyattn import command_line, compile_cache, distributed, flag_help, paths
-from lazyattn.ahead_of_time import options as ahead_of_time_options
+from lazyattn.compile import flags as compile_flags
 from lazyattn.errors import InputError, require
-from lazyattn.evaluation import options as evaluation_options
+from lazyattn.eval import flags as eval_flags
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.export import options as export_options
-from lazyattn.generation import options as generation_options
-from lazyattn.inspection import options as inspection_options
-from lazyattn.plot import options as plot_options
+from lazyattn.export import flags as export_flags
+from lazyattn.inspect import flags as inspect_flags
+from lazyattn.plot import flags as plot_flags
+from lazyattn.sample import flags as sample_flags
 
 config_flags.DEFINE_config_file(
     "config",
@@ -86,12 +86,12 @@ _CACHE_DIR = paths.define(
 )
 compile_cache.define()
 distributed.define()
-evaluation_options.define()
-inspection_options.define()
-plot_options.define()
-generation_options.define()
-export_options.define()
-ahead_of_time_options.define()
+eval_flags.define()
+inspect_flags.define()
+plot_flags.define()
+sample_flags.define()
+export_flags.define()
+compile_flags.define()
 
 
 def _cache_dir() -> str:
@@ -119,7 +119,7 @@ def _train() -> int:
     from lazyattn.checkpoint.manager import SaveError
     from lazyattn.training import profile
     from lazyattn.training.loop import NonFiniteError
-    from lazyattn.training.run import train
+    from lazyattn.training.main import train
 
     traced = profile.parse(_PROFILE.value, experiment.training.steps)
     try:
@@ -133,8 +133,8 @@ def _check() -> int:
     """Takes one step of a run and keeps nothing: does all that a run needs work here?"""
     experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
+    from lazyattn.check.main import check
     from lazyattn.checkpoint.manager import SaveError
-    from lazyattn.training.check import check
 
     try:
         return check(experiment, path, cache_dir)
@@ -145,33 +145,33 @@ def _check() -> int:
 
 def _eval() -> int:
     """Measures a checkpoint: validation loss, texts, context lengths, benchmarks."""
-    options, path = evaluation_options.options(), command_line.workdir()
-    from lazyattn.evaluation.checkpoint import evaluate
+    options, path = eval_flags.options(), command_line.workdir()
+    from lazyattn.eval.main import evaluate
 
     return evaluate(path, command_line.experiment(), _cache_dir(), options, command_line.step())
 
 
 def _inspect() -> None:
     """Writes a report on what the attention of one run, or of two, does."""
-    options, path = inspection_options.options(), command_line.workdir()
-    from lazyattn.inspection.checkpoint import inspect
+    options, path = inspect_flags.options(), command_line.workdir()
+    from lazyattn.inspect.main import inspect
 
     inspect(path, command_line.experiment(), options, command_line.step())
 
 
 def _plot() -> None:
     """Draws the losses of runs against tokens and time, as SVG and PNG."""
-    runs = plot_options.runs()
-    from lazyattn.plot.picture import plot
+    runs = plot_flags.runs()
+    from lazyattn.plot.main import plot
 
     plot(runs, flags.FLAGS.output)
 
 
 def _sample() -> None:
     """Continues prompts with a checkpoint."""
-    sampling, cache = generation_options.sampling_config(), generation_options.cache_options()
+    sampling, cache = sample_flags.sampling_config(), sample_flags.cache_options()
     path = command_line.workdir()
-    from lazyattn.generation.checkpoint import sample
+    from lazyattn.sample.main import sample
 
     given = flags.FLAGS
     how = {"seed": given.seed, "stop": given.stop, "beyond_table": given.beyond_table}
@@ -181,17 +181,17 @@ def _sample() -> None:
 
 def _export() -> None:
     """Writes a folder with a model for others, or reads theirs."""
-    options = export_options.options()
+    options = export_flags.options()
     path = None if options.import_from else command_line.workdir()
-    from lazyattn.export.run import export
+    from lazyattn.export.main import export
 
     export(path, command_line.experiment(), options, command_line.step())
 
 
 def _compile() -> int:
     """Compiles the training step for a pod without having one; says whether it fits."""
-    topology, experiment = ahead_of_time_options.topology(), command_line.required_experiment()
-    from lazyattn.ahead_of_time.run import compile_report
+    topology, experiment = compile_flags.topology(), command_line.required_experiment()
+    from lazyattn.compile.main import compile_report
 
     return compile_report(experiment, topology)
 

@@ -7,7 +7,7 @@ Prints the names of the kernels in the executable.
 
 import sys
 
-from lazyattn.ahead_of_time import libtpu
+from lazyattn.compile import libtpu
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

@@ -88,3 +88,10 @@ def quick_compilation():
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """Folder of data that is not part of the project, or None."""
+    path = os.environ.get("LAZYATTN_TEST_DATA")
+    return Path(path) if path and Path(path).is_dir() else None

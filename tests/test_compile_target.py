@@ -13,7 +13,7 @@ from jax import export
 
 import lazyattn
 from lazyattn import InputError, lazy_attention
-from lazyattn.ahead_of_time import libtpu
+from lazyattn.compile import libtpu
 from tests import compile_target_program as program
 from tests import oracle
 

@@ -12,18 +12,18 @@ import pytest
 from absl.testing import flagsaver
 
 from lazyattn import command_line, flag_help, paths
-from lazyattn.ahead_of_time import libtpu
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.workdir import open_workdir
+from lazyattn.compile import libtpu
 from lazyattn.data.cache import default_cache_dir, entry
 from lazyattn.data.prepare import __main__ as preparation
 from lazyattn.data.prepare.run import Preparation
 from lazyattn.errors import InputError
-from lazyattn.evaluation.checkpoint import evaluate
-from lazyattn.evaluation.options import EvaluationOptions
+from lazyattn.eval.flags import EvaluationOptions
+from lazyattn.eval.main import evaluate
 from lazyattn.experiment import ExperimentConfig, from_config_dict
-from lazyattn.export.options import ExportOptions
-from lazyattn.export.run import export
+from lazyattn.export.flags import ExportOptions
+from lazyattn.export.main import export
 
 URL = "gs://bucket/run"
 REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and give the path\.$"

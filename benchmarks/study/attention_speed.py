@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from benchmarks import timing
 from lazyattn import lazy_attention
-from lazyattn.inspection.walk import LayerInput, walk
+from lazyattn.inspect.walk import LayerInput, walk
 from lazyattn.model.attention_layer import variant_arguments
 from lazyattn.model.config import ModelConfig
 

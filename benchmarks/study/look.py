@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lazyattn.inspection.sequences import LENGTH as SINK_LENGTH
-from lazyattn.inspection.sequences import THRESHOLD
-from lazyattn.inspection.sums import TILE
-from lazyattn.inspection.tiles import SIZES, tile_counts
-from lazyattn.inspection.walk import LayerInput, walk
-from lazyattn.inspection.weights import Block, Head, block_size, map_heads, scan_blocks
+from lazyattn.inspect.sequences import LENGTH as SINK_LENGTH
+from lazyattn.inspect.sequences import THRESHOLD
+from lazyattn.inspect.sums import TILE
+from lazyattn.inspect.tiles import SIZES, tile_counts
+from lazyattn.inspect.walk import LayerInput, walk
+from lazyattn.inspect.weights import Block, Head, block_size, map_heads, scan_blocks
 from lazyattn.model.config import ModelConfig
 
 # Queries looked at together; few large blocks are faster than many small ones.
@@ -102,7 +102,7 @@ def shares(found: Mapping[str, np.ndarray]) -> dict[str, float]:
 def sink(found: Mapping[str, np.ndarray], length: int = SINK_LENGTH) -> float:
     """Returns the share of layers, sequences and heads whose first token is a sink.
 
-    Source: Gu et al., arXiv 2410.10781, section 3, as `lazyattn.inspection.sequences` has it.
+    Source: Gu et al., arXiv 2410.10781, section 3, as `lazyattn.inspect.sequences` has it.
     """
     return float((found["first"] / length > THRESHOLD).mean())
 

@@ -15,9 +15,9 @@ from benchmarks.study import look, scorer
 from benchmarks.study.data import Tokens, rows_of, whole_documents
 from benchmarks.study.programs import SINK_SEQUENCES, Programs
 from lazyattn.errors import InputError
-from lazyattn.evaluation.by_position import position_edges
-from lazyattn.evaluation.estimates import estimate
-from lazyattn.evaluation.retrieval import (
+from lazyattn.eval.by_position import position_edges
+from lazyattn.eval.estimates import estimate
+from lazyattn.eval.retrieval import (
     DISTANCES,
     SPAN,
     default_distances,
@@ -25,7 +25,7 @@ from lazyattn.evaluation.retrieval import (
     measure_passkey,
     passkey_distances,
 )
-from lazyattn.inspection.sequences import LENGTH as SINK_LENGTH
+from lazyattn.inspect.sequences import LENGTH as SINK_LENGTH
 
 # Rows of each distance, and the seed of what is in them: the same for all models.
 COPY_ROWS, PASSKEY_ROWS, SEED = 64, 64, 17

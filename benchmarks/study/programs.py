@@ -18,7 +18,7 @@ from benchmarks.study import data, look, optimizer, scorer
 from lazyattn import sharding
 from lazyattn.checkpoint.state import StateFactory, TrainState
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.inspection.sequences import LENGTH as SINK_LENGTH
+from lazyattn.inspect.sequences import LENGTH as SINK_LENGTH
 from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.training.optimizer import make_schedule

@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Where `lazyattn.eval` was: what documents named is found here still."""

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from lazyattn import sharding
 from lazyattn.checkpoint.manager import Checkpoints, SaveError
 from lazyattn.checkpoint.state import Params, TrainState
+from lazyattn.data.read_ahead import Positioned, ReadAhead
 from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
 from lazyattn.experiment.training import TrainingConfig
@@ -20,7 +21,6 @@ from lazyattn.quantity import quantity
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.profile import StepProfile
-from lazyattn.training.read_ahead import Positioned, ReadAhead
 from lazyattn.training.step import Metrics, StepFn
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from lazyattn.checkpoint.state import TrainState
 from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
-from lazyattn.evaluation.perplexity import coverage
+from lazyattn.eval.perplexity import coverage
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.inspection.statistics import attention_statistics
+from lazyattn.inspect.statistics import attention_statistics
 from lazyattn.training.samples import SAMPLING, continuation
 
 _PROMPT = "The "

@@ -5,8 +5,8 @@ from absl import flags
 from benchmarks import step_profile, train_step
 from benchmarks.step_profile import Event, Part, Rates
 from lazyattn import command_line, sharding
-from lazyattn.ahead_of_time import work
-from lazyattn.ahead_of_time.hlo import Module
+from lazyattn.compile import work
+from lazyattn.compile.hlo import Module
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from tests.benchmarks import test_train_step

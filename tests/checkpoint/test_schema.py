@@ -11,7 +11,7 @@ from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import RECIPES, AttentionConfig
-from lazyattn.training import run
+from lazyattn.training import main as run
 from tests.training import tiny
 
 WHERE = Path("runs/old/checkpoints/7")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from lazyattn.data.documents import read_texts
 from lazyattn.data.sources import documents, identity
 from lazyattn.data.text_files import check_unicode, json_lines, json_objects, read_text
 from lazyattn.errors import InputError
-from lazyattn.evaluation.documents import read_texts
-from lazyattn.evaluation.lambada import read_lambada
+from lazyattn.eval.lambada import read_lambada
 
 MARK = b"\xef\xbb\xbf"
 # What str.splitlines takes for line ends, and a JSON string may hold as it is.

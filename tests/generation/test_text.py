@@ -12,7 +12,7 @@ from lazyattn.generation.decode import generate
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.generation.text import _certain, generate_text, stream_text
 from tests.data import real_tokenizers
-from tests.evaluation.letters import Letters
+from tests.eval.letters import Letters
 from tests.model.tiny import make_config, make_params
 
 CONFIG = make_config()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lazyattn import InputError, attention, lazy_attention
-from lazyattn.ahead_of_time.libtpu import library
+from lazyattn.compile.libtpu import library
 from pallas_kernels.tpu import config, support
 from tests import oracle
 from tests.pallas_kernels.problems import problem

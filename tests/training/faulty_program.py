@@ -45,7 +45,7 @@ def full():
 
 def poison(step, here):
     """Marks rows of `here`, and makes the loss (on all processes) know the mark."""
-    from lazyattn.training import run
+    from lazyattn.training import main as run
 
     make_loss_fn, train_iterator = run.make_loss_fn, run.train_iterator
 

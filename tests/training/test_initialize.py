@@ -14,12 +14,12 @@ from lazyattn.checkpoint.load import load_trained
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.export.options import ExportOptions
-from lazyattn.export.run import export
+from lazyattn.export.flags import ExportOptions
+from lazyattn.export.main import export
 from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.training import run
+from lazyattn.training import main as run
 from lazyattn.training.initialize import converted_bias
 from tests.training import tiny
 

@@ -11,7 +11,8 @@ from lazyattn import sharding
 from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.experiment import from_config_dict
 from lazyattn.sharding import MeshConfig
-from lazyattn.training import remat, run
+from lazyattn.training import main as run
+from lazyattn.training import remat
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.remat import Need
 from tests.training import tiny

@@ -7,7 +7,8 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import resume_data, run
+from lazyattn.training import main as run
+from lazyattn.training import resume_data
 from lazyattn.training.log import RunLog
 from tests.data.shard_folders import write_folder
 from tests.training import tiny

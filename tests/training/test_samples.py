@@ -7,7 +7,7 @@ import pytest
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from lazyattn.sharding import make_mesh
-from lazyattn.training import run
+from lazyattn.training import main as run
 from lazyattn.training.samples import Samples
 from tests.training import tiny
 

@@ -11,7 +11,7 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import run
+from lazyattn.training import main as run
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 from tests.training import tiny
 

@@ -1,1 +1,0 @@
-"""What a training step needs on a machine that is not here: memory, time, traffic."""

@@ -1,0 +1,1 @@
+"""`--mode=check`: does all that a run needs work here?"""

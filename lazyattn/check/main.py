@@ -1,0 +1,163 @@
+"""`--mode=check`: a dry run, so that what is wrong comes out before a long run begins.
+
+It is a training of one step in a folder inside the run's, which is removed afterwards. So
+it takes the very way of a run: data, compilation, step, validation, logs, checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lazyattn
+from lazyattn import sharding
+from lazyattn.checkpoint import workdir as folders
+from lazyattn.checkpoint.manager import FOLDER, Checkpoints
+from lazyattn.checkpoint.state import make_state_factory
+from lazyattn.errors import InputError
+from lazyattn.experiment import ExperimentConfig, resumption_changes
+from lazyattn.quantity import quantity
+from lazyattn.training import resume_data
+from lazyattn.training.claim import claimed
+from lazyattn.training.main import train
+from lazyattn.training.optimizer import make_optimizer
+
+_TRIAL = ".check"
+
+
+def check(
+    experiment: ExperimentConfig,
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> int:
+    """Takes one step of a run, prints what was seen, and leaves the run's folder as it was.
+
+    Prepared data stays in the cache. A run that has checkpoints is asked whether it could
+    go on: its settings are compared, and its newest checkpoint is read.
+
+    Args:
+      experiment: all settings.
+      path: the run's folder (`--workdir`).
+      cache_dir: where prepared data is kept; None: the user's cache.
+
+    Returns:
+      The program's exit status: 0 if a run could begin, 1 if the step's loss or gradient
+      was not finite, 130 after Ctrl-C.
+
+    Raises:
+      InputError: as `train`.
+      SaveError: if the checkpoint can't be written.
+    """
+    began = time.perf_counter()
+    print(_host(), flush=True)
+    with claimed(path, keep=False) as workdir:
+        reached = _read_newest(workdir, experiment)
+        trial = workdir / _TRIAL
+        shutil.rmtree(trial, ignore_errors=True)  # of a check that was killed
+        try:
+            settings = _one_step(experiment, resumes=reached is not None)
+            status = train(settings, trial, cache_dir, summary=False)
+            if status:
+                return status
+            (record,) = map(json.loads, (trial / folders.METRICS).read_text().splitlines())
+            size = sum(file.stat().st_size for file in _files(trial / FOLDER))
+            free = shutil.disk_usage(workdir).free
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    training = experiment.training
+    print(
+        f"checkpoint  {_bytes(size)}, written and removed; {_bytes(free)} free in {workdir}, for"
+        f" training.keep = {training.keep} and the best"
+    )
+    if size * (training.keep + 2) > free:  # one more while it is being written
+        print(
+            f"  too little: {quantity(training.keep + 2, 'checkpoint')} need"
+            f" {_bytes(size * (training.keep + 2))}"
+        )
+    if record["skipped"]:
+        print(
+            "The loss of the first step or its gradient is not finite; a run would skip that step.",
+            file=sys.stderr,
+        )
+        return 1
+    goes_on = "start" if reached is None else f"resume after step {reached}"
+    seconds = time.perf_counter() - began
+    print(f"checked in {seconds:.0f} s: --mode=train would {goes_on}; nothing of this is kept")
+    return 0
+
+
+def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfig:
+    """Returns settings of a run of one step with all that a run does."""
+    training = dataclasses.replace(
+        experiment.training,
+        steps=1,
+        eval_batches=1,
+        inspect_every=min(experiment.training.inspect_every, 1),
+        sample_every=min(experiment.training.sample_every, 1),
+        max_failed_saves=1,
+    )
+    if resumes:  # what it started from need not be there any more
+        training = dataclasses.replace(training, init_from=None)
+    return dataclasses.replace(experiment, training=training)
+
+
+def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
+    """Returns the step that the run would resume after; None: it has no checkpoint.
+
+    Raises:
+      InputError: if it could not.
+    """
+    if not (workdir / FOLDER).is_dir():
+        return None
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        found = checkpoints.newest_experiment()
+        if found is None:
+            return None
+        steps = experiment.training.steps
+        if found[0] >= steps:
+            raise InputError(
+                f"training.steps is {steps}, but the run in {workdir} is at step {found[0]}"
+                " already: nothing is left to train."
+            )
+        resumption_changes(found[1], experiment)
+        resume_data.require_same_kind(found[1], experiment)
+        mesh = sharding.make_mesh(experiment.mesh)
+        optimizer = make_optimizer(experiment.optimizer, steps)
+        restored = checkpoints.restore(make_state_factory(experiment, mesh, optimizer).abstract)
+        return None if restored is None else int(restored.state.step)
+
+
+def _host() -> str:
+    """Returns a line on this machine and its software."""
+    memory = ""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = f", {_bytes(total)} of memory"
+    return (
+        f"host     {platform.node()}: {quantity(os.cpu_count() or 1, 'processor')}{memory};"
+        f" Python {platform.python_version()}, jax {jax.__version__},"
+        f" lazyattn {lazyattn.__version__}"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _bytes(number: Any) -> str:
+    """Returns an amount of memory for people."""
+    size, unit = float(number), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"

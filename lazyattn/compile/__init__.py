@@ -1,0 +1,1 @@
+"""`--mode=compile`: what a training step needs on a machine that is not here."""

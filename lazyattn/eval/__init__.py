@@ -1,0 +1,1 @@
+"""`--mode=eval`: how good a model is."""

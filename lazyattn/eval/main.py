@@ -1,0 +1,286 @@
+"""`--mode=eval`: a run's checkpoint, measured as the flags say."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from lazyattn.checkpoint.load import TrainedModel, load_trained
+from lazyattn.checkpoint.workdir import check_tokenizer
+from lazyattn.data.documents import (
+    VALIDATION,
+    Corpus,
+    Text,
+    is_prepared,
+    read_prepared,
+    read_texts,
+    tokenize,
+    validation_texts,
+)
+from lazyattn.data.pipeline import prepare, unigram_entropy
+from lazyattn.data.read_ahead import read_together
+from lazyattn.errors import InputError, require
+from lazyattn.eval import extrapolation, reach
+from lazyattn.eval.flags import EvaluationOptions
+from lazyattn.eval.lambada import Passage, read_lambada, tokenize_passages
+from lazyattn.eval.perplexity import Evaluator, coverage, validation_rows
+from lazyattn.eval.scoring import Scorer
+from lazyattn.experiment import ExperimentConfig
+from lazyattn.generation.cache import check_context
+from lazyattn.paths import local_path
+from lazyattn.sharding import check_batch
+
+_FOLDER = "evaluation"
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    experiment: ExperimentConfig | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    options: EvaluationOptions | None = None,
+    step: int | str | None = None,
+) -> int:
+    """Measures and prints what was asked for; without any, the validation figures.
+
+    Args:
+      path: the run's folder.
+      experiment: settings to use; None: the checkpoint's own.
+      cache_dir: where prepared data is kept; None: the user's cache.
+      options: what to measure; None: the validation figures.
+      step: which checkpoint, as `load_trained` has it.
+
+    Returns:
+      The exit status: 1 if a task could not be measured, else 0.
+
+    Raises:
+      InputError: if there is no checkpoint or tokenizer, the data is not what it was,
+        or something asked for is wrong, all before anything is compiled.
+    """
+    options = EvaluationOptions() if options is None else options
+    texts = {
+        name: read_texts(name)[: options.limit]
+        for name in options.texts
+        if name != VALIDATION and not is_prepared(name)
+    }
+    passages = [] if options.lambada is None else read_lambada(options.lambada)[: options.limit]
+    if options.tasks:
+        require(
+            jax.process_count() == 1,
+            "--tasks",
+            ",".join(options.tasks),
+            "left out where several processes evaluate: the harness runs in one",
+        )
+        _check_tasks(options)
+    check_tokenizer(path)
+    trained = load_trained(path, experiment, step)
+    folder = local_path("--output", options.output or Path(path) / _FOLDER)
+    contexts = options.contexts or (trained.experiment.data.sequence_length,)
+    for context in contexts:
+        check_context(
+            context,
+            trained.experiment.model,
+            trained.experiment.data.sequence_length,
+            name="--contexts" if options.contexts else "the context",
+            beyond_table=options.beyond_table,
+        )
+    plan = reach.Plan(
+        tuple(sorted(set(options.retrieval_distances))),
+        options.retrieval_span,
+        options.retrieval_rows,
+        options.seed,
+    )
+    if options.retrieval:
+        reach.check_plan(plan, contexts)
+    # A list of contexts alone is a question about the run's own text.
+    about_text = bool(options.texts or passages)
+    alone = not options.tasks and not options.retrieval
+    rows = about_text or options.retrieval or (options.contexts and alone)
+    if rows:
+        names = options.texts if about_text else (VALIDATION,)
+        corpora = [_corpus(trained, name, texts, options.limit) for name in names]
+        tokens = tokenize_passages(passages, trained.tokenizer)
+        extrapolation.check(tokens, contexts, options.stride)
+        if options.retrieval:
+            sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
+            for corpus in sources:
+                reach.check_corpus(corpus, plan, contexts)
+    _say(f"checkpoint       {trained.checkpoint}")
+    all_measured = not options.tasks or _print_tasks(trained, options, contexts[0], folder)
+    if rows:
+        scorer = Scorer(
+            trained.params,
+            trained.experiment.model,
+            trained.mesh,
+            batch_tokens=options.batch_tokens,
+            exact=options.precision == "float32",
+        )
+        if about_text or not options.retrieval:
+            _print_texts(trained, options, scorer, corpora, tokens, contexts, folder)
+        if options.retrieval:
+            _print_retrieval(trained, scorer, sources, plan, contexts, folder)
+    elif alone:
+        _print_validation(trained, cache_dir)
+    return 0 if all_measured else 1
+
+
+def _say(text: str) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _compiled(scorer: Scorer) -> str:
+    number = scorer.compilations
+    return "1 shape was compiled." if number == 1 else f"{number} shapes were compiled."
+
+
+def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Prints loss, perplexity and bits per byte of the whole validation split.
+
+    Its rows are packed as in training, whatever part of them training validates on.
+    """
+    experiment = trained.experiment
+    length = experiment.data.sequence_length
+    check_batch(trained.mesh, experiment.data.batch_size, sequence_length=length)
+    prepared = prepare(experiment.data, cache_dir)
+    if prepared.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise InputError(
+            "The data prepared here has another tokenizer than the run was trained with (another"
+            " Python or other settings); evaluate with what it was trained with."
+        )
+    evaluator = Evaluator(
+        experiment.model, trained.mesh, trained.param_shardings, trained.tokenizer.bytes_per_token
+    )
+    rows = read_together(validation_rows(experiment, prepared, trained.mesh), "evaluation, batch")
+    found = evaluator(trained.params, rows)
+    _say(
+        f"validation loss  {found.loss:.4f} nats a token {coverage(found.tokens)}"
+        f" (unigram entropy {unigram_entropy(prepared):.4f})"
+    )
+    _say(f"perplexity       {found.perplexity:.3f}")
+    _say(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
+
+
+def _corpus(
+    trained: TrainedModel, name: str, texts: dict[str, list[Text]], limit: int | None
+) -> Corpus:
+    """Returns the documents of a name on the command line; `texts` are those read before."""
+    data = trained.experiment.data
+    label, tokenizer = Path(name).stem, trained.tokenizer
+    if name in texts:
+        return tokenize(label, texts[name], tokenizer)
+    if name != VALIDATION:
+        return read_prepared(label, [name], tokenizer, limit)
+    if data.tokenised:
+        return read_prepared(label, [path for path, _ in data.weighted_paths], tokenizer, limit)
+    return tokenize(label, validation_texts(data)[:limit], tokenizer)
+
+
+def _print_texts(
+    trained: TrainedModel,
+    options: EvaluationOptions,
+    scorer: Scorer,
+    corpora: list[Corpus],
+    passages: list[Passage],
+    contexts: tuple[int, ...],
+    folder: Path,
+) -> None:
+    """Measures texts at every context; prints a table and writes it, data and plot."""
+    texts, lambada = extrapolation.extrapolate(scorer, corpora, passages, contexts, options.stride)
+    length = trained.experiment.data.sequence_length
+    table = extrapolation.as_table(texts, lambada, length)
+    _say(f"\n{table}\n\n{_compiled(scorer)}")
+    if jax.process_index() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "contexts.md").write_text(table + "\n")
+    data = extrapolation.as_data(texts, lambada, length)
+    data["checkpoint"] = str(trained.checkpoint)
+    (folder / "contexts.json").write_text(json.dumps(data, indent=2) + "\n")
+    drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
+    more = "" if drawn else " There is no picture: matplotlib is not installed."
+    _say(f"Written to {folder}.{more}")
+
+
+def _print_retrieval(
+    trained: TrainedModel,
+    scorer: Scorer,
+    corpora: list[Corpus],
+    plan: reach.Plan,
+    contexts: tuple[int, ...],
+    folder: Path,
+) -> None:
+    """Measures how far back the model reaches; prints tables and writes them and their data."""
+    tokenizer = trained.tokenizer
+    found = [
+        reach.measure(scorer.score_rows, corpus, context, plan, tokenizer, tokenizer.bos_id)
+        for corpus in corpora
+        for context in sorted(set(contexts))
+    ]
+    length = trained.experiment.data.sequence_length
+    table = reach.as_table(found, plan, length)
+    _say(f"\n{table}\n\n{_compiled(scorer)}")
+    if jax.process_index() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "retrieval.md").write_text(table + "\n")
+    data = reach.as_data(found, plan, length)
+    data["checkpoint"] = str(trained.checkpoint)
+    (folder / "retrieval.json").write_text(json.dumps(data, indent=2) + "\n")
+    _say(f"Written to {folder}: retrieval.md, retrieval.json.")
+
+
+def _check_tasks(options: EvaluationOptions) -> None:
+    """Checks the tasks before a checkpoint is read, let alone compiled for."""
+    import tempfile
+
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--tasks needs lm-evaluation-harness, which is not installed: pip install -r"
+            " requirements/evaluation.txt."
+        ) from None
+    from lazyattn.eval.benchmarks import find_tasks
+
+    with tempfile.TemporaryDirectory() as work:
+        find_tasks(options.tasks, options.tasks_dir, Path(work))
+
+
+def _print_tasks(
+    trained: TrainedModel, options: EvaluationOptions, context: int, folder: Path
+) -> bool:
+    """Runs the harness; prints the table and writes it beside the harness's results.
+
+    Returns:
+      Whether every task could be measured.
+    """
+    from lazyattn.eval import benchmarks, harness, tasks
+
+    harness.quiet()
+    lm = harness.LazyAttentionLM.from_trained(
+        trained,
+        context=context,
+        beyond_table=options.beyond_table,
+        batch_tokens=options.batch_tokens,
+        exact=options.precision == "float32",
+    )
+    found = tasks.run_tasks(
+        lm,
+        options.tasks,
+        tasks_dir=options.tasks_dir,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        name=f"{Path(trained.checkpoint).parents[1].name}-{trained.step}",
+        output=folder,
+    )
+    table = benchmarks.as_table(found.results["results"], found.failed)
+    print(f"\n{table}\n\n{_compiled(lm.scorer)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks.md").write_text(table + "\n", encoding="utf-8")
+    if found.written is None:
+        print(f"Written to {folder}: benchmarks.md; the harness wrote no file of its own.")
+    else:
+        print(f"Written to {folder}: benchmarks.md, and the harness's own {found.written}.")
+    return not found.failed

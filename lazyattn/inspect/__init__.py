@@ -1,0 +1,1 @@
+"""`--mode=inspect`: what a model's attention does."""

@@ -1,0 +1,1 @@
+"""`--mode=sample`: text from a run's checkpoint."""

@@ -1,0 +1,308 @@
+"""A training run from its settings: check, prepare, resume, train, sum up."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import time
+from typing import Any
+
+import jax
+
+from lazyattn import sharding
+from lazyattn.checkpoint import workdir as folders
+from lazyattn.checkpoint.manager import Checkpoints, Restored
+from lazyattn.checkpoint.state import Params, make_state_factory
+from lazyattn.data.pipeline import (
+    ShardedData,
+    TrainingData,
+    packing_report,
+    prepare,
+    train_iterator,
+    validation_batches,
+)
+from lazyattn.data.read_ahead import read_together
+from lazyattn.distributed import gather_rows
+from lazyattn.eval.perplexity import Evaluator, validation_rows
+from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
+from lazyattn.inspect.probe import AttentionProbe
+from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.quantity import quantity
+from lazyattn.training import balance, remat, resume_data
+from lazyattn.training.claim import claimed
+from lazyattn.training.initialize import Weights, read_weights
+from lazyattn.training.interrupt import StopSignal
+from lazyattn.training.log import RunLog
+from lazyattn.training.loop import Run, fit
+from lazyattn.training.optimizer import make_optimizer
+from lazyattn.training.profile import StepProfile
+from lazyattn.training.samples import Samples
+from lazyattn.training.summary import print_summary
+from lazyattn.training.weights_and_biases import WeightsAndBiases
+
+
+def train(
+    experiment: ExperimentConfig,
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+    profile: tuple[int, int] | None = None,
+    summary: bool = True,
+    wandb: bool = False,
+) -> int:
+    """Trains, going on from the newest checkpoint if the folder has one.
+
+    Args:
+      experiment: all settings.
+      path: the run's folder (`--workdir`).
+      cache_dir: where prepared data is kept; None: the user's cache.
+      profile: first and last step of a trace; None: none.
+      summary: print the closing summary, with a sample.
+      wandb: send curves to Weights & Biases, too.
+
+    Returns:
+      The program's exit status: 0 when training is complete or SIGTERM ended it,
+      130 when Ctrl-C did.
+
+    Raises:
+      InputError: if something the user gave is wrong; as much as possible is found
+        before data is prepared or anything compiled.
+      NonFiniteError: if too many steps in a row weren't finite.
+      SaveError: if too many checkpoints in a row, or the last, couldn't be written.
+    """
+    began = time.perf_counter()
+    training = experiment.training
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_batch(
+        mesh,
+        experiment.data.batch_size,
+        training.microbatches,
+        experiment.data.sequence_length,
+    )
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        workdir = stack.enter_context(claimed(path))
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir,
+                keep=training.keep,
+                keep_every=training.keep_every,
+                max_failed=training.max_failed_saves,
+            )
+        )
+        found = checkpoints.newest_experiment()
+        if found is not None and found[0] > training.steps:
+            _say(
+                f"already at step {found[0]}, past training.steps = {training.steps}: nothing was"
+                " done"
+            )
+            return 0
+        changes = {} if found is None else resumption_changes(found[1], experiment)
+        if found is not None:
+            resume_data.require_same_kind(found[1], experiment)
+            before = from_config_dict(found[1]).training.init_from
+            training = dataclasses.replace(training, init_from=before)
+            experiment = dataclasses.replace(experiment, training=training)
+        optimizer = make_optimizer(experiment.optimizer, training.steps)
+        factory = make_state_factory(experiment, mesh, optimizer)
+        restored = checkpoints.restore(factory.abstract)
+        weights: Weights | None = None
+        if restored is None and training.init_from is not None:
+            weights = read_weights(experiment, mesh, factory.shardings.params)
+
+        # Early: no account is noticed before data is prepared.
+        weights_and_biases = stack.enter_context(
+            WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
+        )
+        _say(_where_the_data_is(experiment))
+        prepared = prepare(experiment.data, cache_dir)
+        share = sharding.batch_share(mesh)
+        batches = train_iterator(
+            prepared,
+            experiment.data,
+            process_index=share.index,
+            process_count=share.count,
+            gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
+        )
+        stack.callback(batches.close)
+        if restored is not None:
+            resume_data.resume(batches, restored.data, restored.experiment, experiment)
+        folders.check_vocabulary(prepared.tokenizer, experiment)
+        if weights is not None:
+            weights.check_tokenizer(prepared.tokenizer)
+        reached = 0 if restored is None else int(restored.state.step)
+        samples = stack.enter_context(
+            Samples(workdir, experiment, mesh, prepared.tokenizer, step=reached, say=_say)
+        )
+        finished = restored is not None and int(restored.state.step) == training.steps
+        if jax.process_index() == 0:
+            folders.keep_tokenizer(workdir, prepared.tokenizer)
+            if not finished:
+                folders.write_experiment(workdir, experiment)
+        started = () if weights is None else weights.said
+        if restored is not None:
+            state = restored.state
+        else:
+            state = factory.create(None if weights is None else weights.params)
+            weights = None  # consumed
+        evaluator = Evaluator(
+            experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
+        )
+
+        probe: AttentionProbe | None = None
+        validations = itertools.count(1)
+
+        def validate(params: Params) -> dict[str, float]:
+            rows = validation_rows(experiment, prepared, mesh, training.eval_batches)
+            what = f"validation {next(validations)}, batch"
+            found = evaluator(params, read_together(rows, what))
+            return {
+                "validation_loss": found.loss,
+                "validation_bits_per_byte": found.bits_per_byte,
+                "validation_tokens": found.tokens,
+            }
+
+        def inspect(params: Params) -> dict[str, float]:
+            nonlocal probe
+            if probe is None:  # made when it is first needed, which may be never
+                rows = next(validation_batches(prepared, experiment.data))
+                probe = AttentionProbe(experiment.model, mesh, rows)
+            return probe(params)
+
+        start, length = int(state.step), experiment.data.sequence_length
+        for line in (
+            *_describe(experiment, mesh, factory.abstract.params, prepared),
+            *started,
+            *_where_from(restored, changes, training.steps),
+            *balance.describe(experiment.model, mesh, length, state.params),
+        ):
+            _say(line)
+        record: dict[str, Any] = {}
+        spent: list[str] = []
+        if not finished:
+            log = stack.enter_context(
+                RunLog(
+                    workdir,
+                    step=start,
+                    steps=training.steps,
+                    log_every=training.log_every,
+                    flops_per_token=flops_per_token(experiment.model, length).training,
+                    began=began,
+                    curves=(weights_and_biases,),
+                )
+            )
+            step_fn, said = remat.make_step(
+                experiment, mesh, optimizer, factory.shardings, factory.abstract
+            )
+            for line in said:
+                _say(line)
+            run = Run(
+                config=training,
+                experiment=experiment.to_dict(),
+                mesh=mesh,
+                step_fn=step_fn,
+                batches=batches,
+                checkpoints=checkpoints,
+                log=log,
+                validate=validate,
+                stop=stop,
+                inspect=inspect,
+                sample=samples,
+                profile=stack.enter_context(StepProfile(workdir, profile)),
+            )
+            stop.arm()
+            state, record = fit(run, state)
+            spent = log.goodput.lines()
+        if int(state.step) < training.steps:
+            assert stop.received is not None
+            _say(
+                f"{stop.received.name}: stopped after step {int(state.step)}, which is saved; run"
+                " the same command to go on"
+            )
+            return stop.exit_status
+        if not summary:
+            return 0
+        record = record or validate(state.params)
+        if jax.process_index() > 0:
+            return 0
+        print_summary(
+            _say,
+            path,
+            experiment,
+            prepared,
+            state,
+            checkpoint=checkpoints.folder / str(int(state.step)),
+            best=checkpoints.best(),
+            spent=spent,
+            loss=record["validation_loss"],
+            bits_per_byte=record["validation_bits_per_byte"],
+            tokens=int(record["validation_tokens"]),
+        )
+    return 0
+
+
+def _say(text: str) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _describe(
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, params: Params, prepared: TrainingData
+) -> list[str]:
+    """Returns lines on what is about to run."""
+    model, attention = experiment.model, experiment.model.attention
+    total = parameter_counts(params)["total"]
+    kind = attention.variant
+    if attention.has_bias:
+        decay = attention.bias_kind == "decay"
+        kind += ", decaying bias" if decay else f", {attention.bias_init} bias table"
+    if attention.has_offset:
+        kind += f", offset {attention.offset_init:g}"
+    counts = prepared.counts
+    devices = {name: size for name, size in mesh.shape.items() if size > 1}
+    return [
+        f"model    {total:,} parameters, {quantity(model.num_layers, 'layer')} of width"
+        f" {model.width}, {quantity(attention.num_heads, 'head')}, attention: {kind}",
+        f"data     {experiment.data.name}: {quantity(counts['train'].documents, 'document')},"
+        f" {quantity(counts['train'].targets, 'token')} to train on,"
+        f" {counts['validation'].targets:,} to validate on",
+        *_packing(experiment, prepared),
+        f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
+        + (f" as {devices}" if devices else ""),
+    ]
+
+
+def _where_the_data_is(experiment: ExperimentConfig) -> str:
+    if experiment.data.tokenised:
+        return f"data     checking {experiment.data.name} against what its manifest says"
+    return f"data     preparing {experiment.data.source}, unless the cache has it"
+
+
+def _packing(experiment: ExperimentConfig, prepared: TrainingData) -> list[str]:
+    """Returns a line for each folder of shards on how its documents fill rows."""
+    if not isinstance(prepared, ShardedData):
+        return []
+    data = experiment.data
+    return [
+        f"packing  {folder}: {report.efficiency:.1%} of {quantity(report.rows, 'row')} filled by"
+        f" {data.packing}, {report.cut_off:.1%} of the tokens of"
+        f" {quantity(report.documents, 'document')} cut off"
+        for (folder, _), report in zip(
+            data.weighted_paths, packing_report(prepared, data), strict=True
+        )
+    ]
+
+
+def _where_from(
+    restored: Restored | None, changes: dict[str, tuple[Any, Any]], steps: int
+) -> list[str]:
+    """Returns lines on where the run goes on."""
+    if restored is None:
+        return []
+    step = int(restored.state.step)
+    if step == steps:
+        return [f"already at step {step}, the last (training.steps): nothing is left to train"]
+    lines = [f"resuming after step {step}"]
+    lines += [f"  config.{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items()]
+    return lines

@@ -1,0 +1,110 @@
+"""`--mode=check`: it does what a run does, keeps nothing, and says in a sentence what is wrong."""
+
+import jax.numpy as jnp
+import pytest
+
+from lazyattn.check import main as module
+from lazyattn.check.main import check
+from lazyattn.errors import InputError
+from lazyattn.experiment import from_config_dict
+from lazyattn.training import main as run
+from lazyattn.training.claim import LOCK, claimed
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def _experiment(text, **changes):
+    config = tiny.get_config(text)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(config)
+
+
+def _files(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != LOCK}  # says who was last
+
+
+def test_a_new_run(text, cache, tmp_path, capsys):
+    assert check(_experiment(text), tmp_path / "runs" / "a", cache) == 0
+    assert not (tmp_path / "runs").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("host     ") and "lazyattn 0." in lines[0]
+    starts = ("model ", "data ", "devices  1 cpu", "step 1/1  loss", "step 1/1  validation")
+    for start in (*starts, "checkpoint  ", "checked in "):
+        assert any(line.startswith(start) for line in lines), start
+    assert lines[-1].endswith("--mode=train would start; nothing of this is kept")
+    assert not any("sample" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_that_would_resume(text, cache, tmp_path, capsys):
+    assert run.train(_experiment(text, training__steps=2), tmp_path, cache) == 0
+    before = _files(tmp_path)
+    assert check(_experiment(text, training__steps=4), tmp_path, cache) == 0
+    assert "--mode=train would resume after step 2;" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"training.steps is 2, but .* is at step 2 already"):
+        check(_experiment(text, training__steps=2), tmp_path, cache)
+    with pytest.raises(InputError, match=r"config.model.width is 32, but the checkpoints .* 16"):
+        check(_experiment(text, model__width=32), tmp_path, cache)
+    assert _files(tmp_path) == before
+
+
+def test_weights_that_a_run_began_with_need_not_be_there(text):
+    experiment = _experiment(text, training__init_from="gone")
+    assert module._one_step(experiment, resumes=True).training.init_from is None
+    assert module._one_step(experiment, resumes=False).training.init_from == "gone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__source": "/no/such/folder"}, "data.source is '/no/such/folder'"),
+        ({"training__init_from": "/no/such/run"}, "--init_from is '/no/such/run', but it must be"),
+        ({"mesh__tensor": 3, "mesh__data": 1}, "mesh is "),
+    ],
+)
+def test_what_is_wrong_comes_out(text, cache, tmp_path, changes, message):
+    with pytest.raises(InputError) as caught:
+        check(_experiment(text, **changes), tmp_path / "run", cache)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_in_use(text, cache, tmp_path):
+    with claimed(tmp_path), pytest.raises(InputError, match="another training is at work there"):
+        check(_experiment(text), tmp_path, cache)
+
+
+def test_a_first_step_that_is_not_finite_and_a_disk_with_little_room(
+    text, cache, tmp_path, capsys, monkeypatch
+):
+    make = run.make_train_step
+
+    def poisoned(*arguments, **options):
+        step = make(*arguments, **options)
+
+        def take(state, batch):
+            state, metrics = step(state, batch)
+            return state, metrics | {"skipped": jnp.int32(1), "loss": jnp.float32(jnp.nan)}
+
+        return take
+
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(run, "make_train_step", poisoned)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: Usage)
+    assert check(_experiment(text), tmp_path / "run", cache) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("The loss of the first step or its gradient is not finite;")
+    assert "  too little: 5 checkpoints need " in told.out
+    assert "checked" not in told.out and not (tmp_path / "run").exists()

@@ -60,16 +60,10 @@ def _over_batch(
             # Parameters differ from one to the next.
             def one(rows: list[Array]) -> Any:
                 left = iter(rows)
-                return call(
-                    *(
-                        next(left) if is_mapped else x
-                        for x, is_mapped in zip(arrays, mapped, strict=True)
-                    )
-                )
+                return call(*(next(left) if own else x for x, own in each))
 
-            results = jax.lax.map(
-                one, [x for x, is_mapped in zip(arrays, mapped, strict=True) if is_mapped]
-            )
+            each = list(zip(arrays, mapped, strict=True))
+            results = jax.lax.map(one, [x for x, own in each if own])
         else:
 
             def fold(x: Array, is_mapped: bool, shared: bool) -> Array:
@@ -79,9 +73,8 @@ def _over_batch(
                     x = jnp.broadcast_to(x, (size, *x.shape))
                 return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-            folded = _over_batch(run, parameters, size * groups)(
-                *map(fold, arrays, mapped, parameters)
-            )
+            rows = map(fold, arrays, mapped, parameters)
+            folded = _over_batch(run, parameters, size * groups)(*rows)
             results = [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in folded]
         return results, [True] * len(results)
 

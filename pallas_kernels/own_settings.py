@@ -5,9 +5,7 @@ Rules of differentiation and batching are traced later than the call, so they ne
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -27,16 +25,5 @@ def own_settings(*, narrow: bool = False) -> Iterator[None]:
         yield
 
 
-def traced_by_own_settings(
-    function: Callable[..., Any] | None = None, *, narrow: bool = False
-) -> Any:
-    """Makes `function` run with `own_settings`."""
-    if function is None:
-        return functools.partial(traced_by_own_settings, narrow=narrow)
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with own_settings(narrow=narrow):
-            return function(*args, **kwargs)
-
-    return run
+# A context manager is a decorator too: its function runs with the settings.
+traced_by_own_settings = own_settings

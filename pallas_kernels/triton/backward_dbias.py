@@ -103,9 +103,8 @@ def lazy_backward_bias(
     A part is static.batches rows of the batch, or one of the static.chunks runs of query
     tiles of one. d_bias is [parts, heads, distances, queries, keys].
     """
-    chunk: tl.constexpr = static.query_tiles_a_chunk
+    chunk: tl.constexpr = -(-static.query_tiles // static.chunks)
     ratio: tl.constexpr = static.queries // static.keys
-    tiles_pad: tl.constexpr = static.query_tiles_padded
     step = tl.program_id(0) // static.heads
     head = tl.program_id(0) % static.heads
     part = tl.program_id(1)
@@ -119,7 +118,7 @@ def lazy_backward_bias(
     table = table_ptr + head * static.pitch + static.lead
     bias = gather((table + tile_distance + rows)[:, None] - columns[None, :])
     bias = tl.where(rows[:, None] + tile_distance >= columns[None, :], bias, MASKED)
-    tiles = tl.arange(0, tiles_pad)
+    tiles = tl.arange(0, triton.next_power_of_2(static.query_tiles))
     total = tl.full((static.queries, static.keys), 0, tl.float32)
     for member in tl.range(0, static.batches):
         batch = (part // static.chunks * static.batches + member).to(tl.int64)

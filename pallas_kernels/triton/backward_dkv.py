@@ -87,12 +87,9 @@ def _add_key_gradients(
 
 
 @triton.jit
-def _last_query(first, column_stop, static: tl.constexpr, TILES: tl.constexpr):
-    """Returns the end of the last query tile whose range begins before `column_stop`.
-
-    first: where the forward pass's ranges stand. TILES: their number, rounded up.
-    """
-    tiles = tl.arange(0, TILES)
+def _last_query(first, column_stop, static: tl.constexpr):
+    """Returns the end of the last query tile whose range, at `first`, begins before a column."""
+    tiles = tl.arange(0, triton.next_power_of_2(static.forward_tiles))
     starts = tl.load(first + tiles, mask=tiles < static.forward_tiles, other=static.length)
     stop = tl.max(tl.where(starts * static.forward_keys < column_stop, tiles + 1, 0), 0)
     return tl.minimum(stop * static.forward_queries, static.length)
@@ -151,14 +148,13 @@ def lazy_backward_key(
             threshold += at_row
         row_stats = (lse_ptr + at_row, delta_ptr + at_row, threshold, segment_start_ptr + at_batch)
 
-        tiles_pad: tl.constexpr = static.forward_tiles_padded
         at_forward = query_row * static.forward_tiles
         column_stop = column0 + static.keys
-        visit_end = _last_query(first_ptr + at_forward, column_stop, static, tiles_pad)
+        visit_end = _last_query(first_ptr + at_forward, column_stop, static)
         stop = tl.maximum(tl.cdiv(visit_end, static.queries), diagonal)
         live = stop
         if static.has_offset:
-            live_end = _last_query(live_ptr + at_forward, column_stop, static, tiles_pad)
+            live_end = _last_query(live_ptr + at_forward, column_stop, static)
             live = tl.maximum(tl.cdiv(live_end, static.queries), diagonal)
 
         tiles = (keys, values)

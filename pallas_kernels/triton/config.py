@@ -71,13 +71,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def table_key(capability: int, itemsize: int, head_dim: int) -> tuple[str, int, int]:
-    """Returns the row of `blocks.BLOCKS` for a GPU, an input dtype and a head size.
-
-    Args:
-      capability: compute capability, e.g. 90.
-      itemsize: bytes of an input number, 2 or 4.
-      head_dim: at most 256.
-    """
+    """Returns the row of `blocks.BLOCKS` for a GPU, bytes of an input number and a head size."""
     # What counts is the shared memory of a program: 99 KiB for 8.6, 8.9 and 12.x, 163 for
     # 8.0, 227 for 9.0 and 10.x.
     if capability in (86, 89) or capability >= 120:

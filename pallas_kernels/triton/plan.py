@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.problem import Inputs, Problem
-from pallas_kernels.triton.config import Block, Blocks, padded_head_dim, power_of_two
+from pallas_kernels.triton.config import Block, Blocks, padded_head_dim
 
 _LOG2_E = math.log2(math.e)
 
@@ -100,16 +100,6 @@ class Static(Problem):
         return -(-self.length // self.queries)
 
     @property
-    def query_tiles_padded(self) -> int:
-        """Returns the same, rounded up to a power of two."""
-        return power_of_two(self.query_tiles)
-
-    @property
-    def query_tiles_a_chunk(self) -> int:
-        """Returns the most tiles of queries in one of `chunks` runs."""
-        return -(-self.query_tiles // self.chunks)
-
-    @property
     def key_tiles(self) -> int:
         """Returns how many tiles of keys there are."""
         return -(-self.length // self.keys)
@@ -118,11 +108,6 @@ class Static(Problem):
     def forward_tiles(self) -> int:
         """Returns how many tiles of queries the forward pass has."""
         return -(-self.length // self.forward_queries)
-
-    @property
-    def forward_tiles_padded(self) -> int:
-        """Returns the same, rounded up to a power of two."""
-        return power_of_two(self.forward_tiles)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,7 @@ def _state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Sta
         make_optimizer(experiment.optimizer, experiment.training.steps),
         mesh,
         experiment.training.seed,
+        keep_ema=experiment.optimizer.ema_decay > 0,
     )
 
 

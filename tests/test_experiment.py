@@ -101,7 +101,10 @@ def test_an_integer_will_do_for_a_float():
             {"trainig": {}},
             r"config.trainig is unknown \(did you mean training\?\); config has model",
         ),
-        ({"optimizer": {"lr": 1.0}}, r"config.optimizer.lr is unknown; config.optimizer has learn"),
+        (
+            {"optimizer": {"lr": 1.0}},
+            r"config.optimizer.lr is unknown; config.optimizer has name, learn",
+        ),
         ({"optimizer": 3}, r"config.optimizer is 3, but it must be a group of settings"),
         ({"training": {"steps": "many"}}, r"config.training.steps is 'many', .* of type int"),
         ({"training": {"steps": 1.5}}, r"config.training.steps is 1.5, .* of type int"),
@@ -120,7 +123,7 @@ def test_unknown_keys_and_wrong_types(plain, message):
         (
             "optimizer.lr",
             "1",
-            r"config.optimizer.lr is unknown; config.optimizer has learning_rate",
+            r"config.optimizer.lr is unknown; config.optimizer has name, learning_rate",
         ),
         ("optimiser.b1", "1", r"config.optimiser is unknown \(did you mean optimizer\?\)"),
         ("training.steps", "many", r"config.training.steps is 'many', .* of type int"),

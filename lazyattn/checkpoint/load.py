@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -24,7 +25,7 @@ class TrainedModel:
     Attributes:
       experiment: its settings.
       step: steps it was trained for.
-      params: its parameters, on `mesh`.
+      params: its parameters, on `mesh`; their average where `training.use_ema` says so.
       param_shardings: their shardings.
       mesh: the devices in use.
       tokenizer: its tokenizer.
@@ -77,6 +78,9 @@ def load_trained(
         # No optimizer: nothing of its state is read.
         factory = make_state_factory(experiment, mesh, optax.identity())
         abstract = dataclasses.replace(factory.abstract, opt_state=None)
+        averaged = experiment.training.use_ema and abstract.ema is not None
+        unread: dict[str, Any] = {"params" if averaged else "ema": None}
+        abstract = dataclasses.replace(abstract, **unread)
         restored = checkpoints.restore(abstract, chosen)
         if restored is None:
             raise missing
@@ -84,7 +88,7 @@ def load_trained(
         return TrainedModel(
             experiment=experiment,
             step=reached,
-            params=restored.state.params,
+            params=restored.state.evaluated(averaged),
             param_shardings=factory.shardings.params,
             mesh=mesh,
             tokenizer=Tokenizer.load(find_tokenizer(workdir) or workdir / FILE_NAMES[0]),

@@ -27,6 +27,7 @@ class TrainState:
         `step` in before use.
       nonfinite_total: steps skipped because of a non-finite loss or gradient.
       nonfinite_in_row: those among them since the last good step.
+      ema: an exponential moving average of `params`; None: none is kept.
     """
 
     step: Int[Array, ""]
@@ -35,6 +36,11 @@ class TrainState:
     rng: UInt32[Array, "2"]
     nonfinite_total: Int[Array, ""]
     nonfinite_in_row: Int[Array, ""]
+    ema: Params | None = None
+
+    def evaluated(self, use_ema: bool) -> Params:
+        """Returns the parameters to evaluate: the average, if there is one and `use_ema`."""
+        return self.ema if use_ema and self.ema is not None else self.params
 
 
 class StateFactory:
@@ -52,6 +58,7 @@ class StateFactory:
         optimizer: optax.GradientTransformation,
         mesh: jax.sharding.Mesh,
         seed: int,
+        keep_ema: bool = False,
     ):
         """Traces the initialisation without running it.
 
@@ -62,6 +69,7 @@ class StateFactory:
           optimizer: makes the optimiser's state.
           mesh: where the state will live.
           seed: of the parameters and of `TrainState.rng`.
+          keep_ema: whether there is an average of the parameters.
 
         Raises:
           InputError: if the mesh doesn't divide a parameter.
@@ -78,6 +86,7 @@ class StateFactory:
                 rng=rng,
                 nonfinite_total=zero,
                 nonfinite_in_row=zero,
+                ema=params if keep_ema else None,
             )
 
         shapes = jax.eval_shape(create)
@@ -89,11 +98,14 @@ class StateFactory:
             params=params,
             opt_state=optax.tree.map_params(
                 optimizer,
-                lambda _, sharding: sharding,
+                # A transformation of some of the parameters has no state for the others.
+                lambda x, sharding: x if isinstance(x, optax.MaskedNode) else sharding,
                 shapes.opt_state,
                 params,
                 transform_non_params=lambda _: everywhere,
+                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
             ),
+            ema=params if keep_ema else None,
         )
         self.abstract: TrainState = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
@@ -125,4 +137,5 @@ def make_state_factory(
         optimizer,
         mesh,
         experiment.training.seed,
+        keep_ema=experiment.optimizer.ema_decay > 0,
     )

@@ -164,6 +164,7 @@ def _traced(
         mesh=mesh,
         shardings=factory.shardings,
         microbatches=training.microbatches,
+        ema_decay=experiment.optimizer.ema_decay,
     )
     return step.lower(factory.abstract, abstract_batch(experiment, mesh))
 

@@ -74,7 +74,7 @@ CHANGEABLE = (
     "model.loss_chunk",
     "model.attention.implementation",
 )
-FIXED = ("training.seed", "training.init_from")
+FIXED = ("training.seed", "training.init_from", "optimizer.name", "optimizer.ema_decay")
 # Left out when resuming, they are what they were.
 REMEMBERED = ("training.init_from",)
 

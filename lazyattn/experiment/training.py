@@ -10,9 +10,10 @@ from lazyattn.paths import check_local
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+      name: "adamw", or "muon": Muon on the matrices of the blocks, AdamW on the rest.
       learning_rate: peak of the schedule.
       log_slope_factor: learning rate of the logarithm of a head's slope
         (`distance_log_slope`), as a multiple of the common one; 0: it stays.
@@ -25,8 +26,18 @@ class OptimizerConfig:
       weight_decay: decoupled, on matrices only; never on norms, distance biases,
         slopes or offsets.
       clip_norm: largest global norm of the gradient; 0: no clipping.
+      mu_dtype, nu_dtype: of the first moment (Muon's, too) and of Adam's second, "float32"
+        or "bfloat16".
+      muon_beta: decay of Muon's momentum, optax's `beta`; it is Nesterov's.
+      ns_steps: Newton-Schulz iterations of Muon.
+      consistent_rms: Muon's updates have this root mean square, about that of AdamW's
+        (Liu et al., arXiv 2502.16982), so they share its learning rate; 0: a matrix of n inputs
+        and m outputs has sqrt(max(1, m / n)) times the orthogonal matrix, as in the original.
+      ema_decay: of an exponential moving average of the parameters; 0: none. It begins at
+        the first parameters, and update n decays it by (1 + n) / (10 + n) at most.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     log_slope_factor: float = 30.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -38,9 +49,20 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_beta: float = 0.95
+    ns_steps: int = 5
+    consistent_rms: float = 0.2
+    ema_decay: float = 0.0
 
     def __post_init__(self):
         where = "optimizer."
+        require(self.name in ("adamw", "muon"), where + "name", self.name, "adamw or muon")
+        for name in ("mu_dtype", "nu_dtype"):
+            value = getattr(self, name)
+            require(value in ("float32", "bfloat16"), where + name, value, "float32 or bfloat16")
+        require(self.ns_steps >= 1, where + "ns_steps", self.ns_steps, "at least 1")
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, where + name, value, "positive and finite")
@@ -56,11 +78,11 @@ class OptimizerConfig:
             self.log_slope_factor,
             "non-negative and finite",
         )
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "consistent_rms"):
             require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")
         for name in ("decay_fraction", "final_fraction"):
             require(0 <= getattr(self, name) <= 1, where + name, getattr(self, name), "from 0 to 1")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "muon_beta", "ema_decay"):
             require(
                 0 <= getattr(self, name) < 1, where + name, getattr(self, name), "from 0 to below 1"
             )
@@ -95,6 +117,8 @@ class TrainingConfig:
         run stops; 1: it stops at the first, noticed when the next is due.
       keep: newest checkpoints kept, besides the one with the lowest validation loss.
       keep_every: checkpoints at multiples of this are kept for good; 0: none.
+      use_ema: validate, sample, evaluate and export the average of the parameters, where
+        `optimizer.ema_decay` keeps one.
     """
 
     steps: int = 20_480
@@ -114,6 +138,7 @@ class TrainingConfig:
     max_failed_saves: int = 3
     keep: int = 3
     keep_every: int = 0
+    use_ema: bool = True
 
     def __post_init__(self):
         if self.init_from is not None:

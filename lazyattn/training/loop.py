@@ -155,17 +155,17 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         unreadable: InputError | None = None
         if validating:
             try:
-                record |= run.validate(state.params)
+                record |= run.validate(state.evaluated(config.use_ema))
             except InputError as error:
                 unreadable = error
             run.log.pause(time.perf_counter() - begin, "validation")
         if inspecting and unreadable is None:
             begin = time.perf_counter()
-            record |= run.inspect(state.params)
+            record |= run.inspect(state.evaluated(config.use_ema))
             run.log.pause(time.perf_counter() - begin, "inspection")
         if sampling and unreadable is None:
             begin = time.perf_counter()
-            run.sample(number, state.params)
+            run.sample(number, state.evaluated(config.use_ema))
             run.log.pause(time.perf_counter() - begin, "samples")
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)

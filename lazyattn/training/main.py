@@ -222,7 +222,7 @@ def train(
             return stop.exit_status
         if not summary:
             return 0
-        record = record or validate(state.params)
+        record = record or validate(state.evaluated(training.use_ema))
         if jax.process_index() > 0:
             return 0
         print_summary(

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, who is decayed, who is faster, and the optimiser made of them.
+"""The learning-rate schedule, who is decayed, who is faster, and the optimizer made of them.
 
 AdamW's decay pulls a parameter towards zero a little every step. That is a sound
 prior for a matrix, whose zero is a harmless place to be. It is not for
@@ -32,6 +32,7 @@ import optax
 from flax import traverse_util
 
 from lazyattn.experiment.training import OptimizerConfig
+from lazyattn.training.muon import scale_by_muon_and_adam
 
 DECAYED = frozenset(
     {
@@ -119,21 +120,49 @@ def _faster(inner: optax.GradientTransformation, factor: float) -> optax.Gradien
     return optax.GradientTransformation(inner.init, update)
 
 
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns Adam whose moments are kept in the dtypes of the settings.
+
+    optax keeps the second moment in the parameters' dtype; here it is rounded to
+    `nu_dtype` between steps.
+    """
+    inner = optax.scale_by_adam(
+        b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype
+    )
+    if config.nu_dtype == "float32":
+        return inner
+
+    def with_nu(state: Any, dtype: str) -> Any:
+        return state._replace(nu=optax.tree.cast(state.nu, jnp.dtype(dtype)))
+
+    def init(params: optax.Params) -> Any:
+        return with_nu(inner.init(params), config.nu_dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, with_nu(state, "float32"), params)
+        return updates, with_nu(state, config.nu_dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with clipping by the global norm of the gradient.
+    """Returns AdamW, or Muon, with clipping by the global norm of the gradient.
 
     Decay and learning rates are those of the table above.
 
-    The state has the same structure whatever the settings, so that a run may be
+    The state has the same structure whatever the settings but `name`, so that a run may be
     resumed with other ones.
 
     Args:
       config: the optimiser's settings.
       steps: updates in all, for the schedule.
     """
+    direction = _scale_by_adam(config)
+    if config.name == "muon":
+        direction = scale_by_muon_and_adam(config, direction)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm if config.clip_norm > 0 else float("inf")),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         _faster(
             optax.scale_by_learning_rate(make_schedule(config, steps)), config.log_slope_factor

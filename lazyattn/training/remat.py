@@ -177,6 +177,7 @@ def make_step(
             mesh=mesh,
             shardings=shardings,
             microbatches=experiment.training.microbatches,
+            ema_decay=experiment.optimizer.ema_decay,
         )
 
     if experiment.model.remat != AUTO:

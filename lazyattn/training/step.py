@@ -93,6 +93,16 @@ def accumulate_gradients(
     return means, gradients
 
 
+def _averaged(state: TrainState, params: Params, decay: float) -> Params | None:
+    """Returns the next average of the parameters; None: none is kept."""
+    if state.ema is None:
+        return None
+    updates = (state.step - state.nonfinite_total).astype(jnp.float32)
+    # A long average would remember the initial parameters for as long.
+    kept = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), state.ema, params)
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -101,6 +111,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     microbatches: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """Returns the compiled step; it consumes (donates) the state it is given.
 
@@ -114,6 +125,7 @@ def make_train_step(
       mesh: where everything lives.
       shardings: of the state.
       microbatches: parts of a batch, one after the other.
+      ema_decay: of the average of the parameters, if the state has one.
 
     Returns:
       A function of a state and a batch that gives the next state and scalar
@@ -131,10 +143,11 @@ def make_train_step(
             finite = jnp.isfinite(means.objective) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params, opt_state = jax.tree.map(
+            ema = _averaged(state, params, ema_decay)
+            params, opt_state, ema = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state),
-                (state.params, state.opt_state),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
             )
         skipped = (~finite).astype(jnp.int32)
         new_state = dataclasses.replace(
@@ -142,6 +155,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
+            ema=ema,
             nonfinite_total=state.nonfinite_total + skipped,
             nonfinite_in_row=(state.nonfinite_in_row + 1) * skipped,
         )

@@ -24,7 +24,7 @@ class StateBytes:
 
     Attributes:
       parameters: float32 parameters.
-      optimizer: the optimiser's state.
+      optimizer: the optimiser's state, and the average of the parameters.
     """
 
     parameters: int
@@ -54,7 +54,8 @@ def state_bytes(abstract: Any) -> StateBytes:
     Args:
       abstract: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
     """
-    return StateBytes(shard_bytes(abstract.params), shard_bytes(abstract.opt_state))
+    kept = abstract.opt_state, abstract.ema
+    return StateBytes(shard_bytes(abstract.params), shard_bytes(kept))
 
 
 def shard_bytes(tree: Any) -> int:

@@ -80,13 +80,14 @@ def _show_attention_and_sample(
     state: TrainState,
 ) -> None:
     rows = next(validation_batches(prepared, experiment.data))
-    found = attention_statistics(state.params, experiment.model, rows)
+    params = state.evaluated(experiment.training.use_ema)
+    found = attention_statistics(params, experiment.model, rows)
     share = np.mean(found.first_token / np.maximum(found.mass, 1e-9))
     say(f"attention exactly zero     {found.zero_share.mean():.1%} of the visible pairs")
     say(f"attention on first token   {share:.2%} of all attention, mean over layers and heads")
     say("sample, after a given first word")
     key = jax.random.fold_in(state.rng, state.step)
-    said = continuation(state.params, experiment, prepared.tokenizer, _PROMPT, SAMPLING, key)
+    said = continuation(params, experiment, prepared.tokenizer, _PROMPT, SAMPLING, key)
     text = _PROMPT + said
     for line in textwrap.wrap(" ".join(text.split()), 90):
         say(f"    {line}")

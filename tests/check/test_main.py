@@ -8,6 +8,7 @@ from lazyattn.check.main import check
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from lazyattn.training import main as run
+from lazyattn.training import remat
 from lazyattn.training.claim import LOCK, claimed
 from tests.training import tiny
 
@@ -87,7 +88,7 @@ def test_a_folder_that_is_in_use(text, cache, tmp_path):
 def test_a_first_step_that_is_not_finite_and_a_disk_with_little_room(
     text, cache, tmp_path, capsys, monkeypatch
 ):
-    make = run.make_train_step
+    make = remat.make_train_step
 
     def poisoned(*arguments, **options):
         step = make(*arguments, **options)
@@ -101,7 +102,7 @@ def test_a_first_step_that_is_not_finite_and_a_disk_with_little_room(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(run, "make_train_step", poisoned)
+    monkeypatch.setattr(remat, "make_train_step", poisoned)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: Usage)
     assert check(_experiment(text), tmp_path / "run", cache) == 1
     told = capsys.readouterr()

@@ -1,11 +1,12 @@
 """Run by test_sameness.py in a process of its own, with eight simulated devices.
 
-    python -m tests.sharding.sameness_program VARIANT STEPS MESH...
+    python -m tests.sharding.sameness_program VARIANT[+muon] STEPS MESH...
 
 Prints one JSON object: for each mesh the largest relative difference from one device of
 the loss and the gradients of the first step, and of the losses of STEPS steps.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -23,10 +24,10 @@ from tests.sharding import cases
 Z_LOSS = 1e-3
 
 
-def run(config, mesh, steps):
+def run(config, mesh, steps, settings=cases.OPTIMIZER):
     """Returns (loss, gradients, losses of the steps) as numpy arrays."""
     loss_fn = make_loss_fn(config, Z_LOSS)
-    optimizer = make_optimizer(cases.OPTIMIZER, steps)
+    optimizer = make_optimizer(settings, steps)
     factory = StateFactory(
         lambda key: init_params(config, key), partition_specs(config), optimizer, mesh, 0
     )
@@ -43,7 +44,7 @@ def run(config, mesh, steps):
         step = make_train_step(
             loss_fn,
             optimizer,
-            make_schedule(cases.OPTIMIZER, steps),
+            make_schedule(settings, steps),
             mesh=mesh,
             shardings=factory.shardings,
         )
@@ -65,15 +66,17 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
     variant, steps, *names = sys.argv[1:]
+    variant, _, muon = variant.partition("+")
     config = cases.model(variant)
+    settings = dataclasses.replace(cases.OPTIMIZER, name=muon or "adamw")
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    expected = run(config, one, int(steps))
+    expected = run(config, one, int(steps), settings)
     report = {}
     for name in names:
         mesh_config = cases.MESHES[name]
         devices = 4 if name == "tensor" else 8
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-        found = run(config, mesh, int(steps))
+        found = run(config, mesh, int(steps), settings)
         report[name] = {
             "loss": difference(found[0], expected[0]),
             "gradients": difference(found[1], expected[1]),

@@ -29,3 +29,9 @@ def test_a_window_on_a_shared_length(name):
 @pytest.mark.parametrize("variant", ["lazy", "softmax"])
 def test_twenty_steps_on_every_mesh(variant):
     check(report_of(PROGRAM, variant, "20", *cases.MESHES), cases.MESHES)
+
+
+@pytest.mark.slow
+def test_muon_on_a_mesh_of_all_axes():
+    names = ("fsdp", "fsdp_tensor_sequence")
+    check(report_of(PROGRAM, "lazy+muon", "8", *names), names)

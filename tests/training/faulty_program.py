@@ -46,8 +46,9 @@ def full():
 def poison(step, here):
     """Marks rows of `here`, and makes the loss (on all processes) know the mark."""
     from lazyattn.training import main as run
+    from lazyattn.training import remat
 
-    make_loss_fn, train_iterator = run.make_loss_fn, run.train_iterator
+    make_loss_fn, train_iterator = remat.make_loss_fn, run.train_iterator
 
     def poisonable(*arguments, **settings):
         loss_fn = make_loss_fn(*arguments, **settings)
@@ -71,7 +72,7 @@ def poison(step, here):
         batches._take = poisoned
         return batches
 
-    run.make_loss_fn, run.train_iterator = poisonable, marked
+    remat.make_loss_fn, run.train_iterator = poisonable, marked
 
 
 def main(argv):

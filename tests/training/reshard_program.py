@@ -29,17 +29,24 @@ MESHES = {
 }
 
 
-def factory(name):
-    sizes, count = MESHES[name]
+# Moments of some of the parameters alone, in two dtypes, and an average of the parameters.
+MUON = {"name": "muon", "mu_dtype": "bfloat16", "ema_decay": 0.9}
+
+
+def factory(mesh_name, **settings):
+    sizes, count = MESHES[mesh_name]
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:count])
-    experiment = from_config_dict(tiny.get_config())
+    config = tiny.get_config()
+    config.optimizer.update(settings)
+    experiment = from_config_dict(config)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     return make_state_factory(experiment, mesh, optimizer)
 
 
 def main(folder):
-    factories = {name: factory(name) for name in MESHES}
-    for saved_on in ("fsdp", "one", "mixed"):
+    adamw = {name: factory(name) for name in MESHES}
+    muon = {name: factory(name, **MUON) for name in MESHES}
+    for saved_on, factories in (("fsdp", adamw), ("one", adamw), ("mixed", muon)):
         state = factories[saved_on].create()
         # Moments and counters that aren't zero, and unlike each other.
         leaves, tree = jax.tree.flatten(state)

@@ -15,91 +15,36 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import types
 from pallas_kernels.decode.append import Held
+from pallas_kernels.decode.triton_plan import CachePart, Caches
 from pallas_kernels.decode.types import MAX_CACHES
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
-from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
-from pallas_kernels.triton.tile import constant
+from pallas_kernels.triton.config import Block, power_of_two
 
 PAGE = tl.constexpr(types.PAGE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What the kernel is compiled for of one cache.
-
-    Attributes:
-      number: of the cache; its programs are those from number * batch on.
-      heads: key/value heads of the cache.
-      slots: keys of a row.
-      first_head: where its heads begin in the list of heads.
-    """
-
-    number: int
-    heads: int
-    slots: int
-    first_head: int
+class Part(CachePart):
+    """What the kernel is compiled for of one cache."""
 
     @property
     def padded_heads(self) -> int:
         """Returns the heads, rounded up to a power of two."""
         return power_of_two(self.heads)
 
-    @property
-    def pages(self) -> int:
-        """Returns how many pages a row of the cache has."""
-        return -(-self.slots // types.PAGE)
-
 
 @dataclasses.dataclass(frozen=True)
-class Static:
-    """What the kernel is compiled for; it takes this as one constant.
+class Static(Caches):
+    """What the kernel is compiled for.
 
     Attributes:
-      batch, new, kv_heads, head_dim: of the new keys.
-      parts: of each cache.
+      batch, new, kv_heads: of the new keys.
     """
 
     batch: int
     new: int
     kv_heads: int
-    head_dim: int
-    parts: tuple[Part, ...]
-
-    @property
-    def number(self) -> int:
-        """Returns how many caches there are."""
-        return len(self.parts)
-
-    @property
-    def padded_dim(self) -> int:
-        """Returns the head size of a tile."""
-        return padded_head_dim(self.head_dim)
-
-    @property
-    def part0(self) -> Part:
-        """Returns the sizes of the first cache."""
-        return constant(self.parts[0])
-
-    @property
-    def part1(self) -> Part:
-        """Returns those of the second."""
-        return constant(self.parts[1])
-
-    @property
-    def part2(self) -> Part:
-        """Returns those of the third."""
-        return constant(self.parts[2])
-
-    @property
-    def part3(self) -> Part:
-        """Returns those of the fourth."""
-        return constant(self.parts[3])
-
-    @property
-    def part4(self) -> Part:
-        """Returns those of the fifth."""
-        return constant(self.parts[4])
 
 
 @triton.jit
@@ -169,21 +114,14 @@ def decode_append(
 ):
     """New keys and values of all caches; grid (caches * batch,)."""
     shared = (key_ptr, value_ptr, start_ptr, count_ptr, heads_ptr)
-    cache = tl.program_id(0) // static.batch
-    if cache == 0:
-        _put(shared, key0_ptr, value0_ptr, norms0_ptr, static, static.part0)
-    if static.number > 1:  # noqa: SIM102
-        if cache == 1:
-            _put(shared, key1_ptr, value1_ptr, norms1_ptr, static, static.part1)
-    if static.number > 2:  # noqa: SIM102
-        if cache == 2:
-            _put(shared, key2_ptr, value2_ptr, norms2_ptr, static, static.part2)
-    if static.number > 3:  # noqa: SIM102
-        if cache == 3:
-            _put(shared, key3_ptr, value3_ptr, norms3_ptr, static, static.part3)
-    if static.number > 4:  # noqa: SIM102
-        if cache == 4:
-            _put(shared, key4_ptr, value4_ptr, norms4_ptr, static, static.part4)
+    keys = (key0_ptr, key1_ptr, key2_ptr, key3_ptr, key4_ptr)
+    values = (value0_ptr, value1_ptr, value2_ptr, value3_ptr, value4_ptr)
+    norms = (norms0_ptr, norms1_ptr, norms2_ptr, norms3_ptr, norms4_ptr)
+    number: tl.constexpr = static.number
+    for n in tl.static_range(number):
+        # The programs of a cache are those from n * batch on.
+        if tl.program_id(0) // static.batch == n:
+            _put(shared, keys[n], values[n], norms[n], static, static.each[n])
 
 
 @traced_by_own_settings(narrow=True)
@@ -198,10 +136,10 @@ def append(
     """Returns the caches with new positions; see `append.append`."""
     batch, new, kv_heads, head_dim = keys.shape
     parts: list[Part] = []
-    for n, (cache, own) in enumerate(zip(held, heads, strict=True)):
+    for cache, own in zip(held, heads, strict=True):
         first = sum(part.heads for part in parts)
-        parts.append(Part(n, len(own), cache[0].shape[1], first))
-    static = Static(batch, new, kv_heads, head_dim, tuple(parts))
+        parts.append(Part(len(own), cache[0].shape[1], first))
+    static = Static(head_dim, tuple(parts), batch, new, kv_heads)
     listed = jnp.asarray([head for own in heads for head in own], jnp.int32)
     dtype = held[0][0].dtype
     arrays: list[Array | None] = [x.astype(dtype) for x in (keys, values)]

@@ -5,7 +5,7 @@ from tests.pallas_kernels import triton_interpreter as interpreter  # isort: ski
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import triton, types
+from pallas_kernels.decode import triton_plan, types
 from tests.pallas_kernels.decode import suite
 
 
@@ -14,10 +14,10 @@ def interpreted(monkeypatch):
     """Returns a function that says how many programs there are at least; few at first."""
 
     def set_programs(number):
-        monkeypatch.setattr(triton, "PROGRAMS", number)
+        monkeypatch.setattr(triton_plan, "PROGRAMS", number)
 
     # A program of few looks after several pages, of which some are no one's.
-    monkeypatch.setattr(triton, "MAX_TURNS", 4)
+    monkeypatch.setattr(triton_plan, "MAX_TURNS", 4)
     set_programs(1)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         yield set_programs
@@ -69,13 +69,13 @@ def test_programs_cover_every_page_once(batch, slots):
         caches=tuple(caches),
         settings=types.Settings(0.125, 0.0, None, None, False, True),
     )
-    static = triton.make_static(call)
+    static = triton_plan.make_static(call)
     start = 0
     for part in static.parts:
         assert part.start == start and part.turns & (part.turns - 1) == 0
         assert part.splits * part.turns >= part.pages > (part.splits - 1) * part.turns
-        assert part.splits <= triton.MAX_SPLITS or part.turns > triton.MAX_TURNS
+        assert part.splits <= triton_plan.MAX_SPLITS or part.turns > triton_plan.MAX_TURNS
         assert part.stop == part.start + batch * part.heads * part.splits
         start = part.stop
     pages = batch * 4 * sum(part.pages for part in static.parts)
-    assert start >= min(triton.PROGRAMS, pages) / 2
+    assert start >= min(triton_plan.PROGRAMS, pages) / 2

@@ -11,7 +11,7 @@ if _REASON is not None:
 
 import triton  # noqa: E402
 
-from pallas_kernels.decode.triton import decode_scores  # noqa: E402
+from pallas_kernels.decode.triton_kernels import decode_scores  # noqa: E402
 from tests import oracle  # noqa: E402
 from tests.pallas_kernels.decode import append, suite  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""A trained model, as every mode but training reads it."""
+"""A trained model, as every mode but training reads it: of a run, or of an export."""
 
 import dataclasses
 import os
@@ -13,9 +13,10 @@ from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.checkpoint.workdir import find_tokenizer
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
-from lazyattn.errors import bad_value
+from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.paths import local_path
+from lazyattn.pretrained.load import PARAMS, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,9 @@ class TrainedModel:
       param_shardings: their shardings.
       mesh: the devices in use.
       tokenizer: its tokenizer.
-      checkpoint: the checkpoint's folder.
+      checkpoint: the checkpoint's folder, or the export's.
+      exported: whether it is of an export. The data and training in `experiment` are then
+        defaults, but for its tokenizer and the length of its rows.
     """
 
     experiment: ExperimentConfig
@@ -39,6 +42,27 @@ class TrainedModel:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     checkpoint: Path
+    exported: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the folder of the run or of the export."""
+        return (self.checkpoint if self.exported else self.checkpoint.parents[1]).name
+
+    def require_data(self, flag: str) -> None:
+        """Refuses what needs the text that the model was trained on.
+
+        Args:
+          flag: the flag that would name another text.
+
+        Raises:
+          InputError: if the model is of an export.
+        """
+        if self.exported:
+            raise InputError(
+                f"{flag} is not given, but it must name a text, since {str(self.checkpoint)!r} is"
+                " an export, which has none of its own."
+            )
 
 
 def load_trained(
@@ -46,23 +70,27 @@ def load_trained(
     experiment: ExperimentConfig | None = None,
     step: int | str | None = None,
 ) -> TrainedModel:
-    """Returns a checkpoint's model.
+    """Returns a checkpoint's model, or an export's.
 
     Args:
-      path: the run's folder.
-      experiment: settings to use; None: the checkpoint's own, on all devices.
+      path: the run's folder, or an export's (`--mode=export`), imported ones included.
+      experiment: settings to use; None: the checkpoint's own, on all devices. An export has
+        its own.
       step: the checkpoint's step; "best": that with the lowest validation loss; None: the
         newest that can be read.
 
     Raises:
       InputError: if there is no checkpoint, none or not that of `step` can be read, or it
-        is of another model than `experiment`'s.
+        is of another model than `experiment`'s; of an export, if `experiment` or `step` is
+        given, or it has no tokenizer.
     """
     workdir = local_path("--workdir", path).absolute()
     missing = bad_value(
         "--workdir", str(path), "the folder of a run with a checkpoint (--mode=train makes one)"
     )
     if not (workdir / FOLDER).is_dir():
+        if (workdir / PARAMS).is_dir() or any(workdir.glob("*.safetensors")):
+            return _exported(workdir, experiment, step)
         raise missing
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if not checkpoints.steps():
@@ -94,3 +122,34 @@ def load_trained(
             tokenizer=Tokenizer.load(find_tokenizer(workdir) or workdir / FILE_NAMES[0]),
             checkpoint=checkpoints.folder / str(reached),
         )
+
+
+def _exported(
+    folder: Path, experiment: ExperimentConfig | None, step: int | str | None
+) -> TrainedModel:
+    for flag, value in (("--config", experiment), ("--step", step)):
+        if value is not None:
+            raise InputError(
+                f"{flag} is given, but {str(folder)!r} is an export, which is one model with its"
+                " own settings; leave it out."
+            )
+    own = from_config_dict({})
+    mesh = sharding.make_mesh(own.mesh)
+    model = load_model(folder, mesh)
+    if model.tokenizer is None:
+        raise InputError(f"{str(folder)!r} has no tokenizer; put its tokenizer.json there.")
+    data = dataclasses.replace(
+        own.data,
+        tokenizer=str(find_tokenizer(folder)),
+        sequence_length=model.facts.sequence_length,
+    )
+    return TrainedModel(
+        experiment=dataclasses.replace(own, model=model.config, data=data),
+        step=model.facts.step or 0,
+        params=model.params,
+        param_shardings=jax.tree.map(lambda x: x.sharding, model.params),
+        mesh=mesh,
+        tokenizer=model.tokenizer,
+        checkpoint=folder,
+        exported=True,
+    )

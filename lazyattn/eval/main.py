@@ -44,7 +44,7 @@ def evaluate(
     """Measures and prints what was asked for; without any, the validation figures.
 
     Args:
-      path: the run's folder.
+      path: the run's folder, or an export's.
       experiment: settings to use; None: the checkpoint's own.
       cache_dir: where prepared data is kept; None: the user's cache.
       options: what to measure; None: the validation figures.
@@ -105,6 +105,8 @@ def evaluate(
             sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
             for corpus in sources:
                 reach.check_corpus(corpus, plan, contexts)
+    if alone and not rows:
+        trained.require_data("--text")
     _say(f"checkpoint       {trained.checkpoint}")
     all_measured = not options.tasks or _print_tasks(trained, options, contexts[0], folder)
     if rows:
@@ -172,6 +174,7 @@ def _corpus(
         return tokenize(label, texts[name], tokenizer)
     if name != VALIDATION:
         return read_prepared(label, [name], tokenizer, limit)
+    trained.require_data("--text")
     if data.tokenised:
         return read_prepared(label, [path for path, _ in data.weighted_paths], tokenizer, limit)
     return tokenize(label, validation_texts(data)[:limit], tokenizer)
@@ -272,7 +275,7 @@ def _print_tasks(
         tasks_dir=options.tasks_dir,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        name=f"{Path(trained.checkpoint).parents[1].name}-{trained.step}",
+        name=f"{trained.name}-{trained.step}",
         output=folder,
     )
     table = benchmarks.as_table(found.results["results"], found.failed)

@@ -102,6 +102,11 @@ def _trained(
     if experiment is None and options.layout == "sharded":
         experiment = _over_all_devices(path)
     trained = load_trained(path, experiment, step)
+    if trained.exported:
+        raise InputError(
+            f"--workdir is {str(path)!r}, which is an export, but it must be the folder of a run;"
+            " --import_from takes exports."
+        )
     experiment, workdir = trained.experiment, Path(path).expanduser()
     data = experiment.data
     loss, over = _validation(workdir / "metrics.jsonl", trained.step)

@@ -51,7 +51,7 @@ def inspect(
     """Looks inside and writes the report.
 
     Args:
-      path: the run's folder.
+      path: the run's folder, or an export's.
       experiment: settings of that run to use; None: the checkpoint's own.
       options: what to look at.
       step: which checkpoint of each run, as `load_trained` has it.
@@ -74,6 +74,8 @@ def inspect(
     if options.against is not None:
         runs[str(options.against)] = load_trained(options.against, step=step)
     models = list(runs.values())
+    if text is None:
+        models[0].require_data("--text")
     name = text or "the run's validation text"
     documents = [_read(text, models[0].experiment.data, model.tokenizer) for model in models]
     length = row_length(models, documents, options, name)

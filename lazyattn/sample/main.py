@@ -45,7 +45,7 @@ def sample(
     standard error.
 
     Args:
-      path: the run's folder.
+      path: the run's folder, or an export's.
       prompts: one or several; an empty text asks for a document from its start.
       sampling: how to draw, and how many tokens.
       seed: of the draws.

@@ -103,6 +103,7 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
         eval_batches=1,
         inspect_every=min(experiment.training.inspect_every, 1),
         sample_every=min(experiment.training.sample_every, 1),
+        tasks_every=min(experiment.training.tasks_every, 1),
         max_failed_saves=1,
     )
     if resumes:  # what it started from need not be there any more

@@ -110,6 +110,11 @@ class LazyAttentionLM(TemplateLM):
             **settings,
         )
 
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Puts other parameters of the same model in place; nothing is compiled again."""
+        self._params = params
+        self.scorer.update(params)
+
     @property
     def eot_token_id(self) -> int:
         """The token that ends a document."""

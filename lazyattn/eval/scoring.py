@@ -106,6 +106,10 @@ class Scorer:
             functools.partial(score_tokens, self.config), out_shardings=everywhere
         )
 
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Puts other parameters of the same model in place; nothing is compiled again."""
+        self._params = params
+
     @property
     def compilations(self) -> int:
         """Shapes compiled so far."""

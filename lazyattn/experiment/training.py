@@ -112,6 +112,10 @@ class TrainingConfig:
         0: none.
       sample_prompt: what a sample continues; an empty text asks for a document from its start.
       sample_tokens: tokens of a sample, at most.
+      tasks_every: steps between measurements of `tasks`; 0: none.
+      tasks: tasks of lm-evaluation-harness with commas between them, as in `--tasks`.
+      tasks_dir: folder of their items, as in `--tasks_dir`; None: the harness fetches them.
+      tasks_limit: items of each task that are measured, its first; 0: all.
       checkpoint_every: steps between checkpoints; the last step always has one.
       max_failed_saves: checkpoints in a row that can't be written (a full disk) before the
         run stops; 1: it stops at the first, noticed when the next is due.
@@ -134,6 +138,10 @@ class TrainingConfig:
     sample_every: int = 0
     sample_prompt: str = "The "
     sample_tokens: int = 60
+    tasks_every: int = 0
+    tasks: str = ""
+    tasks_dir: str | None = None
+    tasks_limit: int = 100
     checkpoint_every: int = 100
     max_failed_saves: int = 3
     keep: int = 3
@@ -157,6 +165,19 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")
         for name in (
             *("z_loss", "eval_every", "eval_batches", "inspect_every", "sample_every"),
-            "keep_every",
+            *("tasks_every", "tasks_limit", "keep_every"),
         ):
             require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")
+        if self.tasks_dir is not None:
+            check_local("training.tasks_dir", self.tasks_dir)
+        require(
+            not self.tasks_every or self.task_names != (),
+            where + "tasks",
+            self.tasks,
+            "names of tasks with commas between them, where training.tasks_every is not 0",
+        )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names in `tasks`."""
+        return tuple(name.strip() for name in self.tasks.split(",") if name.strip())

@@ -11,8 +11,8 @@ from lazyattn.quantity import quantity
 
 # What takes time and is not a step of training, in the order it is told.
 REASONS = (
-    *("start", "data", "skipped steps", "validation", "inspection", "samples", "checkpoints"),
-    "profile",
+    *("start", "data", "skipped steps", "validation", "inspection", "samples", "tasks"),
+    *("checkpoints", "profile"),
 )
 _RECENT = 100
 

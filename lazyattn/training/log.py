@@ -112,7 +112,7 @@ class RunLog:
 
         Args:
           record: the step and its metrics, with "validation_..." where there was a
-            validation and "attention_..." where attention was measured.
+            validation, "attention_..." where attention was measured, and "tasks_...".
         """
         if not self.enabled:
             return
@@ -140,7 +140,7 @@ class RunLog:
             record |= rates
             names = ("loss", "learning_rate", "gradient_norm", "nonfinite_total", *rates)
             scalars |= {f"training/{name}": (since_last_line | rates)[name] for name in names}
-        for group in ("validation", "attention"):
+        for group in ("validation", "attention", "tasks"):
             values = {
                 name.removeprefix(f"{group}_"): value
                 for name, value in record.items()

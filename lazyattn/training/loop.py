@@ -58,6 +58,7 @@ class Run:
       stop: asks the loop to end early.
       inspect: parameters -> scalars on attention, every `config.inspect_every` steps.
       sample: step, parameters -> nothing, every `config.sample_every` steps.
+      tasks: parameters -> scalars of benchmarks, every `config.tasks_every` steps.
       profile: traces some of the steps; None: none.
     """
 
@@ -72,6 +73,7 @@ class Run:
     stop: StopSignal
     inspect: Callable[[Params], dict[str, float]] = lambda params: {}
     sample: Callable[[int, Params], None] = lambda step, params: None
+    tasks: Callable[[Params], dict[str, float]] = lambda params: {}
     profile: StepProfile | None = None
 
 
@@ -146,8 +148,9 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         )
         inspecting = config.inspect_every > 0 and number % config.inspect_every == 0
         sampling = config.sample_every > 0 and number % config.sample_every == 0
+        on_tasks = config.tasks_every > 0 and number % config.tasks_every == 0
         saving = last or number % config.checkpoint_every == 0
-        if not (validating or inspecting or sampling or saving):
+        if not (validating or inspecting or sampling or on_tasks or saving):
             continue
         record = _fetch(run, *pending)
         pending = None
@@ -167,6 +170,10 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             begin = time.perf_counter()
             run.sample(number, state.evaluated(config.use_ema))
             run.log.pause(time.perf_counter() - begin, "samples")
+        if on_tasks and unreadable is None:
+            begin = time.perf_counter()
+            record |= run.tasks(state.evaluated(config.use_ema))
+            run.log.pause(time.perf_counter() - begin, "tasks")
         # Logged first: no checkpoint may be of a step that the log lacks.
         run.log.write(record)
         if unreadable is not None:

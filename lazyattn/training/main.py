@@ -39,6 +39,7 @@ from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.samples import Samples
 from lazyattn.training.summary import print_summary
+from lazyattn.training.tasks import Tasks, check_tasks
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 
 
@@ -79,6 +80,7 @@ def train(
         training.microbatches,
         experiment.data.sequence_length,
     )
+    check_tasks(training)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workdir = stack.enter_context(claimed(path))
@@ -208,6 +210,7 @@ def train(
                 stop=stop,
                 inspect=inspect,
                 sample=samples,
+                tasks=Tasks(experiment, mesh, prepared.tokenizer),
                 profile=stack.enter_context(StepProfile(workdir, profile)),
             )
             stop.arm()

@@ -25,7 +25,7 @@ from lazyattn import paths
 from lazyattn.data import manifest, shards
 from lazyattn.data.config import DataConfig
 from lazyattn.data.manifest import Manifest, Split, TokenizerRecord
-from lazyattn.data.pipeline import ShardedData, packing_report, prepare, train_iterator
+from lazyattn.data.pipeline import TrainingData, packing_report, prepare, train_iterator
 from lazyattn.data.tokenizer import Tokenizer
 
 # A process that only imports this keeps its own flags.
@@ -112,7 +112,7 @@ def make_up(folder: pathlib.Path, tokens: int) -> int:
     return len(documents)
 
 
-def measure(data: ShardedData, config: DataConfig) -> Result:
+def measure(data: TrainingData, config: DataConfig) -> Result:
     """Reads batches and times them."""
     places = config.batch_size * config.sequence_length
     batches = max(2, _READ.value // places)
@@ -175,7 +175,6 @@ def _run(path: str) -> None:
             num_workers=workers,
         )
         data = prepare(config)
-        assert isinstance(data, ShardedData)
         documents = data.counts["train"].documents
         tokens = data.counts["train"].targets
         if not workers:

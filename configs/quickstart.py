@@ -26,6 +26,7 @@ def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
     config.data.vocab_size = 4096
     config.data.sequence_length = 256
     config.data.batch_size = 8
+    config.data.streams_per_row = 16  # few rows, and some documents are long
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 40

@@ -1,7 +1,5 @@
-"""Cache folders that are whole or absent, and notice damage."""
+"""Folders of shards in the cache: whole or absent, and damage is noticed."""
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -12,10 +10,10 @@ from typing import Any
 
 from absl import logging
 
+from lazyattn.data import manifest
 from lazyattn.errors import InputError
 from lazyattn.paths import local_path
 
-MANIFEST = "manifest.json"
 _ABANDONED_AFTER = 3600.0  # seconds; no build takes as long
 
 
@@ -34,24 +32,19 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "lazyattn"
 
 
-def entry(
-    cache_dir: str | os.PathLike[str], name: str, build: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]]:
-    """Returns a folder of the cache, built now unless it is there and whole.
+def entry(cache_dir: str | os.PathLike[str], name: str, build: Callable[[Path], Any]) -> Path:
+    """Returns a folder of shards in the cache, built now unless it is there and whole.
 
     The folder is built under another name beside its place and renamed, so whoever
     finds it under `name` finds all of it, even if a build is killed or two run at
-    once. Its manifest holds size and SHA-256 of every file; an entry that doesn't
-    match is built again, with a warning.
+    once. One that doesn't match its manifest, by SHA-256, is built again, with a
+    warning.
 
     Args:
       cache_dir: folder of all entries, made if absent.
       name: of the entry; must tell apart all that `build` depends on.
-      build: writes files straight into the folder it is given, and returns plain
-        data to keep with them.
-
-    Returns:
-      The entry's folder, and what `build` returned.
+      build: makes the folder it is given, with a manifest. What else it needs, it may
+        put beside it: that is removed.
 
     Raises:
       InputError: if the cache folder is a URL or cannot be written to.
@@ -60,12 +53,12 @@ def entry(
     damage = _damage(path)
     if damage is not None:
         if path.exists():
-            logging.warning("Prepared data %s is damaged (%s); preparing it again.", path, damage)
+            logging.warning("Prepared data is damaged and prepared again. %s", damage)
         _build(path, build)
-    return path, _manifest(path)["content"]
+    return path
 
 
-def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+def _build(path: Path, build: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
@@ -77,11 +70,7 @@ def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         ) from error
     try:
         ready = work / path.name
-        ready.mkdir()
-        content = build(ready)
-        files = {file.name: _describe(file) for file in sorted(ready.iterdir())}
-        manifest = {"content": content, "files": files}
-        (ready / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        build(ready)
         if path.exists() and _damage(path) is not None:
             path.rename(work / "damaged")
         try:
@@ -93,29 +82,12 @@ def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text())
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 def _damage(path: Path) -> str | None:
     """Returns what is wrong with an entry, None if nothing is."""
     try:
-        manifest = _manifest(path)
-        if "content" not in manifest:
-            return f"{MANIFEST} is incomplete"
-        for name, described in manifest["files"].items():
-            if _describe(path / name) != described:
-                return f"{name} has changed"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be understood"
+        manifest.verify(path, deep=True)
+    except InputError as error:
+        return str(error)
     return None
 
 

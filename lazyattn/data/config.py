@@ -26,9 +26,12 @@ class DataConfig:
       packing: "split" (concatenate documents, cut at row ends) or "first_fit"
         (whole documents into the first row with room).
       long_documents: of a document longer than a row, "split" keeps all, in several
-        rows; "truncate" keeps what fits into one. Only for tokenised shards.
+        rows; "truncate" keeps what fits into one.
       validation_fraction: share of documents held out, chosen by hash. Shards have
         been split already.
+      streams_per_row: streams of documents that fill a row of the batches in turn.
+        More of them keep a long document out of successive steps, which matters where
+        a batch has few rows.
       shuffle_seed: seed of the order, a new order every epoch.
       num_workers: reader processes; 0: read in the training process.
       prefetch: batches made ahead.
@@ -46,6 +49,7 @@ class DataConfig:
     packing: Literal["split", "first_fit"] = "split"
     long_documents: Literal["split", "truncate"] = "split"
     validation_fraction: float = 0.02
+    streams_per_row: int = 1
     shuffle_seed: int = 0
     num_workers: int = 0
     prefetch: int = 2
@@ -58,7 +62,7 @@ class DataConfig:
                 paths.check_local("data." + name, getattr(self, name))
         for folder, _ in self.sources:
             paths.check_local("a folder of data.sources", folder)
-        for name in ("sequence_length", "batch_size"):
+        for name in ("sequence_length", "batch_size", "streams_per_row"):
             require(getattr(self, name) >= 1, "data." + name, getattr(self, name), "at least 1")
         require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size, "at least 260")
         for name, allowed in (
@@ -79,16 +83,10 @@ class DataConfig:
             raise InputError(
                 f"data.path is {self.path!r}, but data.sources names folders, too; give one."
             )
-        require(
-            self.tokenised or self.long_documents == "split",
-            "data.long_documents",
-            self.long_documents,
-            "split unless data.path or data.sources names tokenised shards",
-        )
 
     @property
     def tokenised(self) -> bool:
-        """Whether the data is tokenised shards."""
+        """Whether folders of tokenized shards are given, and no text."""
         return self.path is not None or bool(self.sources)
 
     @property

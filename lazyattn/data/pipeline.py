@@ -1,30 +1,33 @@
-"""Data to batches: shuffled, sharded by process, resumable at any step.
+"""Text to batches, on one road: text, shards, streams, batches.
 
-Text of a small source is packed into rows ahead of time (`pipeline_rows`); tokenised
-shards of any size are packed while they are read (`pipeline_lanes`). Either way the
-global batch of a step is the same for any number of processes and workers.
+`prepare` opens folders of shards; text of a small source becomes such a folder in the
+cache first. The global batch of a step is the same for any number of processes and
+workers.
 """
 
 import os
 from collections.abc import Iterator
 
-from lazyattn.data import pipeline_lanes, pipeline_rows
+from lazyattn.data import batches
+from lazyattn.data.batches import (
+    Batch,
+    BatchIterator,
+    Gather,
+    OtherDataError,
+    local_batch_size,
+    merge_states,
+)
 from lazyattn.data.config import DataConfig
-from lazyattn.data.lanes import PackingReport, measure_packing
+from lazyattn.data.folders import TrainingData, open_folders
 from lazyattn.data.mixture import DocumentOrder
-from lazyattn.data.pipeline_base import Batch, BatchIterator, OtherDataError, local_batch_size
-from lazyattn.data.pipeline_lanes import Gather, merge_states
-from lazyattn.data.pipeline_shards import ShardedData, open_shards
-from lazyattn.data.prepare import PreparedData
-from lazyattn.data.prepare import prepare as prepare_text
+from lazyattn.data.prepare.source import prepare_source
+from lazyattn.data.streams import PackingReport, measure_packing
 from lazyattn.data.unigram import unigram_entropy
 
 __all__ = [
     "Batch",
     "BatchIterator",
     "OtherDataError",
-    "PreparedData",
-    "ShardedData",
     "TrainingData",
     "merge_states",
     "packing_report",
@@ -37,21 +40,21 @@ __all__ = [
 # Part of the state: raise it whenever the same settings come to give other batches.
 _ORDER = 1
 
-TrainingData = PreparedData | ShardedData
-
 
 def prepare(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None) -> TrainingData:
-    """Opens tokenised shards, or prepares text unless the cache has it.
+    """Opens tokenized shards; text is made into them unless the cache has it.
 
     Args:
       config: what to read.
-      cache_dir: where prepared text is kept; None: the user's cache. Shards stay
-        where they are.
+      cache_dir: where text that was prepared is kept; None: the user's cache. Shards
+        that a config names stay where they are.
 
     Raises:
       InputError: if the data is missing, damaged or unusable.
     """
-    return open_shards(config) if config.tokenised else prepare_text(config, cache_dir)
+    if config.tokenised:
+        return open_folders(config, config.weighted_paths)
+    return open_folders(config, ((str(prepare_source(config, cache_dir)), 1.0),))
 
 
 def train_iterator(
@@ -74,29 +77,25 @@ def train_iterator(
       process_count: all processes, as `jax.process_count()`.
       gather: from an int32 array [rows, columns] of each process to the rows of all of
         them; called by all processes when the state is asked for.
-        None: the state of tokenised shards tells where this process's rows stand,
-        and `merge_states` makes one of several.
+        None: the state tells where this process's rows stand, and `merge_states` makes
+        one of several.
 
     Returns:
       A Grain iterator over dicts of `inputs`, `targets`, `segment_ids` and
       `positions`, each int32 [batch_size / process_count, sequence_length].
 
     Raises:
-      InputError: if the batch can't be split over the processes, or text prepared
-        ahead gives fewer rows than a batch.
+      InputError: if the batch can't be split over the processes.
     """
-    if isinstance(prepared, PreparedData):
-        return pipeline_rows.train_iterator(
-            prepared, config, process_index=process_index, process_count=process_count
-        )
     order = (
         _ORDER,
         prepared.fingerprint,
         prepared.weights,
         *(config.sequence_length, config.batch_size, config.packing, config.long_documents),
         config.shuffle_seed,
+        *((config.streams_per_row,) if config.streams_per_row > 1 else ()),
     )
-    return pipeline_lanes.PackingIterator(
+    return BatchIterator(
         prepared.train,
         prepared.weights,
         prepared.format(config),
@@ -122,17 +121,13 @@ def validation_batches(
 
     Args, Raises: as `train_iterator`.
     """
-    if isinstance(prepared, PreparedData):
-        return pipeline_rows.validation_batches(
-            prepared, config, process_index=process_index, process_count=process_count
-        )
     count = local_batch_size(config, process_index, process_count)
-    return pipeline_lanes.validation_rows(
+    return batches.validation_batches(
         prepared.validation, prepared.format(config), config, process_index * count, count
     )
 
 
-def packing_report(prepared: ShardedData, config: DataConfig) -> list[PackingReport]:
+def packing_report(prepared: TrainingData, config: DataConfig) -> list[PackingReport]:
     """Returns how well the first documents of each source pack."""
     return [
         measure_packing(

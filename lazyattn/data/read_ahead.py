@@ -14,8 +14,8 @@ from lazyattn.errors import InputError
 Rows = Mapping[str, Int[np.ndarray, "rows length"]]
 
 
-class Positioned(Protocol):
-    """What is read ahead of, as `lazyattn.data.pipeline.BatchIterator` is."""
+class BatchIterator(Protocol):
+    """Where batches come from, as `lazyattn.data.pipeline.BatchIterator` has them."""
 
     def __next__(self) -> Rows: ...
 
@@ -30,36 +30,38 @@ class ReadAhead:
     """An iterator's batches, some of them read before they are asked for.
 
     Attributes:
-      error: what keeps it from reading on, or None. It has batches for as many steps as
-        a stop takes to reach all processes, nevertheless.
+      error: what keeps it from reading on, or None. With `AHEAD` it has batches for as
+        many steps as a stop takes to reach all processes, nevertheless.
     """
 
     # One more than the steps, since a stop counts from the batch given out last.
     AHEAD = StopAgreement.STEPS_TO_SPREAD + 1
 
-    def __init__(self, batches: Positioned, steps: int):
+    def __init__(self, batches: BatchIterator, steps: int, ahead: int = AHEAD):
         """Reads the first ones.
 
         Args:
           batches: an iterator over this process's rows; it is not to be used otherwise.
           steps: batches that will be asked for.
+          ahead: batches read ahead; 0 will do for one process.
 
         Raises:
           InputError: on all processes, if one can't read so many.
         """
         self._batches = batches
         self._unread = steps
+        self._ahead = ahead
         self._position = batches.position()
         self._waiting: collections.deque[tuple[Rows, Any]] = collections.deque()
         self.error: InputError | None = None
-        self._fill(self.AHEAD)
+        self._fill(ahead)
         agree_on(self.error, "first batches")
 
     def __iter__(self) -> Iterator[Rows]:
         return self
 
     def __next__(self) -> Rows:
-        self._fill(1 + self.AHEAD)
+        self._fill(1 + self._ahead)
         if not self._waiting:
             raise StopIteration if self.error is None else self.error
         rows, self._position = self._waiting.popleft()

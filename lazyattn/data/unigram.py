@@ -3,53 +3,37 @@
 import numpy as np
 from jaxtyping import Int64
 
-from lazyattn.data.lanes import Documents
+from lazyattn.data.folders import TrainingData
 from lazyattn.data.mixture import DocumentOrder
-from lazyattn.data.pipeline_shards import ShardedData
-from lazyattn.data.prepare import PreparedData
-from lazyattn.data.rows import PackedRows
+from lazyattn.data.streams import Documents
 
-_SAMPLE = 2048  # documents of each folder of shards
+_SAMPLE = 2048  # documents of each folder
 
 
-def unigram_entropy(prepared: PreparedData | ShardedData) -> float:
+def unigram_entropy(prepared: TrainingData) -> float:
     """Returns the cross-entropy of the validation targets under training frequencies.
 
     The model is the unigram distribution of the training targets, with one added to
     every count of the vocabulary. A trained model has learned something about order
-    when its validation loss is below this.
+    when its validation loss is below this. Of a folder with many documents a sample
+    is counted.
 
     Returns:
       Nats a target token.
     """
-    counts, weights = (_split_counts(prepared, split) for split in ("train", "validation"))
-    counts = counts + 1
-    nats = np.log(counts.sum()) - np.log(counts)
+    counts, weights = (
+        np.sum([_counts(source, prepared) for source in sources], axis=0)
+        for sources in (prepared.train, prepared.validation)
+    )
+    nats = np.log((counts + 1).sum()) - np.log(counts + 1)
     return float((weights * nats).sum() / weights.sum())
 
 
-def _split_counts(prepared: PreparedData | ShardedData, split: str) -> Int64[np.ndarray, " vocab"]:
-    size = prepared.tokenizer.vocab_size
-    if isinstance(prepared, PreparedData):
-        return _target_counts(getattr(prepared, split), size)
-    samples = [
-        _sampled_counts(source, prepared.ids[1], size) for source in getattr(prepared, split)
-    ]
-    return np.sum(samples, axis=0)
-
-
-def _target_counts(rows: PackedRows, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
-    targets = rows.column("targets")[rows.column("segment_ids") > 0]
-    return np.bincount(targets, minlength=vocab_size)
-
-
-def _sampled_counts(
-    documents: Documents, eos_id: int, vocab_size: int
-) -> Int64[np.ndarray, " vocab"]:
+def _counts(documents: Documents, prepared: TrainingData) -> Int64[np.ndarray, " vocab"]:
     """Returns how often each token is a target in a sample of documents."""
     number = min(len(documents), _SAMPLE)
     order = DocumentOrder(len(documents), seed=0)
     sample = documents.read([order[place] for place in range(number)])
-    counts = np.bincount(np.concatenate(sample), minlength=vocab_size)
-    counts[eos_id] += number
+    counts = np.bincount(np.concatenate(sample), minlength=prepared.tokenizer.vocab_size)
+    counts[prepared.ids[1]] += number
     return counts

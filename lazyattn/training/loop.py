@@ -3,17 +3,15 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Int
 
 from lazyattn import sharding
 from lazyattn.checkpoint.manager import Checkpoints, SaveError
 from lazyattn.checkpoint.state import Params, TrainState
-from lazyattn.data.read_ahead import Positioned, ReadAhead
+from lazyattn.data.read_ahead import BatchIterator, ReadAhead
 from lazyattn.distributed import StopAgreement
 from lazyattn.errors import InputError
 from lazyattn.experiment.training import TrainingConfig
@@ -26,20 +24,6 @@ from lazyattn.training.step import Metrics, StepFn
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that wasn't finite."""
-
-
-class DataIterator(Protocol):
-    """Endless batches, with a state fit for JSON."""
-
-    def __iter__(self) -> Iterator[Mapping[str, Int[np.ndarray, "rows length"]]]: ...
-
-    def __next__(self) -> Mapping[str, Int[np.ndarray, "rows length"]]: ...
-
-    def get_state(self) -> Any:
-        """Returns where the iterator stands."""
-
-    def set_state(self, state: Any) -> None:
-        """Makes it stand there again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +50,7 @@ class Run:
     experiment: dict[str, Any]
     mesh: jax.sharding.Mesh
     step_fn: StepFn
-    batches: DataIterator
+    batches: BatchIterator
     checkpoints: Checkpoints
     log: RunLog
     validate: Callable[[Params], dict[str, float]]
@@ -104,9 +88,8 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     start = int(state.step)
     pending: tuple[int, Metrics] | None = None
     record: dict[str, Any] = {}
-    batches: DataIterator | ReadAhead = run.batches
-    if jax.process_count() > 1 and start < config.steps:
-        batches = ReadAhead(cast(Positioned, run.batches), config.steps - start)
+    ahead = ReadAhead.AHEAD if jax.process_count() > 1 else 0
+    batches = ReadAhead(run.batches, config.steps - start, ahead)
     for number in range(start + 1, config.steps + 1):
         if run.profile is not None:
             run.log.pause(run.profile.before(number, pending), "profile")
@@ -136,7 +119,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             jax.block_until_ready(metrics)
             run.log.started(number)  # compilation is over: rates count from here
 
-        broken = batches.error if isinstance(batches, ReadAhead) else None
+        broken = batches.error
         asked = run.stop.received is not None or broken is not None
         why = "" if broken is None else str(broken)
         stopping = agreed_to_stop(asked, number, why) and number < config.steps
@@ -205,7 +188,7 @@ def _saved(
     run: Run,
     state: TrainState,
     record: dict[str, Any],
-    batches: DataIterator | ReadAhead,
+    batches: ReadAhead,
     why: str,
 ) -> InputError:
     """Saves the last step taken before data failed; returns the error that says so."""

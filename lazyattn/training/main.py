@@ -15,7 +15,6 @@ from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import Checkpoints, Restored
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.data.pipeline import (
-    ShardedData,
     TrainingData,
     packing_report,
     prepare,
@@ -283,17 +282,14 @@ def _where_the_data_is(experiment: ExperimentConfig) -> str:
 
 
 def _packing(experiment: ExperimentConfig, prepared: TrainingData) -> list[str]:
-    """Returns a line for each folder of shards on how its documents fill rows."""
-    if not isinstance(prepared, ShardedData):
-        return []
+    """Returns a line for each source on how its documents fill rows."""
     data = experiment.data
+    names = [folder for folder, _ in data.weighted_paths] or [data.source]
     return [
-        f"packing  {folder}: {report.efficiency:.1%} of {quantity(report.rows, 'row')} filled by"
+        f"packing  {name}: {report.efficiency:.1%} of {quantity(report.rows, 'row')} filled by"
         f" {data.packing}, {report.cut_off:.1%} of the tokens of"
         f" {quantity(report.documents, 'document')} cut off"
-        for (folder, _), report in zip(
-            data.weighted_paths, packing_report(prepared, data), strict=True
-        )
+        for name, report in zip(names, packing_report(prepared, data), strict=True)
     ]
 
 

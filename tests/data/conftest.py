@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lazyattn.data.config import DataConfig
-from lazyattn.data.prepare import PreparedData, prepare
+from lazyattn.data.pipeline import TrainingData, prepare
 
 WORDS = ["the", "of", "a", "lazy", "model", "looks", "at", "nothing", "when", "every", "word"]
 
@@ -35,5 +35,10 @@ def config(source) -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def prepared(config, tmp_path_factory) -> PreparedData:
-    return prepare(config, tmp_path_factory.mktemp("cache"))
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def prepared(config, cache) -> TrainingData:
+    return prepare(config, cache)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from lazyattn.data.packing import plan_all
+
 BOS, EOS, PAD = 1, 2, 0
 _LONGEST = 1000
 
@@ -22,6 +24,15 @@ class FakeDocuments:
 def made_up(documents, seed=0, longest=60):
     """Returns documents of lengths from 0 to `longest`."""
     return FakeDocuments(np.random.default_rng(seed).integers(0, longest + 1, documents).tolist())
+
+
+def packed(documents, format):
+    """Returns the rows of some documents, planned at once."""
+    plan = plan_all(documents, format)
+    rows = format.empty(len(plan))
+    for number in range(len(plan)):
+        plan.fill(rows, number, number, format)
+    return rows
 
 
 def segments(rows):

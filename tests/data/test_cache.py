@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 import time
@@ -6,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lazyattn.data import cache
+from lazyattn.data import cache, manifest
+from lazyattn.data.shards import Shards
 from lazyattn.errors import InputError
+from tests.data.shard_folders import write_folder
 
 
 class Builder:
@@ -18,65 +19,72 @@ class Builder:
 
     def __call__(self, folder):
         self.calls += 1
-        (folder / "a.bin").write_bytes(b"hello")
-        (folder / "b.bin").write_bytes(b"world")
-        return {"call": self.calls}
+        write_folder(folder, seed=self.calls, train=12)
+
+
+def _is_of_call(path, number, tmp_path):
+    """Returns whether a folder is what the call of a number builds, all of it."""
+    other = tmp_path.parent / f"{tmp_path.name}-{number}"
+    write_folder(other, seed=number, train=12)
+    return manifest.verify(path, deep=True) == manifest.read(other)
 
 
 def test_built_once_then_found(tmp_path):
     build = Builder()
     for _ in range(2):
-        path, content = cache.entry(tmp_path / "deep" / "cache", "name", build)
-        assert content == {"call": 1}
+        path = cache.entry(tmp_path / "deep" / "cache", "name", build)
         assert path == tmp_path / "deep" / "cache" / "name"
-        assert (path / "a.bin").read_bytes() == b"hello"
+        assert len(Shards(path, "train")) == 12
+    assert build.calls == 1
     assert os.listdir(path.parent) == ["name"]  # no scaffolding is left
 
 
+SHARD = "train-00001-of-00002.arrayrecord"
+
+
 def _truncate(path):
-    (path / "a.bin").write_bytes(b"hell")
+    (path / SHARD).write_bytes((path / SHARD).read_bytes()[:-1])
 
 
 def _flip(path):
-    (path / "b.bin").write_bytes(b"w0rld")
+    content = bytearray((path / SHARD).read_bytes())
+    content[-1] ^= 1
+    (path / SHARD).write_bytes(content)
 
 
 def _remove(path):
-    (path / "b.bin").unlink()
+    (path / "tokenizer.json").unlink()
 
 
 def _remove_manifest(path):
-    (path / cache.MANIFEST).unlink()
+    (path / manifest.NAME).unlink()
 
 
 def _truncate_manifest(path):
-    text = (path / cache.MANIFEST).read_text()
-    (path / cache.MANIFEST).write_text(text[: len(text) // 2])
+    text = (path / manifest.NAME).read_text()
+    (path / manifest.NAME).write_text(text[: len(text) // 2])
 
 
-def _strange_manifest(path):
-    (path / cache.MANIFEST).write_text(json.dumps({"files": {}}))
-
-
-@pytest.mark.parametrize(
-    "harm", [_truncate, _flip, _remove, _remove_manifest, _truncate_manifest, _strange_manifest]
-)
+@pytest.mark.parametrize("harm", [_truncate, _flip, _remove, _remove_manifest, _truncate_manifest])
 def test_damage_is_noticed_and_mended_with_a_warning(tmp_path, caplog, harm):
     build = Builder()
-    path, _ = cache.entry(tmp_path, "name", build)
+    path = cache.entry(tmp_path, "name", build)
     harm(path)
     with caplog.at_level(logging.WARNING, logger="absl"):
-        _, content = cache.entry(tmp_path, "name", build)
-    assert content == {"call": 2}
-    assert (path / "b.bin").read_bytes() == b"world"
-    assert "is damaged" in caplog.text
+        cache.entry(tmp_path, "name", build)
+    assert build.calls == 2
+    assert _is_of_call(path, 2, tmp_path)
+    assert "is damaged" in caplog.text and str(path) in caplog.text
     assert os.listdir(tmp_path) == ["name"]
-    assert cache.entry(tmp_path, "name", build)[1] == {"call": 2}
+    cache.entry(tmp_path, "name", build)
+    assert build.calls == 2
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
     def build(folder):
-        (folder / "a.bin").write_bytes(b"half")
+        folder.mkdir()
+        (folder / SHARD).write_bytes(b"half")
+        (folder.parent / "beside").write_bytes(b"it")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -89,12 +97,10 @@ def test_of_two_builders_at_once_the_first_wins(tmp_path):
 
     def outer(folder):
         cache.entry(tmp_path, "name", inner)
-        (folder / "a.bin").write_bytes(b"later")
-        return {"call": "outer"}
+        write_folder(folder, seed=7, train=12)
 
-    path, content = cache.entry(tmp_path, "name", outer)
-    assert content == {"call": 1}
-    assert (path / "a.bin").read_bytes() == b"hello"
+    path = cache.entry(tmp_path, "name", outer)
+    assert _is_of_call(path, 1, tmp_path)
     assert os.listdir(tmp_path) == ["name"]
 
 
@@ -119,7 +125,7 @@ def test_a_read_only_cache_is_still_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    assert cache.entry(tmp_path, "name", Builder())[1] == {"call": 1}
+    assert cache.entry(tmp_path, "name", Builder()) == tmp_path / "name"
     with pytest.raises(InputError, match=r"cannot be written to \(Permission denied\)"):
         cache.entry(tmp_path, "other", Builder())
 

@@ -9,10 +9,10 @@ from lazyattn.errors import InputError
     [
         ("sequence_length", 0),
         ("batch_size", 0),
+        ("streams_per_row", 0),
         ("vocab_size", 258),
         ("packing", "tight"),
         ("long_documents", "drop"),
-        ("long_documents", "truncate"),  # of text, not of shards
         ("sources", (("a", 0.0),)),
         ("sources", (("a", 1.0), ("a", 2.0))),
         ("sources", ("a", "b")),

@@ -3,19 +3,24 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lazyattn.data.packing import FIELDS, PACKERS, Tokens, join, pack_first_fit, pack_split
-from lazyattn.errors import InputError
+from lazyattn.data.packing import FIELDS, Format
+from tests.data.fake_documents import packed
 
 BOS, EOS, PAD = 1, 2, 7
-LENGTHS = st.lists(st.integers(0, 23), max_size=30)
+LENGTHS = st.lists(st.integers(0, 23), min_size=1, max_size=30)
 examples = hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
-packers = pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+packings = pytest.mark.parametrize("packing", ["split", "first_fit"])
 
 
 def _documents(lengths):
     """Returns documents in which every token occurs once, so that it can be traced."""
     ends = np.cumsum(lengths)
     return [list(range(100 + e - n, 100 + e)) for e, n in zip(ends, lengths, strict=True)]
+
+
+def _pack(documents, length, packing):
+    format = Format(length, packing, "split", BOS, EOS, PAD)
+    return packed([np.asarray(ids, np.int32) for ids in documents], format)
 
 
 def _segments(rows):
@@ -27,12 +32,12 @@ def _segments(rows):
             yield row, *(rows[name][row][at] for name in ("inputs", "targets", "positions"))
 
 
-@packers
+@packings
 @examples
 @hypothesis.given(lengths=LENGTHS, length=st.integers(1, 17))
-def test_every_pair_of_every_document_once_and_in_order(pack, lengths, length):
+def test_every_pair_of_every_document_once_and_in_order(packing, lengths, length):
     documents = _documents(lengths)
-    rows = pack(join(documents, BOS, EOS), length, PAD)
+    rows = _pack(documents, length, packing)
     # Each segment must be a run of one document's pairs; the runs must tile it.
     runs = {d: [] for d in range(len(documents))}
     empty = [d for d, n in enumerate(lengths) if n == 0]
@@ -49,11 +54,11 @@ def test_every_pair_of_every_document_once_and_in_order(pack, lengths, length):
         assert [token for _, targets in pieces for token in targets] == [*ids, EOS]
 
 
-@packers
+@packings
 @examples
 @hypothesis.given(lengths=LENGTHS, length=st.integers(1, 17))
-def test_rows_are_well_formed(pack, lengths, length):
-    rows = pack(join(_documents(lengths), BOS, EOS), length, PAD)
+def test_rows_are_well_formed(packing, lengths, length):
+    rows = _pack(_documents(lengths), length, packing)
     assert tuple(rows) == FIELDS
     number = rows["inputs"].shape[0]
     for array in rows.values():
@@ -75,7 +80,7 @@ def test_rows_are_well_formed(pack, lengths, length):
 @examples
 @hypothesis.given(lengths=LENGTHS, length=st.integers(1, 17))
 def test_split_fills_all_rows_but_the_last(lengths, length):
-    rows = pack_split(join(_documents(lengths), BOS, EOS), length, PAD)
+    rows = _pack(_documents(lengths), length, "split")
     pairs = sum(lengths) + len(lengths)
     assert rows["inputs"].shape[0] == -(-pairs // length)
     assert (rows["segment_ids"][:-1] > 0).all()
@@ -85,7 +90,7 @@ def test_split_fills_all_rows_but_the_last(lengths, length):
 @hypothesis.given(lengths=LENGTHS, length=st.integers(1, 17))
 def test_first_fit_is_first_fit(lengths, length):
     """Against the definition: the first row with room, tried one by one."""
-    rows = pack_first_fit(join(_documents(lengths), BOS, EOS), length, PAD)
+    rows = _pack(_documents(lengths), length, "first_fit")
     used: list[int] = []
     segments: list[list[int]] = []
     for n in lengths:
@@ -105,7 +110,7 @@ def test_first_fit_is_first_fit(lengths, length):
 
 
 def test_split_by_hand():
-    rows = pack_split(join([[10, 11], [20, 21]], BOS, EOS), 4, PAD)
+    rows = _pack([[10, 11], [20, 21]], 4, "split")
     np.testing.assert_array_equal(rows["inputs"], [[1, 10, 11, 1], [20, 21, 7, 7]])
     np.testing.assert_array_equal(rows["targets"], [[10, 11, 2, 20], [21, 2, 7, 7]])
     np.testing.assert_array_equal(rows["segment_ids"], [[1, 1, 1, 2], [1, 1, 0, 0]])
@@ -113,18 +118,7 @@ def test_split_by_hand():
 
 
 def test_first_fit_by_hand():
-    rows = pack_first_fit(join([[10, 11], [20, 21], []], BOS, EOS), 4, PAD)
+    rows = _pack([[10, 11], [20, 21], []], 4, "first_fit")
     np.testing.assert_array_equal(rows["inputs"], [[1, 10, 11, 1], [1, 20, 21, 7]])
     np.testing.assert_array_equal(rows["targets"], [[10, 11, 2, 2], [20, 21, 2, 7]])
     np.testing.assert_array_equal(rows["segment_ids"], [[1, 1, 1, 2], [1, 1, 1, 0]])
-
-
-@packers
-def test_no_documents_give_no_rows(pack):
-    assert pack(join([], BOS, EOS), 4, PAD)["inputs"].shape == (0, 4)
-
-
-@pytest.mark.parametrize("lengths", [[3, 1], [2], [5]])
-def test_lengths_that_do_not_fit_the_tokens(lengths):
-    with pytest.raises(InputError, match=r"Tokens\.lengths is .*2 or more for every document"):
-        Tokens(np.zeros(4, np.int32), np.asarray(lengths))

@@ -6,12 +6,11 @@ from lazyattn.data.unigram import unigram_entropy
 
 
 def test_unigram_entropy_by_its_definition(prepared):
-    def targets(rows):
+    def targets(sources):
         return [
             int(target)
-            for row in (rows[i] for i in range(len(rows)))
-            for target, segment in zip(row["targets"], row["segment_ids"], strict=True)
-            if segment > 0
+            for ids in sources[0].read(range(len(sources[0])))
+            for target in (*ids, prepared.tokenizer.eos_id)
         ]
 
     train = targets(prepared.train)

@@ -249,7 +249,6 @@ def test_a_run_refused_for_its_data_leaves_nothing(text, cache, tmp_path, folder
         {"data__source": str(tmp_path / "short")},
         {"data__path": str(tmp_path / "nowhere")},
         {"data__tokenizer": str(tmp_path / "big.json")},
-        {"data__batch_size": 4000, "training__microbatches": 1},
     ):
         with pytest.raises(InputError):
             run.train(_experiment(text, **changes), tmp_path / folder, cache)

@@ -80,8 +80,11 @@ class Batches:
         self.index += 1
         return data
 
-    def get_state(self):
-        return {"index": self.index}
+    def position(self):
+        return self.index
+
+    def state_at(self, position):
+        return {"index": position}
 
     def set_state(self, state):
         self.index = state["index"]

@@ -7,7 +7,7 @@ import pytest
 from lazyattn.data.config import DataConfig
 from lazyattn.data.packing import FIELDS
 from lazyattn.data.pipeline import (
-    ShardedData,
+    TrainingData,
     prepare,
     train_iterator,
     unigram_entropy,
@@ -32,7 +32,7 @@ def _config(folders, **changes):
 
 def test_what_is_opened_is_what_was_written(folders):
     opened = prepare(_config(folders))
-    assert isinstance(opened, ShardedData)
+    assert isinstance(opened, TrainingData)
     assert [len(source) for source in opened.train] == [60, 60]
     assert opened.weights == (1.0, 2.0)
     tokens = [sum(ids.size for ids in Shards(folder, "train")) for folder in folders]

@@ -3,11 +3,11 @@ import collections
 import numpy as np
 import pytest
 
-from lazyattn.data import lanes
-from lazyattn.data.lanes import Format, Lane, measure_packing
+from lazyattn.data import streams
 from lazyattn.data.mixture import DocumentOrder
-from lazyattn.data.packing import FIELDS, Tokens, pack_first_fit, pack_split
-from tests.data.fake_documents import BOS, EOS, PAD, FakeDocuments, made_up, segments
+from lazyattn.data.packing import FIELDS, Format
+from lazyattn.data.streams import Stream, measure_packing
+from tests.data.fake_documents import BOS, EOS, PAD, FakeDocuments, made_up, packed, segments
 
 LENGTH = 16
 packings = pytest.mark.parametrize("packing", ["split", "first_fit"])
@@ -16,47 +16,46 @@ long = pytest.mark.parametrize("long_documents", ["split", "truncate"])
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(lanes, "WINDOW", {"split": 5, "first_fit": 7})
+    monkeypatch.setattr(streams, "WINDOW", {"split": 5, "first_fit": 7})
 
 
 def _format(packing="split", long_documents="split", length=LENGTH):
     return Format(length, packing, long_documents, BOS, EOS, PAD)
 
 
-def _lane(documents, format, lane=0, number=1, cursor=(0, 0)):
+def _stream(documents, format, stream=0, number=1, cursor=(0, 0)):
     order = DocumentOrder(len(documents), seed=0)
-    return Lane(documents, order, format, lane=lane, lanes=number, cursor=cursor)
+    return Stream(documents, order, format, stream=stream, streams=number, cursor=cursor)
 
 
-def _rows(lane, number, length=LENGTH):
+def _rows(stream, number, length=LENGTH):
     rows = {name: np.full((number, length), -1, np.int32) for name in FIELDS}
-    cursors = [lane.cursor]
+    cursors = [stream.cursor]
     for row in range(number):
-        lane.fill(rows, row)
-        cursors.append(lane.cursor)
+        stream.fill(rows, row)
+        cursors.append(stream.cursor)
     return rows, cursors
 
 
 def _in_order(documents, number):
-    """Returns the first documents of the order, as `Tokens`."""
+    """Returns the first documents of the order."""
     order = DocumentOrder(len(documents), seed=0)
-    parts = [[BOS, *ids, EOS] for ids in documents.read([order[i] for i in range(number)])]
-    return Tokens(np.concatenate(parts).astype(np.int32), np.asarray([len(part) for part in parts]))
+    return documents.read([order[i] for i in range(number)])
 
 
 def test_split_is_the_whole_corpus_packed_at_once():
     documents = made_up(50)
-    rows, _ = _rows(_lane(documents, _format()), 60)
-    expected = pack_split(_in_order(documents, 50), LENGTH, PAD)
+    rows, _ = _rows(_stream(documents, _format()), 60)
+    expected = packed(_in_order(documents, 50), _format())
     for name in FIELDS:
         np.testing.assert_array_equal(rows[name], expected[name][:60])
 
 
 def test_a_window_of_first_fit_is_its_documents_packed_at_once():
     documents = made_up(50)
-    rows, cursors = _rows(_lane(documents, _format("first_fit")), 40)
+    rows, cursors = _rows(_stream(documents, _format("first_fit")), 40)
     end = next(i for i, (document, _) in enumerate(cursors) if document)
-    expected = pack_first_fit(_in_order(documents, cursors[end][0]), LENGTH, PAD)
+    expected = packed(_in_order(documents, cursors[end][0]), _format("first_fit"))
     assert end == expected["inputs"].shape[0] >= 7
     for name in FIELDS:
         np.testing.assert_array_equal(rows[name][:end], expected[name])
@@ -74,7 +73,9 @@ def test_each_pair_of_each_document_once_in_every_epoch(packing, long_documents)
     documents, number = made_up(40, longest=50), 3
     order = DocumentOrder(40, seed=0)
     for index in range(number):
-        rows, cursors = _rows(_lane(documents, _format(packing, long_documents), index, number), 60)
+        rows, cursors = _rows(
+            _stream(documents, _format(packing, long_documents), index, number), 60
+        )
         if packing == "first_fit":  # up to the end of a window
             end = max(row for row, (_, used) in enumerate(cursors) if used == 0)
             rows, cursors = {name: rows[name][:end] for name in FIELDS}, cursors[: end + 1]
@@ -93,7 +94,7 @@ def test_each_pair_of_each_document_once_in_every_epoch(packing, long_documents)
 @packings
 @long
 def test_rows_are_well_formed(packing, long_documents):
-    rows, _ = _rows(_lane(made_up(40), _format(packing, long_documents)), 60)
+    rows, _ = _rows(_stream(made_up(40), _format(packing, long_documents)), 60)
     ids = rows["segment_ids"]
     assert (np.diff((ids == 0).astype(int), axis=1) >= 0).all()  # padding comes last
     assert (ids[:, 0] == 1).all()
@@ -113,9 +114,9 @@ def test_rows_are_well_formed(packing, long_documents):
 @long
 def test_going_on_from_any_row(packing, long_documents):
     documents, format = made_up(30, seed=1), _format(packing, long_documents)
-    whole, cursors = _rows(_lane(documents, format, 1, 2), 50)
+    whole, cursors = _rows(_stream(documents, format, 1, 2), 50)
     for start in range(47):
-        rows, _ = _rows(_lane(documents, format, 1, 2, cursors[start]), 3)
+        rows, _ = _rows(_stream(documents, format, 1, 2, cursors[start]), 3)
         for name in FIELDS:
             np.testing.assert_array_equal(rows[name], whole[name][start : start + 3])
 
@@ -123,20 +124,20 @@ def test_going_on_from_any_row(packing, long_documents):
 @packings
 def test_how_many_are_read_at_a_time_does_not_show(packing, monkeypatch):
     documents, format = made_up(30, seed=2), _format(packing)
-    whole, _ = _rows(_lane(documents, format), 40)
-    monkeypatch.setattr(lanes, "_FIRST_READ", 1)
+    whole, _ = _rows(_stream(documents, format), 40)
+    monkeypatch.setattr(streams, "_FIRST_READ", 1)
     if packing == "split":
-        monkeypatch.setattr(lanes, "WINDOW", {"split": 3})
-    other, _ = _rows(_lane(documents, format), 40)
+        monkeypatch.setattr(streams, "WINDOW", {"split": 3})
+    other, _ = _rows(_stream(documents, format), 40)
     for name in FIELDS:
         np.testing.assert_array_equal(other[name], whole[name])
 
 
 def test_documents_of_nothing_and_of_many_rows():
     documents = FakeDocuments([0, 0, 200, 0])
-    rows, _ = _rows(_lane(documents, _format("first_fit")), 14)
+    rows, _ = _rows(_stream(documents, _format("first_fit")), 14)
     assert max(positions.size for _, _, positions in segments(rows)) == LENGTH
-    rows, _ = _rows(_lane(FakeDocuments([0]), _format()), 2)
+    rows, _ = _rows(_stream(FakeDocuments([0]), _format()), 2)
     np.testing.assert_array_equal(rows["inputs"], BOS)
     np.testing.assert_array_equal(rows["targets"], EOS)
     np.testing.assert_array_equal(rows["segment_ids"][0], np.arange(1, LENGTH + 1))
@@ -147,7 +148,7 @@ def test_small_integers_stay_small_until_they_are_rows():
         def read(self, indices):
             return [np.full(3, 65_000, np.uint16) for _ in indices]
 
-    rows, _ = _rows(_lane(Narrow([3]), _format()), 2)
+    rows, _ = _rows(_stream(Narrow([3]), _format()), 2)
     assert rows["targets"].max() == rows["inputs"].max() == 65_000
 
 
@@ -157,7 +158,7 @@ def test_the_report_says_what_packing_does():
     split = measure_packing(documents, order, _format("split"))
     assert split.efficiency == 1 and split.cut_off == 0 and split.rows >= 10
     fitted = measure_packing(documents, order, _format("first_fit"))
-    rows, _ = _rows(_lane(documents, _format("first_fit")), fitted.rows)
+    rows, _ = _rows(_stream(documents, _format("first_fit")), fitted.rows)
     assert fitted.efficiency == pytest.approx((rows["segment_ids"] > 0).mean())
     assert 0.5 < fitted.efficiency < 1
     cut = measure_packing(documents, order, _format("first_fit", "truncate"))

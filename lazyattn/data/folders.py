@@ -1,4 +1,4 @@
-"""Folders of tokenised shards, opened for reading and checked against each other."""
+"""Folders of tokenized shards, opened for reading and checked against each other."""
 
 import dataclasses
 import hashlib
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lazyattn.data import manifest
 from lazyattn.data.config import DataConfig
-from lazyattn.data.lanes import Documents, Format
 from lazyattn.data.manifest import Manifest
+from lazyattn.data.packing import Format
 from lazyattn.data.shards import Shards
+from lazyattn.data.streams import Documents
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
 
@@ -28,8 +29,8 @@ class ShardCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardedData:
-    """Tokenised documents in one or several folders.
+class TrainingData:
+    """Tokenized documents in one or several folders.
 
     Attributes:
       tokenizer: the tokenizer all of them were made with.
@@ -61,18 +62,22 @@ class ShardedData:
         )
 
 
-def open_shards(config: DataConfig) -> ShardedData:
-    """Opens the folders that a config names, each checked against its manifest.
+def open_folders(config: DataConfig, weighted_paths: Sequence[tuple[str, float]]) -> TrainingData:
+    """Opens folders of shards, each checked against its manifest.
 
     Every file's size and the tokenizer's SHA-256 are compared; what is inside a shard
     is checked piece by piece when it is read (ArrayRecord keeps a hash of each record).
+
+    Args:
+      config: the settings.
+      weighted_paths: the folders, and the share of the rows that each has.
 
     Raises:
       InputError: if a folder or one of its files is missing or not what its manifest
         says, a split is empty, or tokenizers differ.
     """
-    folders = [folder for folder, _ in config.weighted_paths]
-    name = "data.path" if config.path is not None else "a folder of data.sources"
+    folders = [folder for folder, _ in weighted_paths]
+    name = "a folder of data.sources" if config.sources else "data.path"
     manifests = [
         manifest.verify(folder, deep=config.verify_checksums, name=name) for folder in folders
     ]
@@ -101,12 +106,12 @@ def open_shards(config: DataConfig) -> ShardedData:
     digest = hashlib.sha256()
     for content in manifests:
         digest.update(content.fingerprint.encode())
-    return ShardedData(
+    return TrainingData(
         tokenizer=tokenizer,
         ids=(made_with.beginning_of_document, made_with.end_of_document, made_with.padding),
         train=_opened("train", folders, manifests),
         validation=_opened("validation", folders, manifests),
-        weights=tuple(weight for _, weight in config.weighted_paths),
+        weights=tuple(weight for _, weight in weighted_paths),
         counts=counts,
         fingerprint=digest.hexdigest(),
     )

@@ -10,11 +10,11 @@ import grain
 import numpy as np
 import pytest
 
-from lazyattn.data import lanes
+from lazyattn.data import streams
 from lazyattn.data.config import DataConfig
 from lazyattn.data.packing import FIELDS
 from lazyattn.data.pipeline import (
-    ShardedData,
+    TrainingData,
     merge_states,
     packing_report,
     train_iterator,
@@ -35,7 +35,7 @@ class Shifted(FakeDocuments):
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(lanes, "WINDOW", {"split": 5, "first_fit": 7})
+    monkeypatch.setattr(streams, "WINDOW", {"split": 5, "first_fit": 7})
 
 
 @pytest.fixture(params=["one", "mixture"])
@@ -48,7 +48,7 @@ def data(request):
 def _data(*sources, weights=(1.0,)):
     validation = tuple(made_up(17, seed=9) for _ in sources)
     ids = (BOS, EOS, PAD)
-    return ShardedData(None, ids, sources, validation, weights, {}, "fingerprint")
+    return TrainingData(None, ids, sources, validation, weights, {}, "fingerprint")
 
 
 def _config(packing="split", **changes):
@@ -162,6 +162,33 @@ def test_gathered_states_are_of_all_processes(data):
             assert found == alone.get_state()
 
 
+def test_streams_that_take_turns(data):
+    """Row r is filled by stream 3r, 3r + 1, 3r + 2, 3r, ...; the rest is as with one stream."""
+    config = _config(streams_per_row=3, prefetch=2)
+    whole = _take(train_iterator(data, config), 24)
+    wide = _config(batch_size=24)
+    if len(data.train) == 1:  # with several, the mixture goes by the row's number
+        many = _take(train_iterator(data, wide), 8)
+        for step, batch in enumerate(whole):
+            for name in FIELDS:
+                np.testing.assert_array_equal(batch[name], many[step // 3][name][step % 3 :: 3])
+    state, step = None, 0
+    for processes in (2, 1, 4, 8, 1):
+        parts = _parts(data, config, processes)
+        for part in parts:
+            if state is not None:
+                part.set_state(state)
+        for _ in range(4):
+            _assert_equal([_join([next(part) for part in parts])], [whole[step]])
+            step += 1
+        state = json.loads(json.dumps(merge_states([part.get_state() for part in parts])))
+        for part in parts:
+            part.close()
+    with pytest.raises(InputError, match="of some processes only, and not of rows 4 to 7"):
+        parts = _parts(data, config, 2)
+        parts[1].set_state(parts[0].get_state())
+
+
 def test_states_that_do_not_belong_together(data):
     config = _config()
     parts = _parts(data, config, 2)
@@ -185,6 +212,7 @@ def test_states_that_do_not_belong_together(data):
         {"packing": "first_fit"},
         {"long_documents": "truncate"},
         {"sequence_length": 8},
+        {"streams_per_row": 2},
     ],
     ids=str,
 )
@@ -199,9 +227,9 @@ def test_a_state_of_other_data_is_refused(data, change):
 
 def test_worker_processes_give_the_same_batches():
     # In a worker the windows have their full size, so here they need it, too.
-    lanes.WINDOW.update(split=32, first_fit=128)
+    streams.WINDOW.update(split=32, first_fit=128)
     data = _data(made_up(50, seed=1), Shifted([40] * 30), weights=(1.0, 3.0))
-    config = _config("first_fit", batch_size=5)
+    config = _config("first_fit", batch_size=5, streams_per_row=2)
     whole = _take(train_iterator(data, config), 9)
     iterator = train_iterator(data, dataclasses.replace(config, num_workers=2, prefetch=2))
     plain = train_iterator(data, config)
@@ -243,15 +271,15 @@ def test_what_a_reader_cannot_read_is_said_by_the_iterator(reader):
 
 def test_an_epoch_has_every_token_once():
     documents = made_up(90)
-    lane_ends = [0] * 8
+    ends = [0] * 8
     iterator = train_iterator(_data(documents), _config())
     found = collections.Counter()
-    while min(lane_ends) < -(-90 // 8):
+    while min(ends) < -(-90 // 8):
         batch = next(iterator)
-        for lane, row in enumerate(batch["targets"]):
-            if lane_ends[lane] * 8 + lane < 90:
+        for stream, row in enumerate(batch["targets"]):
+            if ends[stream] * 8 + stream < 90:
                 found.update(row[row > EOS].tolist())
-        lane_ends = [cursors[0][0] for cursors in iterator.get_state()["cursors"]]
+        ends = [cursors[0][0] for cursors in iterator.get_state()["cursors"]]
     every = np.concatenate(documents.read(range(90))).tolist()
     assert set(found) == set(every)
     # A row may begin in one epoch and end in the next; all else comes once.

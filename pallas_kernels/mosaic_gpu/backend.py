@@ -101,11 +101,7 @@ class Kernels(Call):
 
     def visits(self) -> Visits:
         """Returns which tiles are visited, and whether no exponential can overflow."""
-        x = self.inputs
-        return planning(self.plan).visits(
-            self.plan, x.query, x.key, x.segment_start,
-            x.distance_bias, x.distance_slope, x.offset, self.table.maxima,
-        )  # fmt: skip
+        return planning(self.plan).visits(self.plan, self.inputs, self.table)
 
     def forward(self, visits: Visits, *, training: bool) -> tuple[Array, Residuals | None]:
         """Returns the output and, with `training`, the residuals."""

@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_gpu import config
 from pallas_kernels.mosaic_gpu.plan import Plan
 from pallas_kernels.mosaic_gpu.planning import by_triton, by_xla
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
+from pallas_kernels.problem import Inputs
 from tests import oracle
 from tests.pallas_kernels.problems import problem
 
@@ -46,6 +47,11 @@ def _plan(case, args, skip_mass):
     return plan, length, heads
 
 
+def _inputs(query, key, segment_start, distance_bias, distance_slope, offset):
+    scale = jnp.ones(segment_start.shape)
+    return Inputs(query, key, key, segment_start, scale, distance_bias, distance_slope, offset)
+
+
 def _both(function, *args, **settings):
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         ours = jax.jit(lambda: getattr(by_triton, function)(*args, **settings))()
@@ -76,17 +82,17 @@ def test_tables_and_visits(case, skip_mass):
         ids = np.asarray(args["segment_ids"])
         starts = [[np.flatnonzero(row == x)[0] for x in row] for row in ids]
         segment_start = jnp.asarray(starts, jnp.int32)
-    call = (plan, args["query"], args["key"], segment_start, *parameters)
+    call = _inputs(args["query"], args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
-        found = jax.jit(lambda: by_triton.visits(*call, ours.maxima))()
-    wanted = by_xla.visits(*call, None)
+        found = jax.jit(lambda: by_triton.visits(plan, call, ours))()
+    wanted = by_xla.visits(plan, call, expected)
     _same(found.first, wanted.first)
     _same(found.no_overflow, wanted.no_overflow)
     _same(found.work.sum(axis=-1), wanted.work[:, :, 0])
-    large = (plan, 40 * args["query"], 40 * args["key"], segment_start, *parameters)
+    large = _inputs(40 * args["query"], 40 * args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
-        found = jax.jit(lambda: by_triton.visits(*large, ours.maxima))()
-    _same(found.no_overflow, by_xla.visits(*large, None).no_overflow)
+        found = jax.jit(lambda: by_triton.visits(plan, large, ours))()
+    _same(found.no_overflow, by_xla.visits(plan, large, expected).no_overflow)
     assert not np.asarray(found.no_overflow).any()
 
 
@@ -98,12 +104,13 @@ def test_a_block_visits_what_any_of_its_queries_sees():
     place = jnp.arange(300, dtype=jnp.int32)
     segment_start = jnp.where(place < 200, place, jnp.maximum(place - 150, 0))[None]
     parameters = [args[name] for name in ("distance_bias", "offset")]
-    call = (plan, args["query"], args["key"], segment_start, parameters[0], None, parameters[1])
+    bias, offset = parameters
+    call = _inputs(args["query"], args["key"], segment_start, bias, None, offset)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 2, 300))()
-        found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()
+        found = jax.jit(lambda: by_triton.visits(plan, call, table))()
     assert found.first[0, 0].tolist() == [0, 1, 2, 0, 1]
-    _same(found.first, by_xla.visits(*call, None).first)
+    _same(found.first, by_xla.visits(plan, call, table).first)
 
 
 def test_a_number_that_is_none_is_visited():
@@ -112,18 +119,18 @@ def test_a_number_that_is_none_is_visited():
     plan, length, heads = _plan(case, args, 1e-4)
     parameters = [args[name] for name in ("distance_bias", "distance_slope", "offset")]
     key = args["key"].at[0, 70, 0, 3].set(jnp.nan)
-    call = (plan, args["query"], key, jnp.zeros((2, length), jnp.int32), *parameters)
+    call = _inputs(args["query"], key, jnp.zeros((2, length), jnp.int32), *parameters)
     broken = parameters[0].at[1, 99].set(jnp.nan)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         table = jax.jit(lambda: by_triton.table(plan, *parameters[:2], heads, length))()
-        found = jax.jit(lambda: by_triton.visits(*call, table.maxima))()
-        norms = jax.jit(lambda: by_triton.norms(*call[:5], table.maxima))()
+        found = jax.jit(lambda: by_triton.visits(plan, call, table))()
+        norms = jax.jit(lambda: by_triton.norms(plan, call, table))()
         table = jax.jit(lambda: by_triton.table(plan, broken, parameters[1], heads, length))()
     # A GPU's maxima leave NaN out, unlike the interpreter's: so there must be none.
     assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
     largest = table.maxima[:, : -(-length // 64)]
     assert not np.isnan(largest).any() and np.isinf(largest[1, 1])
-    _same(found.first, by_xla.visits(*call, None).first)
+    _same(found.first, by_xla.visits(plan, call, table).first)
     assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.no_overflow)[
         0
     ].any()

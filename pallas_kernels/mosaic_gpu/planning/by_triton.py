@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, Plan
 from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
 from pallas_kernels.mosaic_gpu.planning.static import Static
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
-from pallas_kernels.problem import current_options
+from pallas_kernels.problem import Inputs, current_options
 from pallas_kernels.triton import call
 from pallas_kernels.triton.config import Block, power_of_two
 
@@ -73,33 +73,12 @@ def table(
     return Table(*_launch("lazy_table", (heads, 2), static, shapes, distance_bias, slope))
 
 
-def visits(
-    plan: Plan,
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    segment_start: Int[Array, "batch length"],
-    distance_bias: Float[Array, "heads width"] | None,
-    distance_slope: Float[Array, " heads"] | None,
-    offset: Float[Array, " heads"] | None,
-    maxima: Float[Array, "heads numbers"] | None,
-) -> Visits:
+def visits(plan: Plan, inputs: Inputs, table: Table) -> Visits:
     """Returns which tiles are visited, and whether no exponential can overflow."""
-    del distance_slope
-    batch, length, heads, _ = query.shape
+    batch, length, heads, _ = inputs.query.shape
     blocks = -(-length // BLOCK)
     at_once = _blocks_at_once(blocks)
-    static = dict(
-        length=length,
-        heads=heads,
-        blocks=blocks,
-        at_once=at_once,
-        width=0 if distance_bias is None else distance_bias.shape[1],
-        has_offset=offset is not None,
-        packed=plan.packed,
-        skip_mass=plan.skip_mass,
-        exponent_limit=EXPONENT_LIMIT,
-    )
-    of_blocks = unused = norms(plan, query, key, segment_start, distance_bias, maxima)
+    static = _of_call(plan, inputs) | dict(at_once=at_once, exponent_limit=EXPONENT_LIMIT)
     programs = -(-blocks // at_once)
     shapes = [((batch, heads, n), jnp.int32) for n in (blocks, 1, programs)]
     first, no_overflow, work = _launch(
@@ -107,38 +86,43 @@ def visits(
         (programs, heads, batch),
         static,
         shapes,
-        of_blocks,
-        segment_start if plan.packed else unused,
-        unused if distance_bias is None else distance_bias,
-        unused if maxima is None else maxima,
-        unused if offset is None else offset,
+        norms(plan, inputs, table),
+        inputs.segment_start if plan.packed else None,
+        inputs.distance_bias,
+        table.maxima,
+        inputs.offset,
     )
     return Visits(first, no_overflow[:, :, 0], work)
 
 
-def norms(
-    plan: Plan,
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    segment_start: Int[Array, "batch length"],
-    distance_bias: Float[Array, "heads width"] | None,
-    maxima: Float[Array, "heads numbers"] | None,
-) -> Float[Array, "batch 3 heads blocks"]:
+def norms(plan: Plan, inputs: Inputs, table: Table) -> Float[Array, "batch 3 heads blocks"]:
     """Returns of each block the largest norms of queries, times the scale, and of keys, and the
     least of what is known of its rows' log-sum-exps; infinite where one is NaN."""
-    batch, length, heads, head_dim = query.shape
-    blocks = -(-length // BLOCK)
-    static = dict(length=length, heads=heads, blocks=blocks, scale=plan.scale)
-    static |= dict(group=heads // key.shape[2], head_dim=head_dim, skip_mass=plan.skip_mass)
-    static |= dict(packed=plan.packed)
-    static["width"] = 0 if distance_bias is None else distance_bias.shape[1]
+    batch, _, heads, _ = inputs.query.shape
+    static = _of_call(plan, inputs)
+    blocks = static["blocks"]
+    segment_start = inputs.segment_start if plan.packed else None
+    arrays = inputs.query, inputs.key, segment_start, inputs.distance_bias, table.maxima
     shapes = [(batch, 3, heads, blocks)]
-    more = (
-        segment_start if plan.packed else query,
-        query if distance_bias is None else distance_bias,
-        query if maxima is None else maxima,
+    return _launch("lazy_norms", (blocks * heads, batch), static, shapes, *arrays)[0]
+
+
+def _of_call(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Returns what is static of a call."""
+    _, length, heads, head_dim = inputs.query.shape
+    bias = inputs.distance_bias
+    return dict(
+        length=length,
+        heads=heads,
+        group=heads // inputs.key.shape[2],
+        head_dim=head_dim,
+        blocks=-(-length // BLOCK),
+        width=0 if bias is None else bias.shape[1],
+        has_offset=inputs.offset is not None,
+        packed=plan.packed,
+        scale=plan.scale,
+        skip_mass=plan.skip_mass,
     )
-    return _launch("lazy_norms", (blocks * heads, batch), static, shapes, query, key, *more)[0]
 
 
 def tile_orders(
@@ -221,9 +205,9 @@ def gradients(
         at_once = BLOCK if straight else at_once
     static |= dict(at_once=at_once)
     grid = (heads, groups, 1 + -(-width // at_once))
-    operands = [given if x is None else x for x in (of_offset, sums, tail_sums)]
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
-    d_bias, d_slope, d_offset = _launch("lazy_gradients", grid, static, shapes, *operands)
+    found = _launch("lazy_gradients", grid, static, shapes, of_offset, sums, tail_sums)
+    d_bias, d_slope, d_offset = found
     return Gradients(
         d_bias if width else None,
         d_slope if has_slope else None,
@@ -238,11 +222,17 @@ def _blocks_at_once(blocks: int) -> int:
 
 
 def _launch(
-    name: str, grid: tuple[int, ...], static: dict[str, Any], shapes: list[Any], *arrays: Array
-) -> list[Array]:
-    """Launches the kernel of that name; shapes with or without a dtype, which else is float32."""
+    name: str, grid: tuple[int, ...], static: dict[str, Any], shapes: list[Any],
+    *arrays: Array | None,
+) -> list[Array]:  # fmt: skip
+    """Launches the kernel of that name; shapes with or without a dtype, which else is float32.
+
+    Arrays that are None are not read.
+    """
+    given = next(x for x in arrays if x is not None)
+    operands = [given if x is None else x for x in arrays]
     with_dtypes = (x if isinstance(x[0], tuple) else (x, jnp.float32) for x in shapes)
     outputs = [jax.ShapeDtypeStruct(*x) for x in with_dtypes]
     block = Block(queries=BLOCK, keys=BLOCK, warps=_WARPS.get(name, 4), stages=1)
     module = importlib.import_module(f"pallas_kernels.mosaic_gpu.planning.{_MODULES[name]}")
-    return call.launch(getattr(module, name), arrays, outputs, grid, block, Static(**static))
+    return call.launch(getattr(module, name), operands, outputs, grid, block, Static(**static))

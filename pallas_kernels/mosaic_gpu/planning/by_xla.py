@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, LOG2_E, Plan, reference
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
+from pallas_kernels.problem import Inputs
 from pallas_kernels.visit import TileSizes, ranges_by_norms, tile_norms
 
 
@@ -78,29 +79,21 @@ def table(
     return Table(*plan.table(distance_bias, distance_slope, heads), None)
 
 
-def visits(
-    plan: Plan,
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    segment_start: Int[Array, "batch length"],
-    distance_bias: Float[Array, "heads width"] | None,
-    distance_slope: Float[Array, " heads"] | None,
-    offset: Float[Array, " heads"] | None,
-    maxima: None,
-) -> Visits:
+def visits(plan: Plan, inputs: Inputs, table: Table) -> Visits:
     """Returns which tiles are visited, and whether no exponential can overflow."""
-    del maxima
+    del table
+    query, key, segment_start = inputs.query, inputs.key, inputs.segment_start
     length, heads = query.shape[1:3]
     bias = None
-    if distance_bias is not None:
-        bias = bias_lib.expand(distance_bias, distance_slope, length)
+    if inputs.distance_bias is not None:
+        bias = bias_lib.expand(inputs.distance_bias, inputs.distance_slope, length)
     if not plan.packed:
         segment_start = jnp.zeros_like(segment_start)
     tiles = TileSizes(BLOCK, BLOCK)
     norms = tile_norms(query, key, bias, segment_start, plan.scale, tiles)
     ranges = ranges_by_norms(
         norms if plan.skip_mass > 0 else None,
-        *(heads, bias, offset, segment_start, plan.skip_mass, tiles),
+        *(heads, bias, inputs.offset, segment_start, plan.skip_mass, tiles),
     )
     bound = jnp.prod(jnp.max(jnp.stack([norms.query, norms.key]), axis=-1), axis=0)
     if bias is not None:

@@ -5,6 +5,7 @@ far too large; what the compiler says of the step decides.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ MARGIN = 0.92
 # is cheap, and more so where layers are not scanned (docs/log/2026-11-30-remat-auto.md).
 _LEAST_SCANNED, _LEAST_UNROLLED = 0.7, 0.4
 # XLA recomputes by itself near the device's limit, and doesn't know what an attention costs.
+# Far from it there is no need to look.
+_NEAR = 0.6
 _CLONE = re.compile(r"^\s*(?:ROOT )?%?\S*\.remat\S* = .*\bcustom-call\(", re.MULTILINE)
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|exceeds available|out of memory", re.IGNORECASE)
 
@@ -43,12 +46,12 @@ class Need:
     Attributes:
       bytes: on a device; infinite where it gave up.
       result: what was compiled.
-      clones: whether it runs kernels twice to save memory.
+      text: gives the program, which is long.
     """
 
     bytes: float
     result: Any
-    clones: bool = False
+    text: Callable[[], str] = str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,12 @@ def choose(
     told = [f"{name} would need at least {_gib(estimates[name])}" for name in POLICIES[:first]]
     for policy in POLICIES[first:]:
         need = needs(policy)
-        fits = agree(policy, need.bytes <= limit and not need.clones)
+        clones = _NEAR * available < need.bytes <= limit and bool(_CLONE.search(need.text()))
+        fits = agree(policy, need.bytes <= limit and not clones)
         if fits or policy == POLICIES[-1]:
             break
         told.append(
-            f"{policy} needs {_gib(need.bytes)}" + (" with kernels run twice" * need.clones)
+            f"{policy} needs {_gib(need.bytes)}" + (" with kernels run twice" if clones else "")
         )
     why = f"its step needs {_gib(need.bytes)} of {_gib(available)} a device"
     if not fits:
@@ -204,8 +208,12 @@ def _need(step: TrainStep, state: TrainState, batch: Batch) -> Need:
             raise
         return Need(float("inf"), step)
     memory = compiled.memory_analysis()
-    clones = bool(_CLONE.search(compiled.as_text() or ""))
-    return Need(compiled_bytes(memory), TrainStep(compiled, step.mesh), clones)
+    text = functools.partial(_text, compiled)
+    return Need(compiled_bytes(memory), TrainStep(compiled, step.mesh), text)
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    return compiled.as_text() or ""
 
 
 def compiled_bytes(memory: Any) -> int:

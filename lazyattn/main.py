@@ -117,13 +117,14 @@ def _train() -> int:
     experiment, path = _experiment(), command_line.workdir()
     cache_dir = _cache_dir()
     from lazyattn.checkpoint.manager import SaveError
+    from lazyattn.hooks import HOOKS
     from lazyattn.training import profile
     from lazyattn.training.loop import NonFiniteError
     from lazyattn.training.main import train
 
     traced = profile.parse(_PROFILE.value, experiment.training.steps)
     try:
-        return train(experiment, path, cache_dir, traced, wandb=_WANDB.value)
+        return train(experiment, path, cache_dir, hooks=HOOKS, profile=traced, wandb=_WANDB.value)
     except (NonFiniteError, SaveError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -135,9 +136,10 @@ def _check() -> int:
     cache_dir = _cache_dir()
     from lazyattn.check.main import check
     from lazyattn.checkpoint.manager import SaveError
+    from lazyattn.hooks import HOOKS
 
     try:
-        return check(experiment, path, cache_dir)
+        return check(experiment, path, cache_dir, HOOKS)
     except SaveError as error:
         print(error, file=sys.stderr)
         return 1

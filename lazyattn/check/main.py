@@ -28,6 +28,7 @@ from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.quantity import quantity
 from lazyattn.training import resume_data
 from lazyattn.training.claim import claimed
+from lazyattn.training.hooks import Hooks
 from lazyattn.training.main import train
 from lazyattn.training.optimizer import make_optimizer
 
@@ -38,6 +39,7 @@ def check(
     experiment: ExperimentConfig,
     path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
+    hooks: Hooks | None = None,
 ) -> int:
     """Takes one step of a run, prints what was seen, and leaves the run's folder as it was.
 
@@ -48,6 +50,7 @@ def check(
       experiment: all settings.
       path: the run's folder (`--workdir`).
       cache_dir: where prepared data is kept; None: the user's cache.
+      hooks: of the run, of which the summary is left out.
 
     Returns:
       The program's exit status: 0 if a run could begin, 1 if the step's loss or gradient
@@ -58,6 +61,7 @@ def check(
       SaveError: if the checkpoint can't be written.
     """
     began = time.perf_counter()
+    hooks = dataclasses.replace(hooks or Hooks(), summary=None)
     print(_host(), flush=True)
     with claimed(path, keep=False) as workdir:
         reached = _read_newest(workdir, experiment)
@@ -65,7 +69,7 @@ def check(
         shutil.rmtree(trial, ignore_errors=True)  # of a check that was killed
         try:
             settings = _one_step(experiment, resumes=reached is not None)
-            status = train(settings, trial, cache_dir, summary=False)
+            status = train(settings, trial, cache_dir, hooks=hooks)
             if status:
                 return status
             (record,) = map(json.loads, (trial / folders.METRICS).read_text().splitlines())

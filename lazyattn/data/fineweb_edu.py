@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from lazyattn.data.prepare.readers import DamagedFileError, open_parquet, parquet_rows
+from lazyattn.data.parquet import DamagedFileError, open_parquet, parquet_rows
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
 from lazyattn.errors import InputError, bad_value, require
 from lazyattn.paths import check_local, local_path

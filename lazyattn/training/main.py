@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,30 +15,25 @@ from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import Checkpoints, Restored
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.data.pipeline import (
+    BatchIterator,
     TrainingData,
     packing_report,
     prepare,
     train_iterator,
-    validation_batches,
 )
-from lazyattn.data.read_ahead import read_together
 from lazyattn.distributed import gather_rows
-from lazyattn.eval.perplexity import Evaluator, validation_rows
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
-from lazyattn.inspect.probe import AttentionProbe
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
 from lazyattn.training import balance, remat, resume_data
 from lazyattn.training.claim import claimed
+from lazyattn.training.hooks import Finished, Hooks, Started
 from lazyattn.training.initialize import Weights, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.profile import StepProfile
-from lazyattn.training.samples import Samples
-from lazyattn.training.summary import print_summary
-from lazyattn.training.tasks import Tasks, check_tasks
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 
 
@@ -46,8 +41,9 @@ def train(
     experiment: ExperimentConfig,
     path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    hooks: Hooks | None = None,
     profile: tuple[int, int] | None = None,
-    summary: bool = True,
     wandb: bool = False,
 ) -> int:
     """Trains, going on from the newest checkpoint if the folder has one.
@@ -56,8 +52,8 @@ def train(
       experiment: all settings.
       path: the run's folder (`--workdir`).
       cache_dir: where prepared data is kept; None: the user's cache.
+      hooks: what to do besides training, such as `lazyattn.hooks.HOOKS`; None: nothing.
       profile: first and last step of a trace; None: none.
-      summary: print the closing summary, with a sample.
       wandb: send curves to Weights & Biases, too.
 
     Returns:
@@ -71,134 +67,86 @@ def train(
       SaveError: if too many checkpoints in a row, or the last, couldn't be written.
     """
     began = time.perf_counter()
-    training = experiment.training
+    hooks = hooks or Hooks()
+    length, steps = experiment.data.sequence_length, experiment.training.steps
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_batch(
-        mesh,
-        experiment.data.batch_size,
-        training.microbatches,
-        experiment.data.sequence_length,
-    )
-    check_tasks(training)
+    microbatches = experiment.training.microbatches
+    sharding.check_batch(mesh, experiment.data.batch_size, microbatches, length)
+    hooks.check(experiment)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workdir = stack.enter_context(claimed(path))
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir,
-                keep=training.keep,
-                keep_every=training.keep_every,
-                max_failed=training.max_failed_saves,
-            )
-        )
+        checkpoints = stack.enter_context(_checkpoints(workdir, experiment))
+
+        # What is wrong with settings and checkpoints comes out before data is prepared.
         found = checkpoints.newest_experiment()
-        if found is not None and found[0] > training.steps:
-            _say(
-                f"already at step {found[0]}, past training.steps = {training.steps}: nothing was"
-                " done"
-            )
+        if found is not None and found[0] > steps:
+            _say(f"already at step {found[0]}, past training.steps = {steps}: nothing was done")
             return 0
-        changes = {} if found is None else resumption_changes(found[1], experiment)
-        if found is not None:
-            resume_data.require_same_kind(found[1], experiment)
-            before = from_config_dict(found[1]).training.init_from
-            training = dataclasses.replace(training, init_from=before)
-            experiment = dataclasses.replace(experiment, training=training)
-        optimizer = make_optimizer(experiment.optimizer, training.steps)
+        experiment, changes = _going_on(experiment, None if found is None else found[1])
+        optimizer = make_optimizer(experiment.optimizer, steps)
         factory = make_state_factory(experiment, mesh, optimizer)
         restored = checkpoints.restore(factory.abstract)
         weights: Weights | None = None
-        if restored is None and training.init_from is not None:
+        if restored is None and experiment.training.init_from is not None:
             weights = read_weights(experiment, mesh, factory.shardings.params)
+        curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
+        stack.enter_context(curves)
 
-        # Early: no account is noticed before data is prepared.
-        weights_and_biases = stack.enter_context(
-            WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
-        )
         _say(_where_the_data_is(experiment))
         prepared = prepare(experiment.data, cache_dir)
-        share = sharding.batch_share(mesh)
-        batches = train_iterator(
-            prepared,
-            experiment.data,
-            process_index=share.index,
-            process_count=share.count,
-            gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
-        )
+        batches = _batches(prepared, experiment, mesh)
         stack.callback(batches.close)
         if restored is not None:
             resume_data.resume(batches, restored.data, restored.experiment, experiment)
         folders.check_vocabulary(prepared.tokenizer, experiment)
         if weights is not None:
             weights.check_tokenizer(prepared.tokenizer)
-        reached = 0 if restored is None else int(restored.state.step)
-        samples = stack.enter_context(
-            Samples(workdir, experiment, mesh, prepared.tokenizer, step=reached, say=_say)
-        )
-        finished = restored is not None and int(restored.state.step) == training.steps
+
+        start = 0 if restored is None else int(restored.state.step)
+        shardings = factory.shardings.params
+        started = Started(path, workdir, experiment, mesh, shardings, prepared, start, _say)
+        sample = stack.enter_context(hooks.sample(started))
+        validate, inspect = hooks.validate(started), hooks.inspect(started)
+        tasks = hooks.tasks(started)
         if jax.process_index() == 0:
             folders.keep_tokenizer(workdir, prepared.tokenizer)
-            if not finished:
+            if start < steps:
                 folders.write_experiment(workdir, experiment)
-        started = () if weights is None else weights.said
+        said = () if weights is None else weights.said
         if restored is not None:
             state = restored.state
         else:
             state = factory.create(None if weights is None else weights.params)
             weights = None  # consumed
-        evaluator = Evaluator(
-            experiment.model, mesh, factory.shardings.params, prepared.tokenizer.bytes_per_token
-        )
-
-        probe: AttentionProbe | None = None
-        validations = itertools.count(1)
-
-        def validate(params: Params) -> dict[str, float]:
-            rows = validation_rows(experiment, prepared, mesh, training.eval_batches)
-            what = f"validation {next(validations)}, batch"
-            found = evaluator(params, read_together(rows, what))
-            return {
-                "validation_loss": found.loss,
-                "validation_bits_per_byte": found.bits_per_byte,
-                "validation_tokens": found.tokens,
-            }
-
-        def inspect(params: Params) -> dict[str, float]:
-            nonlocal probe
-            if probe is None:  # made when it is first needed, which may be never
-                rows = next(validation_batches(prepared, experiment.data))
-                probe = AttentionProbe(experiment.model, mesh, rows)
-            return probe(params)
-
-        start, length = int(state.step), experiment.data.sequence_length
         for line in (
             *_describe(experiment, mesh, factory.abstract.params, prepared),
-            *started,
-            *_where_from(restored, changes, training.steps),
+            *said,
+            *_where_from(restored, changes, steps),
             *balance.describe(experiment.model, mesh, length, state.params),
         ):
             _say(line)
+
         record: dict[str, Any] = {}
         spent: list[str] = []
-        if not finished:
-            log = stack.enter_context(
-                RunLog(
-                    workdir,
-                    step=start,
-                    steps=training.steps,
-                    log_every=training.log_every,
-                    flops_per_token=flops_per_token(experiment.model, length).training,
-                    began=began,
-                    curves=(weights_and_biases,),
-                )
+        if start < steps:
+            log = RunLog(
+                workdir,
+                step=start,
+                steps=steps,
+                log_every=experiment.training.log_every,
+                flops_per_token=flops_per_token(experiment.model, length).training,
+                began=began,
+                curves=(curves,),
             )
-            step_fn, said = remat.make_step(
+            stack.enter_context(log)
+            step_fn, policy = remat.make_step(
                 experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
-            for line in said:
+            for line in policy:
                 _say(line)
             run = Run(
-                config=training,
+                config=experiment.training,
                 experiment=experiment.to_dict(),
                 mesh=mesh,
                 step_fn=step_fn,
@@ -208,39 +156,68 @@ def train(
                 validate=validate,
                 stop=stop,
                 inspect=inspect,
-                sample=samples,
-                tasks=Tasks(experiment, mesh, prepared.tokenizer),
+                sample=sample,
+                tasks=tasks,
                 profile=stack.enter_context(StepProfile(workdir, profile)),
             )
             stop.arm()
             state, record = fit(run, state)
             spent = log.goodput.lines()
-        if int(state.step) < training.steps:
+        last = int(state.step)
+        if last < steps:
             assert stop.received is not None
             _say(
-                f"{stop.received.name}: stopped after step {int(state.step)}, which is saved; run"
-                " the same command to go on"
+                f"{stop.received.name}: stopped after step {last}, which is saved; run the same"
+                " command to go on"
             )
             return stop.exit_status
-        if not summary:
-            return 0
-        record = record or validate(state.evaluated(training.use_ema))
-        if jax.process_index() > 0:
-            return 0
-        print_summary(
-            _say,
-            path,
-            experiment,
-            prepared,
-            state,
-            checkpoint=checkpoints.folder / str(int(state.step)),
-            best=checkpoints.best(),
-            spent=spent,
-            loss=record["validation_loss"],
-            bits_per_byte=record["validation_bits_per_byte"],
-            tokens=int(record["validation_tokens"]),
-        )
+        if hooks.summary is not None:
+            record = record or validate(state.evaluated(experiment.training.use_ema))
+            if jax.process_index() == 0:
+                folder, best = checkpoints.folder / str(last), checkpoints.best()
+                hooks.summary(started, Finished(state, folder, best, spent, record))
     return 0
+
+
+def _checkpoints(workdir: Path, experiment: ExperimentConfig) -> Checkpoints:
+    training = experiment.training
+    return Checkpoints(
+        workdir,
+        keep=training.keep,
+        keep_every=training.keep_every,
+        max_failed=training.max_failed_saves,
+    )
+
+
+def _going_on(
+    experiment: ExperimentConfig, saved: dict[str, Any] | None
+) -> tuple[ExperimentConfig, dict[str, tuple[Any, Any]]]:
+    """Returns the settings of a run that goes on with a checkpoint's, and what differs.
+
+    Raises:
+      InputError: if they can't.
+    """
+    if saved is None:
+        return experiment, {}
+    changes = resumption_changes(saved, experiment)
+    resume_data.require_same_kind(saved, experiment)
+    before = from_config_dict(saved).training.init_from
+    training = dataclasses.replace(experiment.training, init_from=before)
+    return dataclasses.replace(experiment, training=training), changes
+
+
+def _batches(
+    prepared: TrainingData, experiment: ExperimentConfig, mesh: jax.sharding.Mesh
+) -> BatchIterator:
+    """Returns this process's share of the batches."""
+    share = sharding.batch_share(mesh)
+    return train_iterator(
+        prepared,
+        experiment.data,
+        process_index=share.index,
+        process_count=share.count,
+        gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
+    )
 
 
 def _say(text: str) -> None:

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.types import MAX_CACHES, PAGE
+from pallas_kernels.decode.types import MAX_CACHES, PAGE, Held
 from pallas_kernels.tpu import support as tpu_support
 from pallas_kernels.triton import support
-
-# Keys, values and key norms of a group of heads, as in `types.Inputs`, without layers.
-Held = tuple[Array, Array, Array]
 
 
 def append(

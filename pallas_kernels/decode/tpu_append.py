@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.append import Held
-from pallas_kernels.decode.types import PAGE
+from pallas_kernels.decode.types import PAGE, Held
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.problem import current_options
 from pallas_kernels.tpu.call import Operand, launch

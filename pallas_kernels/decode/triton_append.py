@@ -14,9 +14,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import types
-from pallas_kernels.decode.append import Held
 from pallas_kernels.decode.triton_plan import CachePart, Caches
-from pallas_kernels.decode.types import MAX_CACHES
+from pallas_kernels.decode.types import MAX_CACHES, Held
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.config import Block, power_of_two

@@ -22,6 +22,9 @@ PAGE = 128
 # Caches of one call, as many as the kernels have arguments for.
 MAX_CACHES = 5
 
+# Keys, values and key norms of a group of heads, as in `Inputs`, without layers.
+Held = tuple[Array, Array, Array]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

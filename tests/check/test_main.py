@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from lazyattn.check import main as module
-from lazyattn.check.main import check
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import main as run
+from lazyattn.hooks import HOOKS
 from lazyattn.training import remat
 from lazyattn.training.claim import LOCK, claimed
 from tests.training import tiny
@@ -29,6 +28,10 @@ def _experiment(text, **changes):
     return from_config_dict(config)
 
 
+def check(experiment, folder, cache):
+    return module.check(experiment, folder, cache, HOOKS)
+
+
 def _files(folder):
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path: path.read_bytes() for path in files if path.name != LOCK}  # says who was last
@@ -48,7 +51,7 @@ def test_a_new_run(text, cache, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_would_resume(text, cache, tmp_path, capsys):
-    assert run.train(_experiment(text, training__steps=2), tmp_path, cache) == 0
+    assert tiny.train(_experiment(text, training__steps=2), tmp_path, cache) == 0
     before = _files(tmp_path)
     assert check(_experiment(text, training__steps=4), tmp_path, cache) == 0
     assert "--mode=train would resume after step 2;" in capsys.readouterr().out

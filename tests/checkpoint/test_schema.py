@@ -11,7 +11,6 @@ from lazyattn.checkpoint.load import load_trained
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import RECIPES, AttentionConfig
-from lazyattn.training import main as run
 from tests.training import tiny
 
 WHERE = Path("runs/old/checkpoints/7")
@@ -82,7 +81,7 @@ def test_runs_of_older_and_newer_versions(tmp_path):
         config.model.attention.update(RECIPES[recipe])
         return from_config_dict(config)
 
-    assert run.train(experiment(1), tmp_path / "first", cache) == 0
+    assert tiny.train(experiment(1), tmp_path / "first", cache) == 0
 
     def rewritten(name, change):
         folder = shutil.copytree(tmp_path / "first", tmp_path / name)
@@ -104,18 +103,18 @@ def test_runs_of_older_and_newer_versions(tmp_path):
             del settings["model"]["attention"][name]
         del settings["optimizer"]["log_slope_factor"]
 
-    assert run.train(experiment(2), rewritten("old", before_the_stamp), cache) == 0
+    assert tiny.train(experiment(2), rewritten("old", before_the_stamp), cache) == 0
     # `sharp` was a table then. Such a run goes on as what it is now called, not as a decay.
     table = rewritten("table", before_a_bias_had_a_kind)
-    assert run.train(experiment(2), table, cache) == 0
+    assert tiny.train(experiment(2), table, cache) == 0
     assert load_trained(table).experiment.model == experiment(2).model
     with pytest.raises(InputError, match=r"attention.bias_kind is 'decay', .* made with 'table'"):
-        run.train(experiment(3, "sharp"), table, cache)
+        tiny.train(experiment(3, "sharp"), table, cache)
 
     removed = rewritten("removed", lambda settings: settings["model"].update(depth=3))
     newer = rewritten("newer", lambda settings: settings.update(schema=99))
     for folder, message in ((removed, "config.model.depth is unknown"), (newer, "schema 99")):
         with pytest.raises(InputError, match=message):
-            run.train(experiment(2), folder, cache)
+            tiny.train(experiment(2), folder, cache)
         # It is not damaged, so nothing is moved away.
         assert (folder / "checkpoints" / "1").is_dir() and not (folder / "damaged").exists()

@@ -7,7 +7,6 @@ from lazyattn.experiment import from_config_dict
 from lazyattn.inspect.probe import AttentionProbe
 from lazyattn.inspect.statistics import attention_statistics
 from lazyattn.sharding import MeshConfig, make_mesh
-from lazyattn.training import main as run
 from tests.inspect.models import model, tokens, weights_of
 from tests.training import tiny
 
@@ -44,7 +43,7 @@ def test_a_run_logs_them(tmp_path, capsys):
     config.training.steps = 5
     config.training.inspect_every = 2
     config.model.attention.implementation = "xla"
-    assert run.train(from_config_dict(config), tmp_path / "run", tmp_path / "cache") == 0
+    assert tiny.train(from_config_dict(config), tmp_path / "run", tmp_path / "cache") == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     measured = [line for line in map(json.loads, lines) if "attention_zero_share" in line]
     assert [line["step"] for line in measured] == [2, 4]

@@ -19,7 +19,7 @@ from lazyattn.export.main import export
 from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.training import main as run
+from lazyattn.training import main
 from lazyattn.training.initialize import converted_bias
 from tests.training import tiny
 
@@ -94,7 +94,7 @@ def cache(tmp_path_factory):
 def source(text, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     experiment = _experiment(text, training__steps=2, training__checkpoint_every=1)
-    assert run.train(experiment, folder, cache) == 0
+    assert tiny.train(experiment, folder, cache) == 0
     return folder
 
 
@@ -111,11 +111,11 @@ def first_state(monkeypatch, cache, tmp_path):
         caught.append(state)
         raise CaughtError
 
-    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(main, "fit", fit)
 
     def start(experiment):
         with pytest.raises(CaughtError):
-            run.train(experiment, tmp_path / "new", cache)
+            tiny.train(experiment, tmp_path / "new", cache)
         return caught.pop()
 
     return start
@@ -183,10 +183,10 @@ def test_a_longer_context_is_the_same_function(source, text, first_state, capsys
 def test_weights_of_another_model_are_refused(
     source, text, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(main, "prepare", lambda *_: pytest.fail("too late"))
     experiment = _experiment(text, **({"training__init_from": str(source)} | changes))
     with pytest.raises(InputError, match=message):
-        run.train(experiment, tmp_path / "new")
+        tiny.train(experiment, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -194,21 +194,21 @@ def test_weights_of_another_tokenizer_are_refused(source, text, cache, tmp_path)
     folder = shutil.copytree(source, tmp_path / "run")
     Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
     with pytest.raises(InputError, match="--init_from has another tokenizer than this run's data"):
-        run.train(_experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
+        tiny.train(_experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
 
 
 def test_a_resumed_run_does_not_start_again(source, text, cache, tmp_path, capsys):
     from_ = shutil.copytree(source, tmp_path / "from")
     new, changes = tmp_path / "new", {"training__checkpoint_every": 1}
     first = _experiment(text, training__steps=1, training__init_from=str(from_), **changes)
-    assert run.train(first, new, cache) == 0
+    assert tiny.train(first, new, cache) == 0
     shutil.rmtree(from_)
     assert "starting from the weights" in capsys.readouterr().out
-    assert run.train(_experiment(text, training__steps=2, **changes), new, cache) == 0
+    assert tiny.train(_experiment(text, training__steps=2, **changes), new, cache) == 0
     out = capsys.readouterr().out
     assert "resuming after step 1" in out and "starting from" not in out and "init_from" not in out
     assert json.loads((new / "config.json").read_text())["training"]["init_from"] == str(from_)
     assert load_trained(new).experiment.training.init_from == str(from_)
     training = dataclasses.replace(first.training, steps=3, init_from=str(source))
     with pytest.raises(InputError, match=r"config.training.init_from is '.*source.*', but the ch"):
-        run.train(dataclasses.replace(first, training=training), new, cache)
+        tiny.train(dataclasses.replace(first, training=training), new, cache)

@@ -41,7 +41,7 @@ def cache(tmp_path_factory):
 def trained(text, cache, tmp_path_factory):
     """A folder of a run of 2 steps."""
     folder = tmp_path_factory.mktemp("trained")
-    assert run.train(_experiment(text, training__steps=2), folder, cache) == 0
+    assert tiny.train(_experiment(text, training__steps=2), folder, cache) == 0
     return folder
 
 
@@ -66,26 +66,26 @@ def _experiment(text, **changes):
 def test_a_mesh_that_does_not_fit(text, tmp_path):
     experiment = dataclasses.replace(_experiment(text), mesh=MeshConfig(data=1, tensor=3))
     with pytest.raises(InputError, match=r"mesh is .* number of devices"):
-        run.train(experiment, tmp_path)
+        tiny.train(experiment, tmp_path)
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_an_unwritable_workdir(text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--workdir is '.*/file/run', .* can be written to \(Not"):
-        run.train(_experiment(text), tmp_path / "file" / "run")
+        tiny.train(_experiment(text), tmp_path / "file" / "run")
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_resuming_with_a_different_model(text, trained):
     with pytest.raises(InputError, match=r"config.model.width is 32, but the checkpoints .* 16"):
-        run.train(_experiment(text, model__width=32), trained)
+        tiny.train(_experiment(text, model__width=32), trained)
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_resuming_with_other_data(text, trained):
     with pytest.raises(InputError, match=r"config.data.batch_size is 8, but the checkpoints"):
-        run.train(_experiment(text, data__batch_size=8), trained)
+        tiny.train(_experiment(text, data__batch_size=8), trained)
 
 
 @pytest.mark.usefixtures("nothing_long")
@@ -94,15 +94,15 @@ def test_no_checkpoint_of_this_run_can_be_read(text, trained, tmp_path):
     for path in (folder / "checkpoints").glob("*/experiment/metadata"):
         path.write_text("{")
     with pytest.raises(InputError, match=r"none of the checkpoints in .* can be read"):
-        run.train(_experiment(text), folder)
+        tiny.train(_experiment(text), folder)
 
 
 def test_missing_data(tmp_path, cache):
     with pytest.raises(InputError, match=r"data\.source"):
-        run.train(_experiment(tmp_path / "nowhere"), tmp_path / "run", cache)
+        tiny.train(_experiment(tmp_path / "nowhere"), tmp_path / "run", cache)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"data\.source"):
-        run.train(_experiment(tmp_path / "empty"), tmp_path / "run", cache)
+        tiny.train(_experiment(tmp_path / "empty"), tmp_path / "run", cache)
 
 
 def test_a_tokenizer_bigger_than_the_vocabulary(text, tmp_path, cache):
@@ -112,14 +112,14 @@ def test_a_tokenizer_bigger_than_the_vocabulary(text, tmp_path, cache):
     experiment = _experiment(text, data__tokenizer=str(tmp_path / "big.json"))
     message = rf"model.vocab_size is 280, but it must be at least {big.vocab_size}"
     with pytest.raises(InputError, match=message):
-        run.train(experiment, tmp_path / "run", cache)
+        tiny.train(experiment, tmp_path / "run", cache)
 
 
 def test_another_tokenizer_than_the_one_in_the_workdir(text, trained, cache, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
     with pytest.raises(InputError, match=r"tokenizer.json is not the tokenizer of this data"):
-        run.train(_experiment(text, training__steps=3), folder, cache)
+        tiny.train(_experiment(text, training__steps=3), folder, cache)
     with pytest.raises(InputError, match="another tokenizer than the run was trained with"):
         evaluate(folder, cache_dir=cache)
 
@@ -140,7 +140,7 @@ def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
         text, training__steps=1, model__attention__variant="lazy_length_offset"
     )
     length = experiment.data.sequence_length
-    assert run.train(experiment, tmp_path, cache) == 0
+    assert tiny.train(experiment, tmp_path, cache) == 0
     assert "sample" in capsys.readouterr().out
     sample(tmp_path, "", SamplingConfig(max_new_tokens=length - 1))
     with pytest.raises(InputError, match=f"the cache has room for {length} tokens"):
@@ -191,7 +191,7 @@ def test_a_trained_model_comes_back(trained, text):
 @pytest.mark.slow
 def test_a_step_is_chosen_in_every_mode(text, cache, tmp_path, capsys):
     experiment = _experiment(text, training__steps=3, training__checkpoint_every=1)
-    assert run.train(experiment, tmp_path, cache) == 0
+    assert tiny.train(experiment, tmp_path, cache) == 0
     best = tmp_path / "checkpoints" / "3"
     assert f"best checkpoint            {best} (validation loss" in capsys.readouterr().out
     models = {step: load_trained(tmp_path, step=step) for step in (None, 1, "best")}
@@ -220,7 +220,7 @@ def _contents(folder):
 def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, capsys):
     before = _contents(trained)
     changed = _experiment(text, training__steps=2, optimizer__learning_rate=1.0)
-    assert run.train(changed, trained, cache) == 0
+    assert tiny.train(changed, trained, cache) == 0
     assert _contents(trained) == before
     out = capsys.readouterr().out
     assert "already at step 2, the last (training.steps): nothing is left to train\n" in out
@@ -230,7 +230,7 @@ def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, c
 @pytest.mark.usefixtures("nothing_long")
 def test_fewer_steps_than_were_done_change_nothing(trained, text, cache, capsys):
     before = _contents(trained)
-    assert run.train(_experiment(text, training__steps=1), trained, cache) == 0
+    assert tiny.train(_experiment(text, training__steps=1), trained, cache) == 0
     assert _contents(trained) == before
     said = "already at step 2, past training.steps = 1: nothing was done\n"
     assert capsys.readouterr().out == said
@@ -251,7 +251,7 @@ def test_a_run_refused_for_its_data_leaves_nothing(text, cache, tmp_path, folder
         {"data__tokenizer": str(tmp_path / "big.json")},
     ):
         with pytest.raises(InputError):
-            run.train(_experiment(text, **changes), tmp_path / folder, cache)
+            tiny.train(_experiment(text, **changes), tmp_path / folder, cache)
         assert sorted(path for path in tmp_path.rglob("*")) == before, changes
 
 
@@ -263,7 +263,7 @@ def test_data_that_can_not_be_read_at_the_first_step_leaves_nothing(
 
     monkeypatch.setattr(run, "fit", unreadable)  # its files are open by then
     with pytest.raises(InputError, match="it can't be read"):
-        run.train(_experiment(text), tmp_path / "run", cache)
+        tiny.train(_experiment(text), tmp_path / "run", cache)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,14 +277,14 @@ def test_other_texts_are_named(trained, text, cache, tmp_path):
     before = _contents(folder)
     message = rf"^config.data.source is '{other}', but it does not hold what it held when the che"
     with pytest.raises(InputError, match=message):
-        run.train(experiment, folder, cache)
+        tiny.train(experiment, folder, cache)
     assert _contents(folder) == before
 
 
 def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
     """Training may validate on a part of the split; `--mode=eval` never does."""
     partly = _experiment(text, training__steps=1, training__eval_batches=2)
-    assert run.train(partly, tmp_path, cache) == 0
+    assert tiny.train(partly, tmp_path, cache) == 0
     batch = partly.data.batch_size * partly.data.sequence_length
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     tokens = record["validation_tokens"]
@@ -301,9 +301,8 @@ def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
     assert int(whole.replace(",", "")) == split > 2 * tokens
     # As many batches as there are, or more, are the whole split.
     wide = tmp_path / "wide"
-    assert (
-        run.train(_experiment(text, training__steps=1, training__eval_batches=99), wide, cache) == 0
-    )
+    experiment = _experiment(text, training__steps=1, training__eval_batches=99)
+    assert tiny.train(experiment, wide, cache) == 0
     assert f"over {split:,} tokens, the whole validation split" in capsys.readouterr().out
 
 

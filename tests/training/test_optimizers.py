@@ -176,7 +176,7 @@ def test_a_run_validates_the_average_and_its_readers_take_it(tmp_path):
     config.training.update({"steps": 3, "eval_batches": 1})
     experiment = from_config_dict(config)
     folder = tmp_path / "run"
-    assert run.train(experiment, folder, tmp_path / "cache", summary=False) == 0
+    assert tiny.train(experiment, folder, tmp_path / "cache", summary=False) == 0
     averaged = load_trained(folder)
     training = dataclasses.replace(experiment.training, use_ema=False)
     raw = load_trained(folder, dataclasses.replace(experiment, training=training))

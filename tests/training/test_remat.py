@@ -11,7 +11,6 @@ from lazyattn import sharding
 from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.experiment import from_config_dict
 from lazyattn.sharding import MeshConfig
-from lazyattn.training import main as run
 from lazyattn.training import remat
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.remat import Need
@@ -142,7 +141,7 @@ def test_the_compiler_decides_and_the_step_is_the_same(text, monkeypatch):
 
 def test_a_run_says_what_it_chose_and_keeps_what_was_asked(text, tmp_path, capsys):
     experiment = _experiment(text, "auto", steps=1)
-    assert run.train(experiment, tmp_path / "run", tmp_path / "cache", summary=False) == 0
+    assert tiny.train(experiment, tmp_path / "run", tmp_path / "cache", summary=False) == 0
     said = capsys.readouterr().out
     assert "remat    none, chosen by auto: these devices do not say how much memory" in said
     kept = json.loads((tmp_path / "run" / "config.json").read_text())

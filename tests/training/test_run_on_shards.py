@@ -7,7 +7,6 @@ import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import main as run
 from lazyattn.training import resume_data
 from lazyattn.training.log import RunLog
 from tests.data.shard_folders import write_folder
@@ -45,7 +44,7 @@ def test_a_shard_that_vanishes_stops_the_run_and_loses_nothing(tmp_path, monkeyp
     monkeypatch.setattr(RunLog, "write", take_away)
     workdir = tmp_path / "run"
     with pytest.raises(InputError) as caught:
-        run.train(_experiment(folder), workdir)
+        tiny.train(_experiment(folder), workdir)
     saved = max(_losses(workdir))
     assert "\n" not in str(caught.value)
     assert f"{folder}/train-" in str(caught.value) and "cannot be read" in str(caught.value)
@@ -62,7 +61,7 @@ def test_a_shard_that_vanishes_stops_the_run_and_loses_nothing(tmp_path, monkeyp
         shard.rename(folder / shard.name)
     moved = folder.rename(tmp_path / "moved")
     before = _losses(workdir)
-    assert run.train(_experiment(moved, data__num_workers=1), workdir) == 0
+    assert tiny.train(_experiment(moved, data__num_workers=1), workdir) == 0
     after = _losses(workdir)
     assert sorted(after) == list(range(1, STEPS + 1))
     assert {step: after[step] for step in before} == before
@@ -74,7 +73,7 @@ def begun(tmp_path_factory):
     root = tmp_path_factory.mktemp("begun")
     first = write_folder(root / "first", train=120)
     other = write_folder(root / "other", train=121)
-    assert run.train(_experiment(first, training__steps=1), root / "run", root / "cache") == 0
+    assert tiny.train(_experiment(first, training__steps=1), root / "run", root / "cache") == 0
     return first, other, root
 
 
@@ -104,7 +103,7 @@ def test_a_resumption_with_other_data_names_data_path(begun, tmp_path, data):
         experiment = _experiment(first, training__steps=3, **changes)
         name = "data.sources" if data == "sources" else "data.path"
         with pytest.raises(InputError, match=rf"^(config\.)?{name} is {message}") as caught:
-            run.train(experiment, workdir, root / "cache")
+            tiny.train(experiment, workdir, root / "cache")
         assert "\n" not in str(caught.value)
     finally:
         if moved is not None:

@@ -63,7 +63,7 @@ def _experiment(text, steps):
 
 def test_a_run_and_its_resumption(fake, tmp_path):
     text, cache, workdir = tiny.write_text(tmp_path / "text"), tmp_path / "cache", tmp_path / "mine"
-    assert run.train(_experiment(text, 4), workdir, cache, summary=False, wandb=True) == 0
+    assert tiny.train(_experiment(text, 4), workdir, cache, summary=False, wandb=True) == 0
     (started,) = fake.started
     assert (started["project"], started["name"], started["id"]) == ("lazyattn", "mine", None)
     assert started["config"]["model"]["width"] == 16 and started["dir"] == str(workdir)
@@ -71,7 +71,7 @@ def test_a_run_and_its_resumption(fake, tmp_path):
     assert "training/loss" in fake.curves[2] and "validation/loss" in fake.curves[4]
     # It had gone on to step 6 when it was killed.
     fake.step, before = 6, dict(fake.curves)
-    assert run.train(_experiment(text, 8), workdir, cache, summary=False, wandb=True) == 0
+    assert tiny.train(_experiment(text, 8), workdir, cache, summary=False, wandb=True) == 0
     assert (fake.started[1]["id"], fake.started[1]["resume"]) == ("made1234", "allow")
     assert set(fake.curves) == {*before, 6, 8} and fake.ended == [0, 0]
 
@@ -86,7 +86,7 @@ def test_a_missing_package_is_named_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError, match=r"^--wandb is given, but the package wandb is not inst"):
-        run.train(_experiment(tmp_path, 2), tmp_path / "run", tmp_path, wandb=True)
+        tiny.train(_experiment(tmp_path, 2), tmp_path / "run", tmp_path, wandb=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """A config of a few thousand parameters on a few hundred words, for whole runs."""
 
+import dataclasses
 import random
 
 import ml_collections
@@ -41,3 +42,12 @@ def get_config(source="") -> ml_collections.ConfigDict:
     config.training.log_every = 10
     config.training.checkpoint_every = 4
     return config
+
+
+def train(*arguments, summary=True, **settings):
+    """Trains as `--mode=train` does, with its hooks."""
+    from lazyattn.hooks import HOOKS
+    from lazyattn.training import main
+
+    hooks = HOOKS if summary else dataclasses.replace(HOOKS, summary=None)
+    return main.train(*arguments, hooks=hooks, **settings)

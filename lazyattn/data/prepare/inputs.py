@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from lazyattn.data.prepare.readers import DamagedFileError, Unit, open_parquet
+from lazyattn.data.parquet import DamagedFileError, open_parquet
+from lazyattn.data.prepare.readers import Unit
 from lazyattn.data.prepare.selection import Selection, require_fields
 from lazyattn.errors import InputError, bad_value
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from lazyattn.data import manifest
 from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
+from lazyattn.data.parquet import DamagedFileError
 from lazyattn.data.prepare import assemble, workspace
 from lazyattn.data.prepare.inputs import Plan, make_plan
 from lazyattn.data.prepare.progress import ProgressLine
-from lazyattn.data.prepare.readers import DamagedFileError, read_unit
+from lazyattn.data.prepare.readers import read_unit
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
 from lazyattn.data.prepare.unit import UnitResult
 from lazyattn.data.prepare.workers import process_all

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lazyattn.data.manifest import Shard, write_whole
-from lazyattn.data.prepare.readers import DamagedFileError, Unit, read_unit
+from lazyattn.data.parquet import DamagedFileError
+from lazyattn.data.prepare.readers import Unit, read_unit
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selected, Selection, select
 from lazyattn.data.shards import Writer, token_dtype
 from lazyattn.data.tokenizer import Tokenizer

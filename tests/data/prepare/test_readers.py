@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lazyattn.data.parquet import DamagedFileError, open_parquet
 from lazyattn.data.prepare import readers
-from lazyattn.data.prepare.readers import DamagedFileError, Unit, read_unit
+from lazyattn.data.prepare.readers import Unit, read_unit
 from lazyattn.data.prepare.selection import Selection
 from tests.data.prepare import corpora
 from tests.data.prepare.corpora import jsonl, make_documents, write_jsonl, write_parquet
@@ -133,7 +134,7 @@ def test_a_truncated_parquet_file(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DamagedFileError, match="Parquet"):
-        readers.open_parquet(str(path))
+        open_parquet(str(path))
 
 
 def test_invalid_unicode_in_a_string_column(tmp_path):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context, trained_cache_length
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.generation.text import generate_text
+from lazyattn.training.hooks import Started
 from lazyattn.training.metrics import JsonLines
 
 SAMPLING = SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.95)
@@ -29,34 +28,20 @@ class Samples:
     training on them. A resumed run cuts the file back to where it resumes.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        experiment: ExperimentConfig,
-        mesh: jax.sharding.Mesh,
-        tokenizer: Tokenizer,
-        *,
-        step: int,
-        say: Callable[[str], None],
-    ):
+    def __init__(self, run: Started):
         """Checks that the model can say so much; opens the file when it is first needed.
 
         Args:
-          workdir: the run's folder.
-          experiment: the settings.
-          mesh: where the parameters are.
-          tokenizer: of the data.
-          step: steps taken before.
-          say: prints a line.
+          run: that samples.
 
         Raises:
           InputError: if prompt and continuation would go past what the model can take, or
             several processes hold the model.
         """
-        training, attention = experiment.training, experiment.model.attention
-        self._workdir, self._experiment, self._mesh = workdir, experiment, mesh
-        self._tokenizer, self._step, self._say = tokenizer, step, say
+        self._run = run
         self._file: JsonLines | None = None
+        experiment = run.experiment
+        training, attention = experiment.training, experiment.model.attention
         if not training.sample_every:
             return
         if jax.process_count() > 1:
@@ -65,7 +50,7 @@ class Samples:
                 " processes train, since none of them holds the model."
             )
         check_unicode(training.sample_prompt, "training.sample_prompt")
-        both = 1 + len(tokenizer.encode(training.sample_prompt)) + training.sample_tokens
+        both = 1 + len(run.data.tokenizer.encode(training.sample_prompt)) + training.sample_tokens
         length = experiment.data.sequence_length
         room = trained_cache_length(experiment.model, length)
         try:
@@ -94,22 +79,22 @@ class Samples:
           step: steps taken.
           params: of the model then.
         """
-        training = self._experiment.training
-        with jax.set_mesh(self._mesh):
+        run, training = self._run, self._run.experiment.training
+        with jax.set_mesh(run.mesh):
             text = continuation(
                 params,
-                self._experiment,
-                self._tokenizer,
+                run.experiment,
+                run.data.tokenizer,
                 training.sample_prompt,
                 dataclasses.replace(SAMPLING, max_new_tokens=training.sample_tokens),
                 jax.random.fold_in(jax.random.PRNGKey(training.seed), step),
             )
         if self._file is None:
-            self._file = JsonLines(self._workdir / SAMPLES, self._step)
+            self._file = JsonLines(run.workdir / SAMPLES, run.step)
         self._file.write({"step": step, "prompt": training.sample_prompt, "text": text})
-        self._say(f"step {step}/{training.steps}  sample")
+        run.say(f"step {step}/{training.steps}  sample")
         for line in textwrap.wrap(" ".join((training.sample_prompt + text).split()), 90):
-            self._say(f"    {line}")
+            run.say(f"    {line}")
 
 
 def continuation(

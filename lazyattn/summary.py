@@ -1,70 +1,43 @@
 """What a finished run shows for itself."""
 
-import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from lazyattn.checkpoint.state import TrainState
-from lazyattn.data.pipeline import TrainingData, unigram_entropy, validation_batches
+from lazyattn.data.pipeline import unigram_entropy, validation_batches
 from lazyattn.eval.perplexity import coverage
-from lazyattn.experiment import ExperimentConfig
 from lazyattn.inspect.statistics import attention_statistics
-from lazyattn.training.samples import SAMPLING, continuation
+from lazyattn.sample.samples import SAMPLING, continuation
+from lazyattn.training.hooks import Finished, Started
 
 _PROMPT = "The "
 
 
-def print_summary(
-    say: Callable[[str], None],
-    path: str | os.PathLike[str],
-    experiment: ExperimentConfig,
-    prepared: TrainingData,
-    state: TrainState,
-    *,
-    checkpoint: Path,
-    best: tuple[int, float] | None,
-    spent: Sequence[str],
-    loss: float,
-    bits_per_byte: float,
-    tokens: int,
-) -> None:
-    """Prints the end of a run: loss, sparsity, a sample, and where to go from here.
-
-    Args:
-      say: prints a line.
-      path: the run's folder, as the user wrote it.
-      experiment: the settings.
-      prepared: the data.
-      state: the last state.
-      checkpoint: its checkpoint.
-      best: step and validation loss of the best checkpoint, if one is known.
-      spent: lines on time and memory.
-      loss: validation loss, nats a token.
-      bits_per_byte: of the same tokens.
-      tokens: tokens that both are over.
-    """
+def print_summary(run: Started, end: Finished) -> None:
+    """Prints the end of a run: loss, sparsity, a sample, and where to go from here."""
+    say, path, prepared, checkpoint = run.say, run.path, run.data, end.checkpoint
+    tokens = int(end.record["validation_tokens"])
     split = prepared.counts["validation"].targets
-    part = experiment.training.eval_batches if tokens < split else 0
+    part = run.experiment.training.eval_batches if tokens < split else 0
     say("")
     say(
-        f"validation loss            {loss:.4f} nats a token"
+        f"validation loss            {end.record['validation_loss']:.4f} nats a token"
         f" {coverage(tokens, part)} (unigram entropy {unigram_entropy(prepared):.4f})"
     )
-    say(f"bits per byte              {bits_per_byte:.4f}")
+    say(f"bits per byte              {end.record['validation_bits_per_byte']:.4f}")
     if jax.process_count() == 1:  # else no process holds the model
-        _show_attention_and_sample(say, experiment, prepared, state)
-    for line in spent:
+        _show_attention_and_sample(run, end.state)
+    for line in end.spent:
         say(line)
     say(f"checkpoint                 {checkpoint}")
-    if best is not None:
+    if end.best is not None:
         say(
-            f"best checkpoint            {checkpoint.with_name(str(best[0]))}"
-            f" (validation loss {best[1]:.4f}; --step=best)"
+            f"best checkpoint            {checkpoint.with_name(str(end.best[0]))}"
+            f" (validation loss {end.best[1]:.4f}; --step=best)"
         )
     say("go on with")
     train = _program()
@@ -73,12 +46,8 @@ def print_summary(
     say(f"    {train} --mode=inspect --workdir={path}")
 
 
-def _show_attention_and_sample(
-    say: Callable[[str], None],
-    experiment: ExperimentConfig,
-    prepared: TrainingData,
-    state: TrainState,
-) -> None:
+def _show_attention_and_sample(run: Started, state: TrainState) -> None:
+    say, experiment, prepared = run.say, run.experiment, run.data
     rows = next(validation_batches(prepared, experiment.data))
     params = state.evaluated(experiment.training.use_ema)
     found = attention_statistics(params, experiment.model, rows)

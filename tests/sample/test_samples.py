@@ -1,14 +1,15 @@
 """Samples while a run trains: written down, cut back, without a trace in the training."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
+from lazyattn.sample.samples import Samples
 from lazyattn.sharding import make_mesh
-from lazyattn.training import main as run
-from lazyattn.training.samples import Samples
+from lazyattn.training.hooks import Started
 from tests.training import tiny
 
 
@@ -29,7 +30,7 @@ def test_a_run_says_something_and_learns_the_same(tmp_path, capsys):
 
     def train(name, steps, **changes):
         settings = _experiment(text, training__steps=steps, **changes)
-        assert run.train(settings, tmp_path / name, cache, summary=False) == 0
+        assert tiny.train(settings, tmp_path / name, cache, summary=False) == 0
 
     train("a", 4, **often)
     said = capsys.readouterr().out
@@ -68,7 +69,8 @@ def test_a_context_that_the_model_does_not_know_is_refused(changes, tmp_path):
             training__sample_every=1, training__sample_tokens=tokens, **changes
         )
         mesh = make_mesh(experiment.mesh)
-        return Samples(tmp_path, experiment, mesh, Letters(), step=0, say=print)
+        data = SimpleNamespace(tokenizer=Letters())
+        return Samples(Started(tmp_path, tmp_path, experiment, mesh, None, data, 0, print))
 
     opened(11)
     with pytest.raises(InputError) as caught:

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from lazyattn import hooks
 from lazyattn.errors import InputError
+from lazyattn.eval.training_tasks import check_tasks
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import main as run
-from lazyattn.training.tasks import check_tasks
 from tests.eval.items import write_items
 from tests.training import tiny
 
@@ -33,11 +33,11 @@ def test_figures_are_logged_and_the_training_is_the_same(tmp_path, capsys, monke
             assert params
             return {"tasks_piqa_acc": 0.5}
 
-    monkeypatch.setattr(run, "Tasks", Tasks)
-    monkeypatch.setattr(run, "check_tasks", lambda training: None)
+    monkeypatch.setattr(hooks, "Tasks", Tasks)
+    monkeypatch.setattr(hooks, "check_tasks", lambda training: None)
     text, cache = tiny.write_text(tmp_path / "text"), tmp_path / "cache"
     for name, changes in (("with", {"tasks_every": 2, "tasks": "piqa"}), ("without", {})):
-        assert run.train(_experiment(text, **changes), tmp_path / name, cache, summary=False) == 0
+        assert tiny.train(_experiment(text, **changes), tmp_path / name, cache, summary=False) == 0
     assert "step 4/4  tasks: piqa_acc 0.5000" in capsys.readouterr().out
     measured, silent = _lines(tmp_path / "with"), _lines(tmp_path / "without")
     assert [line.get("tasks_piqa_acc") for line in measured] == [None, 0.5, None, 0.5]
@@ -69,7 +69,7 @@ def test_the_harness_measures_while_a_run_trains(tmp_path, monkeypatch):
     text, cache = tiny.write_text(tmp_path / "text"), tmp_path / "cache"
     tasks = {"tasks_every": 2, "tasks": "piqa,lambada_openai", "tasks_dir": items}
     for name, changes in (("with", tasks), ("without", {})):
-        assert run.train(_experiment(text, **changes), tmp_path / name, cache, summary=False) == 0
+        assert tiny.train(_experiment(text, **changes), tmp_path / name, cache, summary=False) == 0
     measured, silent = _lines(tmp_path / "with"), _lines(tmp_path / "without")
     for line in measured:
         figures = {name for name in line if name.startswith("tasks_")}

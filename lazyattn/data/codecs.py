@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from lazyattn.data.words import WordTable, can_cut
 from lazyattn.errors import InputError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -82,6 +83,8 @@ class TokenizerJson:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         self.unknown_id = vocabulary.get(unknown) if isinstance(unknown, str) else None
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        can = can_cut(json.loads(content.decode("utf-8-sig")))
+        self._words = WordTable(self._encode_batch) if can else None
 
     def encode(self, text: str) -> list[int]:
         """As `Codec`."""
@@ -89,6 +92,9 @@ class TokenizerJson:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `Codec`; encoded in parallel unless TOKENIZERS_PARALLELISM is "false"."""
+        return self._encode_batch(texts) if self._words is None else self._words.encode(texts)
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -36,7 +36,8 @@ def _forced(config, params, tokens, segment_ids=None):
 
 
 VARIANTS = [
-    CONFIG,
+    # Greedy tokens below are those of its logits.
+    pytest.param(CONFIG, marks=pytest.mark.slow),
     make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
     # One that cannot decode: with a cache another takes its place.
     make_config(
@@ -69,7 +70,11 @@ def test_cached_logits_are_those_of_one_pass(config):
     np.testing.assert_array_equal(cache.lengths, LENGTHS + 4)
 
 
-@pytest.mark.parametrize("config", [VARIANTS[0], *VARIANTS[2:]], ids=lambda c: c.attention.variant)
+@pytest.mark.parametrize(
+    "config",
+    [VARIANTS[0], pytest.param(VARIANTS[2], marks=pytest.mark.slow), VARIANTS[3]],
+    ids=lambda c: c.attention.variant,
+)
 def test_cached_logits_are_those_of_packed_documents(config):
     """A row of the cache is one document; a training row packs them all."""
     params = _params(config)
@@ -115,10 +120,11 @@ def test_greedy_continuations_of_unequal_prompts():
     assert new.tokens.dtype == jnp.int32
 
 
-def test_rows_end_at_the_end_of_sequence_token_however_padded():
+@pytest.mark.parametrize("padding", [0, pytest.param(5, marks=pytest.mark.slow)])
+def test_rows_end_at_the_end_of_sequence_token_however_padded(padding):
     eos = _by_hand()[1][2]
     expected = [(row[: row.index(eos)] if eos in row else row) for row in _by_hand()]
-    padded = np.concatenate([PROMPTS, np.full((3, 5), 7)], axis=1)
+    padded = np.concatenate([PROMPTS, np.full((3, padding), 7)], axis=1)
     new = generate(
         _params(),
         CONFIG,
@@ -127,7 +133,7 @@ def test_rows_end_at_the_end_of_sequence_token_however_padded():
         sampling=GREEDY,
         key=KEY,
         eos_id=eos,
-        cache_length=13,
+        cache_length=13 if padding else None,
     )
     np.testing.assert_array_equal(new.lengths, [len(row) for row in expected])
     for row, wanted in zip(np.asarray(new.tokens), expected, strict=True):

@@ -33,14 +33,13 @@ def _drawn():
 
 
 def test_text_in_text_out():
-    run = functools.partial(generate_text, _params(), CONFIG, Letters(), sampling=GREEDY, key=KEY)
-    together = run(["hello", "", "abc"])
+    together = _drawn()
     assert len(together) == 3 and all(isinstance(text, str) for text in together)
     prompts = np.zeros((3, 32), np.int32)
-    for row, text in zip(prompts, ["hello", "", "abc"], strict=True):
+    for row, text in zip(prompts, PROMPTS, strict=True):
         row[1 : len(text) + 1] = Letters().encode(text)
     ids = generate(
-        _params(), CONFIG, prompts, np.array([6, 1, 4]), sampling=GREEDY, key=KEY, eos_id=1
+        _params(), CONFIG, prompts, np.array([6, 1, 4]), sampling=DRAW, key=KEY, eos_id=1
     )
     expected = [
         Letters().decode(row[:n])

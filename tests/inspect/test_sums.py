@@ -12,8 +12,8 @@ SEGMENTS = np.asarray([[1] * LENGTH, [1] * 40 + [2] * 100 + [0] * 10], np.int32)
     ("variant", "settings"),
     [
         ("lazy", {"num_kv_heads": 2, "qk_norm": True}),
-        ("lazy_renormalized", {}),
-        ("lazy_length_offset", {"scan_layers": False}),
+        pytest.param("lazy_renormalized", {}, marks=pytest.mark.slow),
+        pytest.param("lazy_length_offset", {"scan_layers": False}, marks=pytest.mark.slow),
     ],
 )
 def test_sums_over_blocks_are_those_of_the_weights(variant, settings):

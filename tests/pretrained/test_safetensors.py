@@ -1,6 +1,7 @@
 """safetensors in the authors' naming, both ways: the same function, or one clear sentence."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -37,9 +38,14 @@ def _write(folder, params, config, dtype="float32", max_bytes=tensor_files.MAX_B
     return files
 
 
-def _logits(params, config):
+@functools.partial(jax.jit, static_argnums=1)
+def _computed(params, config):
     hidden = Transformer(config).apply({"params": params}, TOKENS)
-    return np.asarray(logits(hidden, output_embedding(params, config)))
+    return logits(hidden, output_embedding(params, config))
+
+
+def _logits(params, config):
+    return np.asarray(_computed(params, config))
 
 
 def _bits(params):

@@ -10,6 +10,8 @@ import pytest
 
 from tests import explicit_mesh_program as program
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report():

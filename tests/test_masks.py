@@ -26,7 +26,14 @@ def _exact(args):
     }
 
 
-@pytest.mark.parametrize("case", oracle.DEFINITION_ONLY, ids=str)
+def _quick(cases, chosen):
+    """Marks as slow what isn't chosen."""
+    return [x if chosen(x.name) else pytest.param(x, marks=pytest.mark.slow) for x in cases]
+
+
+@pytest.mark.parametrize(
+    "case", _quick(oracle.DEFINITION_ONLY, lambda name: not name.endswith("_in_blocks")), ids=str
+)
 def test_definition_matches_row_by_row_numpy(case):
     args = oracle.inputs(case)
     true_out, true_weights = naive_attention(**args)
@@ -43,7 +50,7 @@ def test_output_and_gradients(case):
     oracle.check("xla", case)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", _quick(SMALL, lambda name: name == "all_at_once"), ids=str)
 def test_gradients_against_finite_differences(case):
     args = _exact(oracle.inputs(case))
     arrays = {name: args.pop(name) for name in oracle.GRADIENTS if name in args}
@@ -53,7 +60,7 @@ def test_gradients_against_finite_differences(case):
 
 
 @pytest.mark.parametrize("name", ["sink_in_blocks", "prefix_in_blocks"])
-@pytest.mark.parametrize("dtype", [np.float64, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float64, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_blocks_give_the_gradients_of_the_whole(name, dtype):
     case = BY_NAME[name]
     with jax.enable_x64(dtype == np.float64):

@@ -31,6 +31,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 def test_table_and_files(tmp_path, monkeypatch):
     traced = []
 

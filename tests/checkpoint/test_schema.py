@@ -71,6 +71,7 @@ def test_what_can_not_be_read_is_named(change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_runs_of_older_and_newer_versions(tmp_path):
     """The settings in a real checkpoint are changed to those of other versions."""
     text, cache = tiny.write_text(tmp_path / "text"), tmp_path / "cache"

@@ -176,7 +176,13 @@ def test_the_roofline_between_full_overlap_and_none():
     assert half.compute == 2.0  # a device is half a chip
 
 
-@pytest.mark.parametrize(("name", "memory"), [("h200", 129), ("b200", 165), ("a100", 73)])
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        ("h200", 129),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("b200", 165), ("a100", 73))),
+    ],
+)
 def test_other_gpus_by_the_same_formula(name, memory):
     """A step of 8: what is needed is the same, what there is and how fast is the chip's."""
     found = main.examine(_experiment(), topology.parse(f"{name}:8"))

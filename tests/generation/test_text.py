@@ -105,6 +105,7 @@ def _real(kind):
     return KINDS[kind](), make_params(REAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_continuation_are_the_decoding_of_all_ids(kind):
     tokenizer, params = _real(kind)

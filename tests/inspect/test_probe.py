@@ -30,6 +30,7 @@ def test_scalars_are_those_of_the_weights():
     assert found["attention_offset_max"] == pytest.approx(offsets.max())
 
 
+@pytest.mark.slow
 def test_softmax_has_no_offsets():
     config, params = model("softmax")
     batch = {"inputs": tokens(16)[None], "segment_ids": np.ones((1, 16), np.int32)}
@@ -38,6 +39,7 @@ def test_softmax_has_no_offsets():
     assert found["attention_mass"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_run_logs_them(tmp_path, capsys):
     config = tiny.get_config(tiny.write_text(tmp_path / "text"))
     config.training.steps = 5

@@ -135,12 +135,12 @@ def test_global_heads_may_go_without_rope():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"window": 3},
-        {"window": 3, "global_share": 1.0},
-        {"window": 1, "global_share": 0.25},
+        pytest.param({"window": 3}, marks=pytest.mark.slow),
+        pytest.param({"window": 3, "global_share": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"window": 1, "global_share": 0.25}, marks=pytest.mark.slow),
         {"window": 4, "global_share": 0.5, "num_kv_heads": 4},
         {"window": 3, "global_share": 0.75, "num_kv_heads": 4, "global_rope": False},
-        {"window": 40, "global_share": 0.5},
+        pytest.param({"window": 40, "global_share": 0.5}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -22,7 +22,6 @@ QUICK = {
     "positive_tau_with_steep_bias",
     "no_bias",
     "no_offset",
-    "documents_grouped",
     "one_token",
     "gaps",
     "window_in_documents",

@@ -45,9 +45,6 @@ def _lower(function, *args):
     "case, dtype, kernels",
     [
         (oracle.Case("lazy", (1, 300, 2, 1, 64), 100, "alibi", True), "bfloat16", 3),
-        (oracle.Case("packed", (1, 300, 2, 1, 96), 0, documents=(70, 30)), "bfloat16", 3),
-        # dK and dV have a kernel each, and so has the gradient of the table.
-        (oracle.Case("widest", (1, 300, 2, 1, 256), 100, "alibi", True), "bfloat16", 5),
     ],
     ids=str,
 )
@@ -59,6 +56,9 @@ def test_lowers_for_a_gpu(case, dtype, kernels):
 @pytest.mark.parametrize(
     "case, dtype, kernels",
     [
+        (oracle.Case("packed", (1, 300, 2, 1, 96), 0, documents=(70, 30)), "bfloat16", 3),
+        # dK and dV have a kernel each, and so has the gradient of the table.
+        (oracle.Case("widest", (1, 300, 2, 1, 256), 100, "alibi", True), "bfloat16", 5),
         (oracle.Case("softmax", (1, 300, 2, 2, 64), 100, tau=None), "bfloat16", 3),
         (oracle.Case("wide", (1, 300, 2, 1, 128), 100, "alibi", True), "float16", 3),
         # The gradient of a long table takes a kernel of its own.
@@ -100,6 +100,7 @@ def test_tiles_fit_with_the_usual_table(head_dim):
     assert config.padded_head_dim(head_dim) == config.padded_head_dim(head_dim - 1) == head_dim
 
 
+@pytest.mark.slow
 def test_lowers_under_vmap_scan_remat_and_shard_map():
     case = oracle.Case("", (2, 70, 2, 1, 64), 32, "alibi", True)
     args, _ = _arrays(case)
@@ -135,6 +136,7 @@ def test_lowers_under_vmap_scan_remat_and_shard_map():
         assert "mosaic_gpu_v2" in text, form.__name__
 
 
+@pytest.mark.slow
 def test_lowers_under_strict_settings_and_64_bits():
     case = oracle.Case("", (1, 300, 2, 1, 96), 100, "alibi", True, documents=(70, 30))
     args, settings = _arrays(case)

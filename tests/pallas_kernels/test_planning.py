@@ -67,7 +67,12 @@ def _same(ours, expected, tolerance=0.0):
 @pytest.mark.parametrize("skip_mass", [pytest.param(0.0, marks=pytest.mark.slow), 1e-4])
 @pytest.mark.parametrize(
     "case",
-    [case if case.name != "wide" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [
+        case
+        if case.name in ("slope", "packed", "blind")
+        else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
     ids=str,
 )
 def test_tables_and_visits(case, skip_mass):
@@ -137,7 +142,8 @@ def test_a_number_that_is_none_is_visited():
 
 
 @pytest.mark.parametrize(
-    "blocks, distances, filled, parts", [(5, 3, 4, 2), (70, 18, 18, 4), (3, 0, 0, 1)]
+    "blocks, distances, filled, parts",
+    [pytest.param(5, 3, 4, 2, marks=pytest.mark.slow), (70, 18, 18, 4), (3, 0, 0, 1)],
 )
 def test_ranges_of_the_backward_pass(blocks, distances, filled, parts):
     rng = np.random.default_rng(blocks)

@@ -57,6 +57,7 @@ def test_as_every_implementation(test):
         test()
 
 
+@pytest.mark.slow
 def test_not_a_number_comes_through():
     with interpreter.interpreted(BLOCKS[1]):
         suite.check_not_a_number_comes_through("float32")

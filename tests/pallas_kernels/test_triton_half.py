@@ -52,11 +52,13 @@ def test_head_sizes(case):
         oracle.check("triton", case)
 
 
+@pytest.mark.slow
 def test_vmap_scan_and_remat():
     with interpreter.interpreted(BLOCKS):
         suite.check_transformations("float32", 1e-5)
 
 
+@pytest.mark.slow
 def test_strict_settings_and_64_bits():
     with interpreter.interpreted(BLOCKS):
         suite.check_settings("bfloat16", "triton")

@@ -104,6 +104,7 @@ def _compile(*arguments):
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "kernel"),
     [(80, "inference"), pytest.param(90, "backward_bias", marks=pytest.mark.slow)],

@@ -83,7 +83,7 @@ def test_there_and_back_is_the_same_function_to_the_bit(tmp_path, config, max_by
     assert _bits(rest[0]) == _bits(rest[1])
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_decay_comes_back_as_its_table(tmp_path, scan):
     attention = {"global_share": 0.5, "global_rope": False, "output_gate": True, "window": 4}
     config = make_config(scan_layers=scan, attention=attention)

@@ -197,6 +197,7 @@ def test_weights_of_another_tokenizer_are_refused(source, text, cache, tmp_path)
         tiny.train(_experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_start_again(source, text, cache, tmp_path, capsys):
     from_ = shutil.copytree(source, tmp_path / "from")
     new, changes = tmp_path / "new", {"training__checkpoint_every": 1}

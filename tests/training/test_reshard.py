@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_state_is_the_same_on_every_mesh(tmp_path):
     program = subprocess.run(
         [sys.executable, "-m", "tests.training.reshard_program", str(tmp_path)],

@@ -30,6 +30,7 @@ def _losses(workdir):
     return {record["step"]: record["loss"] for record in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_a_shard_that_vanishes_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "shards", train=300, per_shard=2)
     away, write = tmp_path / "away", RunLog.write

@@ -61,6 +61,7 @@ def _experiment(text, steps):
     return from_config_dict(config)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(fake, tmp_path):
     text, cache, workdir = tiny.write_text(tmp_path / "text"), tmp_path / "cache", tmp_path / "mine"
     assert tiny.train(_experiment(text, 4), workdir, cache, summary=False, wandb=True) == 0

@@ -66,6 +66,7 @@ def _lines(options):
     return [json.loads(line) for line in options.output.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_line_a_run_once(folder, tmp_path, capsys):
     options = _options(folder, tmp_path, workdir=tmp_path / "work", turn=tmp_path / "turn")
     assert run.run(options) == 2
@@ -97,6 +98,7 @@ def test_a_line_a_run_once(folder, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["claims"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_kept_can_be_loaded(tmp_path):
     folder = write_tokens(tmp_path / "data")
     options = _options(folder, tmp_path, seeds=(0,), workdir=tmp_path / "work", keep=True)

@@ -122,10 +122,10 @@ def experiment_of(run: Run) -> Any:
     from lazyattn.sharding import MeshConfig
 
     if run.model == "46m":
-        spec = settings.Spec("sharp", 0, tokens=10**9, learning_rate=1e-3)
+        spec = settings.Spec("sharp_qk_norm_steady", 0, tokens=10**9, learning_rate=1e-3)
         experiment = settings.experiment_of(spec)
     else:
-        experiment = from_config_dict(recipe(run.model, "10b", "sharp"))
+        experiment = from_config_dict(recipe(run.model, "10b", "sharp_norm"))
     return dataclasses.replace(
         experiment,
         model=dataclasses.replace(experiment.model, remat=run.remat, scan_layers=run.scan),

@@ -8,6 +8,6 @@ import ml_collections
 from lazyattn.experiment import defaults, with_attention
 
 
-def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
+def get_config(attention: str = "sharp_norm") -> ml_collections.ConfigDict:
     """Returns the default experiment with one of the named kinds of attention."""
     return with_attention(defaults(), attention)

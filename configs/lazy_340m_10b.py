@@ -1,4 +1,4 @@
-"""The 340M model on 10B tokens with our `sharp` attention.
+"""The 340M model on 10B tokens with our `sharp_norm` attention.
 
 python train.py --config=configs/lazy_340m_10b.py --workdir=DIR --config.data.path=FOLDER
 """
@@ -8,6 +8,6 @@ import ml_collections
 from lazyattn.recipes import recipe
 
 
-def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
+def get_config(attention: str = "sharp_norm") -> ml_collections.ConfigDict:
     """Returns the run; `attention` as in `lazyattn.experiment.with_attention`."""
     return recipe("340m", "10b", attention)

@@ -1,4 +1,4 @@
-"""A 70B model on 100B tokens with our `sharp` attention; ours, not the paper's.
+"""A 70B model on 100B tokens with our `sharp_norm` attention; ours, not the paper's.
 
 python train.py --config=configs/lazy_70b_100b.py --workdir=DIR --config.data.path=FOLDER
 """
@@ -8,6 +8,6 @@ import ml_collections
 from lazyattn.recipes import recipe
 
 
-def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
+def get_config(attention: str = "sharp_norm") -> ml_collections.ConfigDict:
     """Returns the run; `attention` as in `lazyattn.experiment.with_attention`."""
     return recipe("70b", "100b", attention)

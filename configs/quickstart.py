@@ -9,7 +9,7 @@ import ml_collections
 from lazyattn.experiment import defaults, with_attention
 
 
-def get_config(attention: str = "sharp") -> ml_collections.ConfigDict:
+def get_config(attention: str = "sharp_norm") -> ml_collections.ConfigDict:
     """Returns the quickstart; `attention` as in `lazyattn.experiment.with_attention`."""
     config = defaults()
 

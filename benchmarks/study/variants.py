@@ -10,7 +10,9 @@ def _attention(recipe: str | None = None, **changes: Any) -> dict[str, Any]:
     """Returns a recipe of `lazyattn.model.config` with changes, by the settings' dotted names."""
     # A recipe may be missing in an older version: its variant is then refused, not all of them.
     found = {} if recipe is None else RECIPES.get(recipe, {"recipe": recipe})
-    return {f"model.attention.{name}": value for name, value in {**found, **changes}.items()}
+    settings = {f"model.attention.{name}": value for name, value in {**found, **changes}.items()}
+    # The default when the study began; nothing to variants without slopes.
+    return settings | {"optimizer.log_slope_factor": 30.0}
 
 
 def _softmax(**changes: Any) -> dict[str, Any]:

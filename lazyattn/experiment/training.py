@@ -39,7 +39,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
-    log_slope_factor: float = 30.0
+    log_slope_factor: float = 1.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 1024
     decay_fraction: float = 0.2

@@ -233,7 +233,7 @@ def test_mistakes_are_one_sentence(story):
         "--config.training.max_nonfinite_steps=3",
     )
     for process, expected_status, message in (
-        (parsing, 2, "config.optimizer.lr is unknown; config.optimizer has learning_rate"),
+        (parsing, 2, "config.optimizer.lr is unknown; config.optimizer has name, learning_rate"),
         (starting, 2, "config.model.width is 32, but the checkpoints in the workdir were made wit"),
         (running, 1, "Stopped at step 4: the loss or its gradient was not finite in 3 steps in a"),
     ):

@@ -20,7 +20,7 @@ _TILE = 128
 
 # Bytes that one core's memory moves in a bundle's time, from the chip's bandwidth and the
 # clock at which its matrix units reach their peak (jax's own table has both).
-_BYTES_A_BUNDLE = {"v4": 585, "v5e": 547, "v5p": 703, "v6e": 937, "7x": 1500}
+BYTES_A_BUNDLE = {"v4": 585, "v5e": 547, "v5p": 703, "v6e": 937, "7x": 1500}
 
 # Blocks of splash attention: queries, keys in memory, keys computed at once.
 SPLASH_BLOCKS = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
@@ -240,7 +240,7 @@ def chunk_visits(
 def waiting_bundles(generation: str, block: TileSizes, head_dim: int) -> float:
     """Returns the bundles that a visit to one of several chunks waits while dQ is read and
     written."""
-    return 2 * 4 * head_dim * block.queries / _BYTES_A_BUNDLE[generation]
+    return 2 * 4 * head_dim * block.queries / BYTES_A_BUNDLE[generation]
 
 
 def memory_bundles(generation: str, shape: cases.Shape, *, backward: bool) -> float:
@@ -253,4 +253,4 @@ def memory_bundles(generation: str, shape: cases.Shape, *, backward: bool) -> fl
     upright = shape.length * -(-shape.head_dim // _TILE) * _TILE * 2
     bias = 8 * shape.length * 4
     arrays = (2 + 3 + 2 * 2 + 1) * array + 2 * upright if backward else 5 * array + upright
-    return (arrays + (2 if backward else 1) * bias) / _BYTES_A_BUNDLE[generation]
+    return (arrays + (2 if backward else 1) * bias) / BYTES_A_BUNDLE[generation]

@@ -184,9 +184,10 @@ def _own_keys(plan: Plan, inputs: Inputs, key: Array) -> Float[Array, "batch new
         at = refs.slots[pl.program_id(0) * plan.new + pl.program_id(2)] % PAGE
         old = refs.key[0, 0].astype(jnp.float32)
         lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 2)
-        refs.own[0, 0] = jnp.sum(jnp.where(lane == at, old, 0.0), axis=2)
+        # A v4 turns no column of sublanes into lanes.
+        refs.own[0, 0] = jnp.sum(jnp.where(lane == at, old, 0.0), axis=2, keepdims=True)
 
-    own = jax.ShapeDtypeStruct((batch, plan.new, heads, dim), jnp.float32)
+    own = jax.ShapeDtypeStruct((batch, plan.new, heads, dim, 1), jnp.float32)
     return launch(
         kernel,
         "lazy_own_keys",
@@ -194,10 +195,10 @@ def _own_keys(plan: Plan, inputs: Inputs, key: Array) -> Float[Array, "batch new
         3,
         {"slots": slot.reshape(-1), "layer": inputs.layer.reshape(1)},
         [Operand("key", key, (1, 1, size, dim, PAGE), page)],
-        [Operand("own", own, (1, 1, size, dim), lambda b, h, i, *refs: (b, i, h, 0))],
+        [Operand("own", own, (1, 1, size, dim, 1), lambda b, h, i, *refs: (b, i, h, 0, 0))],
         {},
         interpret=current_options().interpret,
-    )["own"]
+    )["own"][..., 0]
 
 
 def _bias_table(plan: Plan, inputs: Inputs) -> Float[Array, "kv_heads bias_rows bias_lanes"]:

@@ -23,7 +23,13 @@ _INPUT = paths.define_list(
     "input",
     [],
     "Files, folders or patterns of them, with commas between: .parquet, .jsonl, .jsonl.zst,"
-    " .jsonl.gz, or the folder of a built TensorFlow dataset.",
+    " .jsonl.gz, .json, .csv, .txt, or the folder of a built TensorFlow dataset.",
+    FLAGS,
+)
+_VALIDATION_INPUT = paths.define_list(
+    "validation_input",
+    [],
+    "The same, of held-out documents; then all of --input is trained on.",
     FLAGS,
 )
 _OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS)
@@ -102,6 +108,11 @@ def _summary(prepared: Prepared) -> str:
 
 
 def _prepare() -> int:
+    if _VALIDATION_INPUT.value and FLAGS["validation_fraction"].present:
+        raise InputError(
+            f"--validation_fraction is {_VALIDATION_FRACTION.value}, but --validation_input says"
+            " what is held out; give one of them."
+        )
     preparation = Preparation(
         inputs=tuple(_INPUT.value),
         output=_OUTPUT.value,
@@ -118,6 +129,7 @@ def _prepare() -> int:
         shard_mb=_SHARD_MB.value,
         num_workers=_NUM_WORKERS.value,
         on_fault=_ON_FAULT.value,
+        validation_inputs=tuple(_VALIDATION_INPUT.value),
     )
     print(_summary(prepare_shards(preparation)))
     return 0

@@ -10,15 +10,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from lazyattn.data.parquet import DamagedFileError, open_parquet
-from lazyattn.data.prepare.readers import Unit
+from lazyattn.data.prepare.readers import Unit, csv_header
 from lazyattn.data.prepare.selection import Selection, require_fields
 from lazyattn.errors import InputError, bad_value
 
 KINDS = ("parquet", "jsonl.zst", "jsonl.gz", "jsonl")
+# In a folder these are read where it has none of the others: they may be notes.
+PLAIN_KINDS = ("json", "csv", "txt")
+_WHOLE_KINDS = ("jsonl.zst", "jsonl.gz", *PLAIN_KINDS)  # can't be cut
 _DATASET = "dataset_info.json"  # in the folder of a built TensorFlow dataset
 _ALLOWED = (
-    "folders, files or patterns of them: .parquet, .jsonl, .jsonl.zst, .jsonl.gz, or the folder of"
-    " a built TensorFlow dataset"
+    "folders, files or patterns of them: .parquet, .jsonl, .jsonl.zst, .jsonl.gz, .json, .csv,"
+    " .txt, or the folder of a built TensorFlow dataset"
 )
 
 # A piece of work is what a killed preparation loses, and what one process does at a
@@ -59,7 +62,9 @@ class Plan:
     units: tuple[Unit, ...]
 
 
-def make_plan(inputs: Sequence[str], selection: Selection, largest: int) -> Plan:
+def make_plan(
+    inputs: Sequence[str], selection: Selection, largest: int, validation: Sequence[str] = ()
+) -> Plan:
     """Looks at every file and cuts it into pieces of work.
 
     Args:
@@ -67,19 +72,28 @@ def make_plan(inputs: Sequence[str], selection: Selection, largest: int) -> Plan
       selection: fields that the files must have.
       largest: bytes of text that a piece should have at most. A row group of Parquet
         is cut; a compressed jsonl file can't be.
+      validation: the same for held-out documents; all of `inputs` is training data
+        then. (): each document's id decides.
 
     Raises:
       InputError: if an input is missing or of an unknown kind, a file lacks a field,
         or no file can be read.
     """
     paths = _paths(inputs)
+    held_out = _paths(validation, "--validation_input") if validation else []
+    for path in held_out:
+        if os.path.realpath(path) in map(os.path.realpath, paths):
+            raise InputError(f"--validation_input has {path!r}, which --input has, too.")
+    paths = [*paths, *held_out]
     parent = os.path.commonpath([os.path.dirname(path) for path in paths])
     files, ranges = [], []
     for path in paths:
         status = os.stat(path)
         error = None
         try:
-            ranges.append(list(_ranges(path, selection)))
+            split = "" if not held_out else "validation" if path in held_out else "train"
+            units = [dataclasses.replace(u, goes_to=split) for u in _ranges(path, selection)]
+            ranges.append(units)
         except DamagedFileError as damaged:
             error = str(damaged)
         relative = Path(os.path.relpath(path, parent)).as_posix()
@@ -88,12 +102,12 @@ def make_plan(inputs: Sequence[str], selection: Selection, largest: int) -> Plan
         raise InputError(f"No file of --input can be read: {files[0].path}: {files[0].error}.")
     total = sum(unit.weight for units in ranges for unit in units)
     target = min(max(total // _PIECES, _SMALLEST), largest)
-    units = [part for units in ranges for part in _cut(units, target)]
+    units = list(_joined([part for units in ranges for part in _cut(units, target)], target))
     numbered = (dataclasses.replace(unit, index=index) for index, unit in enumerate(units))
     return Plan(tuple(files), tuple(numbered))
 
 
-def _paths(inputs: Sequence[str]) -> list[str]:
+def _paths(inputs: Sequence[str], flag: str = "--input") -> list[str]:
     """Returns the files that the inputs name, each once, sorted.
 
     A link to a file keeps its own name: what it leads to may have one without suffix,
@@ -104,36 +118,37 @@ def _paths(inputs: Sequence[str]) -> list[str]:
     for given in inputs:
         expanded = os.path.expanduser(given)
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
-        files = [file for match in matches for file in _files(match)]
+        files = [file for match in matches for file in _files(match, flag)]
         if not files:
-            raise bad_value("--input", given, _ALLOWED)
+            raise bad_value(flag, given, _ALLOWED)
         found.update(_named(file) for file in files)
     if not found:
-        raise bad_value("--input", ",".join(inputs), _ALLOWED)
+        raise bad_value(flag, ",".join(inputs), _ALLOWED)
     names: dict[str, str] = {}
     for file in sorted(found, key=lambda file: (os.path.islink(file), file)):
         if not os.path.exists(file):
             raise InputError(
-                f"--input has {file!r}, a link to {os.readlink(file)!r}, which is not there; finish"
+                f"{flag} has {file!r}, a link to {os.readlink(file)!r}, which is not there; finish"
                 " the download, or remove the link."
             )
         names.setdefault(os.path.realpath(file), file)
     return sorted(names.values())
 
 
-def _files(path: str) -> list[str]:
+def _files(path: str, flag: str) -> list[str]:
     if os.path.isfile(path) or _leads_nowhere(path):
         if _kind(path) is None:
-            raise bad_value("--input", path, _ALLOWED)
+            raise bad_value(flag, path, _ALLOWED)
         return [path]
     folder = Path(path)
     if (folder / _DATASET).is_file():
         return [str(file) for file in folder.iterdir() if ".array_record" in file.name]
-    return [
+    files = [
         file
         for file in _below(folder)
         if _kind(file) and (os.path.isfile(file) or _leads_nowhere(file))
     ]
+    return [file for file in files if _kind(file) not in PLAIN_KINDS] or files
 
 
 def _named(file: str) -> str:
@@ -161,7 +176,7 @@ def _below(folder: Path) -> Iterator[str]:
 def _kind(path: str) -> str | None:
     if ".array_record" in os.path.basename(path):
         return "tfds" if os.path.isfile(os.path.join(os.path.dirname(path), _DATASET)) else None
-    return next((kind for kind in KINDS if path.endswith("." + kind)), None)
+    return next((kind for kind in (*KINDS, *PLAIN_KINDS) if path.endswith("." + kind)), None)
 
 
 def _ranges(path: str, selection: Selection) -> Iterator[Unit]:
@@ -178,7 +193,17 @@ def _ranges(path: str, selection: Selection) -> Iterator[Unit]:
 
         split, start, stop = shard_documents(path)
         yield Unit(0, path, kind, start, stop, size, split)
+    elif kind == "txt":
+        if selection.min_int_score is not None:
+            raise InputError(
+                f"--min_int_score is {selection.min_int_score}, but {path} is a .txt file, which"
+                " has no score."
+            )
+        if size:
+            yield Unit(0, path, kind, 0, size, size, texts=(path,))
     elif size:
+        if kind == "csv":
+            require_fields(csv_header(path), selection, path)
         yield Unit(0, path, kind, 0, size, size)
 
 
@@ -208,7 +233,7 @@ def _cut(units: list[Unit], target: int) -> Iterator[Unit]:
             yield joined
         joined = None
         length = unit.stop - unit.start
-        parts = 1 if unit.kind in ("jsonl.zst", "jsonl.gz") else -(-unit.weight // target)
+        parts = 1 if unit.kind in _WHOLE_KINDS else -(-unit.weight // target)
         parts = min(parts, length)
         if parts == 1:
             joined = unit
@@ -219,3 +244,25 @@ def _cut(units: list[Unit], target: int) -> Iterator[Unit]:
             yield dataclasses.replace(unit, start=start, stop=stop, weight=weight)
     if joined is not None:
         yield joined
+
+
+def _joined(units: list[Unit], target: int) -> Iterator[Unit]:
+    """Joins .txt files that follow one another to pieces of about `target` bytes."""
+    last: Unit | None = None
+    for unit in units:
+        if (
+            last is not None
+            and last.texts
+            and unit.texts
+            and last.goes_to == unit.goes_to
+            and last.weight + unit.weight <= target
+        ):
+            weight = last.weight + unit.weight
+            texts = (*last.texts, *unit.texts)
+            last = dataclasses.replace(last, stop=weight, weight=weight, texts=texts)
+            continue
+        if last is not None:
+            yield last
+        last = unit
+    if last is not None:
+        yield last

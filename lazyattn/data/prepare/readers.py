@@ -1,6 +1,10 @@
 """Documents of one range of one file, whatever its format, in bounded memory."""
 
+import csv
 import dataclasses
+import hashlib
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from lazyattn.data.parquet import DamagedFileError, open_parquet, parquet_rows, reason
-from lazyattn.data.prepare.selection import INVALID_JSON, INVALID_UNICODE, Selection
-from lazyattn.data.text_files import BLANK, parse_line
+from lazyattn.data.prepare.selection import (
+    INVALID_JSON,
+    INVALID_UNICODE,
+    UNREADABLE,
+    Selection,
+)
+from lazyattn.data.text_files import BLANK, BYTE_ORDER_MARK, parse_line
 
 _BUFFER = 1 << 20  # bytes
 LONGEST_LINE = 1 << 28  # bytes of a JSON line; more is no document
@@ -23,11 +32,15 @@ class Unit:
     Attributes:
       index: which piece of all, in the order of the corpus.
       path: of the file.
-      kind: its format: "parquet", "jsonl", "jsonl.zst", "jsonl.gz" or "tfds".
+      kind: its format: "parquet", "jsonl", "jsonl.zst", "jsonl.gz", "json", "csv",
+        "txt" or "tfds".
       start, stop: rows of a Parquet file, bytes of a jsonl one, documents of a TFDS
         split; 0 and the file's size where it can only be read from its beginning.
       weight: bytes of work, for the progress bar.
       split: of the TFDS dataset; "" for other formats.
+      texts: .txt files, a document each, of which `path` is the first; () for other
+        formats.
+      goes_to: the split of all its documents; "": their ids decide.
     """
 
     index: int
@@ -37,17 +50,21 @@ class Unit:
     stop: int
     weight: int
     split: str = ""
+    texts: tuple[str, ...] = ()
+    goes_to: str = ""
 
     def name(self, place: int) -> str:
         """Returns what to call a document found at `place`."""
-        return f"{self.path}, {'row' if self.kind in ('parquet', 'tfds') else 'byte'} {place:,}"
+        if self.texts:
+            return self.texts[place]
+        return f"{self.path}, {'byte' if self.kind.startswith('jsonl') else 'row'} {place:,}"
 
 
 class Row(NamedTuple):
     """What was found at one place.
 
     Attributes:
-      place: row, or byte of the (decompressed) file.
+      place: row, byte of the (decompressed) file, or number of the .txt file.
       text, id, score: what the fields hold, None where there is nothing.
       fault: why nothing could be read; None: something was.
       done: share of the unit that was read with this, 0 to 1.
@@ -71,6 +88,8 @@ def read_unit(unit: Unit, selection: Selection) -> Iterator[Row]:
         return _parquet(unit, selection)
     if unit.kind == "tfds":
         return _tfds(unit, selection)
+    if unit.kind in _WHOLE:
+        return _WHOLE[unit.kind](unit, selection)
     return _jsonl(unit, selection)
 
 
@@ -147,6 +166,111 @@ def _parsed(line: bytes | None, place: int, selection: Selection) -> Row | None:
         return Row(place, None, None, None, INVALID_JSON, 0.0)
     text, id, score = (None if field is None else content.get(field) for field in selection.fields)
     return Row(place, text, id, score, None, 0.0)
+
+
+def _texts(unit: Unit, selection: Selection) -> Iterator[Row]:
+    """Yields files, each a document that goes by the hash of its text."""
+    del selection
+    done = 0
+    for place, path in enumerate(unit.texts):
+        try:
+            content = Path(path).read_bytes()
+        except OSError:
+            yield Row(place, None, None, None, UNREADABLE, done / unit.weight)
+            continue
+        done += len(content)
+        text = content.removeprefix(BYTE_ORDER_MARK.encode())
+        name = hashlib.sha256(text).hexdigest()
+        yield Row(place, text, name, None, None, min(1.0, done / unit.weight))
+
+
+def csv_header(path: str) -> list[str]:
+    """Returns the names of a .csv file's columns.
+
+    Raises:
+      DamagedFileError: if they can't be read.
+    """
+    try:
+        with Path(path).open("rb") as raw:
+            return next(csv.reader(_decoded(raw)), [])
+    except (OSError, csv.Error) as error:
+        raise DamagedFileError(reason(error)) from error
+
+
+def _csv(unit: Unit, selection: Selection) -> Iterator[Row]:
+    """Yields the lines of a table; a byte that is no UTF-8 makes its text invalid Unicode."""
+    csv.field_size_limit(LONGEST_LINE)
+    try:
+        with Path(unit.path).open("rb") as raw:
+            # Without `strict` a file that was cut off in a quoted field seems whole.
+            for place, row in enumerate(csv.DictReader(_decoded(raw), strict=True)):
+                text, id, score = (
+                    None if field is None else row.get(field) for field in selection.fields
+                )
+                yield Row(place, text, id, _number(score), None, min(1.0, raw.tell() / unit.stop))
+    except (OSError, csv.Error) as error:
+        raise DamagedFileError(reason(error)) from error
+
+
+def _decoded(raw: Any) -> io.TextIOWrapper:
+    """Returns a file's text in lines that end with "\\n"; half a surrogate for a bad byte."""
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+
+def _number(score: str | None) -> float | None:
+    try:
+        return None if score is None else float(score)
+    except ValueError:
+        return None
+
+
+def _json(unit: Unit, selection: Selection) -> Iterator[Row]:
+    """Yields the objects of an array, or objects that stand one after the other."""
+    try:
+        with Path(unit.path).open("rb") as raw:
+            for place, content in enumerate(_json_values(_decoded(raw))):
+                if not isinstance(content, dict):
+                    yield Row(place, None, None, None, INVALID_JSON, 0.0)
+                    continue
+                text, id, score = (
+                    None if field is None else content.get(field) for field in selection.fields
+                )
+                yield Row(place, text, id, score, None, min(1.0, raw.tell() / unit.stop))
+    except OSError as error:
+        raise DamagedFileError(reason(error)) from error
+
+
+def _json_values(file: io.TextIOWrapper) -> Iterator[Any]:
+    scan = json.JSONDecoder().raw_decode
+    held, at, between = "", 0, " \t\r\n"
+    more = True
+    while True:
+        while at < len(held) and held[at] in between:
+            at += 1
+        if at < len(held) and held[at] == "[" and between == " \t\r\n":
+            between += ",]"  # of the one array
+            at += 1
+            continue
+        value, end = None, -1
+        if at < len(held):
+            try:
+                value, end = scan(held, at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                if not more or len(held) - at > LONGEST_LINE:
+                    raise DamagedFileError(f"no JSON: {reason(error)}") from error
+        if end >= 0:
+            yield value
+            at = end
+        elif more:
+            # As much as is held, so that a long object is not tried too often.
+            content = file.read(max(_BUFFER, len(held) - at))
+            held, at, more = held[at:] + content, 0, bool(content)
+        else:
+            return
+
+
+# Files that are read from beginning to end.
+_WHOLE = {"txt": _texts, "csv": _csv, "json": _json}
 
 
 class _Buffered:

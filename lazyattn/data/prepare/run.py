@@ -40,6 +40,8 @@ class Preparation:
     Attributes:
       inputs: folders, files or patterns of them.
       output: folder of the shards.
+      validation_inputs: as `inputs`, of held-out documents; (): a share of `inputs` is
+        held out.
       tokenizer: path of a `tokenizer.json` or a SentencePiece model, or "train".
       vocab_size: entries of a tokenizer that is trained.
       sample_mb: text that it is trained on, in millions of bytes, from all over the
@@ -59,11 +61,14 @@ class Preparation:
     shard_mb: int = 512
     num_workers: int = 0
     on_fault: str = "skip"
+    validation_inputs: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
         for path in self.inputs:
             check_local("--input", path)
+        for path in self.validation_inputs:
+            check_local("--validation_input", path)
         check_local("--output", self.output)
         check_local("--tokenizer", self.tokenizer)
         require(bool(self.output), "--output", self.output, "the folder of the shards to be")
@@ -115,7 +120,12 @@ def prepare_shards(preparation: Preparation) -> Prepared:
     """
     folder = local_path("--output", preparation.output)
     given = None if preparation.tokenizer == TRAIN else Tokenizer.load(preparation.tokenizer)
-    plan = make_plan(preparation.inputs, preparation.selection, preparation.shard_mb * 10**6)
+    plan = make_plan(
+        preparation.inputs,
+        preparation.selection,
+        preparation.shard_mb * 10**6,
+        preparation.validation_inputs,
+    )
     try:
         with workspace.locked(folder) as work:
             return _prepare(preparation, folder, work, given, plan)
@@ -129,7 +139,7 @@ def prepare_shards(preparation: Preparation) -> Prepared:
 def _prepare(
     preparation: Preparation, folder: Path, work: Path, given: Tokenizer | None, plan: Plan
 ) -> Prepared:
-    identity = workspace.identity(_settings(preparation, given), plan)
+    identity = workspace.identity(_settings(preparation, given, plan), plan)
     if (folder / manifest.NAME).exists():
         content = workspace.require_finished(folder, identity)
         shutil.rmtree(work)  # what a kill after the manifest left
@@ -206,15 +216,21 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _settings(preparation: Preparation, given: Tokenizer | None) -> dict[str, Any]:
+def _settings(preparation: Preparation, given: Tokenizer | None, plan: Plan) -> dict[str, Any]:
     """Returns the settings that the shards depend on, as plain data."""
     tokenizer: dict[str, Any] = (
         {"vocab_size": preparation.vocab_size, "sample_mb": preparation.sample_mb}
         if given is None
         else {"sha256": given.fingerprint}
     )
-    selection = dataclasses.asdict(preparation.selection)
-    return {**selection, "shard_mb": preparation.shard_mb, "tokenizer": tokenizer}
+    settings = dataclasses.asdict(preparation.selection)
+    settings |= {"shard_mb": preparation.shard_mb, "tokenizer": tokenizer}
+    if preparation.validation_inputs:
+        held_out = {unit.path for unit in plan.units if unit.goes_to == "validation"}
+        held_out |= {text for unit in plan.units if unit.path in held_out for text in unit.texts}
+        settings["validation_fraction"] = 0.0
+        settings["validation_files"] = [f.file for f in plan.files if f.path in held_out]
+    return settings
 
 
 def _tokenizer(
@@ -246,7 +262,7 @@ def _sample(preparation: Preparation, plan: Plan) -> Iterator[str]:
             for row in read_unit(unit, preparation.selection):
                 if row.fault is not None:
                     continue
-                chosen = select(row.text, row.id, row.score, preparation.selection)
+                chosen = select(row.text, row.id, row.score, preparation.selection, unit.goes_to)
                 if isinstance(chosen, str) or chosen.split != "train":
                     continue
                 yield chosen.text
@@ -275,7 +291,10 @@ def _sources(plan: Plan, results: Sequence[UnitResult]) -> tuple[SourceFile, ...
     found: dict[str, int] = {}
     errors: dict[str, str] = {}
     for unit, result in zip(plan.units, results, strict=True):
-        found[unit.path] = found.get(unit.path, 0) + result.found
+        for path in unit.texts:
+            found[path] = 1
+        if not unit.texts:
+            found[unit.path] = found.get(unit.path, 0) + result.found
         if result.error is not None:
             errors.setdefault(unit.path, result.error)
     return tuple(

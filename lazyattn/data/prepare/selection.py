@@ -80,7 +80,7 @@ class Selected:
     size: int
 
 
-def select(text: Any, id: Any, score: Any, selection: Selection) -> Selected | str:
+def select(text: Any, id: Any, score: Any, selection: Selection, split: str = "") -> Selected | str:
     """Returns a document with its split, or why it is left out.
 
     Args:
@@ -88,6 +88,7 @@ def select(text: Any, id: Any, score: Any, selection: Selection) -> Selected | s
       id: what was found; any str, bytes or int can be one.
       score: what was found.
       selection: what to keep.
+      split: where it goes; "": its id decides.
     """
     if selection.min_int_score is not None:
         if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
@@ -110,8 +111,10 @@ def select(text: Any, id: Any, score: Any, selection: Selection) -> Selected | s
             name = id.decode()
     except UnicodeError:
         return INVALID_UNICODE
-    held_out = is_validation(name, selection.validation_fraction)
-    return Selected("validation" if held_out else "train", name, text, len(content))
+    if not split:
+        held_out = is_validation(name, selection.validation_fraction)
+        split = "validation" if held_out else "train"
+    return Selected(split, name, text, len(content))
 
 
 def require_fields(names: list[str], selection: Selection, file: str) -> None:

@@ -134,7 +134,7 @@ def process_unit(
         try:
             for row in read_unit(unit, selection):
                 found, share = found + 1, row.done
-                chosen = row.fault or select(row.text, row.id, row.score, selection)
+                chosen = row.fault or select(row.text, row.id, row.score, selection, unit.goes_to)
                 if isinstance(chosen, str):
                     _skip(chosen, unit.name(row.place), skipped, examples, fatal)
                     continue

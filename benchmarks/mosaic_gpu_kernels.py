@@ -101,7 +101,7 @@ def measure(shape: cases.Shape) -> None:
             kernels = backend.Kernels(plan, inputs, table)
             visits = kernels.visits()
             _, residuals = kernels.forward(visits, training=True)
-            ranges = kernels.key_ranges(visits, residuals)
+            ranges = kernels.key_ranges(visits, residuals.live)
             _, rows, *_ = kernels.backward_query(visits, residuals, ranges, d_out)
             live = visits.first if residuals.live is None else residuals.live
             return residuals, rows, visits, live, d_out, table
@@ -128,7 +128,7 @@ def measure(shape: cases.Shape) -> None:
             kernels = backend.Kernels(plan, inputs, table)
             if job.kernel in ("inference", "forward"):
                 return kernels.forward(visits, training=job.kernel == "forward")[0]
-            ranges = kernels.key_ranges(visits, residuals)
+            ranges = kernels.key_ranges(visits, residuals.live)
             if job.kernel == "backward_query":
                 return kernels.backward_query(visits, residuals, ranges, d_out)
             if job.kernel in ("backward_key", "backward_value"):

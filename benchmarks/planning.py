@@ -129,26 +129,26 @@ class Planning:
         return backend.Kernels(plan, inputs, table)
 
     def leftovers(self, tensors: Any, parameters: Any, ids: Array | None) -> tuple[Any, ...]:
-        """Returns what the attention kernels leave: residuals, of_offset, sums, tail_sums."""
+        """Returns what the attention kernels leave: live, of_offset, sums, tail_sums."""
         kernels, d_out = self._kernels(tensors, parameters, ids), tensors[3]
         visits = kernels.visits()
         _, residuals = kernels.forward(visits, training=True)
-        ranges = kernels.key_ranges(visits, residuals)
+        ranges = kernels.key_ranges(visits, residuals.live)
         _, rows, *sums = kernels.backward_query(visits, residuals, ranges, d_out)
         of_bias = kernels.backward_key(rows, visits, ranges, d_out)[2]
         if of_bias is None:
             of_bias = kernels.backward_bias(rows, ranges, d_out)
-        return residuals, sums[0], of_bias, sums[1]
+        return residuals.live, sums[0], of_bias, sums[1]
 
     def once(self, tensors: Any, parameters: Any, ids: Array | None, leftovers: Any) -> Any:
         """Returns all that a training call plans."""
-        residuals, of_offset, sums, tail_sums = leftovers
+        live, of_offset, sums, tail_sums = leftovers
         kernels = self._kernels(tensors, parameters, ids)
         visits, plans = kernels.visits(), backend.planning(kernels.plan)
         orders = plans.tile_orders(visits.work, kernels.group, [forward.order(kernels, True)])
         # As between forward and backward pass, whose orders are made apart.
         visits = lax.optimization_barrier(visits)
-        ranges = kernels.key_ranges(visits, residuals)
+        ranges = kernels.key_ranges(visits, live)
         gradients = kernels.gradients(1, of_offset, sums, tail_sums)
         return kernels.table, visits, orders, ranges, gradients
 

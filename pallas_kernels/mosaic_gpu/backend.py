@@ -75,7 +75,7 @@ def backward(
 ) -> Gradients:
     """Returns the gradients."""
     kernels = Kernels(plan, inputs, table)
-    of_keys = kernels.key_ranges(ranges, residuals)
+    of_keys = kernels.key_ranges(ranges, residuals.live)
     d_query, rows, of_offset, tail_sums = kernels.backward_query(ranges, residuals, of_keys, d_out)
     d_key, d_value, sums = kernels.backward_key(rows, ranges, of_keys, d_out)
     if plan.width and sums is None:
@@ -123,8 +123,11 @@ class Kernels(Call):
             past=found.get("past"),
         )
 
-    def key_ranges(self, visits: Visits, residuals: Residuals) -> KeyRanges:
-        """Returns the ranges of the backward pass, and the order of its kernels' work tiles."""
+    def key_ranges(self, visits: Visits, live: Array | None) -> KeyRanges:
+        """Returns the ranges of the backward pass, and the order of its kernels' work tiles.
+
+        `live` is that of the residuals.
+        """
         orders = [backward_dq.order(self), backward_dkv.order(self)]
         tuning, distances, filled, parts = self.plan.tunings.backward_bias, 0, 0, 0
         if self.plan.width and tuning is not None:
@@ -133,7 +136,7 @@ class Kernels(Call):
             filled = distances + -distances % tuning.warpgroups
             parts = backward_dbias.chunks(self)
             orders.append(backward_dbias.order(self, parts, filled))
-        live = visits.first if residuals.live is None else residuals.live
+        live = visits.first if live is None else live
         return planning(self.plan).key_ranges(
             visits.first, live, visits.work, self.group, orders, distances, filled, parts
         )

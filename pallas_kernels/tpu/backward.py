@@ -364,12 +364,8 @@ class QueryTile:
     ) -> None:
         """Stores a tile's weights and dS, and adds dS to the gradient of the bias.
 
-        Args:
-          tile: index of the tile of keys.
-          raw: K Q of some keys.
-          raw_d: V dO of some keys; None: the tile is dead.
-          sets: of buffers.
-          skipped: queries cut off; None: not on the diagonal.
+        `raw` gives K Q of some keys and `raw_d` V dO, None if the tile is dead. So many queries
+        as are skipped are cut off; None: the tile is not on the diagonal.
         """
         plan, refs = self.plan, self.refs
         cut, dtype = slice(skipped or 0, None), refs.query.dtype

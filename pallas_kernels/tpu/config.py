@@ -81,14 +81,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def block(generation: str, itemsize: int, head_dim: int, length: int) -> TileSizes:
-    """Returns the tiles for a call.
-
-    Args:
-      generation: of the TPU, one of `support.GENERATIONS`.
-      itemsize: bytes of an input number, 2 or 4.
-      head_dim: at most 256.
-      length: of the sequence; a short one gets small tiles.
-    """
+    """Returns the tiles for a call; a short sequence gets small ones."""
     queries, keys = _BLOCKS[generation, padded_head_dim(head_dim)]
     if itemsize == 4:
         queries, keys = min(queries, 256), min(keys, 128)
@@ -169,14 +162,7 @@ def key_chunks(
 ) -> int:
     """Returns into how many chunks the keys are cut so that one fits into VMEM.
 
-    Args:
-      generation: of the TPU.
-      block: tiles.
-      length: padded to a multiple of `block.queries`.
-      head_dim: padded.
-      itemsize: bytes of an input number.
-      backward: for the backward pass rather than the forward pass.
-      turned: VMEM holds a turned bias too, see `tile.Bias`.
+    Length and head size are padded; with `turned` VMEM holds a turned bias too, see `tile.Bias`.
 
     Raises:
       ValueError: if not even a chunk of one query tile's keys fits.

@@ -65,14 +65,7 @@ def forward(
     *,
     training: bool,
 ) -> tuple[Float[Array, "batch length heads head_dim"], Residuals | None]:
-    """Launches the forward pass.
-
-    Args:
-      plan: what is static.
-      inputs: its arrays.
-      table: b(x) of every distance.
-      ranges: first key tile that each query tile visits.
-      training: also return residuals.
+    """Launches the forward pass, from b(x) and the first key tile that each query tile visits.
 
     Returns:
       the output; with `training` the residuals: `lse` the log2-sum-exp2 of each query [batch,
@@ -460,13 +453,9 @@ class QueryTile:
     def scores(
         self, tile: Index, raw: Array, keys: slice, skipped: int | None
     ) -> tuple[Array, Array | None]:
-        """Returns the scores of some keys of a tile, and what is seen of them.
+        """Returns the scores of some keys of a tile from their raw ones, and what is seen of them.
 
-        Args:
-          tile: index of the tile.
-          raw: `raw_scores` of these keys.
-          keys: which ones.
-          skipped: queries cut off; None: not on the diagonal.
+        So many queries as are skipped are cut off; None: the tile is not on the diagonal.
         """
         plan, refs = self.plan, self.refs
         on_diagonal, skipped = None if skipped is None else keys.start, skipped or 0

@@ -60,7 +60,7 @@ def parquet_rows(
             for values in _group_rows(file, group, place - begin, end - begin, fields):
                 yield place, values
                 place += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, in a chat
             damage.append(f"row {place:,}: {reason(error)}")
             lost += end - place
     if damage:

@@ -55,6 +55,13 @@ _VALIDATION_FRACTION = flags.DEFINE_float(
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", "text", "Column or key of the text.", flag_values=FLAGS
 )
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template",
+    None,
+    "For chats: how a message becomes text, with {role} and {content}; --text_field then names a"
+    " list of messages. \\n is a line end.",
+    flag_values=FLAGS,
+)
 _ID_FIELD = flags.DEFINE_string(
     "id_field",
     "id",
@@ -125,6 +132,7 @@ def _prepare() -> int:
             score_field=_SCORE_FIELD.value,
             min_int_score=_MIN_INT_SCORE.value,
             validation_fraction=_VALIDATION_FRACTION.value,
+            chat_template=_CHAT_TEMPLATE.value and _CHAT_TEMPLATE.value.replace("\\n", "\n"),
         ),
         shard_mb=_SHARD_MB.value,
         num_workers=_NUM_WORKERS.value,

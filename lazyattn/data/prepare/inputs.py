@@ -184,6 +184,10 @@ def _ranges(path: str, selection: Selection) -> Iterator[Unit]:
     kind = _kind(path)
     assert kind is not None
     size = os.path.getsize(path)
+    if selection.chat_template is not None and kind in ("csv", "txt"):
+        raise InputError(
+            f"--chat_template is given, but {path} is a .{kind} file, without messages."
+        )
     if kind == "parquet":
         file = open_parquet(path)
         require_fields(file.schema_arrow.names, selection, path)
@@ -215,7 +219,7 @@ def _row_groups(path: str, metadata: pq.FileMetaData, selection: Selection) -> I
         weight = sum(
             column.total_uncompressed_size
             for column in columns
-            if column.path_in_schema == selection.text_field
+            if column.path_in_schema.split(".")[0] == selection.text_field.split(".")[0]
         )
         if group.num_rows:
             yield Unit(0, path, "parquet", begin, begin + group.num_rows, max(1, weight))

@@ -5,6 +5,7 @@ import hashlib
 from typing import Any
 
 from lazyattn.data.corpus import is_validation
+from lazyattn.data.prepare.chat import chat_text, check_template
 from lazyattn.errors import InputError, require
 
 # Why a document may be left out. All but the first are faults of the data, and fatal
@@ -30,6 +31,8 @@ class Selection:
       score_field: of the one that holds a score of quality.
       min_int_score: the lowest score that is kept; None: all are, scores aren't read.
       validation_fraction: share of documents held out, by the hash of their ids.
+      chat_template: how a message of a chat becomes text, as `chat.chat_text` has it;
+        then `text_field` holds a list of messages. None: it holds text.
     """
 
     text_field: str = "text"
@@ -37,6 +40,7 @@ class Selection:
     score_field: str = "int_score"
     min_int_score: int | None = None
     validation_fraction: float = 0.005
+    chat_template: str | None = None
 
     def __post_init__(self):
         require(
@@ -45,6 +49,8 @@ class Selection:
             self.validation_fraction,
             "at least 0 and below 1",
         )
+        if self.chat_template is not None:
+            check_template(self.chat_template)
         require(bool(self.text_field), "text_field", self.text_field, "the name of a field")
         require(
             self.min_int_score is None or bool(self.score_field),
@@ -96,6 +102,8 @@ def select(text: Any, id: Any, score: Any, selection: Selection, split: str = ""
         if score < selection.min_int_score:
             return LOW_SCORE
     try:
+        if selection.chat_template is not None:
+            text = chat_text(text, selection.chat_template)
         content = _utf8(text)
         if content is None:
             return MISSING_TEXT

@@ -15,9 +15,10 @@ The shape is that of the 340M model: 24 layers, 16 heads of 64, bfloat16. Cases 
 
 Queries and keys are random, of the norm that `qk_norm` gives them at initialization. Every row
 is as long as the context. Attention is timed over a few layers, each with a cache of its own, so
-that none stays in the chip's cache, and given for all 24. `bytes` is what a token must read:
-weights (for the whole token), keys of pages that are read, and values of pages with a weight,
-counted on the inputs themselves. `limit_ms` is the time of that many bytes at the rate of a copy
+that none stays in the chip's cache, and given for all 24; tokens follow each other on the device
+(torch's as a CUDA graph), since the host takes longer to start short kernels than they run.
+`bytes` is what a token must read: weights (for the whole token), keys of pages that are read, and
+values of pages with a weight, counted on the inputs themselves. `limit_ms` is the time of that many bytes at the rate of a copy
 in the same run.
 
 The plan (`plan.py`) goes from what matters most to what matters least, in waves: all of a wave is
@@ -145,7 +146,7 @@ class Run:
             ready = jax.eval_shape(lambda: token.model(heads))
             batch = token.free_bytes(token.weight_bytes(ready)) // plan.row_bytes
         line = Line(implementation, attention, cache, heads.name, point.context, batch)
-        job = Attention(line, heads, plan)
+        job = Attention(line, heads, plan, calls=_CALLS.value)
         line.cache_bytes_share = job.held / job.whole
         line.score_bound = heads.score_bound if cache == "spans" else None
         return job
@@ -221,11 +222,11 @@ class Run:
     def _one(self, job: Attention, layers: list[Any]) -> None:
         if not layers:
             layers += job.inputs()
-        job.measure(layers, self.rate, _CALLS.value, _ROUNDS.value)
+        job.measure(layers, self.rate, _ROUNDS.value)
         if _PROFILE.value and job.line.implementation == "lazyattn":
             kernels = timing.kernels(job.callable(layers))
             for name, ms in list(kernels.items())[:5]:
-                print(f"  {ms / job.number:8.4f} ms a layer: {name}", flush=True)
+                print(f"  {ms / job.number / job.calls:8.4f} ms a layer: {name}", flush=True)
 
     def _in_time(self, line: Line) -> bool:
         if self.left > 0:

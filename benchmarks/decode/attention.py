@@ -66,7 +66,8 @@ class Attention:
       plan: which keys the cache holds.
       number: layers that are timed.
       read: how many pages of a layer must be read.
-      run: the attention of all these layers.
+      run: the attention of all these layers, of `calls` tokens.
+      calls: tokens that follow each other on the device.
     """
 
     line: Line
@@ -75,6 +76,7 @@ class Attention:
     number: int = 0
     read: list[Any] = dataclasses.field(default_factory=list)
     run: Any = None
+    calls: int = 10
 
     def __post_init__(self):
         held = self.held / len(self.plan.layers)
@@ -161,11 +163,18 @@ class Attention:
         return self.line.implementation == "lazyattn"
 
     def _all(self, layers: list[dict[str, Any]]) -> list[Array]:
-        name = self.line.implementation
-        if self._is_ours:
-            return [self._attend(n, given) for n, given in enumerate(layers)]
-        one = {"cudnn": _cudnn, "today": self._today}[name]
-        return [one(given) for given in layers]
+        def attend(n: int, given: dict[str, Any]) -> Array:
+            if self._is_ours:
+                return self._attend(n, given)
+            return {"cudnn": _cudnn, "today": self._today}[self.line.implementation](given)
+
+        def token(_: Array, queries: list[Array]) -> list[Array]:
+            outs = [attend(n, x | {"query": queries[n]}) for n, x in enumerate(layers)]
+            # The next token waits for this one, and rounding keeps its queries as they are.
+            return [q + 2.0**-20 * out for q, out in zip(queries, outs, strict=True)]
+
+        # The host would take longer to start short kernels than they run.
+        return jax.lax.fori_loop(0, self.calls, token, [given["query"] for given in layers])
 
     def _attend(self, layer: int, given: dict[str, Any]) -> Array:
         """Returns the output of a layer, called as `lazyattn.generation` calls it."""
@@ -228,13 +237,12 @@ class Attention:
             total += jax.lax.map(of_row, rows).sum()
         return total
 
-    def measure(self, layers: list[dict[str, Any]], rate: float, calls: int, rounds: int) -> None:
+    def measure(self, layers: list[dict[str, Any]], rate: float, rounds: int) -> None:
         """Times the attention and counts what it must read; notes both in the line.
 
         Args:
           layers: `inputs`.
           rate: of a copy, bytes a second.
-          calls: in a row.
           rounds: times each is timed.
         """
         line, number = self.line, len(self.plan.layers)
@@ -247,13 +255,13 @@ class Attention:
         line.limit_attention_ms = 1e3 * line.bytes_attention / rate
         line.read_share = line.bytes_attention / self.whole
         run = self.callable(layers)
-        ms = timing.milliseconds(run, calls=calls, rounds=rounds)
+        ms = timing.milliseconds(run, calls=1, rounds=rounds) / self.calls
         line.ms_attention = ms * number / self.number
 
     def callable(self, layers: list[dict[str, Any]]) -> Callable[[], Any]:
         """Returns what is timed."""
         if self.line.implementation == "torch":
-            return torch_run(layers)
+            return torch_run(layers, self.calls)
         return functools.partial(self.run, layers)
 
 
@@ -269,8 +277,8 @@ def _cudnn(given: dict[str, Any]) -> Array:
     )
 
 
-def torch_run(layers: list[dict[str, Any]]) -> Callable[[], Any]:
-    """Returns torch's fused attention of these layers, on tensors of its own."""
+def torch_run(layers: list[dict[str, Any]], calls: int) -> Callable[[], Any]:
+    """Returns torch's fused attention of these layers so many times, as one graph if it can be."""
     import torch
 
     arrays = []
@@ -286,9 +294,24 @@ def torch_run(layers: list[dict[str, Any]]) -> Callable[[], Any]:
         def block_until_ready(self) -> None:
             torch.cuda.synchronize()
 
+    def several() -> None:
+        for _ in range(calls):
+            for x in arrays:
+                attention(*x)
+
+    several()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        start = graph.replay
+    except RuntimeError as error:
+        print(f"torch without a graph: {str(error)[:200]}", flush=True)
+        start = several
+
     def run() -> Any:
-        for x in arrays:
-            attention(*x)
+        start()
         return Result()
 
     return run

@@ -79,11 +79,11 @@ def test_small_run(case):
     softmax = case == "softmax-full"
     own = heads.softmax(SHAPE) if softmax else heads.trained(STUDY, "sharp_qk_norm", SHAPE, 2)
     line = _line(case, own)
-    job = Attention(line, own, own.plan(line.cache, line.context))
+    job = Attention(line, own, own.plan(line.cache, line.context), calls=2)
     token = Token(line, own, job.plan, calls=2, rounds=1)
     job.compile()
     token.compile()
-    job.measure(job.inputs(), rate=1e9, calls=1, rounds=1)
+    job.measure(job.inputs(), rate=1e9, rounds=1)
     token.measure(rate=1e9)
     assert line.ms_attention > 0 and line.ms_token > 0 and line.largest_batch > 1000
     assert line.bytes > line.bytes_attention > 0

@@ -18,8 +18,8 @@ is as long as the context. Attention is timed over a few layers, each with a cac
 that none stays in the chip's cache, and given for all 24; tokens follow each other on the device
 (torch's as a CUDA graph), since the host takes longer to start short kernels than they run.
 `bytes` is what a token must read: weights (for the whole token), keys of pages that are read, and
-values of pages with a weight, counted on the inputs themselves. `limit_ms` is the time of that many bytes at the rate of a copy
-in the same run.
+values of pages with a weight, counted on the inputs themselves. `limit_ms` is the time of that many
+bytes at the rate of a copy in the same run.
 
 The plan (`plan.py`) goes from what matters most to what matters least, in waves: all of a wave is
 compiled at once, then timed. After --seconds nothing more begins and the program ends, whatever

@@ -33,7 +33,7 @@ NO_PATHS = {
     *("mode", "step", "profile", "coordinator", "precision", "topology", "dtype", "layout"),
     *("formats", "heads", "cache", "cache_dtype", "cache_buckets"),
     *("tasks", "contexts", "retrieval_distances", "prompt", "stop", "config"),
-    *("text_field", "id_field", "score_field", "on_fault"),
+    *("text_field", "id_field", "score_field", "on_fault", "chat_template"),
 }
 
 
@@ -71,7 +71,7 @@ def test_every_flag_that_takes_a_path_refuses_a_url():
                 command_line.parse(["program", f"--{name}={URL}"], values)
     assert found >= {
         *("workdir", "cache_dir", "tasks_dir", "text", "lambada", "output", "import_from"),
-        *("against", "input", "tokenizer"),
+        *("against", "input", "validation_input", "tokenizer"),
     }
 
 

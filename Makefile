@@ -67,7 +67,7 @@ test-tpu: setup $(LIBTPU)/libtpu/libtpu.so
 	  --lengths=4096,32768 --head_dims=64,128
 	@$(PYTHON_BIN) -m benchmarks.tpu_static --lengths=4096,16384
 	@$(PYTHON_BIN) -m pytest tests/compile
-	@$(PYTHON_BIN) train.py --mode=compile --config=configs/lazy_340m_10b.py --topology=v5p:2x2x1
+	@$(PYTHON_BIN) train.py --mode=compile --config=configs/fineweb_edu.py:lazy_340m_10b --topology=v5p:2x2x1
 
 # On a machine with a TPU and requirements/tpu.txt. One report, to be sent back as it is.
 test-tpu-device: setup

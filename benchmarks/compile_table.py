@@ -9,7 +9,6 @@ FILE keeps the rows as JSON lines; rows that it has are not compiled again.
 """
 
 import dataclasses
-import importlib
 import itertools
 import json
 import pathlib
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from lazyattn import paths
+from lazyattn import paths, recipes
 from lazyattn.compile import topology
 from lazyattn.compile.main import examine
 from lazyattn.compile.report import Report
@@ -83,8 +82,7 @@ def slice_of(chip: str, chips: int) -> topology.Topology:
 
 def try_out(config: str, where: topology.Topology) -> dict[str, Any]:
     """Returns the first row of settings that fit, or the last tried."""
-    module = importlib.import_module(f"configs.{config}")
-    experiment = from_config_dict(module.get_config())
+    experiment = from_config_dict(recipes.run(config))
     fsdp = 1
     while fsdp < where.devices // where.slices and 2 * fsdp * _TILE <= experiment.model.width:
         fsdp *= 2

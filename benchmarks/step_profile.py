@@ -1,6 +1,6 @@
 """Where a training step's time goes, part by part, beside the least that it could take.
 
-    python -m benchmarks.step_profile --config=configs/lazy_340m_10b.py --batch=8
+    python -m benchmarks.step_profile --config=configs/fineweb_edu.py:lazy_340m_10b --batch=8
 
 The step is that of `train.py`, as in `benchmarks.train_step`. A trace of some steps says how long
 each kernel took; the compiled program says which part of the step it belongs to, how many bytes it

@@ -1,6 +1,6 @@
 """Times whole training steps with several kinds of attention, in turn, on the devices at hand.
 
-    python -m benchmarks.train_step --config=configs/lazy_340m_10b.py --batch=8
+    python -m benchmarks.train_step --config=configs/fineweb_edu.py:lazy_340m_10b --batch=8
 
 The step is that of `train.py`: model, loss, gradients, optimizer. Parameters are freshly
 initialised, tokens are random, every row is one document. Kinds of attention:

@@ -106,8 +106,7 @@ def _checked(arguments: list[str]) -> list[str]:
         if match := _CONFIG.fullmatch(argument):
             config = match["value"] if match["value"] is not None else following
             check_local("--config", config or "")
-            path, colon, kind = (config or "").partition(":")
-            config = _config_file(path) + colon + kind
+            config = _config_file(*(config or "").partition(":")[::2])
             if match["value"] is not None:
                 found[index] = f"--config={config}"
             else:
@@ -122,7 +121,7 @@ def _checked(arguments: list[str]) -> list[str]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Returns the config files that come with the package, by name: "ablations/no_rope"."""
+    """Returns the config files that come with the package, by name: "quickstart"."""
     here = Path(__file__).parent
     # A wheel has them below this folder, the repository beside it.
     folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
@@ -130,15 +129,27 @@ def shipped_configs() -> dict[str, Path]:
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
-def _config_file(path: str) -> str:
-    """Returns the path of a config file: as given, or of the one of that name in the package."""
+def _config_file(path: str, kind: str) -> str:
+    """Returns a config file and what its colon has: as given, or of that name in the package.
+
+    The name of a run or of an ablation is enough; it once was a file.
+    """
+    behind = f":{kind}" if kind else ""
     if Path(path).is_file():
-        return path
+        return path + behind
     shipped = shipped_configs()
     name = path.removeprefix("configs/").removesuffix(".py")
     if name in shipped:
-        return str(shipped[name])
-    names = ", ".join(name for name in shipped if "/" not in name)
+        return str(shipped[name]) + behind
+    from lazyattn.recipes import ABLATIONS, RUNS
+
+    behind = f"+{kind}" if kind else ""
+    if name in RUNS:
+        return f"{shipped['fineweb_edu']}:{name}{behind}"
+    folder, _, ablation = name.partition("/")
+    if folder == "ablations" and ablation in ABLATIONS:
+        return f"{shipped['ablations']}:{ablation}{behind}"
+    names = ", ".join([*shipped, *RUNS])
     raise bad_value("--config", path, f"a config file that exists, or one of {names}")
 
 

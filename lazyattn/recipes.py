@@ -62,6 +62,69 @@ SIZES = {
 # times as many for 100B.
 TOKENS = {"10b": 20_480 * 524_288, "100b": 204_800 * 524_288}
 
+# Name -> size, tokens, attention and tokens a row.
+RUNS = {
+    "lazy_340m_10b": ("340m", "10b", "sharp_norm", 4096),
+    "lazy_760m_100b": ("760m", "100b", "sharp_norm", 4096),
+    "paper_340m_10b": ("340m", "10b", "paper", 4096),
+    "paper_760m_100b": ("760m", "100b", "paper", 4096),
+    "softmax_340m_10b": ("340m", "10b", "softmax", 4096),
+    "softmax_760m_100b": ("760m", "100b", "softmax", 4096),
+    # Ours, not the paper's.
+    "lazy_1300m_100b": ("1300m", "100b", "sharp_norm", 4096),
+    "lazy_7b_100b": ("7b", "100b", "sharp_norm", 4096),
+    "lazy_70b_100b": ("70b", "100b", "sharp_norm", 4096),
+    # To be evaluated at 1024 and 2048. The paper's bias table is wider than these rows, so
+    # that what it holds past 512 is never trained; with `sharp_norm` a slope is learned.
+    "length_extrapolation_512": ("340m", "10b", "paper", 512),
+}
+
+# Name -> what it changes of the attention.
+ABLATIONS: dict[str, dict[str, str | float | bool]] = {
+    "constant_offset": {"variant": "lazy_constant_offset"},  # tau, not tau / n
+    "length_offset": {"variant": "lazy_length_offset"},  # tau over the context length
+    "renormalized": {"variant": "lazy_renormalized"},  # divided by their sum after the ReLU
+    "no_bias": {"variant": "lazy_no_bias"},
+    "no_offset": {"variant": "biased_softmax"},
+    "softmax": {"variant": "softmax"},
+    "no_rope": {"rope": False},  # the distance bias alone tells where a key is
+    "offset_init_half": {"offset_init": -0.5},  # the authors' training branch
+    "alibi_bias": {"bias_kind": "table", "bias_init": "alibi", "bias_tail": True},
+}
+
+
+def run(name: str) -> ml_collections.ConfigDict:
+    """Returns the settings of a run.
+
+    Args:
+      name: a key of `RUNS`, such as "lazy_340m_10b"; behind a plus an attention in place of
+        its own, as in `lazyattn.experiment.with_attention`.
+
+    Raises:
+      InputError: for an unknown name.
+    """
+    name, _, attention = name.partition("+")
+    require(name in RUNS, "the run", name, "one of " + ", ".join(RUNS))
+    size, tokens, own, length = RUNS[name]
+    return recipe(size, tokens, attention or own, sequence_length=length)
+
+
+def ablation(name: str) -> ml_collections.ConfigDict:
+    """Returns the settings of an ablated 340M run.
+
+    Args:
+      name: a key of `ABLATIONS`; behind a plus the attention that is changed, as in
+        `lazyattn.experiment.with_attention`, in place of the paper's.
+
+    Raises:
+      InputError: for an unknown name.
+    """
+    name, _, attention = name.partition("+")
+    require(name in ABLATIONS, "the ablation", name, "one of " + ", ".join(ABLATIONS))
+    config = recipe("340m", "10b", attention or "paper")
+    config.model.attention.update(ABLATIONS[name])
+    return config
+
 
 def recipe(
     size: str, tokens: str, attention: str, *, sequence_length: int = 4096

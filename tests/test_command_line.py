@@ -62,8 +62,23 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
 
 def test_names_of_configs():
     names = set(shipped_configs())
-    assert {"base", "quickstart", "lazy_7b_100b", "ablations/no_rope"} <= names
+    assert {"ablations", "base", "fineweb_edu", "quickstart"} <= names
     assert not any("__init__" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "width"),
+    [
+        ("fineweb_edu:lazy_340m_10b", "lazy", 1024),
+        ("configs/lazy_340m_10b.py", "lazy", 1024),
+        ("lazy_760m_100b:softmax", "softmax", 1536),
+        ("configs/ablations/no_bias.py:sharp", "lazy_no_bias", 1024),
+        ("ablations:renormalized", "lazy_renormalized", 1024),
+    ],
+)
+def test_names_of_runs_that_were_files(name, variant, width):
+    config = _parse(f"--config={name}").config
+    assert (config.model.attention.variant, config.model.width) == (variant, width)
 
 
 def test_no_config_at_all():

@@ -241,17 +241,18 @@ def test_attention_by_name_changes_nothing_else(get_config):
             )
             == plain
         )
-    assert from_config_dict(get_config("sharp")) == plain
+    assert from_config_dict(get_config("sharp_norm")) == plain
     paper = from_config_dict(get_config("paper")).model.attention
     assert (paper.bias_init, paper.bias_tail, paper.offset_init) == ("normal", False, -1.0)
     assert from_config_dict(get_config("softmax")).model.attention.variant == "softmax"
     both = from_config_dict(get_config("paper+lazy_no_bias")).model.attention
     assert (both.offset_init, both.variant) == (-1.0, "lazy_no_bias")
-    assert from_config_dict(get_config("paper+sharp")) == plain
+    assert from_config_dict(get_config("paper+sharp_norm")) == plain
 
 
 def test_an_unknown_attention_name():
     with pytest.raises(
-        InputError, match=r"attention 'sharpp' .* one of paper, sharp, sharp_table, lazy"
+        InputError,
+        match=r"attention 'sharpp' .* one of paper, sharp, sharp_norm, sharp_table, lazy",
     ):
         quickstart.get_config("sharpp")

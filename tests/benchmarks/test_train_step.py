@@ -13,7 +13,7 @@ from lazyattn.model import sharded_attention
 from lazyattn.model.config import ModelConfig
 
 TINY = (
-    "--config=configs/lazy_340m_10b.py",
+    "--config=configs/fineweb_edu.py:lazy_340m_10b",
     "--config.model.vocab_size=260",
     "--config.data.vocab_size=260",
     "--config.model.width=16",

@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(
 
 def _compile(*arguments, config="lazy_340m_10b", **environment):
     found = subprocess.run(
-        [sys.executable, "train.py", "--mode=compile", f"--config=configs/{config}.py", *arguments],
+        [sys.executable, "train.py", "--mode=compile", f"--config={config}", *arguments],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,

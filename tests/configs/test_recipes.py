@@ -1,54 +1,31 @@
 """Every recipe builds, has the size its name says, and its step can be traced."""
 
 import dataclasses
-import importlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-import configs
+from configs import ablations, fineweb_edu
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from lazyattn.model.accounting import parameter_counts
 from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.recipes import SIZES, TOKENS, recipe
+from lazyattn.recipes import ABLATIONS, RUNS, SIZES, TOKENS, recipe
 from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.step import accumulate_gradients
 
-FOLDER = Path(configs.__file__).parent
-SIZED = {
-    f"{kind}_{size}_{tokens}": size
-    for kind, size, tokens in (
-        ("paper", "340m", "10b"),
-        ("paper", "760m", "100b"),
-        ("lazy", "340m", "10b"),
-        ("lazy", "760m", "100b"),
-        ("softmax", "340m", "10b"),
-        ("softmax", "760m", "100b"),
-        ("lazy", "1300m", "100b"),
-        ("lazy", "7b", "100b"),
-        ("lazy", "70b", "100b"),
-    )
-}
-ABLATIONS = sorted(f"ablations.{path.stem}" for path in (FOLDER / "ablations").glob("[!_]*.py"))
-RECIPES = [*SIZED, "length_extrapolation_512", *ABLATIONS]
+SIZED = {name: size for name, (size, _, _, length) in RUNS.items() if length == 4096}
+BUILDERS = {name: fineweb_edu for name in RUNS} | {name: ablations for name in ABLATIONS}
 
 
-def build(name, *arguments):
-    module = importlib.import_module(f"configs.{name}")
-    return from_config_dict(module.get_config(*arguments))
+def build(name, attention=""):
+    return from_config_dict(BUILDERS[name].get_config(name + (attention and f"+{attention}")))
 
 
-def test_no_recipe_is_left_out():
-    found = {path.stem for path in FOLDER.glob("*.py") if "import recipe" in path.read_text()}
-    assert found == set(RECIPES) - set(ABLATIONS)
-
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_a_step_is_traced(name):
     experiment = build(name)
     data, training = experiment.data, experiment.training
@@ -110,7 +87,7 @@ def test_an_ablation_changes_one_thing_of_any_recipe(name):
 
 def test_the_alibi_ablation_is_a_table_of_any_recipe():
     for attention in ("paper", "sharp"):
-        found = build("ablations.alibi_bias", attention).model.attention
+        found = build("alibi_bias", attention).model.attention
         assert (found.bias_kind, found.bias_init, found.bias_tail) == ("table", "alibi", True)
 
 
@@ -119,3 +96,7 @@ def test_unknown_names():
         recipe("1b", "10b", "paper")
     with pytest.raises(InputError, match="the number of tokens is '1b', but it must be one of 10b"):
         recipe("340m", "1b", "paper")
+    with pytest.raises(InputError, match="the run is '7b', but it must be one of lazy_340m_10b"):
+        fineweb_edu.get_config("7b")
+    with pytest.raises(InputError, match="the ablation is 'rope', but it must be one of constant"):
+        ablations.get_config("rope+sharp")

@@ -62,10 +62,12 @@ $(LIBTPU)/libtpu/libtpu.so:
 libtpu: setup $(LIBTPU)/libtpu/libtpu.so
 
 test-tpu: setup $(LIBTPU)/libtpu/libtpu.so
-	@JAX_PLATFORMS=cpu $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) tests/pallas_kernels/test_tpu*.py
+	@JAX_PLATFORMS=cpu $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) tests/pallas_kernels/test_tpu*.py \
+	  tests/pallas_kernels/decode/test_tpu.py
 	@$(PYTHON_BIN) -m benchmarks.tpu_static --compile --generations=v4,v5e,v5p,v6e,7x \
 	  --lengths=4096,32768 --head_dims=64,128
 	@$(PYTHON_BIN) -m benchmarks.tpu_static --lengths=4096,16384
+	@$(PYTHON_BIN) -m benchmarks.decode_static --generations=v4,v5e,v5p,v6e,7x
 	@$(PYTHON_BIN) -m pytest tests/compile
 	@$(PYTHON_BIN) train.py --mode=compile --config=configs/fineweb_edu.py:lazy_340m_10b --topology=v5p:2x2x1
 

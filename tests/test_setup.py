@@ -1,5 +1,6 @@
 """tools/setup where there is no Python, an old one, or nothing to do."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -69,3 +70,9 @@ fi"""
     (setup.folder / "requirements.txt").write_text("jax==0\n")
     assert setup().returncode == 0
     assert "install -r requirements.txt" in log.read_text()
+
+
+def test_the_tests_of_other_jax_versions_exist():
+    named = re.findall(r"tests/[\w/.]+", (ROOT / "tools/test_jax").read_text())
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).exists()] == []

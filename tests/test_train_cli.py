@@ -1,9 +1,12 @@
 """`train.py` as a user runs it: killed, stopped, damaged, and gone on with.
 
-Starting Python with JAX takes seconds, so that one story serves several tests.
+Starting Python with JAX takes seconds: one story serves several tests, and what does not need a
+process of its own has none.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -49,15 +52,39 @@ class Shell:
             text=True,
         )
 
-    def train(self, name, *overrides, **environment):
+    def call(self, *arguments):
+        """Does what the command does, in this process; returns its status, out and err."""
+        import grain  # noqa: F401  (its flags would go with those that are put back)
+
+        from lazyattn import main as train
+
+        out, err, before = io.StringIO(), io.StringIO(), sys.argv
+        with (
+            flagsaver.flagsaver(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            sys.argv = ["train.py", *arguments, f"--cache_dir={self.folder / 'cache'}"]
+            try:
+                train._parse(sys.argv)
+                status = train.main([])
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.argv = before
+        return status, out.getvalue(), err.getvalue()
+
+    def flags(self, name, *overrides):
         config = ROOT / "tests" / "training" / "tiny.py"
-        return self.start(
+        return (
             f"--config={config}:{self.folder / 'text'}",
             f"--workdir={self.folder / name}",
             f"--config.training.steps={STEPS}",
             *overrides,
-            **environment,
         )
+
+    def train(self, name, *overrides, **environment):
+        return self.start(*self.flags(name, *overrides), **environment)
 
     def lines(self, name):
         """Returns the whole lines of metrics.jsonl so far."""
@@ -99,7 +126,7 @@ def story(tmp_path_factory):
     shell = Shell(tmp_path_factory.mktemp("cli"))
     tiny.write_text(shell.folder / "text")
     draw = random.Random(1)
-    whole = _finish(shell.train("whole"))
+    whole = shell.call(*shell.flags("whole"))
 
     # Saves are under way nearly all the time here, so the kill hits one mostly. The whole run has
     # compiled all that these do: nothing is written into the cache when it is killed.
@@ -135,6 +162,10 @@ def test_an_uninterrupted_run(story):
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert _checkpoints(story.shell.folder / "whole") == [STEPS - 8, STEPS - 4, STEPS]
+    check_summary(out, story.shell.folder / "whole")
+
+
+def check_summary(out, workdir):
     for expected in (
         "parameters",
         f"step {STEPS}/{STEPS}",
@@ -144,17 +175,18 @@ def test_an_uninterrupted_run(story):
         "attention exactly zero",
         "attention on first token",
         "sample",
-        f"checkpoint                 {story.shell.folder / 'whole' / 'checkpoints' / str(STEPS)}",
+        f"checkpoint                 {workdir / 'checkpoints' / str(STEPS)}",
         "--mode=sample",
         "--mode=eval",
     ):
         assert expected in out
     assert "\r" not in out
-    assert "orbax" not in err and "Traceback" not in err
 
 
 def test_the_losses_after_a_kill_are_bit_identical(story):
-    assert story.final[0] == 0, story.final[2]
+    status, out, err = story.final
+    assert status == 0, err
+    check_summary(out, story.shell.folder / "killed")
     assert story.step_of_kill < STEPS  # or nothing was interrupted
 
     def curve(name):
@@ -169,6 +201,7 @@ def test_sigterm_saves_and_exits_with_0(story):
     assert story.step_of_kill < story.step_of_stop < STEPS
     assert f"SIGTERM: stopped after step {story.step_of_stop}, which is saved" in out
     assert story.torn_step == story.step_of_stop
+    assert "\r" not in out and "orbax" not in err and "Traceback" not in err
 
 
 def test_a_torn_checkpoint_falls_back_with_a_warning(story):
@@ -181,18 +214,15 @@ def test_a_torn_checkpoint_falls_back_with_a_warning(story):
 
 def test_eval_and_sample_on_the_checkpoint(story):
     workdir = f"--workdir={story.shell.folder / 'whole'}"
-    evaluation = story.shell.start("--mode=eval", workdir)
-    sample = story.shell.start(
-        "--mode=sample", workdir, "--prompt=attention may", "--max_new_tokens=8"
-    )
-    status, out, err = _finish(evaluation)
+    status, out, err = story.shell.call("--mode=eval", workdir)
     assert status == 0, err
     loss = story.shell.lines("whole")[-1]["validation_loss"]
     assert re.search(
         rf"validation loss  {loss:.4f} nats a token over [\d,]+ tokens, the whole validation", out
     )
     assert "perplexity" in out and "bits per byte" in out
-    status, out, err = _finish(sample)
+    sample = ("--prompt=attention may", "--max_new_tokens=8")
+    status, out, err = story.shell.call("--mode=sample", workdir, *sample)
     assert status == 0, err
     assert out.startswith("attention may")
     assert len(out) > len("attention may\n")
@@ -224,20 +254,22 @@ def test_a_run_goes_on_with_the_same_losses_on_a_mesh_of_devices(story):
 
 
 def test_mistakes_are_one_sentence(story):
-    """One process for each of the places a mistake is found."""
-    parsing = story.shell.train("bad", "--config.optimizer.lr=1")
-    starting = story.shell.train("whole", "--config.model.width=32")
-    running = story.shell.train(
-        "bad",
-        "--config.optimizer.learning_rate=1e38",
-        "--config.training.max_nonfinite_steps=3",
+    """One for each of the places a mistake is found; a process that ends with the status."""
+    shell = story.shell
+    parsing = shell.call(*shell.flags("bad", "--config.optimizer.lr=1"))
+    starting = _finish(shell.train("whole", "--config.model.width=32"))
+    running = shell.call(
+        *shell.flags(
+            "bad",
+            "--config.optimizer.learning_rate=1e38",
+            "--config.training.max_nonfinite_steps=3",
+        )
     )
-    for process, expected_status, message in (
+    for (status, out, err), expected_status, message in (
         (parsing, 2, "config.optimizer.lr is unknown; config.optimizer has name, learning_rate"),
         (starting, 2, "config.model.width is 32, but the checkpoints in the workdir were made wit"),
         (running, 1, "Stopped at step 4: the loss or its gradient was not finite in 3 steps in a"),
     ):
-        status, out, err = _finish(process)
         assert status == expected_status
         assert "validation" not in out
         assert err.startswith(message) and err.count("\n") == 1

@@ -33,7 +33,7 @@ NO_PATHS = {
     *("mode", "step", "profile", "coordinator", "precision", "topology", "dtype", "layout"),
     *("formats", "heads", "cache", "cache_dtype", "cache_buckets"),
     *("tasks", "contexts", "retrieval_distances", "prompt", "stop", "config"),
-    *("text_field", "id_field", "score_field", "on_fault", "chat_template"),
+    *("text_field", "id_field", "score_field", "on_fault", "chat_template", "eos_token"),
 }
 
 

@@ -2,7 +2,8 @@
 
 workdir/config.json     the settings of the last start
         tokenizer.json  the tokenizer (tokenizer.model if it is SentencePiece's), so
-                        that the folder is all one needs
+                        that the folder is all one needs; tokenizer_config.json
+                        if the end of a document had to be named
         metrics.jsonl   one JSON line a step
         tensorboard/    event files
         checkpoints/    see `lazyattn.checkpoint.manager`
@@ -57,15 +58,20 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     """
     path = find_tokenizer(workdir)
     if path is not None:
-        if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        kept = Tokenizer.load(path)
+        if kept.fingerprint != tokenizer.fingerprint:
             raise InputError(
                 f"{path} is not the tokenizer of this data (another Python or other settings);"
                 " use what it was made with, or choose another --workdir."
             )
+        if kept.eos_id != tokenizer.eos_id:
+            raise InputError(
+                f"{path} ends documents with token {kept.eos_id} and this data with"
+                f" {tokenizer.eos_id}; prepare the data with the same --eos_token, or choose"
+                " another --workdir."
+            )
         return
-    temporary = workdir / f"tmp.{tokenizer.file_name}"
-    tokenizer.save(temporary)
-    os.replace(temporary, workdir / tokenizer.file_name)
+    tokenizer.save_in(workdir)
 
 
 def find_tokenizer(workdir: Path) -> Path | None:

@@ -11,7 +11,7 @@ from lazyattn.data.manifest import Manifest
 from lazyattn.data.packing import Format
 from lazyattn.data.shards import Shards
 from lazyattn.data.streams import Documents
-from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.data.tokenizer import CONFIG_NAME, Tokenizer
 from lazyattn.errors import InputError, bad_value
 
 
@@ -84,6 +84,12 @@ def open_folders(config: DataConfig, weighted_paths: Sequence[tuple[str, float]]
     manifest.require_same_tokenizer(folders, manifests)
     made_with = manifests[0].tokenizer
     tokenizer = Tokenizer.load(Path(folders[0]).expanduser() / made_with.file)
+    if tokenizer.eos_id != made_with.end_of_document:
+        raise InputError(
+            f"{folders[0]!r} was prepared with token {made_with.end_of_document} as the end of a"
+            f" document, but its tokenizer says {tokenizer.eos_id}; restore its {CONFIG_NAME} or"
+            " prepare the data again."
+        )
     if config.tokenizer is not None:
         given = Tokenizer.load(config.tokenizer)
         if given.fingerprint != tokenizer.fingerprint:

@@ -274,6 +274,12 @@ def require_same_tokenizer(folders: Sequence[str], manifests: Sequence[Manifest]
                 f" ({first.sha256[:12]} and {manifest.tokenizer.sha256[:12]}), so they can't be"
                 " mixed; prepare one of them again with the other's tokenizer."
             )
+        if manifest.tokenizer.end_of_document != first.end_of_document:
+            raise InputError(
+                f"{folders[0]!r} and {folder!r} end documents with different tokens"
+                f" ({first.end_of_document} and {manifest.tokenizer.end_of_document}), so they"
+                " can't be mixed; prepare one of them again with the other's --eos_token."
+            )
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -1,7 +1,10 @@
 """Text to token ids and back."""
 
+import difflib
 import functools
 import hashlib
+import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +22,10 @@ PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 
 # What a tokenizer's file is called in a folder of ours.
 FILE_NAMES = (TokenizerJson.file_name, SentencePiece.file_name)
+
+# Beside it, as the Hugging Face libraries write it: "eos_token" there names the end of a
+# document. Ours has it only where the name isn't the one in `_ENDS` that would be found.
+CONFIG_NAME = "tokenizer_config.json"
 
 # What other people's tokenizers call theirs; the first one there is counts. A
 # tokenizer without a beginning or padding uses its end for it, as GPT-2 does.
@@ -51,11 +58,19 @@ class Tokenizer:
         "tokenizer.model".
       changes_text: whether it normalises, so that `decode` gives another text back and
         `bytes_per_token` counts the bytes of that one.
+      eos_token: name of the end of a document, where it had to be given; None: the file
+        alone tells.
       change: an example: a text, and what comes back; None: there is none.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, eos_token: str | None = None, named_by: str = "eos_token"):
         """Wraps a tokenizer.
+
+        Args:
+          codec: the tokenizer.
+          eos_token: name of the special token that ends a document; None: the first of
+            the names that are known.
+          named_by: the flag or file that says so, for errors.
 
         Raises:
           InputError: if it has no token for the end of a document, or can't represent
@@ -64,13 +79,21 @@ class Tokenizer:
         self._codec = codec
         self.kind, self.file_name = codec.kind, codec.file_name
         self.vocab_size = codec.vocab_size
-        end = _first(_ENDS, codec.special)
+        known = _first(_ENDS, codec.special)
+        if eos_token is not None and eos_token not in codec.special:
+            raise InputError(
+                f"{named_by} is {eos_token!r}, but the tokenizer has no such special token"
+                f"{_nearest(eos_token, codec.special)}."
+            )
+        end = known if eos_token is None else codec.special[eos_token]
         if end is None:
             raise InputError(
                 f"The tokenizer has no token {EOS} for the end of a document; its special tokens"
-                f" must have that or one of {', '.join(_ENDS[1:])}."
+                f" must have that or one of {', '.join(_ENDS[1:])}, or else `--eos_token` of"
+                f' preparing, or "eos_token" in a {CONFIG_NAME} beside it, must name one.'
             )
         self.eos_id = end
+        self.eos_token = eos_token if end != known else None
         beginning, padding = _first(_BEGINNINGS, codec.special), _first(_PADDINGS, codec.special)
         self.bos_id = end if beginning is None else beginning
         self.pad_id = end if padding is None else padding
@@ -114,15 +137,23 @@ class Tokenizer:
         return cls(TokenizerJson(tokenizer.to_str(pretty=False).encode()))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, eos_token: str | None = None) -> "Tokenizer":
         """Reads a `tokenizer.json` or a SentencePiece model; the content tells which.
+
+        Args:
+          path: the file, or a folder that has it under one of `FILE_NAMES`. What a
+            `tokenizer_config.json` beside it says of the end of a document holds.
+          eos_token: name of the special token that ends a document, as `--eos_token`
+            has it; None: the file beside it, or the names that are known.
 
         Raises:
           InputError: if there is no such file, it is no tokenizer, or one this class
-            can't use.
+            can't use, or has no token of that name.
         """
+        file = Path(path).expanduser()
+        file = next((file / name for name in FILE_NAMES if (file / name).is_file()), file)
         try:
-            content = Path(path).expanduser().read_bytes()
+            content = file.read_bytes()
         except OSError as error:
             raise InputError(
                 f"The tokenizer {str(path)!r} cannot be read ({error.strerror})."
@@ -133,7 +164,11 @@ class Tokenizer:
             raise InputError(
                 f"{str(path)!r} is neither a tokenizer.json nor a SentencePiece model ({error})."
             ) from error
-        tokenizer = cls(codec)
+        named_by = "--eos_token"
+        if eos_token is None:
+            beside = file.with_name(CONFIG_NAME)
+            eos_token, named_by = _named_end(beside), f"eos_token in {str(beside)!r}"
+        tokenizer = cls(codec, eos_token, named_by)
         if tokenizer.changes_text and tokenizer.fingerprint not in _warned:
             _warned.add(tokenizer.fingerprint)
             example = "its tokens don't add up to the text"
@@ -148,8 +183,31 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, byte for byte as it was loaded."""
+        """Writes the file, byte for byte as it was loaded; `eos_token` is not part of it."""
         Path(path).write_bytes(self._codec.content)
+
+    def save_in(self, folder: Path, name: str | None = None) -> Path:
+        """Writes all that `load` needs into a folder: the file, and `eos_token` beside it.
+
+        Each file is there whole or not at all, the tokenizer's own last.
+
+        Args:
+          folder: where to.
+          name: what to call the tokenizer's file; None: `file_name`.
+
+        Returns:
+          The tokenizer's file.
+        """
+        path = folder / (name or self.file_name)
+        if self.eos_token is not None:
+            text = json.dumps({"eos_token": self.eos_token}, indent=2) + "\n"
+            temporary = folder / f".tmp.{CONFIG_NAME}"
+            temporary.write_text(text)
+            os.replace(temporary, folder / CONFIG_NAME)
+        temporary = folder / f".tmp.{path.name}"
+        self.save(temporary)
+        os.replace(temporary, path)
+        return path
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens.
@@ -200,6 +258,41 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the file, in hexadecimal."""
         return hashlib.sha256(self._codec.content).hexdigest()
+
+
+def _named_end(path: Path) -> str | None:
+    """Returns what a `tokenizer_config.json` calls the end of a document; None: nothing.
+
+    Raises:
+      InputError: if the file can't be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{str(path)!r}, which may name the end of a document, is no JSON; restore it, or"
+            " remove it if it isn't the tokenizer's."
+        ) from error
+    named = content.get("eos_token") if isinstance(content, dict) else None
+    if isinstance(named, dict):  # older libraries keep the whole token
+        named = named.get("content")
+    return named if isinstance(named, str) and named else None
+
+
+def _nearest(name: str, special: Iterable[str]) -> str:
+    """Returns the rest of a sentence: which names a missing one may stand for."""
+    names = sorted(special)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"; the closest are {', '.join(map(repr, close))}"
+    if not names:
+        return "; it has none"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"; it has {', '.join(map(repr, names[:8]))}{more}"
 
 
 def _first(names: Sequence[str], special: dict[str, int]) -> int | None:

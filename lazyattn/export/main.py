@@ -199,7 +199,7 @@ def _write(folder: Path, model: ExportedModel, options: ExportOptions, name: str
     content = settings.as_settings(model.facts, dtype)
     (folder / settings.FILE).write_text(json.dumps(content, indent=2) + "\n")
     if model.tokenizer is not None:
-        model.tokenizer.save(folder / model.tokenizer.file_name)
+        model.tokenizer.save_in(folder)
     text = card.model_card(
         name,
         model.facts,

@@ -15,7 +15,7 @@ import jax
 
 from lazyattn.checkpoint.manager import FOLDER
 from lazyattn.checkpoint.workdir import CONFIG, METRICS, SAMPLES, TENSORBOARD, open_workdir
-from lazyattn.data.tokenizer import FILE_NAMES
+from lazyattn.data.tokenizer import CONFIG_NAME, FILE_NAMES
 from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.file_lock import LockedError, locked
@@ -24,7 +24,7 @@ from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.weights_and_biases import FOLDER as WANDB
 
 LOCK = ".lock"
-_OURS = (FOLDER, CONFIG, METRICS, SAMPLES, TENSORBOARD, PROFILE, WANDB, *FILE_NAMES)
+_OURS = (FOLDER, CONFIG, METRICS, SAMPLES, TENSORBOARD, PROFILE, WANDB, CONFIG_NAME, *FILE_NAMES)
 _times = itertools.count(1)
 
 

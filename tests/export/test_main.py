@@ -259,3 +259,11 @@ np.save(sys.argv[1], logits)
     tokens = [[model.tokenizer.bos_id, *model.tokenizer.encode("The ")]]
     expected = model.logits(np.array(tokens))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_name_of_the_end_of_a_document_goes_along(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    (tmp_path / "run" / "tokenizer_config.json").write_text('{"eos_token": "<|pad|>"}')
+    exported = export(tmp_path / "run", options=ExportOptions(formats=("orbax",)))
+    assert json.loads((exported / "tokenizer_config.json").read_text())["eos_token"] == "<|pad|>"
+    assert load_model(exported).tokenizer.eos_id == 0

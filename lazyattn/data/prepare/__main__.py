@@ -34,7 +34,17 @@ _VALIDATION_INPUT = paths.define_list(
 )
 _OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS)
 _TOKENIZER = paths.define(
-    "tokenizer", "", "A tokenizer.json, a SentencePiece model, or 'train': learn one here.", FLAGS
+    "tokenizer",
+    "",
+    "A tokenizer.json, a SentencePiece model, a folder with one, or 'train': learn one here.",
+    FLAGS,
+)
+_EOS_TOKEN = flags.DEFINE_string(
+    "eos_token",
+    None,
+    "Name of the tokenizer's special token that ends a document; default: what its"
+    " tokenizer_config.json says, or one of the usual names.",
+    flag_values=FLAGS,
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 32000, "Entries of a tokenizer trained here.", flag_values=FLAGS
@@ -124,6 +134,7 @@ def _prepare() -> int:
         inputs=tuple(_INPUT.value),
         output=_OUTPUT.value,
         tokenizer=_TOKENIZER.value,
+        eos_token=_EOS_TOKEN.value,
         vocab_size=_VOCAB_SIZE.value,
         sample_mb=_SAMPLE_MB.value,
         selection=Selection(

@@ -25,7 +25,7 @@ from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, se
 from lazyattn.data.prepare.unit import UnitResult
 from lazyattn.data.prepare.workers import process_all
 from lazyattn.data.shards import token_dtype
-from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.data.tokenizer import EOS, Tokenizer
 from lazyattn.errors import InputError, require
 from lazyattn.paths import check_local, local_path
 from lazyattn.quantity import quantity
@@ -40,9 +40,12 @@ class Preparation:
     Attributes:
       inputs: folders, files or patterns of them.
       output: folder of the shards.
+      eos_token: name of the special token that ends a document; None: what the
+        tokenizer's folder says, or a name that is known.
       validation_inputs: as `inputs`, of held-out documents; (): a share of `inputs` is
         held out.
-      tokenizer: path of a `tokenizer.json` or a SentencePiece model, or "train".
+      tokenizer: path of a `tokenizer.json` or a SentencePiece model, of the folder that
+        has it, or "train".
       vocab_size: entries of a tokenizer that is trained.
       sample_mb: text that it is trained on, in millions of bytes, from all over the
         training documents.
@@ -62,6 +65,7 @@ class Preparation:
     num_workers: int = 0
     on_fault: str = "skip"
     validation_inputs: tuple[str, ...] = ()
+    eos_token: str | None = None
 
     def __post_init__(self):
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
@@ -78,6 +82,11 @@ class Preparation:
             self.tokenizer,
             f"a tokenizer.json, a SentencePiece model, or '{TRAIN}'",
         )
+        if self.eos_token is not None and self.tokenizer == TRAIN:
+            raise InputError(
+                f"--eos_token is {self.eos_token!r}, but --tokenizer=train learns one that ends"
+                f" documents with {EOS}; leave --eos_token out."
+            )
         require(self.vocab_size >= 260, "--vocab_size", self.vocab_size, "at least 260")
         for name in ("sample_mb", "shard_mb"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
@@ -119,7 +128,9 @@ def prepare_shards(preparation: Preparation) -> Prepared:
         there is a fault and they are fatal.
     """
     folder = local_path("--output", preparation.output)
-    given = None if preparation.tokenizer == TRAIN else Tokenizer.load(preparation.tokenizer)
+    given = None
+    if preparation.tokenizer != TRAIN:
+        given = Tokenizer.load(preparation.tokenizer, preparation.eos_token)
     plan = make_plan(
         preparation.inputs,
         preparation.selection,
@@ -185,8 +196,7 @@ def _prepare(
             f"No training document is left; skipped: {assemble.total_skipped(ordered) or 'none'}."
         )
     splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
-    tokenizer.save(work / tokenizer.file_name)
-    os.replace(work / tokenizer.file_name, folder / tokenizer.file_name)
+    tokenizer.save_in(folder)
     content = Manifest(
         created_by=f"lazyattn {metadata.version('lazyattn')}",
         tokenizer=TokenizerRecord(
@@ -223,6 +233,8 @@ def _settings(preparation: Preparation, given: Tokenizer | None, plan: Plan) -> 
         if given is None
         else {"sha256": given.fingerprint}
     )
+    if given is not None and given.eos_token is not None:
+        tokenizer["eos_token"] = given.eos_token
     settings = dataclasses.asdict(preparation.selection)
     settings |= {"shard_mb": preparation.shard_mb, "tokenizer": tokenizer}
     if preparation.validation_inputs:
@@ -247,10 +259,7 @@ def _tokenizer(
     if given is None:
         line.line(f"prepare  trains a tokenizer of {preparation.vocab_size:,} entries")
         given = Tokenizer.train(_sample(preparation, plan), preparation.vocab_size)
-    temporary = work / ".tokenizer"
-    given.save(temporary)
-    os.replace(temporary, path)
-    return given, path
+    return given, given.save_in(work, path.name)
 
 
 def _sample(preparation: Preparation, plan: Plan) -> Iterator[str]:

@@ -44,7 +44,7 @@ def prepare_source(config: DataConfig, cache_dir: str | os.PathLike[str] | None 
         "schema": SCHEMA,
         "source": source,
         "tokenizer": (
-            tokenizer.fingerprint
+            tokenizer.fingerprint + (f" {tokenizer.eos_token}" if tokenizer.eos_token else "")
             if tokenizer
             else {"library": tokenizers.__version__, "vocab_size": config.vocab_size}
         ),

@@ -10,11 +10,15 @@ from typing import Any
 
 from absl import flags
 
-from lazyattn.errors import bad_value
+from lazyattn.allowed import Allowed
+from lazyattn.errors import require
 
 # A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_ALLOWED = "a path on this machine, not a URL; mount the bucket and give the path"
+LOCAL = Allowed(
+    lambda path: not _URL.match(os.fspath(path)),
+    "a path on this machine, not a URL; mount the bucket and give the path",
+)
 
 
 def check_local(name: str, path: str | os.PathLike[str]) -> None:
@@ -27,8 +31,7 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
     Raises:
       InputError: if it is a URL of any scheme.
     """
-    if _URL.match(os.fspath(path)):
-        raise bad_value(name, os.fspath(path), _ALLOWED)
+    require(LOCAL.holds(path), name, os.fspath(path), LOCAL.words)
 
 
 def local_path(name: str, path: str | os.PathLike[str]) -> Path:

@@ -13,7 +13,7 @@ from lazyattn.compile.roofline import roofline
 from lazyattn.compile.suggestions import suggest
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
-from lazyattn.model.config import AUTO
+from lazyattn.model.config import AUTO, Remat
 from lazyattn.training import remat, step_memory
 
 
@@ -55,7 +55,7 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
         factory = compiler.state_factory(experiment, mesh)
         by_formula = remat.estimates(experiment, mesh, factory.abstract)
 
-    def needs(policy: str) -> remat.Need:
+    def needs(policy: Remat) -> remat.Need:
         report = _examine(remat.with_remat(experiment, policy), where)
         return remat.Need(report.needed if report.fits else float("inf"), report)
 

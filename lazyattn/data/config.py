@@ -1,10 +1,11 @@
 """What the data is."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lazyattn import paths
+from lazyattn.allowed import Allowed, at_least, check_settings
 from lazyattn.errors import InputError, bad_value, require
+from lazyattn.paths import LOCAL, check_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,46 +40,27 @@ class DataConfig:
         their SHA-256 with the manifest's, not their sizes alone.
     """
 
-    source: str = "stdlib"
-    path: str | None = None
+    source: Annotated[str, LOCAL] = "stdlib"
+    path: Annotated[str, LOCAL] | None = None
     sources: tuple[tuple[str, float], ...] = ()
-    tokenizer: str | None = None
-    vocab_size: int = 4096
-    sequence_length: int = 256
-    batch_size: int = 16
+    tokenizer: Annotated[str, LOCAL] | None = None
+    vocab_size: Annotated[int, at_least(260)] = 4096
+    sequence_length: Annotated[int, at_least(1)] = 256
+    batch_size: Annotated[int, at_least(1)] = 16
     packing: Literal["split", "first_fit"] = "split"
     long_documents: Literal["split", "truncate"] = "split"
-    validation_fraction: float = 0.02
-    streams_per_row: int = 1
+    validation_fraction: Annotated[float, Allowed(lambda x: 0 < x < 1, "between 0 and 1")] = 0.02
+    streams_per_row: Annotated[int, at_least(1)] = 1
     shuffle_seed: int = 0
-    num_workers: int = 0
-    prefetch: int = 2
+    num_workers: Annotated[int, at_least(0)] = 0
+    prefetch: Annotated[int, at_least(0)] = 2
     verify_checksums: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "sources", _checked_sources(self.sources))
-        for name in ("source", "path", "tokenizer"):
-            if getattr(self, name) is not None:
-                paths.check_local("data." + name, getattr(self, name))
+        check_settings(self, "data.")
         for folder, _ in self.sources:
-            paths.check_local("a folder of data.sources", folder)
-        for name in ("sequence_length", "batch_size", "streams_per_row"):
-            require(getattr(self, name) >= 1, "data." + name, getattr(self, name), "at least 1")
-        require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size, "at least 260")
-        for name, allowed in (
-            ("packing", ("split", "first_fit")),
-            ("long_documents", ("split", "truncate")),
-        ):
-            value = getattr(self, name)
-            require(value in allowed, "data." + name, value, " or ".join(allowed))
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "between 0 and 1",
-        )
-        for name in ("num_workers", "prefetch"):
-            require(getattr(self, name) >= 0, "data." + name, getattr(self, name), "at least 0")
+            check_local("a folder of data.sources", folder)
         if self.path is not None and self.sources:
             raise InputError(
                 f"data.path is {self.path!r}, but data.sources names folders, too; give one."

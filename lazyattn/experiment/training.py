@@ -1,11 +1,18 @@
 """What a training run is, besides its model and its data."""
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from lazyattn.allowed import (
+    BELOW_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    at_least,
+    check_settings,
+)
 from lazyattn.errors import require
-from lazyattn.paths import check_local
+from lazyattn.paths import LOCAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,54 +45,26 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    log_slope_factor: float = 1.0
+    learning_rate: Annotated[float, POSITIVE] = 1e-3
+    log_slope_factor: Annotated[float, NON_NEGATIVE] = 1.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 1024
-    decay_fraction: float = 0.2
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-15
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    warmup_steps: Annotated[int, at_least(0)] = 1024
+    decay_fraction: Annotated[float, SHARE] = 0.2
+    final_fraction: Annotated[float, SHARE] = 0.1
+    b1: Annotated[float, BELOW_ONE] = 0.9
+    b2: Annotated[float, BELOW_ONE] = 0.95
+    eps: Annotated[float, POSITIVE] = 1e-15
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    clip_norm: Annotated[float, at_least(0)] = 1.0
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
-    muon_beta: float = 0.95
-    ns_steps: int = 5
-    consistent_rms: float = 0.2
-    ema_decay: float = 0.0
+    muon_beta: Annotated[float, BELOW_ONE] = 0.95
+    ns_steps: Annotated[int, at_least(1)] = 5
+    consistent_rms: Annotated[float, at_least(0)] = 0.2
+    ema_decay: Annotated[float, BELOW_ONE] = 0.0
 
     def __post_init__(self):
-        where = "optimizer."
-        require(self.name in ("adamw", "muon"), where + "name", self.name, "adamw or muon")
-        for name in ("mu_dtype", "nu_dtype"):
-            value = getattr(self, name)
-            require(value in ("float32", "bfloat16"), where + name, value, "float32 or bfloat16")
-        require(self.ns_steps >= 1, where + "ns_steps", self.ns_steps, "at least 1")
-        for name in ("learning_rate", "eps"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, where + name, value, "positive and finite")
-        require(
-            self.schedule in ("cosine", "wsd", "constant"),
-            where + "schedule",
-            self.schedule,
-            "cosine, wsd or constant",
-        )
-        require(
-            0 <= self.log_slope_factor < math.inf,
-            where + "log_slope_factor",
-            self.log_slope_factor,
-            "non-negative and finite",
-        )
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "consistent_rms"):
-            require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")
-        for name in ("decay_fraction", "final_fraction"):
-            require(0 <= getattr(self, name) <= 1, where + name, getattr(self, name), "from 0 to 1")
-        for name in ("b1", "b2", "muon_beta", "ema_decay"):
-            require(
-                0 <= getattr(self, name) < 1, where + name, getattr(self, name), "from 0 to below 1"
-            )
+        check_settings(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,54 +104,34 @@ class TrainingConfig:
         `optimizer.ema_decay` keeps one.
     """
 
-    steps: int = 20_480
+    steps: Annotated[int, at_least(1)] = 20_480
     seed: int = 0
-    init_from: str | None = None
-    microbatches: int = 1
-    z_loss: float = 0.0
-    max_nonfinite_steps: int = 10
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 0
-    inspect_every: int = 0
-    sample_every: int = 0
+    init_from: Annotated[str, LOCAL] | None = None
+    microbatches: Annotated[int, at_least(1)] = 1
+    z_loss: Annotated[float, at_least(0)] = 0.0
+    max_nonfinite_steps: Annotated[int, at_least(1)] = 10
+    log_every: Annotated[int, at_least(1)] = 10
+    eval_every: Annotated[int, at_least(0)] = 0
+    eval_batches: Annotated[int, at_least(0)] = 0
+    inspect_every: Annotated[int, at_least(0)] = 0
+    sample_every: Annotated[int, at_least(0)] = 0
     sample_prompt: str = "The "
-    sample_tokens: int = 60
-    tasks_every: int = 0
+    sample_tokens: Annotated[int, at_least(1)] = 60
+    tasks_every: Annotated[int, at_least(0)] = 0
     tasks: str = ""
-    tasks_dir: str | None = None
-    tasks_limit: int = 100
-    checkpoint_every: int = 100
-    max_failed_saves: int = 3
-    keep: int = 3
-    keep_every: int = 0
+    tasks_dir: Annotated[str, LOCAL] | None = None
+    tasks_limit: Annotated[int, at_least(0)] = 100
+    checkpoint_every: Annotated[int, at_least(1)] = 100
+    max_failed_saves: Annotated[int, at_least(1)] = 3
+    keep: Annotated[int, at_least(1)] = 3
+    keep_every: Annotated[int, at_least(0)] = 0
     use_ema: bool = True
 
     def __post_init__(self):
-        if self.init_from is not None:
-            check_local("training.init_from", self.init_from)
-        where = "training."
-        for name in (
-            "steps",
-            "microbatches",
-            "log_every",
-            "checkpoint_every",
-            "keep",
-            "max_failed_saves",
-            "max_nonfinite_steps",
-            "sample_tokens",
-        ):
-            require(getattr(self, name) >= 1, where + name, getattr(self, name), "at least 1")
-        for name in (
-            *("z_loss", "eval_every", "eval_batches", "inspect_every", "sample_every"),
-            *("tasks_every", "tasks_limit", "keep_every"),
-        ):
-            require(getattr(self, name) >= 0, where + name, getattr(self, name), "at least 0")
-        if self.tasks_dir is not None:
-            check_local("training.tasks_dir", self.tasks_dir)
+        check_settings(self, "training.")
         require(
             not self.tasks_every or self.task_names != (),
-            where + "tasks",
+            "training.tasks",
             self.tasks,
             "names of tasks with commas between them, where training.tasks_every is not 0",
         )

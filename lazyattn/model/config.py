@@ -2,8 +2,18 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from lazyattn.allowed import (
+    FINITE,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Allowed,
+    at_least,
+    check_settings,
+    one_of,
+)
 from lazyattn.errors import bad_value, require
 
 # Each variant changes one thing about `lazy`, so that a comparison is one line.
@@ -53,62 +63,35 @@ class AttentionConfig:
         applies. Decoding with a cache always takes the best that can.
     """
 
-    variant: str = "lazy"
-    num_heads: int = 16
+    variant: Annotated[str, one_of(VARIANTS)] = "lazy"
+    num_heads: Annotated[int, at_least(1)] = 16
     num_kv_heads: int | None = None
     head_dim: int | None = None
     rope: bool = True
-    rope_base: float = 10_000.0
+    rope_base: Annotated[float, POSITIVE] = 10_000.0
     qk_norm: bool = False
     bias_kind: Literal["decay", "table"] = "decay"
-    bias_width: int = 1024
+    bias_width: Annotated[int, at_least(1)] = 1024
     bias_init: Literal["alibi", "normal"] = "alibi"
-    bias_std: float = 0.02
+    bias_std: Annotated[float, NON_NEGATIVE] = 0.02
     bias_tail: bool = True
-    global_share: float = 0.0
+    global_share: Annotated[float, SHARE] = 0.0
     global_rope: bool = True
     slope_shards: int = 1
-    window: int | None = None
+    window: Annotated[int | None, at_least(1)] = None
     output_gate: bool = False
-    offset_init: float = -0.5
-    skip_mass: float = 1e-6
+    offset_init: Annotated[float, FINITE] = -0.5
+    skip_mass: Annotated[float, Allowed(lambda x: 0 <= x < 1, "at least 0 and below 1")] = 1e-6
     implementation: str | None = None
 
     def __post_init__(self):
         where = "model.attention."
-        variants = "one of " + ", ".join(VARIANTS)
-        require(self.variant in VARIANTS, where + "variant", self.variant, variants)
-        require(self.num_heads >= 1, where + "num_heads", self.num_heads, "at least 1")
+        check_settings(self, where)
         require(
             self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
             where + "num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads = {self.num_heads}",
-        )
-        require(
-            0 < self.rope_base < math.inf,
-            where + "rope_base",
-            self.rope_base,
-            "positive and finite",
-        )
-        require(self.bias_width >= 1, where + "bias_width", self.bias_width, "at least 1")
-        require(
-            self.bias_init in ("alibi", "normal"),
-            where + "bias_init",
-            self.bias_init,
-            "alibi or normal",
-        )
-        require(
-            0 <= self.bias_std < math.inf,
-            where + "bias_std",
-            self.bias_std,
-            "non-negative and finite",
-        )
-        require(
-            self.bias_kind in ("decay", "table"),
-            where + "bias_kind",
-            self.bias_kind,
-            "decay or table",
         )
         if self.bias_kind == "decay":
             for name in ("bias_init", "bias_std", "bias_tail"):
@@ -121,14 +104,9 @@ class AttentionConfig:
                     " bias_kind 'table' alone",
                 )
         self._check_global_heads(where)
-        require(math.isfinite(self.offset_init), where + "offset_init", self.offset_init, "finite")
-        require(
-            0 <= self.skip_mass < 1, where + "skip_mass", self.skip_mass, "at least 0 and below 1"
-        )
 
     def _check_global_heads(self, where: str) -> None:
         share, name = self.global_share, where + "global_share"
-        require(0 <= share <= 1, name, share, "from 0 to 1")
         require(
             math.isclose(share * self.num_heads, self.num_global_heads, abs_tol=1e-6),
             name,
@@ -141,9 +119,6 @@ class AttentionConfig:
             self.global_rope,
             f"True while {where}global_share is 0, since there are no global heads"
             f" ({where}rope is for all heads)",
-        )
-        require(
-            self.window is None or self.window >= 1, where + "window", self.window, "at least 1"
         )
         require(
             self.slope_shards >= 1 and self.kv_heads % self.slope_shards == 0,
@@ -230,8 +205,9 @@ RECIPES = {
 }
 
 
-# `ModelConfig.remat` for whoever trains to choose.
-AUTO = "auto"
+# `ModelConfig.remat`; of `AUTO` whoever trains makes another.
+Remat = Literal["none", "dots", "full", "auto"]
+AUTO: Remat = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,40 +231,20 @@ class ModelConfig:
       attention: the attention layer.
     """
 
-    vocab_size: int = 32_000
-    width: int = 1024
-    num_layers: int = 24
-    mlp_width: int | None = None
-    norm_eps: float = 1e-6
+    vocab_size: Annotated[int, at_least(1)] = 32_000
+    width: Annotated[int, at_least(1)] = 1024
+    num_layers: Annotated[int, at_least(1)] = 24
+    mlp_width: Annotated[int | None, at_least(1)] = None
+    norm_eps: Annotated[float, Allowed(lambda x: x > 0, "positive")] = 1e-6
     tie_embeddings: bool = False
-    compute_dtype: str = "bfloat16"
-    remat: str = "none"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Remat = "none"
     scan_layers: bool = True
-    loss_chunk: int = 1024
+    loss_chunk: Annotated[int, at_least(1)] = 1024
     attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "loss_chunk"):
-            require(getattr(self, name) >= 1, "model." + name, getattr(self, name), "at least 1")
-        require(
-            self.mlp_width is None or self.mlp_width >= 1,
-            "model.mlp_width",
-            self.mlp_width,
-            "None or at least 1",
-        )
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "positive")
-        require(
-            self.compute_dtype in ("float32", "bfloat16"),
-            "model.compute_dtype",
-            self.compute_dtype,
-            "float32 or bfloat16",
-        )
-        require(
-            self.remat in ("none", "dots", "full", AUTO),
-            "model.remat",
-            self.remat,
-            "none, dots, full or auto",
-        )
+        check_settings(self, "model.")
         if self.attention.head_dim is None:
             require(
                 self.width % self.attention.num_heads == 0,

@@ -3,17 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from lazyattn.allowed import Allowed, check_settings
 from lazyattn.errors import require
 
 # From the axis that talks least to the ones that talk in every layer: the last ones lie
 # on neighbouring devices.
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+SIZE = Allowed(lambda size: size == -1 or size >= 1, "-1 or at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +30,14 @@ class MeshConfig:
       sequence: the length of every row.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: Annotated[int, SIZE] = -1
+    fsdp: Annotated[int, SIZE] = 1
+    tensor: Annotated[int, SIZE] = 1
+    sequence: Annotated[int, SIZE] = 1
 
     def __post_init__(self):
+        check_settings(self, "mesh.")
         sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name}", size, "-1 or at least 1")
         require(
             list(sizes.values()).count(-1) <= 1,
             "mesh",

@@ -19,14 +19,14 @@ from lazyattn.checkpoint.state import TrainState
 from lazyattn.distributed import tell_all
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import parameter_counts
-from lazyattn.model.config import AUTO
+from lazyattn.model.config import AUTO, Remat
 from lazyattn.model.objective import Batch, make_loss_fn
 from lazyattn.training import step_memory
 from lazyattn.training.optimizer import make_schedule
 from lazyattn.training.step import TrainStep, make_train_step
 
 # From the fastest to the smallest.
-POLICIES = ("none", "dots", "full")
+POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
 # Of a device's memory, what a step may take: validation, samples and fragments want some, too.
 MARGIN = 0.92
 # Of what the formula counts, the least that compilers were seen to need: XLA computes again what
@@ -64,16 +64,16 @@ class Choice:
       result: what was compiled; None: nothing was.
     """
 
-    policy: str
+    policy: Remat
     why: str
     result: Any = None
 
 
 def choose(
-    needs: Callable[[str], Need],
+    needs: Callable[[Remat], Need],
     *,
     available: float | None,
-    estimates: Mapping[str, float],
+    estimates: Mapping[Remat, float],
     agree: Callable[[str, bool], bool] = lambda policy, fits: fits,
 ) -> Choice:
     """Returns the fastest policy that fits; the smallest if none does.
@@ -112,7 +112,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size < float("inf") else "more than there is"
 
 
-def with_remat(experiment: ExperimentConfig, policy: str) -> ExperimentConfig:
+def with_remat(experiment: ExperimentConfig, policy: Remat) -> ExperimentConfig:
     """Returns the experiment with another policy."""
     return dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, remat=policy)
@@ -123,7 +123,7 @@ def estimates(
     experiment: ExperimentConfig,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     abstract: TrainState,
-) -> dict[str, float]:
+) -> dict[Remat, float]:
     """Returns about how many bytes a device each policy's step needs at least.
 
     Args:
@@ -135,7 +135,7 @@ def estimates(
     counts = parameter_counts(abstract.params)
     share = _LEAST_SCANNED if experiment.model.scan_layers else _LEAST_UNROLLED
 
-    def needed(policy: str) -> float:
+    def needed(policy: Remat) -> float:
         held = step_memory.temporaries(with_remat(experiment, policy), mesh, counts)
         return state.parameters + state.optimizer + share * held.total
 
@@ -173,7 +173,7 @@ def make_step(
       shardings, abstract: of the state.
     """
 
-    def step_with(policy: str) -> TrainStep:
+    def step_with(policy: Remat) -> TrainStep:
         return make_train_step(
             make_loss_fn(with_remat(experiment, policy).model, experiment.training.z_loss),
             optimizer,

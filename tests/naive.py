@@ -27,6 +27,14 @@ def naive_attention(
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, head_dim = query.shape
     group = heads // key.shape[2]
+    bias = None
+    if distance_bias is not None:
+        bias = np.array(
+            [
+                [naive_bias(distance_bias[h], distance_slope, h, x) for x in range(length)]
+                for h in range(heads)
+            ]
+        )
     scale = head_dim**-0.5 if scale is None else scale
     out = np.zeros((batch, length, heads, value.shape[-1]))
     weights = np.zeros((batch, heads, length, length))
@@ -45,15 +53,12 @@ def naive_attention(
                 if prefix is not None and prefix[b, j]:
                     seen.append(j)
             for h in range(heads):
-                scores = []
-                for j in seen:
-                    score = scale * query[b, i, h] @ key[b, j, h // group]
-                    if soft_cap is not None:
-                        score = soft_cap * np.tanh(score / soft_cap)
-                    if distance_bias is not None:
-                        score += naive_bias(distance_bias[h], distance_slope, h, abs(i - j))
-                    scores.append(score)
-                p = np.exp(np.array(scores) - max(scores))
+                scores = scale * key[b, seen, h // group] @ query[b, i, h]
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                if bias is not None:
+                    scores = scores + bias[h, np.abs(i - np.array(seen))]
+                p = np.exp(scores - max(scores))
                 p /= p.sum() + (0 if sink is None else np.exp(np.float64(sink[h]) - max(scores)))
                 if offset is not None:
                     divisor = len(p) if offset_divisor == "visible" else offset_divisor

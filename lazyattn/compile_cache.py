@@ -9,6 +9,9 @@ writes; what is added here:
 - Of several processes each writes, not the first alone, since hosts may have folders of their own.
 - Of several processes all read a program or all compile it. On GPUs they share out the trials by
   which XLA chooses kernels, and one that compiles alone would wait for the others.
+
+JAX has no public name for what reads and writes, nor for the process's number that it writes by:
+the last two are changes to `jax._src`, made only where there are several processes.
 """
 
 import functools

@@ -1,4 +1,16 @@
-"""Several processes that train as one: how they find each other, and what they agree on."""
+"""Several processes that train as one: how they find each other, and what they agree on.
+
+JAX has `multihost_utils.reached_preemption_sync_point`: SIGTERM to one process ends all after the
+same step. It doesn't do for us, and we turn its service off:
+
+- It knows SIGTERM alone. Ctrl-C, and data that one process can't read, must stop all as well.
+- Its handler takes the place of Python's or the other way round. With its own, a process doesn't
+  know of SIGTERM before all do, and outside of training SIGTERM would end nothing.
+- It says nothing of how many steps later all stop, which reading ahead must know.
+
+What a process tells the others goes by JAX's client of the coordinator, which has no public name.
+Rows of arrays go by `multihost_utils`.
+"""
 
 from typing import Any
 
@@ -32,7 +44,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 def initialize(values: flags.FlagValues = flags.FLAGS) -> None:
     """Joins the other processes, if the flags say that there are some.
 
-    Nothing may have asked JAX for devices before. Waits for all to come.
+    Nothing may have asked JAX for devices before. Waits for all to come. SIGTERM does what it did.
 
     Raises:
       InputError: for flags that don't go together, or if the environment doesn't tell
@@ -60,6 +72,7 @@ def initialize(values: flags.FlagValues = flags.FLAGS) -> None:
         index,
         "at least 0 and below --process_count" + ("" if count is None else f" = {count}"),
     )
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(None if coordinator == "auto" else coordinator, count, index)
     except ValueError as error:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
-from jax._src import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache
 
 from lazyattn import compile_cache
 from lazyattn.errors import InputError

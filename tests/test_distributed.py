@@ -1,3 +1,8 @@
+import signal
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from absl import flags
@@ -81,3 +86,24 @@ def test_rows_of_a_share_are_taken_once(monkeypatch):
     rows = np.array([[1], [2]], np.int32)
     found = distributed.gather_rows(rows, [1, 1, 0, 0])
     np.testing.assert_array_equal(found[:, 0], [21, 22, 1, 2])
+
+
+_ASKED_TO_END = """
+import os, signal, sys, time
+from absl import flags
+from lazyattn import distributed
+
+distributed.define(flags.FLAGS)
+flags.FLAGS(sys.argv)
+distributed.initialize()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+def test_sigterm_ends_a_process_that_has_joined_others():
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    joining = (f"--coordinator=localhost:{port}", "--process_id=0", "--process_count=1")
+    ended = subprocess.run([sys.executable, "-c", _ASKED_TO_END, *joining], timeout=120)
+    assert ended.returncode == -signal.SIGTERM

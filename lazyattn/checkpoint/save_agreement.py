@@ -3,6 +3,7 @@
 Orbax lets processes wait for one another while a save is under way, but one whose disk
 is full leaves the others waiting until their patience ends. Here it joins them, having
 told that it failed; so all of them learn of it at once, and none commits the checkpoint.
+They talk by JAX's client of the coordinator, which has no public name.
 """
 
 import errno

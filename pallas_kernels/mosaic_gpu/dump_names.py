@@ -9,8 +9,8 @@ import functools
 import os
 from typing import Any
 
-from jax._src.lib.mlir import ir
 from jax.experimental.mosaic.gpu import core
+from jax.extend.mlir import ir
 
 _NAME = "mosaic_gpu.dump_basename"
 

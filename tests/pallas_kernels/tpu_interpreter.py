@@ -4,7 +4,7 @@ import contextlib
 import unittest.mock
 from collections.abc import Iterator
 
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # races: nothing public
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import problem

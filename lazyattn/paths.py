@@ -77,14 +77,16 @@ class _PathParser(flags.ArgumentParser[str]):
 class _PathListParser(flags.ListParser):
     """Parses paths with commas between them."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, allowed: str | None = None):
         super().__init__()
         self._flag = name
+        self._allowed = allowed
 
     def parse(self, argument: str | list[str]) -> list[str]:
         paths = super().parse(argument)
         for path in paths:
-            check_local(f"--{self._flag}", path)
+            if self._allowed is None or not path.startswith(self._allowed):
+                check_local(f"--{self._flag}", path)
         return paths
 
 
@@ -101,11 +103,15 @@ def define(
 
 
 def define_list(
-    name: str, default: Sequence[str], help: str, flag_values: flags.FlagValues = flags.FLAGS
+    name: str,
+    default: Sequence[str],
+    help: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    allowed: str | None = None,
 ) -> flags.FlagHolder[Any]:
-    """Defines a flag of paths with commas between them."""
+    """Defines a flag of paths with commas between them; `allowed`: a scheme that may stand."""
     serializer = flags.CsvListSerializer(",")
-    parser = _PathListParser(name)
+    parser = _PathListParser(name, allowed)
     return flags.DEFINE(
         parser, name, list(default), help, flag_values=flag_values, serializer=serializer
     )

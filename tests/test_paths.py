@@ -34,6 +34,7 @@ NO_PATHS = {
     *("formats", "heads", "cache", "cache_dtype", "cache_buckets"),
     *("tasks", "contexts", "retrieval_distances", "prompt", "stop", "config"),
     *("text_field", "id_field", "score_field", "on_fault", "chat_template", "eos_token"),
+    *("hub_config", "hub_split", "hub_validation_split"),
 }
 
 

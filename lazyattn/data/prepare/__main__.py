@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from lazyattn import command_line, flag_help, paths
+from lazyattn.data.prepare.hub import SCHEME
 from lazyattn.data.prepare.run import Preparation, Prepared, prepare_shards
 from lazyattn.data.prepare.selection import Selection
 from lazyattn.errors import InputError
@@ -23,14 +24,32 @@ _INPUT = paths.define_list(
     "input",
     [],
     "Files, folders or patterns of them, with commas between: .parquet, .jsonl, .jsonl.zst,"
-    " .jsonl.gz, .json, .csv, .txt, or the folder of a built TensorFlow dataset.",
+    " .jsonl.gz, .json, .csv, .txt, or the folder of a built TensorFlow dataset. Or datasets of the"
+    " Hugging Face hub, hf://datasets/OWNER/NAME, as a stream (pip install datasets).",
     FLAGS,
+    allowed=SCHEME,
 )
 _VALIDATION_INPUT = paths.define_list(
     "validation_input",
     [],
     "The same, of held-out documents; then all of --input is trained on.",
     FLAGS,
+    allowed=SCHEME,
+)
+_HUB_CONFIG = flags.DEFINE_string(
+    "hub_config",
+    None,
+    "Configuration of datasets of the hub, such as a language; default: the only one.",
+    flag_values=FLAGS,
+)
+_HUB_SPLIT = flags.DEFINE_string(
+    "hub_split", None, "Split of them that --input reads; default: train.", flag_values=FLAGS
+)
+_HUB_VALIDATION_SPLIT = flags.DEFINE_string(
+    "hub_validation_split",
+    None,
+    "Split of them that --validation_input reads; default: validation.",
+    flag_values=FLAGS,
 )
 _OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS)
 _TOKENIZER = paths.define(
@@ -135,6 +154,9 @@ def _prepare() -> int:
         output=_OUTPUT.value,
         tokenizer=_TOKENIZER.value,
         eos_token=_EOS_TOKEN.value,
+        hub_config=_HUB_CONFIG.value,
+        hub_split=_HUB_SPLIT.value,
+        hub_validation_split=_HUB_VALIDATION_SPLIT.value,
         vocab_size=_VOCAB_SIZE.value,
         sample_mb=_SAMPLE_MB.value,
         selection=Selection(

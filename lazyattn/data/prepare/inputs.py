@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from lazyattn.data.parquet import DamagedFileError, open_parquet
+from lazyattn.data.prepare import hub
 from lazyattn.data.prepare.readers import Unit, csv_header
 from lazyattn.data.prepare.selection import Selection, require_fields
 from lazyattn.errors import InputError, bad_value
@@ -21,7 +22,7 @@ _WHOLE_KINDS = ("jsonl.zst", "jsonl.gz", *PLAIN_KINDS)  # can't be cut
 _DATASET = "dataset_info.json"  # in the folder of a built TensorFlow dataset
 _ALLOWED = (
     "folders, files or patterns of them: .parquet, .jsonl, .jsonl.zst, .jsonl.gz, .json, .csv,"
-    " .txt, or the folder of a built TensorFlow dataset"
+    " .txt, or the folder of a built TensorFlow dataset; or hf://datasets/OWNER/NAME"
 )
 
 # A piece of work is what a killed preparation loses, and what one process does at a
@@ -32,13 +33,13 @@ _SMALLEST = 8 << 20  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class PlannedFile:
-    """A file of the corpus.
+    """A file of the corpus, or a dataset of the hub.
 
     Attributes:
       path: where it lies.
       file: its path below the folder that all files share.
-      size: bytes.
-      modified: time of its last change, in nanoseconds since 1970.
+      size: bytes; 0 for a dataset, whose path tells its commit.
+      modified: time of its last change, in nanoseconds since 1970; 0 for a dataset.
       error: why it can't be read at all; None: it can.
     """
 
@@ -47,6 +48,21 @@ class PlannedFile:
     size: int
     modified: int
     error: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """What is read of datasets on the Hugging Face hub.
+
+    Attributes:
+      config: name of the configuration; None: the only or default one.
+      split: the split that `--input` reads.
+      validation_split: the one that `--validation_input` reads.
+    """
+
+    config: str | None = None
+    split: str = "train"
+    validation_split: str = "validation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,46 +79,56 @@ class Plan:
 
 
 def make_plan(
-    inputs: Sequence[str], selection: Selection, largest: int, validation: Sequence[str] = ()
+    inputs: Sequence[str],
+    selection: Selection,
+    largest: int,
+    validation: Sequence[str] = (),
+    options: HubOptions | None = None,
 ) -> Plan:
     """Looks at every file and cuts it into pieces of work.
 
     Args:
       inputs: folders, files or glob patterns; a file that is named twice is read once.
+        After them come datasets of the hub, `hf://datasets/OWNER/NAME`.
       selection: fields that the files must have.
       largest: bytes of text that a piece should have at most. A row group of Parquet
         is cut; a compressed jsonl file can't be.
       validation: the same for held-out documents; all of `inputs` is training data
         then. (): each document's id decides.
+      options: for datasets of the hub.
 
     Raises:
       InputError: if an input is missing or of an unknown kind, a file lacks a field,
         or no file can be read.
     """
+    streams = _streams(inputs, validation, selection, options or HubOptions())
     paths = _paths(inputs)
-    held_out = _paths(validation, "--validation_input") if validation else []
+    held_out = _paths(validation, "--validation_input")
     for path in held_out:
         if os.path.realpath(path) in map(os.path.realpath, paths):
             raise InputError(f"--validation_input has {path!r}, which --input has, too.")
     paths = [*paths, *held_out]
-    parent = os.path.commonpath([os.path.dirname(path) for path in paths])
+    parent = os.path.commonpath([os.path.dirname(path) for path in paths] or ["."])
     files, ranges = [], []
     for path in paths:
         status = os.stat(path)
         error = None
         try:
-            split = "" if not held_out else "validation" if path in held_out else "train"
+            split = "" if not validation else "validation" if path in held_out else "train"
             units = [dataclasses.replace(u, goes_to=split) for u in _ranges(path, selection)]
             ranges.append(units)
         except DamagedFileError as damaged:
             error = str(damaged)
         relative = Path(os.path.relpath(path, parent)).as_posix()
         files.append(PlannedFile(path, relative, status.st_size, status.st_mtime_ns, error))
-    if all(file.error is not None for file in files):
+    if not streams and all(file.error is not None for file in files):
         raise InputError(f"No file of --input can be read: {files[0].path}: {files[0].error}.")
     total = sum(unit.weight for units in ranges for unit in units)
     target = min(max(total // _PIECES, _SMALLEST), largest)
     units = list(_joined([part for units in ranges for part in _cut(units, target)], target))
+    for file, stream in streams:
+        files.append(file)
+        units += stream
     numbered = (dataclasses.replace(unit, index=index) for index, unit in enumerate(units))
     return Plan(tuple(files), tuple(numbered))
 
@@ -115,14 +141,15 @@ def _paths(inputs: Sequence[str], flag: str = "--input") -> list[str]:
     and a link's only if there is no other.
     """
     found: set[str] = set()
-    for given in inputs:
+    local = [given for given in inputs if not hub.is_hub(given)]
+    for given in local:
         expanded = os.path.expanduser(given)
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
         files = [file for match in matches for file in _files(match, flag)]
         if not files:
             raise bad_value(flag, given, _ALLOWED)
         found.update(_named(file) for file in files)
-    if not found:
+    if local and not found:
         raise bad_value(flag, ",".join(inputs), _ALLOWED)
     names: dict[str, str] = {}
     for file in sorted(found, key=lambda file: (os.path.islink(file), file)):
@@ -133,6 +160,37 @@ def _paths(inputs: Sequence[str], flag: str = "--input") -> list[str]:
             )
         names.setdefault(os.path.realpath(file), file)
     return sorted(names.values())
+
+
+def _streams(
+    inputs: Sequence[str], validation: Sequence[str], selection: Selection, options: HubOptions
+) -> list[tuple[PlannedFile, list[Unit]]]:
+    """Returns the datasets of the hub, each once, and a piece of work for each of their files.
+
+    Raises:
+      InputError: if one can't be read, lacks a field, or is both trained on and held out.
+    """
+    found: dict[str, tuple[PlannedFile, list[Unit]]] = {}
+    for flag, urls, split in (
+        ("--input", inputs, options.split),
+        ("--validation_input", validation, options.validation_split),
+    ):
+        goes_to = "" if not validation else "train" if flag == "--input" else "validation"
+        for url in dict.fromkeys(url for url in urls if hub.is_hub(url)):
+            dataset, columns, weight = hub.pinned(hub.parse(flag, url, options.config, split))
+            require_fields(columns, selection, dataset.url)
+            path = dataset.label
+            if flag != "--input" and path in found:
+                raise InputError(
+                    f"--validation_input has {url!r}, whose split {split!r} --input has, too;"
+                    " --hub_validation_split names another."
+                )
+            units = [
+                Unit(0, path, "hub", index, index + 1, weight, goes_to=goes_to, hub=dataset)
+                for index in range(dataset.files)
+            ]
+            found[path] = (PlannedFile(path, path, 0, 0, None), units)
+    return list(found.values())
 
 
 def _files(path: str, flag: str) -> list[str]:

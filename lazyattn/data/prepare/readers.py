@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from lazyattn.data.parquet import DamagedFileError, open_parquet, parquet_rows, reason
+from lazyattn.data.prepare.hub import HubDataset, hub_rows
 from lazyattn.data.prepare.selection import (
     INVALID_JSON,
     INVALID_UNICODE,
@@ -33,14 +34,16 @@ class Unit:
       index: which piece of all, in the order of the corpus.
       path: of the file.
       kind: its format: "parquet", "jsonl", "jsonl.zst", "jsonl.gz", "json", "csv",
-        "txt" or "tfds".
+        "txt", "tfds" or "hub".
       start, stop: rows of a Parquet file, bytes of a jsonl one, documents of a TFDS
-        split; 0 and the file's size where it can only be read from its beginning.
+        split, files of a dataset on the hub; 0 and the file's size where it can only be
+        read from its beginning.
       weight: bytes of work, for the progress bar.
       split: of the TFDS dataset; "" for other formats.
       texts: .txt files, a document each, of which `path` is the first; () for other
         formats.
       goes_to: the split of all its documents; "": their ids decide.
+      hub: the dataset on the Hugging Face hub; None for other formats.
     """
 
     index: int
@@ -52,11 +55,14 @@ class Unit:
     split: str = ""
     texts: tuple[str, ...] = ()
     goes_to: str = ""
+    hub: HubDataset | None = None
 
     def name(self, place: int) -> str:
         """Returns what to call a document found at `place`."""
         if self.texts:
             return self.texts[place]
+        if self.hub is not None:
+            return f"{self.hub.url}, file {self.start}, row {place:,}"
         return f"{self.path}, {'byte' if self.kind.startswith('jsonl') else 'row'} {place:,}"
 
 
@@ -88,6 +94,8 @@ def read_unit(unit: Unit, selection: Selection) -> Iterator[Row]:
         return _parquet(unit, selection)
     if unit.kind == "tfds":
         return _tfds(unit, selection)
+    if unit.hub is not None:
+        return _hub(unit.hub, unit, selection)
     if unit.kind in _WHOLE:
         return _WHOLE[unit.kind](unit, selection)
     return _jsonl(unit, selection)
@@ -295,6 +303,12 @@ class _Buffered:
             self._held, self._at = self._stream.read(_BUFFER), 0
             if not self._held:
                 return b"".join(parts)
+
+
+def _hub(dataset: HubDataset, unit: Unit, selection: Selection) -> Iterator[Row]:
+    rows = hub_rows(dataset, unit.start, selection.fields)
+    for place, (text, id, score) in enumerate(rows):
+        yield Row(place, text, id, score, None, 0.0)  # nobody knows how many there are
 
 
 def _tfds(unit: Unit, selection: Selection) -> Iterator[Row]:

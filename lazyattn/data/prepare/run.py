@@ -18,7 +18,8 @@ from lazyattn.data import manifest
 from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
 from lazyattn.data.parquet import DamagedFileError
 from lazyattn.data.prepare import assemble, workspace
-from lazyattn.data.prepare.inputs import Plan, make_plan
+from lazyattn.data.prepare.hub import is_hub
+from lazyattn.data.prepare.inputs import HubOptions, Plan, make_plan
 from lazyattn.data.prepare.progress import ProgressLine
 from lazyattn.data.prepare.readers import read_unit
 from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
@@ -38,10 +39,14 @@ class Preparation:
     """What to prepare, and how.
 
     Attributes:
-      inputs: folders, files or patterns of them.
+      inputs: folders, files or patterns of them, or datasets of the Hugging Face hub,
+        `hf://datasets/OWNER/NAME`.
       output: folder of the shards.
       eos_token: name of the special token that ends a document; None: what the
         tokenizer's folder says, or a name that is known.
+      hub_config: the configuration of datasets of the hub; None: the only or default one.
+      hub_split: the split of them that `inputs` has; None: "train".
+      hub_validation_split: the one that `validation_inputs` has; None: "validation".
       validation_inputs: as `inputs`, of held-out documents; (): a share of `inputs` is
         held out.
       tokenizer: path of a `tokenizer.json` or a SentencePiece model, of the folder that
@@ -66,13 +71,29 @@ class Preparation:
     on_fault: str = "skip"
     validation_inputs: tuple[str, ...] = ()
     eos_token: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+    hub_validation_split: str | None = None
 
     def __post_init__(self):
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
         for path in self.inputs:
-            check_local("--input", path)
+            if not is_hub(path):
+                check_local("--input", path)
         for path in self.validation_inputs:
-            check_local("--validation_input", path)
+            if not is_hub(path):
+                check_local("--validation_input", path)
+        for name, inputs in (
+            ("hub_config", (*self.inputs, *self.validation_inputs)),
+            ("hub_split", self.inputs),
+            ("hub_validation_split", self.validation_inputs),
+        ):
+            if getattr(self, name) is not None and not any(map(is_hub, inputs)):
+                flag = "--validation_input" if name == "hub_validation_split" else "--input"
+                raise InputError(
+                    f"--{name} is {getattr(self, name)!r}, but {flag} has no dataset of the"
+                    " Hugging Face hub, hf://datasets/OWNER/NAME; leave it out."
+                )
         check_local("--output", self.output)
         check_local("--tokenizer", self.tokenizer)
         require(bool(self.output), "--output", self.output, "the folder of the shards to be")
@@ -136,6 +157,11 @@ def prepare_shards(preparation: Preparation) -> Prepared:
         preparation.selection,
         preparation.shard_mb * 10**6,
         preparation.validation_inputs,
+        HubOptions(
+            preparation.hub_config,
+            preparation.hub_split or "train",
+            preparation.hub_validation_split or "validation",
+        ),
     )
     try:
         with workspace.locked(folder) as work:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lazyattn.data import manifest
 from lazyattn.data.manifest import Manifest
+from lazyattn.data.prepare.hub import is_hub
 from lazyattn.data.prepare.inputs import Plan
 from lazyattn.data.prepare.unit import UnitResult, result_path, shard_path
 from lazyattn.errors import InputError
@@ -127,6 +128,9 @@ def _require_same(folder: Path, found: Identity, wanted: Identity) -> None:
     """
     hint = "give another --output or delete that folder"
     if found["sources"] != wanted["sources"]:
+        streams = [source[0] for source in found["sources"] if is_hub(source[0])]
+        if streams:
+            hint += f", or name the revision that it has, as in {streams[0]}"
         raise InputError(
             f"--output is {str(folder)!r}, which was prepared, or begun, from other files or from"
             f" files that have changed since; {hint}."

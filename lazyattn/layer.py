@@ -8,12 +8,13 @@ of its own, with more settings; parameters have the same names, shapes and meani
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lazyattn.allowed import at_least, check_settings
 from lazyattn.attention import document_starts, lazy_attention
 from lazyattn.call import is_number
 from lazyattn.errors import InputError, require
@@ -47,33 +48,29 @@ class AttentionLayer:
     Source: arXiv 2601.00919, with our bias; RoPE: arXiv 2104.09864.
     """
 
-    num_heads: int
+    num_heads: Annotated[int, at_least(1)]
     num_kv_heads: int | None = None
-    head_dim: int | None = None
-    bias_width: int = 1024
+    head_dim: Annotated[int | None, at_least(1)] = None
+    bias_width: Annotated[int, at_least(0)] = 1024
     offset_init: float | None = -0.5
     rope_base: float | None = 10_000.0
-    window: int | None = None
+    window: Annotated[int | None, at_least(1)] = None
     skip_mass: float = 1e-6
     implementation: str | None = None
 
     def __post_init__(self):
         kv_heads, base, tau = self.kv_heads, self.rope_base, self.offset_init
-        require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
+        check_settings(self, "")
         require(
             kv_heads >= 1 and self.num_heads % kv_heads == 0,
             "num_kv_heads",
             self.num_kv_heads,
             f"None or a divisor of num_heads = {self.num_heads}",
         )
-        allowed = "None or at least 1"
-        require(self.head_dim is None or self.head_dim >= 1, "head_dim", self.head_dim, allowed)
-        require(self.bias_width >= 0, "bias_width", self.bias_width, "at least 0")
         require(tau is None or is_number(tau), "offset_init", tau, "None or a finite number")
         require(
             base is None or 0 < base < math.inf, "rope_base", base, "None, or positive and finite"
         )
-        require(self.window is None or self.window >= 1, "window", self.window, allowed)
 
     @property
     def kv_heads(self) -> int:

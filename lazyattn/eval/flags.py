@@ -1,11 +1,12 @@
 """The flags of `--mode=eval`."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from absl import flags
 
 from lazyattn import paths
+from lazyattn.allowed import at_least, check_settings, one_of
 from lazyattn.errors import InputError, require
 from lazyattn.eval.retrieval import DISTANCES, ROWS, SPAN
 
@@ -38,41 +39,32 @@ class EvaluationOptions:
 
     tasks: tuple[str, ...] = ()
     tasks_dir: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
+    num_fewshot: Annotated[int, at_least(0)] | None = None
+    limit: Annotated[int, at_least(1)] | None = None
     contexts: tuple[int, ...] = ()
-    stride: int | None = None
+    stride: Annotated[int, at_least(1)] | None = None
     texts: tuple[str, ...] = ()
     lambada: str | None = None
     output: str | None = None
-    precision: str = "float32"
-    batch_tokens: int = 16_384
+    precision: Annotated[str, one_of(PRECISIONS)] = "float32"
+    batch_tokens: Annotated[int, at_least(1)] = 16_384
     beyond_table: bool = False
     retrieval: bool = False
     retrieval_distances: tuple[int, ...] = ()
-    retrieval_span: int = SPAN
-    retrieval_rows: int = ROWS
+    retrieval_span: Annotated[int, at_least(2)] = SPAN
+    retrieval_rows: Annotated[int, at_least(2)] = ROWS  # one row has no standard error
     seed: int = 0
 
     def __post_init__(self):
+        check_settings(self, "--")
         for context in self.contexts:
             require(context >= 1, "--contexts", context, "at least 1")
-        for name, least in (("stride", 1), ("limit", 1), ("num_fewshot", 0)):
-            value = getattr(self, name)
-            require(value is None or value >= least, f"--{name}", value, f"at least {least}")
-        require(self.batch_tokens >= 1, "--batch_tokens", self.batch_tokens, "at least 1")
-        require(
-            self.precision in PRECISIONS, "--precision", self.precision, "one of float32, model"
-        )
         if self.tasks and len(self.contexts) > 1:
             raise InputError(
                 "--contexts has several lengths, but --tasks are measured at one; give one."
             )
         if self.tasks_dir is not None and not self.tasks:
             raise InputError("--tasks_dir is given, but --tasks doesn't say which to measure.")
-        require(self.retrieval_span >= 2, "--retrieval_span", self.retrieval_span, "at least 2")
-        # One row has no standard error.
-        require(self.retrieval_rows >= 2, "--retrieval_rows", self.retrieval_rows, "at least 2")
         require(self.seed >= 0 or not self.retrieval, "--seed", self.seed, "at least 0")
         for distance in self.retrieval_distances:
             require(

@@ -1,16 +1,15 @@
 """The flags of `--mode=export`."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from absl import flags
 
 from lazyattn import paths
+from lazyattn.allowed import at_least, check_settings
 from lazyattn.errors import InputError, require
 
 FORMATS = ("orbax", "safetensors")
-DTYPES = ("float32", "bfloat16")
-LAYOUTS = ("unsharded", "sharded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +18,8 @@ class ExportOptions:
 
     Attributes:
       formats: of `FORMATS`, at least one.
-      dtype: of the matrices, one of `DTYPES`.
-      layout: of the Orbax checkpoint, one of `LAYOUTS`.
+      dtype: of the matrices.
+      layout: of the Orbax checkpoint.
       bias_length: distances to write the bias table out to, in place of its tail;
         None: as it is.
       import_from: folder of safetensors to read the model from; None: a checkpoint
@@ -29,9 +28,9 @@ class ExportOptions:
     """
 
     formats: tuple[str, ...] = ("orbax",)
-    dtype: str = "float32"
-    layout: str = "unsharded"
-    bias_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layout: Literal["unsharded", "sharded"] = "unsharded"
+    bias_length: Annotated[int, at_least(1)] | None = None
     import_from: str | None = None
     output: str | None = None
 
@@ -42,14 +41,7 @@ class ExportOptions:
             ",".join(self.formats),
             "orbax, safetensors, or both with a comma between them",
         )
-        require(self.dtype in DTYPES, "--dtype", self.dtype, "float32 or bfloat16")
-        require(self.layout in LAYOUTS, "--layout", self.layout, "unsharded or sharded")
-        require(
-            self.bias_length is None or self.bias_length >= 1,
-            "--bias_length",
-            self.bias_length,
-            "at least 1",
-        )
+        check_settings(self, "--")
         if self.import_from is not None and self.output is None:
             raise InputError(
                 "--output is not given, but --import_from needs it: the folder to write the model"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lazyattn.errors import require
+from lazyattn.allowed import POSITIVE, SHARE, Allowed, at_least, check_settings
+
+_NOT_NEGATIVE = Allowed(lambda value: value >= 0, "0 or positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +32,15 @@ class SamplingConfig:
     whole distribution. Ties at the edge are kept.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    max_new_tokens: Annotated[int, at_least(1)] = 64
+    temperature: Annotated[float, _NOT_NEGATIVE] = 1.0
+    top_p: Annotated[float, Allowed(lambda p: 0 < p <= 1, "above 0 and at most 1")] = 1.0
+    top_k: Annotated[int, _NOT_NEGATIVE] = 0
+    min_p: Annotated[float, SHARE] = 0.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
 
     def __post_init__(self):
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or positive")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 or positive")
-        require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        require(
-            0 < self.repetition_penalty < math.inf,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "positive and finite",
-        )
+        check_settings(self, "")
 
 
 def next_token(

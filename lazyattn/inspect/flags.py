@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from absl import flags
 
 from lazyattn import paths
-from lazyattn.errors import InputError, require
+from lazyattn.allowed import Allowed, at_least, check_settings
+from lazyattn.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +29,14 @@ class InspectionOptions:
 
     against: str | None = None
     text: str | None = None
-    length: int | None = None
-    rows: int = 4
+    length: Annotated[int, Allowed(lambda x: x >= 2, "at least 2 tokens")] | None = None
+    rows: Annotated[int, at_least(1)] = 4
     heads: tuple[tuple[int, int], ...] = ()
     output: str | None = None
     beyond_table: bool = False
 
     def __post_init__(self):
-        require(
-            self.length is None or self.length >= 2, "--length", self.length, "at least 2 tokens"
-        )
-        require(self.rows >= 1, "--rows", self.rows, "at least 1")
+        check_settings(self, "--")
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:

@@ -24,6 +24,28 @@ def test_pairs_half_a_head_apart_turn_by_their_frequency():
     np.testing.assert_allclose(out, [0, np.cos(angle), 0, np.sin(angle)], atol=1e-6)
 
 
+def test_slow_pairs_turn_slower_and_fast_ones_do_not():
+    """Of 16 tokens' turns: 2.5 (fast), 0.8 (between), 0.25 and 0.08 (slow)."""
+    scaling = rotary.RopeScaling(8.0, 16, low=0.5, high=2.0)
+    x = jnp.zeros((1, 1, 1, 8)).at[..., :4].set(1.0)
+    plain = 100 ** (-np.arange(4) / 4)
+    kept = (16 * plain[1] / (2 * np.pi) - 0.5) / 1.5
+    assert 0 < kept < 1
+    between = plain[1] * (kept + (1 - kept) / 8)
+    expected = np.array([plain[0], between, plain[2] / 8, plain[3] / 8])
+    out = rotary.rotate(x, jnp.array([[5]]), 100.0, scaling)[0, 0, 0]
+    np.testing.assert_allclose(out[:4], np.cos(5 * expected), atol=1e-6)
+    np.testing.assert_allclose(out[4:], np.sin(5 * expected), atol=1e-6)
+    both = rotary.norm_rotate(x, jnp.ones(8), jnp.array([[5]]), 100.0, 1e-6, scaling=scaling)
+    np.testing.assert_allclose(both[0, 0, 0], out * np.sqrt(2), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_scaling_is_a_smaller_position():
+    x = _heads()
+    scaled = rotary.rotate(x, 4 * _positions(), 50.0, rotary.RopeScaling(4.0))
+    np.testing.assert_allclose(scaled, rotate(x, _positions(), 50.0), rtol=1e-5, atol=1e-5)
+
+
 def test_norms_stay_and_position_zero_is_the_identity():
     x = _heads()
     out = rotate(x, _positions(), 10_000.0)

@@ -94,7 +94,8 @@ def embed(
     params: Mapping[str, Any], config: ModelConfig, inputs: Int[Array, "rows length"]
 ) -> Float[Array, "rows length width"]:
     """Returns the residual stream before the first block, as `Transformer` starts it."""
-    return (look_up(params["embedding"], inputs) * config.width**0.5).astype(config.compute_dtype)
+    embedded = look_up(params["embedding"], inputs) * config.embedding_factor
+    return embedded.astype(config.compute_dtype)
 
 
 def _layer_input(

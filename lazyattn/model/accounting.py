@@ -25,6 +25,9 @@ _GROUPS = {
     "value": "attention",
     "output": "attention",
     "output_gate": "attention",
+    "query_bias": "attention",
+    "key_bias": "attention",
+    "value_bias": "attention",
     "gate": "mlp",
     "up": "mlp",
     "down": "mlp",
@@ -34,8 +37,8 @@ _GROUPS = {
 def parameter_group(path: tuple[Any, ...]) -> str:
     """Returns the group of a parameter, given its key path in the tree.
 
-    One of embedding, attention, mlp (matrices), norm, distance_bias (tables and
-    slopes, of either kind) and offset.
+    One of embedding, attention (matrices, and biases of projections), mlp (matrices),
+    norm, distance_bias (tables and slopes, of either kind) and offset.
     """
     return _GROUPS[path[-1].key]
 

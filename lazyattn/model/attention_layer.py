@@ -16,7 +16,7 @@ from lazyattn.model.heads import global_heads, head_blocks
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
 from lazyattn.model.query_key_norm import RotatedNorm
 from lazyattn.model.sharded_attention import sharded_attention
-from lazyattn.rotary import rotate
+from lazyattn.rotary import RopeScaling, rotate
 
 # Collection that receives every layer's attention weights when it is mutable.
 WEIGHTS = "attention_weights"
@@ -44,13 +44,25 @@ def variant_arguments(config: AttentionConfig, key_length: int) -> dict[str, Any
     }
 
 
+def rope_scaling(config: AttentionConfig) -> RopeScaling | None:
+    """Returns how a layer's angles are scaled; None: not at all."""
+    if config.rope_scaling == "none":
+        return None
+    if config.rope_scaling == "linear":
+        return RopeScaling(config.rope_factor)
+    return RopeScaling(
+        config.rope_factor, config.rope_length, low=config.rope_low, high=config.rope_high
+    )
+
+
 class Attention(nn.Module):
     """Multi-head (or grouped-query) causal attention of the configured variant.
 
     Parameters, all float32: query [width, heads, head_dim], key and value
     [width, kv_heads, head_dim], output [heads, head_dim, width], and where the layer has
-    them output_gate [width, heads, head_dim], offset [heads] and the distance bias's, which
-    `lazyattn.model.distance_bias` lists. The projections have no biases.
+    them output_gate [width, heads, head_dim], query_bias [heads, head_dim], key_bias and
+    value_bias [kv_heads, head_dim], offset [heads] and the distance bias's, which
+    `lazyattn.model.distance_bias` lists.
 
     Attributes:
       config: the model.
@@ -84,6 +96,10 @@ class Attention(nn.Module):
             axes = ("embed", axis, "head_dim")
             kernel = parameter(self, name, matrix_init(0, (1, 2)), shape, axes)
             heads_out = jnp.einsum("blw,whd->blhd", x, kernel.astype(x.dtype))
+            if att.qkv_bias and name in ("query", "key", "value"):
+                zeros, bias_name = nn.initializers.zeros_init(), f"{name}_bias"
+                bias = parameter(self, bias_name, zeros, shape[1:], axes[1:])
+                heads_out += bias.astype(x.dtype)
             return sharding.constrain(heads_out, "batch", "length", axis, "head_dim")
 
         query = projection("query", att.num_heads, "heads")
@@ -91,7 +107,9 @@ class Attention(nn.Module):
         value = projection("value", att.kv_heads, "kv_heads")
         everywhere = att.rope and (att.global_rope or not att.num_global_heads)
         if att.qk_norm and everywhere:
-            norm = functools.partial(RotatedNorm, cfg.norm_eps, att.rope_base)
+            norm = functools.partial(
+                RotatedNorm, cfg.norm_eps, att.rope_base, scaling=rope_scaling(att)
+            )
             query = norm("heads", name="query_norm")(query, positions)
             key = norm("kv_heads", name="key_norm")(key, positions)
         elif att.qk_norm:
@@ -154,7 +172,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch length some_heads d"]:
         """Returns queries or keys with RoPE, in the heads that have it."""
         att = self.config.attention
-        rotated = rotate(x, positions, att.rope_base)
+        rotated = rotate(x, positions, att.rope_base, rope_scaling(att))
         if att.global_rope or not att.num_global_heads:
             return rotated
         without = global_heads(att).reshape(x.shape[2], -1)[:, :1]

@@ -39,6 +39,15 @@ class AttentionConfig:
       head_dim: size of a head, even; None: model width / num_heads.
       rope: rotate queries and keys by position (half-split layout).
       rope_base: RoPE's base; the authors' code has 10,000.
+      rope_scaling: how a model was stretched to longer rows than it was trained on first:
+        "none"; "linear": all angles are divided by `rope_factor`; "llama3": slow ones are,
+        fast ones not (`lazyattn.rotary.RopeScaling`).
+      rope_factor: of the scaling.
+      rope_length: of "llama3": tokens a row before it was stretched.
+      rope_low, rope_high: of "llama3": pairs that turn less often than `rope_low` times in
+        `rope_length` tokens are slow, and more often than `rope_high` times fast.
+      qkv_bias: queries, keys and values have a learned bias each, added before `qk_norm` and
+        RoPE; not to be mixed up with the distance bias.
       qk_norm: RMS-normalise each query and key head before RoPE.
       bias_kind: how the distance bias is learned. "decay": b(x) = -exp(theta) x +
         delta[min(x, W - 1)] with theta and delta learned, so that it always falls past
@@ -69,6 +78,12 @@ class AttentionConfig:
     head_dim: int | None = None
     rope: bool = True
     rope_base: Annotated[float, POSITIVE] = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: Annotated[float, POSITIVE] = 1.0
+    rope_length: Annotated[int, at_least(1)] = 8192
+    rope_low: Annotated[float, POSITIVE] = 1.0
+    rope_high: Annotated[float, POSITIVE] = 4.0
+    qkv_bias: bool = False
     qk_norm: bool = False
     bias_kind: Literal["decay", "table"] = "decay"
     bias_width: Annotated[int, at_least(1)] = 1024
@@ -103,6 +118,21 @@ class AttentionConfig:
                     f"left at {default!r} while {where}bias_kind is 'decay': it is a setting of"
                     " bias_kind 'table' alone",
                 )
+        if self.rope_scaling == "none":
+            for name in ("rope_factor", "rope_length", "rope_low", "rope_high"):
+                default = type(self).__dataclass_fields__[name].default
+                require(
+                    getattr(self, name) == default,
+                    where + name,
+                    getattr(self, name),
+                    f"left at {default!r} while {where}rope_scaling is 'none'",
+                )
+        require(
+            self.rope_high > self.rope_low,
+            where + "rope_high",
+            self.rope_high,
+            f"above {where}rope_low = {self.rope_low:g}",
+        )
         self._check_global_heads(where)
 
     def _check_global_heads(self, where: str) -> None:
@@ -221,6 +251,8 @@ class ModelConfig:
       mlp_width: hidden size of SwiGLU; None: 8/3 width rounded up to 256.
       norm_eps: RMSNorm's epsilon.
       tie_embeddings: use the embedding as the output projection too.
+      scale_embedding: multiply embeddings by width^1/2 on the way in; False for models that
+        were trained without it, as most of others were.
       compute_dtype: dtype of activations, "float32" or "bfloat16"; parameters,
         norms, logits and the loss are float32.
       remat: what the backward pass recomputes: "none" (nothing), "dots" (all but
@@ -237,6 +269,7 @@ class ModelConfig:
     mlp_width: Annotated[int | None, at_least(1)] = None
     norm_eps: Annotated[float, Allowed(lambda x: x > 0, "positive")] = 1e-6
     tie_embeddings: bool = False
+    scale_embedding: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Remat = "none"
     scan_layers: bool = True
@@ -266,6 +299,11 @@ class ModelConfig:
         if self.attention.head_dim is not None:
             return self.attention.head_dim
         return self.width // self.attention.num_heads
+
+    @property
+    def embedding_factor(self) -> float:
+        """What embeddings are multiplied by on the way in."""
+        return self.width**0.5 if self.scale_embedding else 1.0
 
     @property
     def hidden_width(self) -> int:

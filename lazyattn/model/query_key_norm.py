@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
 from lazyattn.model.layers import parameter
-from lazyattn.rotary import norm_rotate
+from lazyattn.rotary import RopeScaling, norm_rotate
 
 
 class RotatedNorm(nn.Module):
@@ -19,11 +19,13 @@ class RotatedNorm(nn.Module):
       epsilon: of the norm.
       base: of the rotation.
       axis: logical axis of the heads: "heads" or "kv_heads".
+      scaling: of the rotation; None: there is none.
     """
 
     epsilon: float
     base: float
     axis: str
+    scaling: RopeScaling | None = None
 
     @nn.compact
     def __call__(
@@ -31,7 +33,9 @@ class RotatedNorm(nn.Module):
     ) -> Float[Array, "batch length some_heads d"]:
         """Returns the heads of `x` normalized and rotated, same shape and dtype."""
         scale = parameter(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
-        run: Any = functools.partial(norm_rotate, base=self.base, epsilon=self.epsilon)
+        run: Any = functools.partial(
+            norm_rotate, base=self.base, epsilon=self.epsilon, scaling=self.scaling
+        )
         mesh = sharding.active_mesh()
         if mesh is not None:
             # A kernel works on what a device has.

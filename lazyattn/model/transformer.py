@@ -60,7 +60,7 @@ class Transformer(nn.Module):
     unembedding [vocab, width] unless tied. Embedding rows start with standard
     deviation width^-1/2 and are multiplied by width^1/2 on the way in (Vaswani et
     al. 2017, section 3.4), so that the residual stream starts at scale 1 and tied
-    logits do too.
+    logits do too; `scale_embedding` can turn that off.
     """
 
     config: ModelConfig
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             if segment_ids is not None:
                 segment_ids = sharding.deal_sequence(segment_ids)
 
-        x = look_up(embedding, inputs) * cfg.width**0.5
+        x = look_up(embedding, inputs) * cfg.embedding_factor
         x = sharding.constrain(x.astype(cfg.compute_dtype), "batch", "length", None)
         x = self._blocks(x, positions, segment_ids, shards, attend)
         if shards > 1:

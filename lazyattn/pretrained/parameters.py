@@ -18,7 +18,10 @@ from lazyattn.model.parameters import Params, parameter_shapes, partition_specs
 
 # Float32 in every export: they are small, and bfloat16 would move a bias of -500 by up
 # to 1, and round what p + tau / n hangs on.
-KEPT = (*(name for both in NAMES.values() for name in both), "offset", "scale")
+KEPT = (
+    *(name for both in NAMES.values() for name in both),
+    *("offset", "scale", "query_bias", "key_bias", "value_bias"),
+)
 
 
 def cast(params: Mapping[str, Any], dtype: str) -> Params:

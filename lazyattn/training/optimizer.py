@@ -21,6 +21,7 @@ time in which a weight moves by 0.1.
 |---|---|---|
 | embeddings, matrices of attention (the output gate's too) and MLP | yes | common |
 | norms, offsets, distance_delta, distance_bias, distance_slope | no | common |
+| biases of queries, keys and values (query_bias, key_bias, value_bias) | no | common |
 | distance_log_slope | no | common times log_slope_factor |
 """
 
@@ -42,7 +43,10 @@ DECAYED = frozenset(
     }
 )
 EXEMPT = frozenset(
-    {"distance_bias", "distance_slope", "distance_delta", "distance_log_slope", "offset"}
+    {
+        *("distance_bias", "distance_slope", "distance_delta", "distance_log_slope", "offset"),
+        *("query_bias", "key_bias", "value_bias"),
+    }
 )
 FASTER = "distance_log_slope"
 

@@ -47,7 +47,13 @@ VARIANTS = [
     ),
     # Global heads see all of the cache, local ones its end.
     make_config(
-        attention={"global_share": 0.5, "global_rope": False, "window": 3, "output_gate": True}
+        attention={
+            "global_share": 0.5,
+            "global_rope": False,
+            "window": 3,
+            "output_gate": True,
+            "qkv_bias": True,
+        }
     ),
 ]
 

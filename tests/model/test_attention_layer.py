@@ -7,15 +7,15 @@ import pytest
 
 from lazyattn import lazy_attention
 from lazyattn.model import sharded_attention
-from lazyattn.model.attention_layer import Attention, variant_arguments
-from lazyattn.model.config import VARIANTS
+from lazyattn.model.attention_layer import Attention, rope_scaling, variant_arguments
+from lazyattn.model.config import VARIANTS, AttentionConfig
 from lazyattn.model.distance_bias import NAMES, bias_arguments
 from lazyattn.model.heads import global_heads, head_windows
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.model.rope import document_positions
 from lazyattn.model.transformer import attention_weights
-from lazyattn.rotary import rotate
+from lazyattn.rotary import RopeScaling, rotate
 from tests.model.tiny import make_batch, make_config, make_params
 
 LENGTH = 9
@@ -116,6 +116,34 @@ def test_a_gate_multiplies_each_entry_of_each_head():
     gated = heads * gate.reshape(heads.shape)
     expected = np.einsum("blm,mw->blw", gated, params["output"].reshape(size, -1))
     np.testing.assert_allclose(_apply(config, params), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_biases_of_projections_are_one_more_input(qk_norm):
+    config = make_config(attention={"qkv_bias": True, "qk_norm": qk_norm})
+    params = _params(config)
+    names = [f"{name}_bias" for name in ("query", "key", "value")]
+    assert [params[name].shape for name in names] == [(4, 4), (2, 4), (2, 4)]
+    plain = {name: x for name, x in params.items() if name not in names}
+    x = X.at[..., 0].set(1.0)
+    for name in names:
+        matrix = plain[name.removesuffix("_bias")]
+        plain[name.removesuffix("_bias")] = matrix.at[0].add(params[name])
+    expected = _apply(make_config(attention={"qk_norm": qk_norm}), plain, x)
+    np.testing.assert_allclose(_apply(config, params, x), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(_apply(config, params, x), _apply(config, _params(config), X))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_scaling_of_angles_reaches_queries_and_keys(qk_norm):
+    attention = {"rope_scaling": "linear", "rope_factor": 3.0, "qk_norm": qk_norm}
+    config, plain = make_config(attention=attention), make_config(attention={"qk_norm": qk_norm})
+    params = _params(config)
+    out = Attention(config).apply({"params": params}, X, 3 * POSITIONS)
+    np.testing.assert_allclose(out, _apply(plain, params), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(out, _apply(config, params))
+    llama = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_length": 9, "rope_high": 8.0}
+    assert rope_scaling(AttentionConfig(**llama)) == RopeScaling(2.0, 9, low=1.0, high=8.0)
 
 
 def test_global_heads_may_go_without_rope():

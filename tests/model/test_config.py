@@ -48,6 +48,11 @@ def test_derived_sizes():
         ({"num_heads": 0}, "model.attention.num_heads is 0, .* at least 1"),
         ({"num_kv_heads": 5}, "model.attention.num_kv_heads is 5, .* a divisor of num_heads = 16"),
         ({"num_kv_heads": 0}, "model.attention.num_kv_heads is 0"),
+        ({"rope_factor": 2.0}, "rope_factor is 2.0, .* left at 1.0 while .*rope_scaling is 'none'"),
+        (
+            {"rope_scaling": "llama3", "rope_low": 4.0},
+            "rope_high is 4.0, but it must be above model.attention.rope_low = 4",
+        ),
         ({"rope_base": 0.0}, "model.attention.rope_base is 0.0, .* positive"),
         ({"bias_width": 0}, "model.attention.bias_width is 0, .* at least 1"),
         ({"bias_kind": "line"}, "model.attention.bias_kind is 'line', .* decay or table"),

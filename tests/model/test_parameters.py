@@ -18,7 +18,7 @@ from lazyattn.model.parameters import (
 )
 from tests.model.tiny import VOCAB, dealt_slopes, make_config
 
-CONFIG = make_config(attention={"qk_norm": True, "output_gate": True})
+CONFIG = make_config(attention={"qk_norm": True, "output_gate": True, "qkv_bias": True})
 IS_NAMES = {"is_leaf": lambda node: isinstance(node, tuple)}
 
 
@@ -32,6 +32,9 @@ def test_names_shapes_and_axes():
         "query": ((2, 16, 4, 4), ("layers", "embed", "heads", "head_dim")),
         "key": ((2, 16, 2, 4), ("layers", "embed", "kv_heads", "head_dim")),
         "value": ((2, 16, 2, 4), ("layers", "embed", "kv_heads", "head_dim")),
+        "query_bias": ((2, 4, 4), ("layers", "heads", "head_dim")),
+        "key_bias": ((2, 2, 4), ("layers", "kv_heads", "head_dim")),
+        "value_bias": ((2, 2, 4), ("layers", "kv_heads", "head_dim")),
         "output": ((2, 4, 4, 16), ("layers", "heads", "head_dim", "embed")),
         "query_norm": {"scale": ((2, 4), ("layers", "norm"))},
         "key_norm": {"scale": ((2, 4), ("layers", "norm"))},

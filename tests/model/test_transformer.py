@@ -88,6 +88,15 @@ def test_bfloat16_is_near_float32():
     assert 1e-4 < error < 0.02
 
 
+def test_embeddings_may_come_in_as_they_are():
+    plain = dataclasses.replace(CONFIG, scale_embedding=False)
+    params = make_params(CONFIG)
+    larger = params | {"embedding": params["embedding"] * CONFIG.width**0.5}
+    out = Transformer(plain).apply({"params": larger}, BATCH["inputs"])
+    expected = Transformer(CONFIG).apply({"params": params}, BATCH["inputs"])
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_tied_and_untied_output_embeddings():
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = make_params(CONFIG)

@@ -24,6 +24,8 @@ EXEMPT = [
     ("blocks", "attention", "distance_delta"),
     ("blocks", "attention", "distance_log_slope"),
     ("blocks", "attention", "offset"),
+    ("blocks", "attention", "query_bias"),
+    ("blocks", "attention", "value_bias"),
 ]
 
 

@@ -26,6 +26,8 @@ def blocks(page):
     return found
 
 
+# Their modules and arguments have tests of their own; here `make test` only does their imports.
+SLOW = {"op.md, Flax Linen", "relative_bias.md, ALiBi, fixed or learned"}
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 EQUINOX = [code for _, code in BLOCKS if "import equinox" in code]
 
@@ -41,11 +43,25 @@ def missing_packages(code):
     return sorted(root for root in roots if importlib.util.find_spec(root) is None)
 
 
-@pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])
+@pytest.mark.parametrize(
+    ("heading", "code"),
+    [
+        pytest.param(*block, id=block[0], marks=[pytest.mark.slow] if block[0] in SLOW else [])
+        for block in BLOCKS
+    ],
+)
 def test_code_runs_as_it_stands(heading, code):
     if missing := missing_packages(code):
         pytest.skip(f"{', '.join(missing)} is not installed")
     exec(compile(code, heading, "exec"), {"__name__": "__page__"})
+
+
+@pytest.mark.parametrize("heading", sorted(SLOW))
+def test_what_the_slow_blocks_import_is_there(heading):
+    tree = ast.parse(dict(BLOCKS)[heading])
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert any(getattr(node, "module", "").startswith("lazyattn") for node in tree.body)
+    exec(compile(tree, heading, "exec"), {"__name__": "__page__"})
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -49,14 +50,23 @@ def softmax_run(text):
     return make_run(text.parent / "softmax", text, "softmax")
 
 
-@pytest.fixture(scope="session")
-def report(text, lazy_run, softmax_run):
-    """The folder of a report on both."""
+def make_report(run, against, text, name):
     from lazyattn.inspect.flags import InspectionOptions
     from lazyattn.inspect.main import inspect
 
-    output = text.parent / "report"
-    options = InspectionOptions(
-        against=str(softmax_run), text=str(text), rows=2, output=str(output)
-    )
-    return inspect(lazy_run, options=options)
+    output = text.parent / name
+    options = InspectionOptions(against=str(against), text=str(text), rows=2, output=str(output))
+    return inspect(run, options=options)
+
+
+@pytest.fixture(scope="session")
+def report(text, lazy_run, softmax_run):
+    """The folder of a report on both."""
+    return make_report(lazy_run, softmax_run, text, "report")
+
+
+@pytest.fixture(scope="session")
+def twin_report(text, lazy_run):
+    """The folder of a report on a run and its copy, for which nothing more is compiled."""
+    twin = shutil.copytree(lazy_run, text.parent / "twin")
+    return make_report(lazy_run, twin, text, "twin_report")

@@ -14,6 +14,11 @@ def data(report):
     return json.loads((report / "report.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def twins(twin_report):
+    return json.loads((twin_report / "report.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 420])
 def test_the_page_draws_every_figure_and_asks_nothing_of_anyone(report, tmp_path, width):
@@ -44,24 +49,37 @@ def test_what_the_browser_would_refuse_is_noticed(data, tmp_path):
     assert any("example.org" in request for request in seen["requests"])
 
 
-def test_the_page_is_whole_and_its_data_cannot_end_it(data):
+def test_the_page_is_whole_and_its_data_cannot_end_it(twins):
     label = "</script><b>&"
-    model = data["models"][0] | {"label": label, "tokens": ["</script>"]}
-    html = page(data | {"models": [model]})
+    model = twins["models"][0] | {"label": label, "tokens": ["</script>"]}
+    html = page(twins | {"models": [model]})
     assert html.count("</script>") == 3
     assert "&lt;/script&gt;&lt;b&gt;&amp;" in html
     for foreign in ("src=", "@import", "url(http", '<link rel="stylesheet'):
         assert foreign not in html
 
 
-def test_the_data_is_that_of_both_models(data):
-    assert [model["label"] for model in data["models"]] == ["lazy", "softmax"]
-    lazy, softmax = data["models"]
-    assert softmax["summary"]["zeros"] == 0 and softmax["bias"] is None
-    assert lazy["summary"]["zeros"] > 0
-    for model in data["models"]:
+def check_models(models):
+    for model in models:
         assert len(model["maps"]) == 4
         for values in model["matrices"].values():
             assert len(values) == 2 and len(values[0]) == 2
         for parts in model["allocation"]:
             assert sum(parts) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_data_is_that_of_a_run_and_of_its_copy(twins, twin_report):
+    one, other = twins["models"]
+    assert (one.pop("label"), other.pop("label")) == ("lazy", "twin")
+    assert one == other and one["summary"]["zeros"] > 0
+    check_models([one])
+    assert "Attention of lazy and twin" in (twin_report / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_data_is_that_of_both_models(data):
+    assert [model["label"] for model in data["models"]] == ["lazy", "softmax"]
+    lazy, softmax = data["models"]
+    assert softmax["summary"]["zeros"] == 0 and softmax["bias"] is None
+    assert lazy["summary"]["zeros"] > 0
+    check_models(data["models"])

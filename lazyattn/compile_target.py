@@ -37,7 +37,7 @@ def compile_for(name: str) -> AbstractContextManager[None]:
 
     Args:
       name: "v4", "v5e", "v5p", "v6e" or "7x" for a TPU, "sm80", "sm90" and the like for an
-        NVIDIA GPU, "cpu".
+        NVIDIA GPU, "cpu". Kernels in Triton need JAX for such GPUs, "jax[cuda13]".
 
     Raises:
       InputError: for any other name.

@@ -1,5 +1,6 @@
 """Compiling and exporting for machines that are not here."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jaxlib import gpu_triton
 
 import lazyattn
 from lazyattn import InputError, lazy_attention
@@ -58,6 +60,23 @@ def test_a_context_leaves_no_trace():
         with lazyattn.compile_for("cpu"):
             np.testing.assert_array_equal(run(args), before)
     np.testing.assert_array_equal(run(args), before)
+
+
+def test_a_gpu_without_jax_for_gpus_is_one_sentence(monkeypatch):
+    """Triton's kernels are compiled while JAX lowers, by a part that JAX for CPUs lacks."""
+    if not _has_triton():
+        pytest.skip("Triton is not installed")
+    monkeypatch.delattr(gpu_triton, "TritonKernel", raising=False)
+    for function in (_loss, jax.grad(_loss)):
+        with (
+            lazyattn.compile_for("sm80"),
+            pytest.raises(NotImplementedError, match=r'CPUs only: install "jax\[cuda13\]"\.'),
+        ):
+            jax.jit(function).trace(_arguments()).lower(lowering_platforms=("cuda",))
+
+
+def _has_triton():
+    return all(map(importlib.util.find_spec, ("triton", "jax_triton")))
 
 
 def test_unknown_targets_are_refused():

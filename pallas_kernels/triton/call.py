@@ -61,7 +61,13 @@ def _triton_call(
 ) -> list[Array]:
     import jax_triton
     import triton
+    from jaxlib import gpu_triton
 
+    if not hasattr(gpu_triton, "TritonKernel"):  # Lowering would end in an AttributeError.
+        raise NotImplementedError(
+            f"{kernel.__name__} is compiled by a JAX for NVIDIA GPUs, even for one that is not"
+            ' here, and this one is for CPUs only: install "jax[cuda13]".'
+        )
     capability = compute_capability()
     assert capability is not None
     options: dict[str, Any] = {"enable_fp_fusion": True}

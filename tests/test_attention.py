@@ -412,6 +412,21 @@ def test_bias_of_minus_infinity_near_the_diagonal(implementation):
     oracle.check_blind_rows(implementation)
 
 
+def test_gradients_of_rows_that_see_nothing_stay_with_what_they_see():
+    case = oracle.Case("", (1, 200, 2, 1, 16), 64, "alibi", True, documents=(120, 80))
+    args = oracle.inputs(case)
+    args["distance_bias"][:, 0] = -np.inf
+    floats = {name: x for name, x in args.items() if name in oracle.GRADIENTS}
+
+    def loss(floats, implementation):
+        out = lazy_attention(**args | floats, implementation=implementation)
+        return jnp.where(jnp.isnan(out), 0, out).sum()
+
+    true, found = (jax.jit(jax.grad(loss), static_argnums=1)(floats, n) for n in IMPLEMENTATIONS)
+    assert np.isnan(true["key"][0, :, 0]).any(-1).nonzero()[0].tolist() == [0, 120]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4), true, found)
+
+
 @pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.slow)])
 def test_works_under_vmap_scan_and_remat(window):
     args = oracle.inputs(oracle.Case("stacked", shape=(3, 140, 2, 2, 8)))

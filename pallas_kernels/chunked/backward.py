@@ -67,7 +67,8 @@ def backward(
     def step(diagonal: Diagonal, state: Any) -> Any:
         d_query, d_key, d_value, d_bias = state
         scores, visible = masked_scores(head, key, diagonal, scale)
-        softmax = jnp.exp(scores - diagonal.queries(lse)[..., None])
+        # A row that sees no mass is no number: that must not reach keys that it does not see.
+        softmax = jnp.where(visible, jnp.exp(scores - diagonal.queries(lse)[..., None]), 0)
         rows_delta = diagonal.queries(delta)[..., None]
 
         def live_part(d_value: Array) -> tuple[Array, Array]:
@@ -88,6 +89,7 @@ def backward(
         d_scores, d_value = jax.lax.cond(
             live[diagonal.tile_distance], live_part, dead_part, d_value
         )
+        d_scores = jnp.where(visible, d_scores, 0)
         if d_bias is not None:
             d_bias = diagonal.add_to_bias(d_bias, d_scores.sum(axis=(0, 1)))
         d_scores = (d_scores * scale).astype(head.query.dtype)

@@ -22,7 +22,7 @@ CASES = [
     WINDOW,
 ]
 
-SLOW = ("many_tiles", "softmax", "renormalized")
+SLOW = ("several_tiles", "many_tiles", "softmax", "renormalized")
 
 
 def part(case, number, taken):

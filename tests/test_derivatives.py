@@ -70,8 +70,18 @@ def test_forward_mode_is_the_slope():
     np.testing.assert_allclose(tangent, (ahead - behind) / (2 * step), atol=1e-7)
 
 
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("shape", ["rows, length", "2, length", "rows, 40"])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ("rows, length", None),
+        ("2, length", 7),
+        ("rows, 40", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("rows, length", 7), ("2, length", None), ("rows, 40", 7))
+        ),
+    ],
+)
 def test_export_with_symbolic_shapes(shape, window):
     args = oracle.inputs(oracle.Case("", (2, 40, 2, 1, 8), 16, "alibi", True, documents=(17, 23)))
     scope = export.SymbolicScope()

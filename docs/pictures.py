@@ -1,10 +1,9 @@
 """Draws the pictures of README.md and docs/ from runs of the quickstart.
 
-make train
-for kind in paper softmax; do
+for kind in sharp paper softmax; do
     python train.py --config=configs/quickstart.py:$kind --workdir=runs/$kind
 done
-python docs/pictures.py runs/quickstart runs/paper runs/softmax
+python docs/pictures.py runs/sharp runs/paper runs/softmax
 """
 
 import json

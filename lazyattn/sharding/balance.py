@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels.visit import NEAR, RUN
+
 # Score bounds above this make a tile visited in any case; guards exp against overflow.
 _CERTAIN = 20.0
 
@@ -30,8 +32,8 @@ def visited_tiles(
     Args:
       bias: b(x) of every distance 0 <= x < length.
       all_visible: heads that skip nothing (tau > 0).
-      score_bound: max |q| max |k| / sqrt(d), in nats, above a query's score with its own
-        key less the bias.
+      score_bound: max |q| max |k| / sqrt(d), in nats, above a query's scores with its own and
+        with near keys less the bias.
       skip_mass: as in `lazy_attention`.
       tile: queries, and keys, of a tile.
       windows: keys that each head sees at most, None where all; None: all heads see all.
@@ -55,15 +57,38 @@ def visited_tiles(
         causal = np.minimum(causal, np.asarray(most)[:, None])
     if skip_mass == 0:
         return causal.copy()
+    # Masses are relative to a row's own score; near keys add to what they are a part of.
+    least = skip_mass * np.exp(_near_sum(bias, windows, tile) - bias[:, :1])
     visited = np.stack(
         [
             # The nearest tiles after which no more than skip_mass is left.
-            np.searchsorted(total, total[1:] - skip_mass * (1 + 1e-12))
-            for total in sums
+            np.searchsorted(total, total[1:] - left * (1 + 1e-12))
+            for total, left in zip(sums, least, strict=True)
         ]
     )
     visited = np.clip(visited, 1, causal)
     return np.where(all_visible[:, None], causal, visited)
+
+
+def _near_sum(
+    bias: Float[np.ndarray, "heads length"], windows: Sequence[int | None] | None, tile: int
+) -> Float[np.ndarray, "heads query_tiles"]:
+    """Returns what is known of a row's log-sum-exp where scores are 0: the least of each tile."""
+    heads, length = bias.shape
+    row = np.arange(length)
+    found = np.repeat(bias[:, :1].astype(np.float64), length, axis=1)
+    means = np.lib.stride_tricks.sliding_window_view(
+        np.pad(bias, ((0, 0), (0, NEAR)), mode="edge"), NEAR, axis=1
+    ).mean(axis=-1)
+    most = np.array([length if one is None else one for one in windows or [None] * heads])
+    for start in range(-RUN, RUN, NEAR):
+        first = row // RUN * RUN + start
+        nearest = row - first - (NEAR - 1)
+        counts = (nearest > 0) & (first >= 0) & (nearest + NEAR <= most[:, None])
+        score = means[:, np.clip(nearest, 0, length)] + np.log(NEAR)
+        found = np.logaddexp(found, np.where(counts, score, -np.inf))
+    padded = np.pad(found, ((0, 0), (0, -length % tile)), constant_values=np.inf)
+    return padded.reshape(heads, -1, tile).min(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

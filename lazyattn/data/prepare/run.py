@@ -10,10 +10,10 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lazyattn import __version__
 from lazyattn.data import manifest
 from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
 from lazyattn.data.parquet import DamagedFileError
@@ -224,7 +224,7 @@ def _prepare(
     splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
     tokenizer.save_in(folder)
     content = Manifest(
-        created_by=f"lazyattn {metadata.version('lazyattn')}",
+        created_by=f"lazyattn {__version__}",
         tokenizer=TokenizerRecord(
             kind=tokenizer.kind,
             file=tokenizer.file_name,

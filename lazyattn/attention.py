@@ -99,7 +99,9 @@ def lazy_attention(
     NaN stays NaN: in a query, a key or a value it reaches all queries that see it. It may reach
     earlier queries too, since what they do not see is multiplied by 0, and 0 times NaN is NaN:
     from a value with every implementation, from a key with "mosaic_gpu". These are the
-    queries of its tile of keys, up to 255 of them; with "xla" all.
+    queries of its tile of keys, up to 255 of them; with "xla" all. A query that sees nothing, for a
+    bias of -inf, is NaN itself, and with "triton", "tpu" and "mosaic_gpu" so are the gradients of
+    the bias and of keys in the tiles that it visits, whatever its cotangent.
 
     Args:
       query: queries, rotated by RoPE if the model uses it; float32, bfloat16,

@@ -59,8 +59,8 @@ flags.DEFINE_string(
 _INIT_FROM = paths.define(
     "init_from",
     None,
-    "train, check: start from the weights of a run (RUN, RUN/checkpoints/STEP) or of an export;"
-    " sets config.training.init_from.",
+    "train, check: start from the weights of a run (RUN, RUN/checkpoints/STEP), of an export or of"
+    " a Hugging Face folder; sets config.training.init_from.",
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config",

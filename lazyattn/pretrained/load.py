@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
-from lazyattn.errors import bad_value
+from lazyattn.errors import InputError, bad_value
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from lazyattn.paths import local_path
-from lazyattn.pretrained import names, parameters, tensor_files
+from lazyattn.pretrained import hub, names, parameters, sharded, tensor_files
 from lazyattn.pretrained.settings import FILE, Facts, as_facts, is_tied, read_settings
 
 PARAMS = "params"
@@ -72,11 +72,11 @@ def _logits(
 def load_model(
     path: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None
 ) -> ExportedModel:
-    """Returns the model of a folder that `--mode=export` wrote, or that the authors' code did.
+    """Returns the model of a folder that `--mode=export` wrote, the authors' code, or a hub has.
 
     Args:
       path: folder with `config.json` and an Orbax checkpoint in `params` or, failing
-        that, safetensors in the authors' naming.
+        that, safetensors in the authors' naming or of a family in `lazyattn.pretrained.hub`.
       mesh: from `lazyattn.sharding.make_mesh`, devices to share the parameters out to;
         None: all on the first device.
 
@@ -103,9 +103,51 @@ def load_safetensors(folder: Path, mesh: jax.sharding.Mesh | None = None) -> Exp
     Raises:
       InputError: as `load_model`.
     """
-    facts, params = read_safetensors(folder, read_settings(folder / FILE))
+    settings = read_settings(folder / FILE)
+    if hub.is_hub(settings):
+        return _load_hub(folder, settings, mesh)
+    facts, params = read_safetensors(folder, settings)
     params = parameters.place(params, facts.model, mesh)
     return ExportedModel(facts.model, params, _tokenizer(folder), facts, mesh)
+
+
+def _load_hub(
+    folder: Path, settings: Mapping[str, Any], mesh: jax.sharding.Mesh | None
+) -> ExportedModel:
+    """Returns a hub's model, each device's part of it read for that device alone."""
+    facts, tokenizer = as_facts(settings), _tokenizer(folder)
+    config, where = facts.model, repr(str(folder))
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{where} has a tokenizer of {tokenizer.vocab_size:,} ids, but its model has a"
+            f" vocab_size of {config.vocab_size:,}, which must be as many or more."
+        )
+    with tensor_files.opened(folder) as (shapes, read):
+        # Old folders have tables that follow from the settings.
+        shapes = {name: x for name, x in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        expected = names.tensor_shapes(config, names.HUB)
+        tied = names.HUB.whole["embedding",]
+        if config.tie_embeddings and names.OUTPUT in shapes:
+            # Some write the one table twice.
+            expected |= {names.OUTPUT: expected[tied]}
+        tensor_files.check_shapes(shapes, expected, where)
+        if config.tie_embeddings and names.OUTPUT in shapes:
+            _check_tied(read, tied, shapes[tied], where)
+        params = sharded.read_params(read, config, names.HUB, mesh)
+    return ExportedModel(config, params, tokenizer, facts, mesh)
+
+
+def _check_tied(
+    read: tensor_files.Read, name: str, shape: tuple[int, ...], where: str, rows: int = 4096
+) -> None:
+    """Checks, some rows at a time, that both tables of a tied model are one."""
+    for start in range(0, shape[0], rows):
+        part = slice(start, min(start + rows, shape[0])), slice(0, shape[1])
+        if not np.array_equal(read(name, part), read(names.OUTPUT, part)):
+            raise InputError(
+                f"{where} has a {names.OUTPUT} that is not its {name}, but its config.json says"
+                " tie_word_embeddings = true; set that to false."
+            )
 
 
 def read_safetensors(

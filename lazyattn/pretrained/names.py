@@ -1,4 +1,6 @@
-"""Parameters by the names of the authors' PyTorch layers, and back.
+"""Parameters by the names of the authors' PyTorch layers, or of a hub's models, and back.
+
+The authors':
 
     model.embeddings.weight                    [vocab, width]
     model.layers.N.attn_norm.weight            [width]
@@ -9,6 +11,8 @@
     model.layers.N.attn.learnable_bias_diagonals   [heads, bias_width]
     model.layers.N.attn.tau                    [heads]
     model.layers.N.attn.learnable_bias_slope   [heads], with a tail; ours, theirs has none
+    model.layers.N.attn.q_proj.bias            [heads * head_dim], and k_proj's and v_proj's,
+                                               with `qkv_bias`
     model.layers.N.attn.g_proj.weight          [heads * head_dim, width], with `output_gate`;
                                                ours, theirs has none
     model.layers.N.mlp_norm.weight             [width]
@@ -17,10 +21,14 @@
     model.norm.weight                          [width]
     lm_head.weight                             [vocab, width]
 
+A hub's (`lazyattn.pretrained.hub`) have `self_attn` for `attn`, `embed_tokens` for `embeddings`,
+`input_layernorm` for `attn_norm` and `post_attention_layernorm` for `mlp_norm`, and no
+`lm_head.weight` where the embedding is tied.
+
 A PyTorch Linear keeps its matrix as [out, in] and heads are one after the other in its
 rows; ours is [in, out]. Our embedding is multiplied by width^1/2 on the way in and theirs
-is not, so that theirs is ours times that. A bias of kind "decay" is written as the table
-and the slope that it comes to.
+is not, so that theirs is ours times that, unless `scale_embedding` is off. A bias of kind
+"decay" is written as the table and the slope that it comes to.
 
 Source of the names: the authors' attention layer in the flash-linear-attention library.
 """
@@ -43,7 +51,8 @@ from lazyattn.pretrained.parameters import as_table, table_config
 INPUT, OUTPUT = "model.embeddings.weight", "lm_head.weight"
 BIAS, SLOPE, TAU = "attn.learnable_bias_diagonals", "attn.learnable_bias_slope", "attn.tau"
 
-# Of a matrix: how many of our first axes go in. None: a vector or table, kept as it is.
+# Of a matrix: how many of our first axes go in. None: a vector or table, kept as it is. 0: a
+# vector there, whose entries are those of heads here.
 _LAYER: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("attention_norm", "scale"): ("attn_norm.weight", None),
     ("attention", "query"): ("attn.q_proj.weight", 1),
@@ -52,6 +61,9 @@ _LAYER: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("attention", "output"): ("attn.o_proj.weight", 2),
     ("attention", "query_norm", "scale"): ("attn.q_norm.weight", None),
     ("attention", "key_norm", "scale"): ("attn.k_norm.weight", None),
+    ("attention", "query_bias"): ("attn.q_proj.bias", 0),
+    ("attention", "key_bias"): ("attn.k_proj.bias", 0),
+    ("attention", "value_bias"): ("attn.v_proj.bias", 0),
     ("attention", "output_gate"): ("attn.g_proj.weight", 1),
     ("attention", "distance_bias"): (BIAS, None),
     ("attention", "distance_slope"): (SLOPE, None),
@@ -68,8 +80,45 @@ _WHOLE = {
 }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Naming:
+    """What tensors are called.
+
+    Attributes:
+      layer: path here -> name there behind `model.layers.N.`, and axes as in `_LAYER`.
+      whole: path here -> name there, of arrays of no layer.
+    """
+
+    layer: Mapping[tuple[str, ...], tuple[str, int | None]]
+    whole: Mapping[tuple[str, ...], str]
+
+
+AUTHORS = Naming(_LAYER, _WHOLE)
+
+
+def _hub_name(name: str) -> str:
+    head, _, tail = name.partition(".")
+    renamed = {
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attn": "self_attn",
+    }
+    return f"{renamed.get(head, head)}.{tail}"
+
+
+# What only lazy layers have, or our own, has no name there.
+HUB = Naming(
+    {
+        path: (_hub_name(name), axes)
+        for path, (name, axes) in _LAYER.items()
+        if not path[-1].startswith(("distance", "offset", "output_gate"))
+    },
+    _WHOLE | {("embedding",): "model.embed_tokens.weight"},
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """One tensor: its name there, and where it is here.
 
     Attributes:
@@ -88,28 +137,33 @@ class _Tensor:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
+        """The shape there."""
         if self.axes_in is None:
             return self.shape
+        if self.axes_in == 0:
+            return (math.prod(self.shape),)
         return math.prod(self.shape[self.axes_in :]), math.prod(self.shape[: self.axes_in])
 
     def to_torch(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Returns the tensor of one layer's array."""
         if self.axes_in is None:
             return array
-        return array.reshape(self.torch_shape[::-1]).T
+        return array.reshape(self.torch_shape[::-1]).T  # of one axis it is itself
 
     def from_torch(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Returns one layer's array of the tensor."""
         return array if self.axes_in is None else array.T.reshape(self.shape)
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig, naming: Naming = AUTHORS) -> dict[str, tuple[int, ...]]:
     """Returns the PyTorch shape of every tensor of a model, by name, layer after layer."""
-    shapes = {tensor.name: tensor.torch_shape for tensor in _tensors(config)}
-    return shapes | {OUTPUT: shapes[INPUT]}
+    shapes = {tensor.name: tensor.torch_shape for tensor in tensors(config, naming)}
+    return shapes | {OUTPUT: shapes[INPUT]} if naming is AUTHORS else shapes
 
 
 def stored_dtype(name: str, dtype: str) -> str:
     """Returns a tensor's dtype in an export with matrices in `dtype`, as `parameters.cast`."""
-    kept = {theirs for theirs, axes_in in _LAYER.values() if axes_in is None} | {"norm.weight"}
+    kept = {theirs for theirs, axes_in in _LAYER.values() if not axes_in} | {"norm.weight"}
     return "float32" if any(name.endswith("." + one) for one in kept) else dtype
 
 
@@ -124,9 +178,9 @@ def to_torch(
       params: the model's parameters, float32, on any devices.
       config: the model.
     """
-    scale = np.float32(config.width**0.5)
+    scale = np.float32(config.embedding_factor)
     params, config = as_table(params, config)
-    for tensor in _tensors(config):
+    for tensor in tensors(config):
         array = tensor.to_torch(_gathered(_find(params, tensor)))
         # What is not contiguous, safetensors would write in the order it has in memory.
         yield tensor.name, np.ascontiguousarray(array * scale if tensor.name == INPUT else array)
@@ -149,11 +203,11 @@ def from_torch(
     """
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     params: Params = {}
-    for tensor in _tensors(config):
+    for tensor in tensors(config):
         name = OUTPUT if tensor.name == INPUT and config.tie_embeddings else tensor.name
         array = np.asarray(read(name), np.float32)
         if name == INPUT:
-            array = _unscaled(array, np.float32(config.width**0.5))
+            array = _unscaled(array, np.float32(config.embedding_factor))
         array = np.ascontiguousarray(tensor.from_torch(array))
         if tensor.layer is None:
             _put(params, tensor.path, array)
@@ -166,34 +220,34 @@ def from_torch(
             for layer, array in enumerate(arrays):
                 _put(params, (f"blocks_{layer}", *path), array)
     if config.tie_embeddings:
-        expected = params["embedding"] * np.float32(config.width**0.5)
+        expected = params["embedding"] * np.float32(config.embedding_factor)
         # Both may have been rounded to bfloat16, which has 8 bits.
         if not np.allclose(np.asarray(read(INPUT), np.float32), expected, rtol=2**-7, atol=0):
             raise InputError(
-                f"{where} has a {INPUT} that is not {OUTPUT} times the square root of"
-                f" {config.width}, the width, so that the model is not tied, as its settings say."
+                f"{where} has a {INPUT} that is not {OUTPUT} times"
+                f" {config.embedding_factor:g}, so that the model is not tied, as its settings say."
             )
     return params
 
 
 @functools.cache
-def _tensors(config: ModelConfig) -> tuple[_Tensor, ...]:
+def tensors(config: ModelConfig, naming: Naming = AUTHORS) -> tuple[Tensor, ...]:
     """Returns a model's tensors, but for the second copy of a tied embedding."""
     config = table_config(config)
     shapes = parameter_shapes(config)
     stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
 
-    def whole(path: tuple[str, ...]) -> _Tensor:
-        return _Tensor(_WHOLE[path], path, _leaf(shapes, path).shape)
+    def whole(path: tuple[str, ...]) -> Tensor:
+        return Tensor(naming.whole[path], path, _leaf(shapes, path).shape)
 
     found = [whole(("embedding",))]
     for layer in range(config.num_layers):
-        for path, (name, axes_in) in _LAYER.items():
+        for path, (name, axes_in) in naming.layer.items():
             leaf = _leaf(stacked, path)
             if leaf is not None:
                 shape = leaf.shape[1:] if config.scan_layers else leaf.shape
                 theirs = f"model.layers.{layer}.{name}"
-                found.append(_Tensor(theirs, path, shape, layer, axes_in))
+                found.append(Tensor(theirs, path, shape, layer, axes_in))
     found.append(whole(("final_norm", "scale")))
     if not config.tie_embeddings:
         found.append(whole(("unembedding",)))
@@ -210,7 +264,7 @@ def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return node
 
 
-def _find(params: Mapping[str, Any], tensor: _Tensor) -> Any:
+def _find(params: Mapping[str, Any], tensor: Tensor) -> Any:
     if tensor.layer is None:
         return _leaf(params, tensor.path)
     if "blocks" in params:

@@ -68,7 +68,7 @@ def restore(folder: Path, config: ModelConfig, mesh: jax.sharding.Mesh | None) -
       InputError: if it can't be read, or is not of that model, or the mesh does not
         divide an array.
     """
-    wanted = _placed(parameter_shapes(config), config, mesh)
+    wanted = placed_shapes(config, mesh)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(
@@ -90,11 +90,17 @@ def place(params: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -
     Raises:
       InputError: if the mesh does not divide an array.
     """
-    wanted = _placed(parameter_shapes(config), config, mesh)
+    wanted = placed_shapes(config, mesh)
     return jax.tree.map(lambda leaf, where: jax.device_put(leaf, where.sharding), params, wanted)
 
 
-def _placed(shapes: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+def placed_shapes(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    """Returns the parameters' tree of shapes that know their sharding.
+
+    Raises:
+      InputError: if the mesh does not divide an array.
+    """
+    shapes = parameter_shapes(config)
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, shapes)

@@ -12,6 +12,7 @@ from typing import Any
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import model_from_dict
 from lazyattn.model.config import ModelConfig
+from lazyattn.pretrained import hub
 from lazyattn.pretrained.names import BIAS, SLOPE, TAU
 
 FILE = "config.json"
@@ -20,7 +21,6 @@ _FORMAT = 1
 
 # Settings of their model that ours does not have, and their values that ours does.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "qkv_bias": (None, False),
     "attention_bias": (None, False),
     "window_size": (None,),
     "hidden_act": (None, "swish", "silu"),
@@ -69,6 +69,7 @@ def as_settings(facts: Facts, dtype: str) -> dict[str, Any]:
         "hidden_act": "swish",
         "norm_eps": model.norm_eps,
         "qk_norm": attention.qk_norm,
+        "qkv_bias": attention.qkv_bias,
         "rope_theta": attention.rope_base,
         "max_position_embeddings": facts.sequence_length,
         # Input and output differ by a factor there, so that none is the other.
@@ -106,7 +107,7 @@ def as_facts(
     """Returns what a `config.json` says.
 
     Args:
-      settings: its content, of an export of ours or of the authors' code.
+      settings: its content, of an export of ours, of the authors' code or of a hub's model.
       tensors: shapes of the safetensors beside it, whose names tell the variant where
         the settings are not ours.
 
@@ -114,6 +115,8 @@ def as_facts(
       InputError: for settings that are missing or that no model of ours has.
     """
     ours = settings.get(_OURS)
+    if hub.is_hub(settings):
+        return Facts(hub.model_config(settings), hub.sequence_length(settings))
     if ours is None:
         return _from_theirs(settings, {} if tensors is None else tensors)
     if not isinstance(ours, Mapping) or ours.get("format") != _FORMAT:
@@ -151,6 +154,7 @@ def _from_theirs(settings: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
         "num_kv_heads": settings.get("num_kv_heads"),
         "rope_base": settings.get("rope_theta") or 10_000.0,
         "qk_norm": bool(settings.get("qk_norm")),
+        "qkv_bias": bool(settings.get("qkv_bias")),
         "bias_width": settings.get("max_bias_length", 1024),
         "bias_kind": "table",
         "bias_init": "normal",
@@ -204,6 +208,10 @@ def differences(facts: Facts) -> list[str]:
     if attention.window is not None:
         found.append(
             f"They have no window; this model's local heads see {attention.window:,} keys."
+        )
+    if attention.rope and attention.rope_scaling != "none":
+        found.append(
+            f"They don't scale RoPE's angles; this model's are ({attention.rope_scaling})."
         )
     if attention.output_gate:
         found.append("They have no gate on the output; this model's is attn.g_proj.weight.")

@@ -9,9 +9,9 @@ Hugging Face libraries write and read them.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -19,6 +19,7 @@ from jaxtyping import Float, Shaped
 from lazyattn.errors import InputError
 from lazyattn.paths import umask
 
+_DTYPES = ("F32", "F16", "BF16", "F64")
 MAX_BYTES = 4_000_000_000
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -98,17 +99,25 @@ def _numbers(sizes: Mapping[str, int], max_bytes: int) -> dict[str, int]:
     return numbers
 
 
+class Read(Protocol):
+    """Reads a tensor, or a part of it."""
+
+    def __call__(
+        self, name: str, index: tuple[slice, ...] | None = None
+    ) -> Float[np.ndarray, "..."]:
+        """Returns a tensor; with `index`, a slice of each axis, that part, and no more is read."""
+
+
 @contextlib.contextmanager
-def opened(
-    path: Path,
-) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Float[np.ndarray, "..."]]]]:
+def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Read]]:
     """Opens a folder of safetensors or one such file.
 
     Yields:
-      Shapes by name, and name -> tensor, which reads it.
+      Shapes by name, and what reads a tensor by its name.
 
     Raises:
-      InputError: if there is none, or one can't be read.
+      InputError: if there is none, a file of several is missing or can't be read, or a tensor
+        has a dtype that no weights have which are not quantized.
     """
     require_library()
     import safetensors
@@ -120,14 +129,27 @@ def opened(
             try:
                 held = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
                 listed = held.keys()
-                found = {name: tuple(held.get_slice(name).get_shape()) for name in listed}
+                headers = {name: held.get_slice(name) for name in listed}
+                found = {name: tuple(one.get_shape()) for name, one in headers.items()}
             except (safetensors.SafetensorError, OSError) as error:
                 raise InputError(
                     f"{str(file)!r} can't be read as a safetensors file ({error})."
                 ) from None
+            for name, one in headers.items():
+                if one.get_dtype() not in _DTYPES:
+                    raise InputError(
+                        f"{str(file)!r} has {name} in {one.get_dtype()}, but it must be in one of"
+                        f" {', '.join(_DTYPES)}: weights must not be quantized."
+                    )
             holds |= dict.fromkeys(found, held)
             shapes |= found
-        yield shapes, lambda name: holds[name].get_tensor(name)
+
+        def read(name: str, index: tuple[slice, ...] | None = None) -> Float[np.ndarray, "..."]:
+            if index is None:
+                return holds[name].get_tensor(name)
+            return holds[name].get_slice(name)[index]
+
+        yield shapes, read
 
 
 def _files(path: Path) -> list[Path]:
@@ -146,7 +168,15 @@ def _files(path: Path) -> list[Path]:
         raise InputError(
             f"{str(path / INDEX)!r} can't be read as the index of safetensors files ({error!r})."
         ) from None
-    return [path / name for name in dict.fromkeys(names)]
+    files = [path / str(name) for name in dict.fromkeys(names)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{str(path)!r} has no {missing[0]}{more}, but {INDEX} there names {len(files)} files"
+            " that must all be there."
+        )
+    return files
 
 
 def check_shapes(

@@ -1,4 +1,4 @@
-"""A run that starts from the weights of another: of a run's checkpoint or of an export."""
+"""A run that starts from the weights of another: of a run, of an export or of a hub's model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,15 +14,21 @@ from jaxtyping import Array, Float
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.data.tokenizer import Tokenizer
-from lazyattn.errors import InputError, bad_value
+from lazyattn.errors import InputError, bad_value, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import AttentionConfig, ModelConfig
-from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES, bias_arguments
+from lazyattn.model.distance_bias import (
+    LOG_SLOPE_RANGE,
+    NAMES,
+    bias_arguments,
+    bias_parameters,
+)
 from lazyattn.model.heads import global_heads
 from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
 from lazyattn.paths import local_path
+from lazyattn.pretrained.hub import is_hub
 from lazyattn.pretrained.load import load_model
-from lazyattn.pretrained.settings import FILE
+from lazyattn.pretrained.settings import FILE, as_facts, read_settings
 
 _WHERE = "--init_from"
 # How it is computed, which changes nothing that has been learned.
@@ -64,8 +70,9 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
     """Returns the weights in `training.init_from`.
 
     That is the folder of a run (its newest checkpoint is taken), of one of its checkpoints,
-    `RUN/checkpoints/STEP`, or of an export. A distance bias of another width or kind comes
-    out as the same function of the distance.
+    `RUN/checkpoints/STEP`, of an export, or of a hub's model. A distance bias of another width
+    or kind comes out as the same function of the distance. Where they have no distance bias or
+    no offset and this run's model has, it starts as if it had none.
 
     Args:
       experiment: of the run that starts.
@@ -84,24 +91,44 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
         source = _of_run(run, step, experiment)
         model, name = source.experiment.model, f"step {source.step} of {run}"
     elif (folder / FILE).is_file():
+        settings = read_settings(folder / FILE)
+        if is_hub(settings):  # all is known without its tensors
+            _check_shapes(as_facts(settings).model, experiment.model)
         source = load_model(folder, mesh)
         model, name = source.config, str(folder)
     else:
         raise bad_value(
             _WHERE,
             str(experiment.training.init_from),
-            "the folder of a run with a checkpoint, RUN/checkpoints/STEP or an export",
+            "the folder of a run with a checkpoint, RUN/checkpoints/STEP, an export or a folder of"
+            " a hub's model",
         )
     _check_shapes(model, experiment.model)
     params = _fitted(source.params, model, experiment.model, shardings)
     lines = [f"starting from the weights of {name}, with a fresh optimizer"]
     before, now = (_flat(config) for config in (model, experiment.model))
+    lines += _new_parts(model.attention, experiment.model.attention)
     lines += [
         f"  config.model.{key}: {before[key]!r} there, {value!r} here"
         for key, value in now.items()
         if before[key] != value and key not in _SAME
     ]
     return Weights(params, source.tokenizer, tuple(lines))
+
+
+def _new_parts(source: AttentionConfig, target: AttentionConfig) -> list[str]:
+    """Returns a line on what this run's model has and theirs had not, if anything."""
+    bias, offset = _is_new(source, target)
+    found = ["no distance bias"] * bias + ["offsets of 0"] * offset
+    return [f"  it starts with {' and '.join(found)}, which is what they are"] if found else []
+
+
+def _is_new(source: AttentionConfig, target: AttentionConfig) -> tuple[bool, bool]:
+    """Returns whether the target alone has a distance bias, and whether it alone has offsets."""
+    return (
+        target.has_bias and not source.has_bias,
+        target.has_offset and not source.has_offset,
+    )
 
 
 def _flat(model: ModelConfig) -> dict[str, Any]:
@@ -139,6 +166,9 @@ def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
         return {k: x.shape for k, x in flat.items() if k.split("/")[-1] not in names}
 
     theirs, ours = shapes(source), shapes(target)
+    if _is_new(source.attention, target.attention)[1]:
+        offset = "blocks/attention/offset"
+        theirs[offset] = ours[offset]
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise InputError(
@@ -146,6 +176,12 @@ def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
                 f" {_shape(ours.get(name))} in this run's model; give the settings it was made with"
                 " (config.json there has them)."
             )
+    require(
+        source.scale_embedding == target.scale_embedding,
+        "model.scale_embedding",
+        target.scale_embedding,
+        f"{source.scale_embedding}, as in {_WHERE}",
+    )
     _check_bias(source.attention, target.attention)
 
 
@@ -156,11 +192,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _check_bias(source: AttentionConfig, target: AttentionConfig) -> None:
     """Refuses what can't be the same function of the distance."""
     where = "model.attention."
-    if source.has_bias != target.has_bias:
+    if source.has_bias and not target.has_bias:
         raise InputError(
-            f"{_WHERE}: the parameter {NAMES[source.bias_kind][0]} of the distance bias is"
-            f" {'there' if source.has_bias else 'missing there'}, but {where}variant ="
-            f" {target.variant!r} has {'one' if target.has_bias else 'none'}."
+            f"{_WHERE}: the parameter {NAMES[source.bias_kind][0]} of the distance bias is there,"
+            f" but {where}variant = {target.variant!r} has none."
         )
     if not source.has_bias:
         return
@@ -195,6 +230,8 @@ def _fitted(params: Any, source: ModelConfig, target: ModelConfig, shardings: An
         layer = params["blocks"]["attention"]
         bias, falls = converted_bias(layer, source.attention, target.attention)
         names = {name for both in NAMES.values() for name in both}
+        if _is_new(source.attention, target.attention)[1]:
+            bias["offset"] = jnp.zeros(layer["output"].shape[:2])
         layer = {name: leaf for name, leaf in layer.items() if name not in names} | bias
         params = {**params, "blocks": {**params["blocks"], "attention": layer}}
         return (params if target.scan_layers else unstack_blocks(params)), falls
@@ -219,13 +256,21 @@ def converted_bias(
     Args:
       layer: attention parameters of the source, with or without an axis of layers.
       source: of these.
-      target: as wide or wider, with a tail if the source has one.
+      target: as wide or wider, with a tail if the source has one. Any, if the source has no
+        bias: it then is 0, but for the slope of a "decay", which can't be: that is the
+        smallest there is, too small for any context.
 
     Returns:
       The bias's parameters, and whether every slope can be the target's.
     """
     if not source.has_bias:
-        return {}, jnp.array(True)
+        leading = layer["output"].shape[:-3]
+        found = {
+            name: jnp.zeros((*leading, *one.shape)) for name, one in bias_parameters(target).items()
+        }
+        if target.has_bias and target.bias_kind == "decay":
+            found[NAMES["decay"][1]] += LOG_SLOPE_RANGE[0]
+        return found, jnp.array(True)
     more = target.bias_width - source.bias_width
     table_name, slope_name = NAMES[target.bias_kind]
     function = bias_arguments(layer, source)

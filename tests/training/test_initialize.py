@@ -19,8 +19,10 @@ from lazyattn.export.main import export
 from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.parameters import parameter_shapes
+from lazyattn.pretrained.load import load_model
 from lazyattn.training import main
 from lazyattn.training.initialize import converted_bias
+from tests.pretrained import hub_folder
 from tests.training import tiny
 
 KINDS = {
@@ -72,6 +74,19 @@ def test_a_bias_of_another_width_or_kind_is_the_same_function(kind, to, width, s
     np.testing.assert_allclose(
         _bias(found, target), _bias(layer, source), atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_that_was_not_there_starts_as_none(kind):
+    source = AttentionConfig(num_heads=4, variant="softmax")
+    target = AttentionConfig(num_heads=4, bias_width=6, **KINDS[kind])
+    layer = {"output": jnp.ones((3, 4, 2, 8))}
+    found, falls = converted_bias(layer, source, target)
+    assert falls
+    shapes = {name: (3, *one.shape) for name, one in bias_parameters(target).items()}
+    assert {name: leaf.shape for name, leaf in found.items()} == shapes
+    # A decay's slope is never 0, but what it takes in a million tokens is lost in rounding.
+    assert np.abs(_bias(found, target)).max() < (1e-11 if kind == "decay" else 1e-30)
 
 
 def test_a_slope_that_rises_can_not_become_a_decay():
@@ -137,6 +152,54 @@ def test_a_run_starts_from_a_checkpoint_or_an_export(source, text, first_state, 
         where = folder if given == folder else f"step {step} of {source}"
         said = f"starting from the weights of {where}, with a fresh optimizer\ndevices"
         assert said.split("\n")[0] in capsys.readouterr().out
+
+
+HUB = hub_folder.LLAMA | {
+    **{"vocab_size": 280, "intermediate_size": 16, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "tie_word_embeddings": True},
+}
+AS_HUB = {
+    "model__scale_embedding": False,
+    "model__norm_eps": 1e-5,
+    "model__attention__rope_base": 500.0,
+}
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [{"variant": "softmax"}, {}, {"bias_kind": "table", "variant": "lazy_constant_offset"}],
+    ids=["softmax", "decay", "table"],
+)
+def test_a_run_starts_as_the_model_of_a_hub(text, first_state, tmp_path, capsys, attention):
+    pytest.importorskip("safetensors")
+    from lazyattn.model.transformer import Transformer
+
+    hub_folder.write(tmp_path / "hub", HUB)
+    changes = {f"model__attention__{name}": value for name, value in attention.items()}
+    experiment = _experiment(text, training__init_from=str(tmp_path / "hub"), **AS_HUB, **changes)
+    params = first_state(experiment).params
+    said = "  it starts with no distance bias and offsets of 0, which is what they are\n"
+    out = capsys.readouterr().out
+    assert (said in out) == (attention.get("variant") != "softmax")
+    assert "rope_base" not in out and "scale_embedding" not in out
+    theirs, tokens = load_model(tmp_path / "hub"), jnp.arange(48)[None] % 200
+    found = Transformer(experiment.model).apply({"params": params}, tokens)
+    expected = Transformer(theirs.config).apply({"params": theirs.params}, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_model_than_the_hub_s_is_refused_before_it_is_read(text, tmp_path, monkeypatch):
+    hub_folder.write(tmp_path / "hub", HUB, tensors={})
+    for change, message in (
+        ({"model__num_layers": 2}, r"blocks/.* is of shape \[1, .*there, but of shape \[2, "),
+        ({"model__attention__qkv_bias": True}, "blocks/attention/key_bias is missing there"),
+        ({"model__scale_embedding": True}, "scale_embedding is True, but it must be False, as"),
+    ):
+        experiment = _experiment(
+            text, training__init_from=str(tmp_path / "hub"), **(AS_HUB | change)
+        )
+        with pytest.raises(InputError, match=message):
+            tiny.train(experiment, tmp_path / "new")
 
 
 def test_a_longer_context_is_the_same_function(source, text, first_state, capsys):

@@ -44,7 +44,12 @@ config_flags.DEFINE_config_file(
     "Config file, or the name of one that comes with the package, such as quickstart; FILE:KIND or"
     " NAME:KIND for a kind of attention. Train, check and compile need one.",
 )
-paths.define("workdir", None, "Folder of the run: checkpoints, logs, settings.")
+paths.define(
+    "workdir",
+    None,
+    "Folder of the run: checkpoints, logs, settings. It may be in a bucket, gs://BUCKET/FOLDER.",
+    buckets=paths.RUN,
+)
 _MODE = flags.DEFINE_string(
     "mode",
     "train",

@@ -1,4 +1,4 @@
-"""Files and folders that a user names: on this machine, as buckets can't be used yet."""
+"""Files and folders that a user names: on this machine or, where it says so, in a bucket."""
 
 import io
 import os
@@ -11,27 +11,37 @@ from typing import Any
 from absl import flags
 
 from lazyattn.allowed import Allowed
-from lazyattn.errors import require
+from lazyattn.buckets import bucket_path, is_bucket, scheme
+from lazyattn.errors import bad_value
 
 # A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_MOUNT = "mount the bucket and give the path"
 LOCAL = Allowed(
-    lambda path: not _URL.match(os.fspath(path)),
-    "a path on this machine, not a URL; mount the bucket and give the path",
+    lambda path: not _URL.match(os.fspath(path)), f"a path on this machine, not a URL; {_MOUNT}"
 )
 
+# Where a run may lie, since Orbax writes to no other buckets; where an export may be put.
+RUN = ("gs",)
+EXPORT = ("gs", "s3")
 
-def check_local(name: str, path: str | os.PathLike[str]) -> None:
+
+def check_local(name: str, path: str | os.PathLike[str], buckets: Sequence[str] = ()) -> None:
     """Refuses a URL, which would otherwise be taken for a folder called `gs:`.
 
     Args:
       name: what the user wrote, e.g. "--workdir" or "data.path".
       path: the path.
+      buckets: schemes of URLs that are fine, such as `RUN`.
 
     Raises:
-      InputError: if it is a URL of any scheme.
+      InputError: if it is a URL of another scheme.
     """
-    require(LOCAL.holds(path), name, os.fspath(path), LOCAL.words)
+    if LOCAL.holds(path) or scheme(path) in buckets:
+        return
+    fine = " or ".join(f"{each}://BUCKET/FOLDER" for each in buckets)
+    words = f"a path on this machine or {fine}; of another bucket {_MOUNT}" if fine else LOCAL.words
+    raise bad_value(name, os.fspath(path), words)
 
 
 def local_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -42,6 +52,16 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
     """
     check_local(name, path)
     return Path(path).expanduser()
+
+
+def folder(name: str, path: str | os.PathLike[str], buckets: Sequence[str] = RUN) -> Path:
+    """Returns a folder as an absolute path; in a bucket it does what `pathlib.Path` does.
+
+    Raises:
+      InputError: as `check_local`, or if the package for such buckets is not installed.
+    """
+    check_local(name, path, buckets)
+    return bucket_path(name, path) if is_bucket(path) else Path(path).expanduser().absolute()
 
 
 def umask() -> int:
@@ -66,11 +86,11 @@ class _PathParser(flags.ArgumentParser[str]):
 
     syntactic_help = "a path"
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, buckets: Sequence[str] = ()):
+        self._name, self._buckets = name, buckets
 
     def parse(self, argument: str) -> str:
-        check_local(f"--{self._name}", argument)
+        check_local(f"--{self._name}", argument, self._buckets)
         return argument
 
 
@@ -96,9 +116,13 @@ def define(
     help: str,
     flag_values: flags.FlagValues = flags.FLAGS,
     required: bool = False,
+    buckets: Sequence[str] = (),
 ) -> flags.FlagHolder[Any]:
-    """Defines a flag whose value is a path; a URL is refused when it is parsed."""
-    parser = _PathParser(name)
+    """Defines a flag whose value is a path; a URL is refused when it is parsed.
+
+    Those of `buckets` are not: what they can't be used for refuses them itself.
+    """
+    parser = _PathParser(name, buckets)
     return flags.DEFINE(parser, name, default, help, flag_values=flag_values, required=required)
 
 

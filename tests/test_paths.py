@@ -1,4 +1,4 @@
-"""URLs where a path is asked for: each flag, setting and variable refuses them at once."""
+"""URLs where a path is asked for: what can't use one refuses it at once."""
 
 import dataclasses
 import os
@@ -26,7 +26,11 @@ from lazyattn.export.flags import ExportOptions
 from lazyattn.export.main import export
 
 URL = "gs://bucket/run"
+FAR = "hf://bucket/run"
 REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and give the path\.$"
+
+# Flags of paths that may be in a bucket, of these kinds.
+IN_BUCKETS = {"workdir": "gs", "against": "gs", "output": "gs or s3"}
 
 # Flags of text that are no paths; a new one belongs here or is defined by `lazyattn.paths`.
 NO_PATHS = {
@@ -59,6 +63,11 @@ def _text_flags(values):
             yield name
 
 
+def _other_buckets(kinds):
+    fine = " or ".join(f"{kind}://BUCKET/FOLDER" for kind in kinds.split(" or "))
+    return f"it must be a path on this machine or {fine}; of another bucket mount the bucket"
+
+
 def test_every_flag_that_takes_a_path_refuses_a_url():
     from lazyattn import main as train
 
@@ -67,9 +76,11 @@ def test_every_flag_that_takes_a_path_refuses_a_url():
     for values in (command_line.flags.FLAGS, preparation.FLAGS):
         for name in _text_flags(values):
             found.add(name)
-            refused = pytest.raises(InputError, match=rf"^--{name} is '{URL}', but {REFUSED}")
+            may = name in IN_BUCKETS and values is command_line.flags.FLAGS
+            url, why = (FAR, _other_buckets(IN_BUCKETS[name])) if may else (URL, REFUSED)
+            refused = pytest.raises(InputError, match=rf"^--{name} is '{url}', but {why}")
             with flagsaver.flagsaver(), refused:
-                command_line.parse(["program", f"--{name}={URL}"], values)
+                command_line.parse(["program", f"--{name}={url}"], values)
     assert found >= {
         *("workdir", "cache_dir", "tasks_dir", "text", "lambada", "output", "import_from"),
         *("against", "input", "validation_input", "tokenizer"),
@@ -137,13 +148,13 @@ def test_the_compiler_of_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda: open_workdir(URL),
-        lambda: load_trained(URL),
+        lambda: open_workdir(FAR),
+        lambda: load_trained(FAR),
         lambda: entry(URL, "name", lambda work: {}),
-        lambda: export("run", options=ExportOptions(output=URL)),
+        lambda: export("run", options=ExportOptions(output=FAR)),
         lambda: export(None, options=ExportOptions(output="out", import_from=URL)),
-        lambda: export(URL),
-        lambda: evaluate(URL),
+        lambda: export(FAR),
+        lambda: evaluate(FAR),
         lambda: evaluate("run", options=EvaluationOptions(texts=(URL,))),
         lambda: Preparation((URL,), "out", "train"),
         lambda: Preparation(("in",), URL, "train"),
@@ -152,7 +163,7 @@ def test_the_compiler_of_the_environment(monkeypatch):
 )
 def test_as_functions_too(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="gs:"):
+    with pytest.raises(InputError, match=r"gs:|hf:"):
         use()
     assert os.listdir(tmp_path) == []
 
@@ -161,7 +172,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
     """As a user types it: one line, status 2, and no folder called `gs:`."""
     root = Path(__file__).parents[1]
     environment = os.environ | {"LAZYATTN_CACHE": URL, "PYTHONPATH": str(root)}
-    for flag in (f"--workdir={URL}", f"--workdir={tmp_path / 'run'}"):
+    for flag in (f"--workdir={FAR}", f"--workdir={tmp_path / 'run'}"):
         done = subprocess.run(
             [sys.executable, root / "train.py", "--config=configs/quickstart.py", flag],
             cwd=tmp_path,
@@ -169,8 +180,8 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
             capture_output=True,
             text=True,
         )
-        name = "--workdir" if URL in flag else "LAZYATTN_CACHE"
+        name, url = ("--workdir", FAR) if FAR in flag else ("LAZYATTN_CACHE", URL)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"{name} is '{URL}', but it must be a path")
+        assert done.stderr.startswith(f"{name} is '{url}', but it must be a path")
         assert done.stderr.count("\n") == 1
         assert os.listdir(tmp_path) == []

@@ -100,7 +100,7 @@ def test_what_is_in_it(wheel):
     assert "Requires-Dist: jax<0.13,>=0.11.2" in metadata
     for extra in (
         *("cuda", "tpu", "gcs", "s3", "evaluation", "export", "data", "plot", "wandb"),
-        *("docs", "notebook"),
+        *("docs", "notebook", "buckets-test"),
     ):
         assert f"Provides-Extra: {extra}\n" in metadata
 

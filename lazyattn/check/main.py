@@ -12,14 +12,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import lazyattn
-from lazyattn import sharding
+from lazyattn import buckets, sharding
 from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import make_state_factory
@@ -66,23 +65,25 @@ def check(
     with claimed(path, keep=False) as workdir:
         reached = _read_newest(workdir, experiment)
         trial = workdir / _TRIAL
-        shutil.rmtree(trial, ignore_errors=True)  # of a check that was killed
+        buckets.remove(trial)  # of a check that was killed
         try:
             settings = _one_step(experiment, resumes=reached is not None)
             status = train(settings, trial, cache_dir, hooks=hooks)
             if status:
                 return status
             (record,) = map(json.loads, (trial / folders.METRICS).read_text().splitlines())
-            size = sum(file.stat().st_size for file in _files(trial / FOLDER))
-            free = shutil.disk_usage(workdir).free
+            size = buckets.size(trial / FOLDER)
+            in_bucket = buckets.is_bucket(workdir)
+            free = None if in_bucket else shutil.disk_usage(workdir).free
         finally:
-            shutil.rmtree(trial, ignore_errors=True)
+            buckets.remove(trial)
     training = experiment.training
     print(
-        f"checkpoint  {_bytes(size)}, written and removed; {_bytes(free)} free in {workdir}, for"
-        f" training.keep = {training.keep} and the best"
+        f"checkpoint  {_bytes(size)}, written and removed;"
+        + ("" if free is None else f" {_bytes(free)} free")
+        + f" in {workdir}, for training.keep = {training.keep} and the best"
     )
-    if size * (training.keep + 2) > free:  # one more while it is being written
+    if free is not None and size * (training.keep + 2) > free:  # one more while it is being written
         print(
             f"  too little: {quantity(training.keep + 2, 'checkpoint')} need"
             f" {_bytes(size * (training.keep + 2))}"
@@ -152,10 +153,6 @@ def _host() -> str:
         f" Python {platform.python_version()}, jax {jax.__version__},"
         f" lazyattn {lazyattn.__version__}"
     )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
 
 
 def _bytes(number: Any) -> str:

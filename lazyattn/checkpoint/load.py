@@ -15,7 +15,7 @@ from lazyattn.checkpoint.workdir import find_tokenizer
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
-from lazyattn.paths import local_path
+from lazyattn.paths import folder
 from lazyattn.pretrained.load import PARAMS, load_model
 
 
@@ -84,7 +84,7 @@ def load_trained(
         is of another model than `experiment`'s; of an export, if `experiment` or `step` is
         given, or it has no tokenizer.
     """
-    workdir = local_path("--workdir", path).absolute()
+    workdir = folder("--workdir", path)
     missing = bad_value(
         "--workdir", str(path), "the folder of a run with a checkpoint (--mode=train makes one)"
     )

@@ -7,7 +7,8 @@
     workdir/damaged/<step>-<n>              what could not be read back, moved aside
 
 Orbax writes a step under another name and renames it when all of it is there, so
-that a killed process leaves no half of one. Truncated files are still possible (a
+that a killed process leaves no half of one; in a bucket, a last file says that all is
+there. Truncated files are still possible (a
 full disk, a power cut); a step that can't be read is then passed over.
 
 A checkpoint that can't be written leaves those before as they are: they are deleted
@@ -19,7 +20,6 @@ import gc
 import json
 import logging as standard_logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from lazyattn import buckets
 from lazyattn.checkpoint import schema
 from lazyattn.checkpoint.save_agreement import SaveAgreement
 from lazyattn.checkpoint.save_agreement import brief as _brief
 from lazyattn.checkpoint.state import TrainState
 from lazyattn.distributed import wait_for_all
 from lazyattn.errors import InputError
+from lazyattn.paths import folder
 
 FOLDER = "checkpoints"
 BEST = "best"
@@ -84,7 +86,7 @@ class Checkpoints:
           max_failed: saves in a row that may fail before `save` raises an error.
           read_only: never write, nor move damaged checkpoints aside.
         """
-        self.folder = Path(workdir).absolute() / FOLDER
+        self.folder = folder("--workdir", workdir) / FOLDER
         self._read_only = read_only
         self._max_failed = max_failed
         self._failed_in_row = 0
@@ -115,7 +117,7 @@ class Checkpoints:
             for step in self._failed:
                 unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
                 for leftover in (*unfinished, self.folder / str(step)):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                    buckets.remove(leftover)
 
     def steps(self) -> list[int]:
         """Returns the steps there are checkpoints of, newest first."""
@@ -164,7 +166,7 @@ class Checkpoints:
                 loss = json.loads((self.folder / str(step) / "data" / "metadata").read_text())[
                     _LOSS
                 ]
-            except (OSError, ValueError, KeyError):
+            except Exception:  # of a bucket, too
                 loss = None
             self._losses[step] = loss if isinstance(loss, float) and math.isfinite(loss) else None
         return self._losses[step]
@@ -389,7 +391,7 @@ class Checkpoints:
         target = next(path for path in _numbered(shelf, step) if not path.exists())
         wait_for_all("checkpoints are read")
         if jax.process_index() == 0:
-            (self.folder / str(step)).rename(target)
+            buckets.move(self.folder / str(step), target)
         wait_for_all("damaged checkpoints are moved")
         self.reload()
         logging.warning("moved the unreadable checkpoint %d to %s", step, target)

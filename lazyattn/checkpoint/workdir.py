@@ -4,7 +4,7 @@ workdir/config.json     the settings of the last start
         tokenizer.json  the tokenizer (tokenizer.model if it is SentencePiece's), so
                         that the folder is all one needs; tokenizer_config.json
                         if the end of a document had to be named
-        metrics.jsonl   one JSON line a step
+        metrics.jsonl   one JSON line a step; in a bucket metrics.jsonl.parts/ has the newest
         tensorboard/    event files
         checkpoints/    see `lazyattn.checkpoint.manager`
         .lock           see `lazyattn.training.claim`
@@ -15,11 +15,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from lazyattn import buckets
 from lazyattn.checkpoint.manager import FOLDER
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.paths import local_path
+from lazyattn.paths import folder
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -31,9 +32,12 @@ def open_workdir(path: str | os.PathLike[str]) -> Path:
     """Returns the folder, made if need be.
 
     Raises:
-      InputError: if it is a URL, or nothing can be written there.
+      InputError: if it is a URL that can't be used, or nothing can be written there.
     """
-    workdir = local_path("--workdir", path).absolute()
+    workdir = folder("--workdir", path)
+    if buckets.is_bucket(workdir):
+        buckets.check_writable("--workdir", workdir)
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -71,7 +75,11 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
                 " another --workdir."
             )
         return
-    tokenizer.save_in(workdir)
+    if buckets.is_bucket(workdir):
+        with buckets.staged(workdir, last=tokenizer.file_name) as staged:
+            tokenizer.save_in(staged)
+    else:
+        tokenizer.save_in(workdir)
 
 
 def find_tokenizer(workdir: Path) -> Path | None:
@@ -88,7 +96,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> None:
     Raises:
       InputError: if there are checkpoints but no tokenizer.
     """
-    workdir = local_path("--workdir", path).absolute()
+    workdir = folder("--workdir", path)
     if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
         raise bad_value(
             "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"

@@ -13,6 +13,7 @@ import tokenizers
 from absl import logging
 from jaxtyping import Int32
 
+from lazyattn import buckets
 from lazyattn.data.codecs import Codec, SentencePiece, TokenizerJson, read_codec
 from lazyattn.data.coverage import coverage
 from lazyattn.data.text_files import check_unicode
@@ -150,7 +151,8 @@ class Tokenizer:
           InputError: if there is no such file, it is no tokenizer, or one this class
             can't use, or has no token of that name.
         """
-        file = Path(path).expanduser()
+        in_bucket = buckets.is_bucket(path)
+        file = buckets.bucket_path("the tokenizer", path) if in_bucket else Path(path).expanduser()
         file = next((file / name for name in FILE_NAMES if (file / name).is_file()), file)
         try:
             content = file.read_bytes()

@@ -101,7 +101,13 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         values,
     )
     paths.define("lambada", None, "eval: .jsonl file of passages.", values)
-    paths.define("output", None, "eval, inspect, plot, export: folder for results.", values)
+    paths.define(
+        "output",
+        None,
+        "eval, inspect, plot, export: folder for results; of an export in a bucket, too.",
+        values,
+        buckets=paths.EXPORT,
+    )
     flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
     flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)
     flags.DEFINE_bool(

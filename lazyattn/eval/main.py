@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from lazyattn import buckets
 from lazyattn.checkpoint.load import TrainedModel, load_trained
 from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.documents import (
@@ -72,9 +73,11 @@ def evaluate(
             "left out where several processes evaluate: the harness runs in one",
         )
         _check_tasks(options)
+    written = bool(options.texts or passages or options.tasks or options.contexts)
+    output = buckets.results(options.output, path, _FOLDER, needed=written or options.retrieval)
+    folder = local_path("--output", output)
     check_tokenizer(path)
     trained = load_trained(path, experiment, step)
-    folder = local_path("--output", options.output or Path(path) / _FOLDER)
     contexts = options.contexts or (trained.experiment.data.sequence_length,)
     for context in contexts:
         check_context(

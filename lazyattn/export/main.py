@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from lazyattn import buckets
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.workdir import check_tokenizer
@@ -20,7 +21,8 @@ from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.export import card
 from lazyattn.export.flags import ExportOptions
-from lazyattn.paths import local_path, umask
+from lazyattn.paths import EXPORT, local_path, umask
+from lazyattn.paths import folder as folder_of
 from lazyattn.pretrained import names, parameters, settings, tensor_files
 from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.pretrained.settings import Facts
@@ -52,10 +54,10 @@ def export(
     """
     options = ExportOptions() if options is None else options
     output = (
-        local_path("--output", options.output)
+        folder_of("--output", options.output, EXPORT)
         if options.output
-        else local_path("--workdir", path or "") / _FOLDER
-    ).absolute()
+        else folder_of("--workdir", path or "") / _FOLDER
+    )
     if step is not None and options.import_from is not None:
         raise InputError(
             f"--step is {step!r}, but --import_from has no checkpoints to choose from; leave one"
@@ -75,7 +77,7 @@ def export(
         model = dataclasses.replace(model, params=params, config=config, facts=facts)
     with _appearing(output) as folder:
         _write(folder, model, options, output.name)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = buckets.size(output)
     what = " and ".join(options.formats)
     print(f"Written to {output}: {what}, {options.dtype}, {size / 1e6:,.1f} MB.")
     if "safetensors" in options.formats:
@@ -87,6 +89,8 @@ def export(
 
 
 def _check_output(output: Path) -> None:
+    if buckets.is_bucket(output):
+        buckets.check_writable("--output", output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise bad_value("--output", str(output), "a folder that does not exist yet, or is empty")
 
@@ -107,7 +111,7 @@ def _trained(
             f"--workdir is {str(path)!r}, which is an export, but it must be the folder of a run;"
             " --import_from takes exports."
         )
-    experiment, workdir = trained.experiment, Path(path).expanduser()
+    experiment, workdir = trained.experiment, folder_of("--workdir", path)
     data = experiment.data
     loss, over = _validation(workdir / "metrics.jsonl", trained.step)
     facts = Facts(
@@ -130,7 +134,7 @@ def _text(data: DataConfig) -> str:
 
 def _over_all_devices(path: str | os.PathLike[str]) -> ExperimentConfig | None:
     """Returns a run's settings with parameters shared out over all devices; None: no checkpoint."""
-    workdir = local_path("--workdir", path).absolute()
+    workdir = folder_of("--workdir", path)
     if not (workdir / FOLDER).is_dir():
         return None
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -153,7 +157,7 @@ def _validation(log: Path, step: int) -> tuple[float | None, int | None]:
     """Returns the last validation loss logged up to a step, and over how many tokens it is."""
     found: tuple[float | None, int | None] = None, None
     with contextlib.suppress(OSError, ValueError):
-        for line in log.read_text().splitlines():
+        for line in (buckets.read_log(log) or b"").splitlines():
             record = json.loads(line)
             if record["step"] <= step and "validation_loss" in record:
                 # Logs of earlier versions don't say over how many.
@@ -163,7 +167,14 @@ def _validation(log: Path, step: int) -> tuple[float | None, int | None]:
 
 @contextlib.contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """Yields a folder beside `output` that takes its place when all is written."""
+    """Yields a folder beside `output` that takes its place when all is written.
+
+    For a bucket it is on this machine and copied at the end, with the settings last.
+    """
+    if buckets.is_bucket(output):
+        with buckets.staged(output, last=settings.FILE) as staged:
+            yield staged
+        return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

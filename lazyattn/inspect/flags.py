@@ -42,7 +42,13 @@ class InspectionOptions:
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that no other mode has; --text, --output and --beyond_table are shared."""
     where: dict[str, Any] = {"flag_values": values}
-    paths.define("against", None, "inspect: folder of a run to show beside.", values)
+    paths.define(
+        "against",
+        None,
+        "inspect: folder of a run to show beside.",
+        values,
+        buckets=paths.RUN,
+    )
     flags.DEFINE_integer("length", None, "inspect: tokens of a row.", **where)
     flags.DEFINE_integer("rows", 4, "inspect: rows looked at, at most.", **where)
     flags.DEFINE_list(

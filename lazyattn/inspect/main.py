@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from lazyattn import buckets
 from lazyattn.checkpoint.load import TrainedModel, load_trained
 from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
@@ -67,6 +68,7 @@ def inspect(
     text = None if options.text in (None, VALIDATION) else options.text
     if text is not None and not is_prepared(text):
         read_texts(text)  # what is wrong with it comes out before checkpoints are read
+    folder = local_path("--output", buckets.results(options.output, path, _FOLDER))
     check_tokenizer(path)
     if options.against is not None:
         check_tokenizer(options.against)
@@ -81,7 +83,6 @@ def inspect(
     length = row_length(models, documents, options, name)
     heads = _heads(options, models[0])
 
-    folder = local_path("--output", options.output or Path(path) / _FOLDER)
     data = []
     for label, model, own in zip(_labels(list(runs)), models, documents, strict=True):
         print(f"{label}: checkpoint {model.checkpoint}, {length} tokens a row", flush=True)

@@ -7,19 +7,20 @@ nothing behind. Several processes of one run are one training: the first has the
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from absl import logging
 
+from lazyattn import buckets
 from lazyattn.checkpoint.manager import FOLDER
 from lazyattn.checkpoint.workdir import CONFIG, METRICS, SAMPLES, TENSORBOARD, open_workdir
 from lazyattn.data.tokenizer import CONFIG_NAME, FILE_NAMES
 from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.file_lock import LockedError, locked
-from lazyattn.paths import local_path
+from lazyattn.paths import folder
 from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.weights_and_biases import FOLDER as WANDB
 
@@ -43,16 +44,28 @@ def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path
     Raises:
       InputError: on all processes, if it can't be written to or another training has it.
     """
-    workdir = local_path("--workdir", path).absolute()
-    made = [each for each in (workdir, *workdir.parents) if not each.exists()]
+    workdir = folder("--workdir", path)
+    in_bucket = buckets.is_bucket(workdir)
+    made = (
+        []
+        if in_bucket  # there are no folders, only names of objects
+        else [each for each in (workdir, *workdir.parents) if not each.exists()]
+    )
     before: set[str] = set()
     with contextlib.ExitStack() as stack:
         problem = ""
         if jax.process_index() == 0:
             try:
                 open_workdir(path)
-                before = set(os.listdir(workdir))
-                stack.enter_context(locked(workdir / LOCK))
+                before = buckets.names(workdir)
+                if in_bucket:
+                    logging.warning(
+                        "%s can't be locked, as buckets have no locks: a second training there"
+                        " would not be noticed",
+                        workdir,
+                    )
+                else:
+                    stack.enter_context(locked(workdir / LOCK))
             except InputError as error:
                 problem = str(error)
             except LockedError as who:
@@ -72,23 +85,21 @@ def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path
         finally:
             if not stays and jax.process_index() == 0 and not _begun(workdir):
                 _clear(workdir, before)
-                for folder in made:
+                for each in made:
                     with contextlib.suppress(OSError):
-                        folder.rmdir()
+                        each.rmdir()
 
 
 def _begun(workdir: Path) -> bool:
     """Returns whether a step was taken there, in this training or in an earlier one."""
-    log, checkpoints = workdir / METRICS, workdir / FOLDER
-    logged = log.is_file() and log.stat().st_size > 0
-    return logged or (checkpoints.is_dir() and any(checkpoints.glob("[0-9]*")))
+    checkpoints = workdir / FOLDER
+    return bool(buckets.read_log(workdir / METRICS)) or (
+        checkpoints.is_dir() and any(checkpoints.glob("[0-9]*"))
+    )
 
 
 def _clear(workdir: Path, before: set[str]) -> None:
     """Removes what this training wrote, and nothing else."""
-    for name in {*_OURS, LOCK} - before:
-        with contextlib.suppress(OSError):
-            if (workdir / name).is_dir():
-                shutil.rmtree(workdir / name)
-            else:
-                (workdir / name).unlink()
+    parts = {buckets.parts_folder(workdir / name).name for name in (METRICS, SAMPLES)}
+    for name in {*_OURS, LOCK, *parts} - before:
+        buckets.remove(workdir / name)

@@ -79,6 +79,12 @@ class RunLog:
             self._lines.close()
             self._tensorboard.close()
 
+    def sync(self) -> None:
+        """Writes what waits, as it does in a bucket; before a checkpoint of the last step."""
+        if self.enabled:
+            self._lines.sync()
+            self._tensorboard.sync()
+
     def line(self, text: str) -> None:
         """Prints a line for people."""
         if self.enabled:

@@ -165,6 +165,7 @@ def fit(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             raise _saved(run, state, record, batches, agreed_to_stop.why) from broken
         if saving and (last or not record["nonfinite_in_row"]):
             begin = time.perf_counter()
+            run.log.sync()
             # The data iterator stands behind this very step: the next batch comes later.
             loss = record.get("validation_loss")
             run.checkpoints.save(number, state, batches.get_state(), run.experiment, loss)
@@ -195,6 +196,7 @@ def _saved(
     number = record["step"]
     if record["nonfinite_in_row"]:
         return InputError(why)
+    run.log.sync()
     run.checkpoints.save(number, state, batches.get_state(), run.experiment)
     if problem := run.checkpoints.wait():
         return InputError(f"{why} Training stopped after step {number}, but {problem}.")

@@ -3,14 +3,18 @@
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from absl import logging
 from tensorboardX import SummaryWriter
 
+from lazyattn import buckets
 from lazyattn.training.append import AppendedFile
+from lazyattn.training.append_object import AppendedObject
 
 # Peak FLOP/s of dense bfloat16 matrix products of one device, by
 # `jax.Device.device_kind`, as the makers' data sheets state them.
@@ -81,13 +85,21 @@ class JsonLines:
           step: lines of later steps, and a last line cut short, are dropped.
         """
         self.tokens = _cut_back(path, step)
-        self._file = AppendedFile(path)
+        in_bucket = buckets.is_bucket(path)
+        self._file: AppendedFile | AppendedObject = (
+            AppendedObject(path) if in_bucket else AppendedFile(path)
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a line; where the disk is full it waits for the next."""
         line = json.dumps({name: _plain(value) for name, value in record.items()}) + "\n"
         self._file.write(line.encode())
         self._file.flush()
+
+    def sync(self) -> None:
+        """Writes what waits for its turn, as it does in a bucket."""
+        if isinstance(self._file, AppendedObject):
+            self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
@@ -106,24 +118,27 @@ def _cut_back(path: Path, step: int) -> int | None:
     """
     last, kept = 0, []
     tokens: int | None = 0
-    if not path.exists():
+    content = buckets.read_log(path)
+    if content is None:
         return 0 if step == 0 else None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                keep = line.endswith("\n") and record["step"] <= step
-            except (ValueError, TypeError, KeyError):
-                keep = False
-            if keep:
-                kept.append(line)
-                # Lines of an older version have no total.
-                before = tokens if record["step"] == last + 1 else None
-                if "tokens_total" in record:
-                    tokens = record["tokens_total"]
-                else:
-                    tokens = None if before is None else before + record.get("tokens", 0)
-                last = record["step"]
+    for line in content.decode(errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            keep = line.endswith("\n") and record["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            keep = False
+        if keep:
+            kept.append(line)
+            # Lines of an older version have no total.
+            before = tokens if record["step"] == last + 1 else None
+            if "tokens_total" in record:
+                tokens = record["tokens_total"]
+            else:
+                tokens = None if before is None else before + record.get("tokens", 0)
+            last = record["step"]
+    if buckets.is_bucket(path):
+        buckets.write_log(path, "".join(kept).encode())
+        return tokens if last == step else None
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
@@ -244,6 +259,10 @@ class TensorBoard:
           folder: where event files lie.
           step: what an earlier run wrote past this step is purged.
         """
+        self._bucket = folder if buckets.is_bucket(folder) else None
+        if self._bucket is not None:  # there it is written anew by every `sync`
+            self._local = tempfile.TemporaryDirectory(prefix="lazyattn-")
+            folder = Path(self._local.name)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30)
         # Its thread would die of a full disk, and then whoever writes would wait for ever.
         events: Any = self._writer.file_writer.event_writer._ev_writer
@@ -257,6 +276,21 @@ class TensorBoard:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Copies the file into the bucket, if it is to be in one."""
+        if self._bucket is not None:
+            self._writer.flush()
+            self._copy(self._bucket)
+
+    def _copy(self, bucket: Path) -> None:
+        try:
+            buckets.upload(Path(self._local.name), bucket)
+        except Exception as error:  # the next time has it all
+            logging.warning("%s can't be written (%s)", bucket, error)
+
     def close(self) -> None:
         """Flushes and closes the file."""
         self._writer.close()
+        if self._bucket is not None:
+            self._copy(self._bucket)
+            self._local.cleanup()

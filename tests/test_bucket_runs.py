@@ -1,0 +1,276 @@
+"""Runs in buckets, against emulators of Google's and Amazon's that run on this machine."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+
+pytestmark = [
+    pytest.mark.slow,
+    *(
+        pytest.mark.skipif(
+            importlib.util.find_spec(package) is None,
+            reason=f"{package} is not installed (extra buckets-test)",
+        )
+        for package in ("gcsfs", "gcp_storage_emulator", "s3fs", "moto", "flask")
+    ),
+]
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+RUN = "gs://bucket/runs/one"
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@dataclasses.dataclass
+class Buckets:
+    """Two buckets called `bucket`; `control` tells the first to fail (tests/gcs_program.py)."""
+
+    folder: Path
+    gcs: str
+    s3: str
+
+    @property
+    def control(self):
+        return self.folder / "control"
+
+    def start(self, *arguments, program=("train.py",), **environment):
+        environment = os.environ | {
+            "LAZYATTN_CACHE": str(self.folder / "cache"),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "STORAGE_EMULATOR_HOST": self.gcs,
+            "TENSORSTORE_GCS_HTTP_URL": self.gcs,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "AWS_ENDPOINT_URL": self.s3,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            **environment,
+        }
+        return subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+
+    def run(self, *arguments, **settings):
+        return finish(self.start(*arguments, **settings))
+
+    def train(self, workdir, *overrides):
+        return self.start(
+            f"--config={ROOT / 'tests' / 'training' / 'tiny.py'}:{self.folder / 'text'}",
+            f"--workdir={workdir}",
+            f"--config.training.steps={STEPS}",
+            "--config.training.keep=2",
+            *overrides,
+        )
+
+    def python(self, *lines):
+        """Returns what a program of these lines prints, in a process that sees the buckets."""
+        text = "\n".join(("from etils import epath", "from pathlib import Path", *lines))
+        status, out, err = self.run("-c", text, program=())
+        assert status == 0, err
+        return out
+
+    def read(self, url):
+        return self.python(f"print(epath.Path({url!r}).read_text(), end='')")
+
+    def objects(self, url):
+        """Returns the names of all objects below a folder."""
+        look = f"print(*fsspec.core.url_to_fs({url!r})[0].find({url!r}), sep='\\n')"
+        return set(self.python("import fsspec", look).split())
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("buckets")
+    (folder / "control").mkdir()
+    tiny.write_text(folder / "text")
+    gcs, s3 = _free_port(), _free_port()
+    commands = (
+        ["-m", "tests.gcs_program", str(gcs), "bucket", str(folder / "control")],
+        ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)],
+    )
+    with (folder / "servers.log").open("w") as log:
+        servers = [
+            subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
+            for command in commands
+        ]
+    try:
+        for port in (gcs, s3):
+            _wait_for(port)
+        made = Buckets(folder, f"http://127.0.0.1:{gcs}", f"http://127.0.0.1:{s3}")
+        made.python("import s3fs", "s3fs.S3FileSystem().mkdir('bucket')")
+        yield made
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+def _wait_for(port):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def _records(text):
+    """Returns what is the same however often a run was killed."""
+    timed = ("seconds", "wall_time", "goodput", "tokens_per_second")
+    kept = []
+    for line in text.splitlines():
+        record = json.loads(line)
+        kept.append(
+            {
+                name: value
+                for name, value in record.items()
+                if name not in timed and not name.startswith(("step_seconds", "memory"))
+            }
+        )
+    return kept
+
+
+@pytest.fixture(scope="module")
+def story(buckets):
+    """A whole run here, and one in a bucket: killed in a save, then resumed among 503s."""
+    whole = buckets.folder / "whole"
+    status, _, err = finish(buckets.train(whole))
+    assert status == 0, err
+    process = buckets.train(RUN)
+    (buckets.control / "kill").write_text(f"{process.pid} checkpoints/12/commit_success.txt")
+    status, _, err = finish(process)
+    assert status == -9, err
+    (buckets.control / "kill").unlink()
+    killed = buckets.objects(RUN)
+    (buckets.control / "503").write_text("25")
+    resumed = finish(buckets.train(RUN))
+    (buckets.control / "503").unlink()
+    return whole, killed, resumed
+
+
+def test_a_run_that_is_killed_in_a_save_resumes_bit_exactly(buckets, story):
+    whole, killed, (status, out, err) = story
+    assert status == 0, err
+    # All of step 12 is there but the mark that says so.
+    assert "bucket/runs/one/checkpoints/12/state/_METADATA" in killed
+    assert "bucket/runs/one/checkpoints/12/commit_success.txt" not in killed
+    assert "resuming after step 8\n" in out
+    answered = (buckets.control / "answered").read_text().splitlines()
+    assert sum(line.startswith("503") for line in answered) > 5
+    lines = buckets.read(f"{RUN}/metrics.jsonl")
+    assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
+    assert "can't be written" not in err and "could not be written" not in err
+    assert "buckets have no locks" in err
+
+
+def test_what_is_in_the_bucket_afterwards(buckets, story):
+    names = buckets.objects(RUN)
+    below = {name.removeprefix("bucket/runs/one/").split("/")[0] for name in names}
+    assert below == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    steps = {name.split("/")[4] for name in names if "/checkpoints/" in name}
+    assert {"20", "24"} <= steps and "12" not in steps
+
+
+def test_other_modes_read_it(buckets, story, tmp_path):
+    whole, _, _ = story
+    at = f"--workdir={RUN}"
+    for mode in ("eval", "sample"):
+        of_bucket = buckets.run(f"--mode={mode}", at, "--prompt=attention")
+        here = buckets.run(f"--mode={mode}", f"--workdir={whole}", "--prompt=attention")
+        assert of_bucket[0] == 0, of_bucket[2]
+        assert of_bucket[1].replace(RUN, str(whole)) == here[1]
+    status, _, err = buckets.run("--mode=inspect", at)
+    assert status == 2 and err.startswith("--output is not given, but it must be a folder on this")
+    status, _, err = buckets.run("--mode=inspect", at, f"--output={tmp_path}")
+    assert status == 0, err
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("output", [None, "gs://bucket/exports/a", "s3://bucket/exports/a"])
+def test_exports(buckets, story, tmp_path, output):
+    whole, _, _ = story
+    flags = () if output is None else (f"--output={output}",)
+    status, out, err = buckets.run("--mode=export", f"--workdir={RUN}", *flags)
+    assert status == 0, err
+    output = output or f"{RUN}/export"
+    assert out.startswith(f"Written to {output}: orbax, float32")
+    if output.startswith("s3"):  # and again: there is one already
+        status, _, err = buckets.run("--mode=export", f"--workdir={RUN}", *flags)
+        assert status == 2 and "a folder that does not exist yet" in err
+    buckets.python(
+        "import fsspec",
+        f"fsspec.core.url_to_fs({output!r})[0].get({output!r}, {str(tmp_path / 'x')!r},"
+        " recursive=True)",
+    )
+    of_export = buckets.run("--mode=sample", f"--workdir={tmp_path / 'x'}", "--prompt=attention")
+    here = buckets.run("--mode=sample", f"--workdir={whole}", "--prompt=attention")
+    assert of_export[0] == 0, of_export[2]
+    assert of_export[1] == here[1]
+
+
+def test_a_dry_run_leaves_nothing(buckets, story):
+    before = buckets.objects("gs://bucket/runs")
+    for workdir in (RUN, "gs://bucket/runs/new"):
+        process = buckets.train(workdir, "--mode=check", "--config.training.steps=30")
+        status, out, err = finish(process)
+        assert status == 0, err
+        assert "nothing of this is kept" in out
+    assert buckets.objects("gs://bucket/runs") == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "workdir", "why"),
+    [
+        (None, "gs://missing/run", "there is no such bucket"),
+        ("401", RUN, "there are no credentials for it"),
+        ("403", RUN, "it is forbidden"),
+    ],
+)
+def test_a_bucket_that_can_not_be_used_is_one_sentence(buckets, fault, workdir, why):
+    if fault:
+        (buckets.control / fault).touch()
+    try:
+        status, out, err = finish(buckets.train(workdir))
+    finally:
+        if fault:
+            (buckets.control / fault).unlink()
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"--workdir is '{workdir}', but nothing can be written there ({why}")
+
+
+def test_what_does_not_work_there_yet_says_so(buckets):
+    for flag in ("--profile=1:2", "--wandb"):
+        status, out, err = finish(buckets.train("gs://bucket/refused", flag))
+        assert (status, out) == (2, "")
+        assert f"{flag.partition('=')[0]} is given, but --workdir is" in err
+    assert buckets.objects("gs://bucket/refused") == set()

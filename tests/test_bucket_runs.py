@@ -237,6 +237,29 @@ def test_exports(buckets, story, tmp_path, output):
     assert of_export[1] == here[1]
 
 
+def _start_two(buckets, workdir):
+    """Returns the two processes of one run."""
+    flags = (f"--coordinator=127.0.0.1:{_free_port()}", "--process_count=2")
+    return [buckets.train(workdir, *flags, f"--process_id={number}") for number in range(2)]
+
+
+def test_two_processes_one_killed_in_a_save_resume_bit_exactly(buckets):
+    whole, run = buckets.folder / "whole_of_two", "gs://bucket/runs/two"
+    for process in _start_two(buckets, whole):
+        assert finish(process)[0] == 0
+    first, second = _start_two(buckets, run)
+    (buckets.control / "kill").write_text(f"{first.pid} checkpoints/12/commit_success.txt")
+    assert finish(first)[0] == -9
+    second.kill()  # as a scheduler does
+    second.communicate()
+    (buckets.control / "kill").unlink()
+    (status, out, err), (other, silent, _) = map(finish, _start_two(buckets, run))
+    assert (status, other) == (0, 0), err
+    assert "resuming after step 8\n" in out and "step" not in silent
+    lines = buckets.read(f"{run}/metrics.jsonl")
+    assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
+
+
 def test_a_dry_run_leaves_nothing(buckets, story):
     before = buckets.objects("gs://bucket/runs")
     for workdir in (RUN, "gs://bucket/runs/new"):

@@ -38,7 +38,12 @@ def model_card(
         ("activations", model.compute_dtype),
         (
             "matrices stored in",
-            dtype + ("" if dtype == "float32" else "; norms, biases and offsets in float32"),
+            dtype
+            + (
+                ""
+                if dtype == "float32" or "hub" in formats
+                else "; norms, biases and offsets in float32"
+            ),
         ),
         ("rows in training", quantity(facts.sequence_length, "token")),
     ]
@@ -86,6 +91,11 @@ def model_card(
         )
     if "safetensors" in formats:
         parts += ["## In PyTorch", _torch(facts)]
+    if "hub" in formats:
+        parts += [
+            "## In PyTorch",
+            "`transformers.AutoModelForCausalLM.from_pretrained(FOLDER)` loads it.",
+        ]
     parts += [
         "## Limits",
         "A language model repeats what its text had in it, true or not. This export has been"

@@ -9,7 +9,7 @@ from lazyattn import paths
 from lazyattn.allowed import at_least, check_settings
 from lazyattn.errors import InputError, require
 
-FORMATS = ("orbax", "safetensors")
+FORMATS = ("orbax", "safetensors", "hub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,12 @@ class ExportOptions:
 
     def __post_init__(self):
         require(
-            bool(self.formats) and set(self.formats) <= set(FORMATS),
+            bool(self.formats)
+            and set(self.formats) <= set(FORMATS)
+            and ("hub" not in self.formats or self.formats == ("hub",)),
             "--formats",
             ",".join(self.formats),
-            "orbax, safetensors, or both with a comma between them",
+            "orbax, safetensors, or both with a comma between them, or hub alone",
         )
         check_settings(self, "--")
         if self.import_from is not None and self.output is None:
@@ -52,7 +54,7 @@ class ExportOptions:
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that no other mode has; --output is shared."""
     where: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_list("formats", ["orbax"], "export: orbax, safetensors or both.", **where)
+    flags.DEFINE_list("formats", ["orbax"], "export: orbax, safetensors or both; or hub.", **where)
     flags.DEFINE_string("dtype", "float32", "export: float32 or bfloat16, for matrices.", **where)
     flags.DEFINE_string(
         "layout", "unsharded", "export: of the Orbax checkpoint, unsharded or sharded.", **where

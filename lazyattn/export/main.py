@@ -23,7 +23,7 @@ from lazyattn.export import card
 from lazyattn.export.flags import ExportOptions
 from lazyattn.paths import EXPORT, local_path, umask
 from lazyattn.paths import folder as folder_of
-from lazyattn.pretrained import names, parameters, settings, tensor_files
+from lazyattn.pretrained import hub, names, parameters, settings, tensor_files
 from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.pretrained.settings import Facts
 from lazyattn.sharding import MeshConfig, make_mesh
@@ -64,7 +64,7 @@ def export(
             " out."
         )
     _check_output(output)
-    if "safetensors" in options.formats or options.import_from is not None:
+    if set(options.formats) & {"safetensors", "hub"} or options.import_from is not None:
         tensor_files.require_library()
     model = (
         _imported(options)
@@ -194,6 +194,17 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 def _write(folder: Path, model: ExportedModel, options: ExportOptions, name: str) -> None:
     config, dtype = model.config, options.dtype
+    content = settings.as_settings(model.facts, dtype)
+    if "hub" in options.formats:
+        content = hub.as_settings(config, model.facts.sequence_length, dtype)
+        if model.tokenizer is not None:
+            content["bos_token_id"] = model.tokenizer.bos_id
+            content["eos_token_id"] = model.tokenizer.eos_id
+        kind = jnp.dtype(dtype)
+        shapes = names.tensor_shapes(config, names.HUB)
+        sizes = {tensor: kind.itemsize * math.prod(shape) for tensor, shape in shapes.items()}
+        stored = names.to_torch(model.params, config, names.HUB)
+        tensor_files.write(folder, ((name, array.astype(kind)) for name, array in stored), sizes)
     if "orbax" in options.formats:
         parameters.save(folder / PARAMS, parameters.cast(model.params, dtype), options.layout)
     if "safetensors" in options.formats:
@@ -207,7 +218,6 @@ def _write(folder: Path, model: ExportedModel, options: ExportOptions, name: str
             for tensor, array in names.to_torch(model.params, config)
         )
         tensor_files.write(folder, tensors, sizes)
-    content = settings.as_settings(model.facts, dtype)
     (folder / settings.FILE).write_text(json.dumps(content, indent=2) + "\n")
     if model.tokenizer is not None:
         model.tokenizer.save_in(folder)

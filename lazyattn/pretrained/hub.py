@@ -16,6 +16,13 @@ from lazyattn.model.config import ModelConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
 # Why others are refused, of those that are asked for most.
 _OTHERS = {
     "olmo2": "it norms what attention and MLP give, and whole queries and keys, not heads",
@@ -111,6 +118,78 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
 def sequence_length(settings: Mapping[str, Any]) -> int:
     """Returns how long rows may be, as a hub's `config.json` says."""
     return _whole(settings, "max_position_embeddings")
+
+
+def as_settings(config: ModelConfig, length: int, dtype: str) -> dict[str, Any]:
+    """Returns the `config.json` of a model that is one of a family.
+
+    Args:
+      config: the model.
+      length: tokens that a row may have.
+      dtype: of the tensors.
+
+    Raises:
+      InputError: naming what no family has.
+    """
+    attention = config.attention
+    family = _family(config)
+    found: dict[str, Any] = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": attention.rope_base,
+        "rope_scaling": None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+    }
+    if attention.head_dim is not None or family == "qwen3":
+        found["head_dim"] = config.head_dim
+    if attention.rope_scaling != "none":
+        names = {"factor": "rope_factor"}
+        names |= _LLAMA3 if attention.rope_scaling == "llama3" else {}
+        scaled = {theirs: getattr(attention, ours) for theirs, ours in names.items()}
+        found["rope_scaling"] = {"rope_type": attention.rope_scaling, **scaled}
+    if family == "mistral":
+        found["sliding_window"] = attention.window
+    elif family != "llama":
+        windowed = attention.window is not None
+        found |= {"use_sliding_window": windowed, "sliding_window": attention.window}
+        found["max_window_layers"] = 0 if windowed else config.num_layers
+    return found
+
+
+def _family(config: ModelConfig) -> str:
+    attention = config.attention
+    where = "model.attention."
+    for name, value, allowed in (
+        (where + "variant", attention.variant, "softmax"),
+        (where + "rope", attention.rope, True),
+        (where + "output_gate", attention.output_gate, False),
+        (where + "num_global_heads", attention.num_global_heads if attention.by_group else 0, 0),
+    ):
+        if value != allowed:
+            raise bad_value(name, value, f"{allowed!r} for --formats=hub: no family has another")
+    if attention.qkv_bias and attention.qk_norm:
+        raise InputError(
+            f"{where}qkv_bias and {where}qk_norm are both on, which no family of --formats=hub has."
+        )
+    if config.tie_embeddings and config.scale_embedding:
+        raise InputError(
+            "The model is tied and scales its embedding, which no family of --formats=hub does."
+        )
+    if attention.qkv_bias:
+        return "qwen2"
+    if attention.qk_norm:
+        return "qwen3"
+    return "llama" if attention.window is None else "mistral"
 
 
 def _key(name: str) -> str:

@@ -48,6 +48,7 @@ from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params, parameter_shapes
 from lazyattn.pretrained.parameters import as_table, table_config
 
+_EMBEDDING = ("embedding",)
 INPUT, OUTPUT = "model.embeddings.weight", "lm_head.weight"
 BIAS, SLOPE, TAU = "attn.learnable_bias_diagonals", "attn.learnable_bias_slope", "attn.tau"
 
@@ -168,7 +169,7 @@ def stored_dtype(name: str, dtype: str) -> str:
 
 
 def to_torch(
-    params: Mapping[str, Any], config: ModelConfig
+    params: Mapping[str, Any], config: ModelConfig, naming: Naming = AUTHORS
 ) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """Yields every tensor by name, float32 and contiguous, in the order of `tensor_shapes`.
 
@@ -176,15 +177,19 @@ def to_torch(
 
     Args:
       params: the model's parameters, float32, on any devices.
-      config: the model.
+      config: the model; for `HUB` one that `lazyattn.pretrained.hub.as_settings` takes.
+      naming: what tensors are called.
     """
     scale = np.float32(config.embedding_factor)
     params, config = as_table(params, config)
-    for tensor in tensors(config):
+    for tensor in tensors(config, naming):
         array = tensor.to_torch(_gathered(_find(params, tensor)))
         # What is not contiguous, safetensors would write in the order it has in memory.
-        yield tensor.name, np.ascontiguousarray(array * scale if tensor.name == INPUT else array)
-    if config.tie_embeddings:
+        yield (
+            tensor.name,
+            np.ascontiguousarray(array * scale if tensor.path == _EMBEDDING else array),
+        )
+    if config.tie_embeddings and naming is AUTHORS:
         yield OUTPUT, _gathered(params["embedding"])
 
 

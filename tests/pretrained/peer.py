@@ -5,6 +5,10 @@ python tests/pretrained/peer.py FOLDER    for each model in FOLDER/asked.json wr
                                           `save_pretrained` does, and FOLDER/NAME.npz: logits of
                                           FOLDER/tokens.npy and a greedy continuation of each row
 
+python tests/pretrained/peer.py --again FOLDER
+                                          loads each FOLDER/NAME-again, and writes
+                                          FOLDER/NAME-again.npy: its logits
+
 Knows nothing of this project, so that another Python can run it.
 """
 
@@ -40,10 +44,27 @@ def main(folder):
         np.savez(folder / f"{name}.npz", logits=logits, greedy=row[:, tokens.shape[1] :].numpy())
 
 
+def again(folder):
+    import numpy as np
+    import torch
+    import transformers
+
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
+    for path in sorted(folder.glob("*-again")):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not any(info[kind] for kind in info), info
+        with torch.no_grad():
+            np.save(f"{path}.npy", model.eval()(tokens).logits.numpy())
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         import safetensors  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
+    elif sys.argv[1] == "--again":
+        again(pathlib.Path(sys.argv[2]))
     else:
         main(pathlib.Path(sys.argv[1]))

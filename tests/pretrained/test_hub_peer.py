@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from lazyattn.export.flags import ExportOptions
+from lazyattn.export.main import export
 from lazyattn.generation.decode import generate
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.pretrained.load import load_model
@@ -81,6 +83,30 @@ def folder(tmp_path_factory):
     done = subprocess.run([python, PEER, found], capture_output=True, env=clean, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return found
+
+
+@pytest.fixture(scope="module")
+def again(folder):
+    """Returns the same once ours has read and exported all, and the peer has read that."""
+    python = os.environ.get("LAZYATTN_PEER_PYTHON", sys.executable)
+    for name in MODELS:
+        options = ExportOptions(
+            formats=("hub",),
+            import_from=str(folder / name),
+            output=str(folder / f"{name}-again"),
+        )
+        export(None, options=options)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, PEER, "--again", folder]
+    done = subprocess.run(command, capture_output=True, env=clean, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(again, name):
+    expected = np.load(again / f"{name}.npz")["logits"]
+    np.testing.assert_array_equal(np.load(again / f"{name}-again.npy"), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -297,3 +297,17 @@ def test_what_does_not_work_there_yet_says_so(buckets):
         assert (status, out) == (2, "")
         assert f"{flag.partition('=')[0]} is given, but --workdir is" in err
     assert buckets.objects("gs://bucket/refused") == set()
+
+
+def test_a_damaged_checkpoint_is_moved_aside(buckets, story):
+    """The last one here, since the run has one checkpoint fewer meanwhile."""
+    torn = f"{RUN}/checkpoints/24/state/manifest.ocdbt"
+    buckets.python(f"epath.Path({torn!r}).write_bytes(b'')")
+    status, out, err = finish(buckets.train(RUN))
+    assert status == 0, err
+    assert "resuming after step 20\n" in out
+    names = buckets.objects(RUN)
+    moved = {name for name in names if name.startswith("bucket/runs/one/damaged/24-1/")}
+    assert "bucket/runs/one/damaged/24-1/commit_success.txt" in moved
+    lines = buckets.read(f"{RUN}/metrics.jsonl")
+    assert [record["step"] for record in _records(lines)] == list(range(1, STEPS + 1))

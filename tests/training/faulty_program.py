@@ -61,15 +61,15 @@ def poison(step, here):
 
     def marked(*arguments, **settings):
         batches = train_iterator(*arguments, **settings)
-        take = batches._take
 
-        def poisoned(reader):
-            batch = take(reader)
-            if here and batches.step + 1 in (step, step + 1):
-                batch = batch | {"segment_ids": np.full_like(batch["segment_ids"], POISON)}
-            return batch
+        class Poisoned(type(batches)):
+            def __next__(self):
+                batch = super().__next__()
+                if here and self.position()[0] in (step, step + 1):
+                    batch = batch | {"segment_ids": np.full_like(batch["segment_ids"], POISON)}
+                return batch
 
-        batches._take = poisoned
+        batches.__class__ = Poisoned
         return batches
 
     remat.make_loss_fn, run.train_iterator = poisonable, marked

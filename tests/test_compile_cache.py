@@ -16,6 +16,8 @@ _CHANGED = (
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
     *("jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs"),
     "jax_persistent_cache_min_entry_size_bytes",
+    # Programs that profile a step turn it on, and it stays on in a process of tests.
+    "jax_compilation_cache_include_metadata_in_key",
 )
 
 
@@ -31,6 +33,7 @@ def set_up(monkeypatch):
     """Sets up the cache as flags say; afterwards it is that of the tests again."""
     before = {name: getattr(jax.config, name) for name in _CHANGED}
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
 
     def call(*arguments):
         said = compile_cache.set_up(_flags(*arguments))

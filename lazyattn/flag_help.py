@@ -47,7 +47,7 @@ def help_text(
         parts.append("\n".join(["Modes", *(_entry(f"--mode={m}", modes[m]) for m in modes)]))
     of_all = [(name, text) for name, text in (more or {}).items()]
     by_mode: dict[str, list[tuple[str, str]]] = {mode: [] for mode in modes}
-    for flag in _own(values):
+    for flag in own_flags(values):
         if flag.name == "mode":
             continue
         about = flag.help.split(_REPEATED)[0]
@@ -69,12 +69,7 @@ def help_text(
     return "\n\n".join(parts) + "\n"
 
 
-def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Returns the names of this project's flags, in order."""
-    return [flag.name for flag in _own(values)]
-
-
-def _own(values: flags.FlagValues) -> list[flags.Flag]:
+def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[flags.Flag]:
     """Returns the flags that this project defines, not those of libraries."""
     found: dict[str, flags.Flag] = {}
     for module, defined in values.flags_by_module_dict().items():

@@ -123,7 +123,8 @@ def unknown_flags(text):
     from lazyattn import main as train
 
     del train
-    own = {*flag_help.own_flags(), "help", "verbosity"}
+    own = {*(flag.name for flag in flag_help.own_flags()), "help", "verbosity"}
+    of_prepare = {flag.name for flag in flag_help.own_flags(preparation.FLAGS)}
     settings = experiment.defaults()
     unknown = []
     spans = [span.replace("\n", " ") for span in _CODE.findall(text)]
@@ -138,7 +139,7 @@ def unknown_flags(text):
                 else:
                     known = flag in own or flag.removeprefix("no") in own
             elif module == "lazyattn.data.prepare":
-                known = flag in flag_help.own_flags(preparation.FLAGS)
+                known = flag in of_prepare
             elif module.split(".")[0] in ("benchmarks", "tests"):
                 name = flag.removeprefix("no")
                 known = re.search(rf'["\'](--)?({flag}|{name})["\']', _source(module)) is not None

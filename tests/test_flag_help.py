@@ -42,7 +42,7 @@ def test_every_flag_is_under_its_modes():
     for mode in train._MODES:
         assert f"  --mode={mode} " in train._help()
     listed = {name for names in list(sections.values())[1:] for name in names}
-    assert set(flag_help.own_flags()) - {"mode"} <= listed
+    assert {flag.name for flag in flag_help.own_flags()} - {"mode"} <= listed
     assert len(listed) >= 35
     assert {"limit", "tasks", "text", "contexts"} <= set(sections["Flags of --mode=eval"])
     assert "text" in sections["Flags of --mode=inspect"]
@@ -112,7 +112,8 @@ def test_every_flag_is_in_a_document():
     del train
     documents = [ROOT / "README.md", ROOT / "BUILD.md", *(ROOT / "docs").glob("*.md")]
     text = "\n".join(path.read_text() for path in documents)
-    names = {*flag_help.own_flags(), *flag_help.own_flags(preparation.FLAGS)}
+    both = [*flag_help.own_flags(), *flag_help.own_flags(preparation.FLAGS)]
+    names = {flag.name for flag in both}
     missing = [name for name in sorted(names) if not re.search(rf"--(no)?{name}\b", text)]
     assert missing == []
     assert flags.FLAGS is not preparation.FLAGS

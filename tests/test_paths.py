@@ -57,10 +57,9 @@ def test_paths_are_left_alone(path):
 
 def _text_flags(values):
     kinds = ("string", "multi string", "comma separated list of strings")
-    for name in flag_help.own_flags(values):
-        flag = values[name]
-        if flag.flag_type() in kinds and name not in NO_PATHS:
-            yield name
+    for flag in flag_help.own_flags(values):
+        if flag.flag_type() in kinds and flag.name not in NO_PATHS:
+            yield flag.name
 
 
 def _other_buckets(kinds):

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -199,11 +200,8 @@ def _print_texts(
     _say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "contexts.md").write_text(table + "\n")
     data = extrapolation.as_data(texts, lambada, length)
-    data["checkpoint"] = str(trained.checkpoint)
-    (folder / "contexts.json").write_text(json.dumps(data, indent=2) + "\n")
+    _write(folder, "contexts", table, data | {"checkpoint": str(trained.checkpoint)})
     drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
     more = "" if drawn else " There is no picture: matplotlib is not installed."
     _say(f"Written to {folder}.{more}")
@@ -229,12 +227,15 @@ def _print_retrieval(
     _say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "retrieval.md").write_text(table + "\n")
     data = reach.as_data(found, plan, length)
-    data["checkpoint"] = str(trained.checkpoint)
-    (folder / "retrieval.json").write_text(json.dumps(data, indent=2) + "\n")
+    _write(folder, "retrieval", table, data | {"checkpoint": str(trained.checkpoint)})
     _say(f"Written to {folder}: retrieval.md, retrieval.json.")
+
+
+def _write(folder: Path, name: str, table: str, data: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(table + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _check_tasks(options: EvaluationOptions) -> None:

@@ -21,6 +21,7 @@ _RATES = (1e-3, 2e-3, 4e-3)
 _FACTORS = (1.0, 10.0, 30.0, 100.0)
 _SEEDS = 3
 _LONG = 320_000_000
+_LONG_OF = ("softmax", "softmax_alibi", "sharp_qk_norm_steady")
 _AT_BLANKS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _BY_HAND = re.compile(r"<!-- by hand -->\n.*?<!-- end -->\n", re.DOTALL)
 
@@ -246,7 +247,7 @@ def _missing(lines: Sequence[Line], found: dict[str, Group], tokens: int) -> str
     if left:
         missing.append(f"Factors of theta's learning rate not swept: {', '.join(left)}.")
     long = {line["variant"] for line in short if int(line["tokens"]) == _LONG}
-    left = [f"`{name}`" for name in _SWEPT if name not in long]
+    left = [f"`{name}`" for name in _LONG_OF if name not in long]
     if left:
         missing.append(f"No run of {_millions(_LONG)} tokens of {', '.join(left)}.")
     if tokens != 100_000_000:

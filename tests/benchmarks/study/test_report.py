@@ -182,7 +182,7 @@ def test_the_page_and_its_pictures(tmp_path):
     assert "| `softmax` | 3 | 3.010 ± 0.006 | 100.0 | 3.010 |" in text
     assert "No run of `softmax_qk_norm`," in text
     assert "Learning rates not swept: `softmax` at 0.001" in text
-    assert "No run of 320M tokens of `softmax`, `softmax_alibi`." in text
+    assert "320M tokens of `softmax`, `softmax_alibi`, `sharp_qk_norm_steady`." in text
     assert "| 320M | `sharp` | 1 | 2.00 | 2.700 |" in text
     assert "non-finite: 10 steps in a row" in text
     assert "not web text" in text

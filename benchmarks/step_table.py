@@ -9,16 +9,17 @@ A run is MODEL/ATTENTION/REMAT, and /LENGTH or /scan behind it where they are no
 
 - models: 46m is that of the study, 340m and 1300m are the recipes, all of 4,096 tokens a row and
   without a scan over layers, which on a GPU costs time and memory (/scan has it);
-- attentions: those of `benchmarks.train_step` (lazy, softmax, cudnn, paper), and jla or jla_fp8:
-  the same model in jax-linear-attention, at the best settings that its configuration names (memory
-  lean VJPs, its own cross entropy with the gradient in the forward pass), softmax attention by
-  whatever it chooses;
+- attentions: those of `benchmarks.train_step` (lazy, biased, softmax, cudnn, paper), and jla or
+  jla_fp8: the same model in jax-linear-attention, at the best settings that its configuration names
+  (memory lean VJPs, its own cross entropy with the gradient in the forward pass), softmax attention
+  by whatever it chooses;
 - remat: none, dots, full or auto.
 
 A run is a process that compiles with an empty cache and times the step, then one that compiles
-again with what the first kept. Seconds of the two count from calling `lower` to the end of
-`compile`; those to the first step count from the start of the process. `--parts` traces the step,
-too (`benchmarks.step_profile`); CUDA graphs are off then, so time without it for a table.
+again with what the first kept, unless --nowarm is given. Seconds of the two count from calling
+`lower` to the end of `compile`; those to the first step count from the start of the process.
+`--parts` traces the step, too (`benchmarks.step_profile`); CUDA graphs are off then, so time
+without it for a table.
 
 On an H200 a run takes about 90 s (340m), 70 s (46m), 150 s (1300m), and 20 s more with `--parts`:
 estimates, not measured. With `--deadline` no run is begun that would not be over in time, and what
@@ -316,16 +317,20 @@ def _child(run: Run, options: flags.FlagValues) -> dict[str, Any]:
     return _ours(run, options.began, warm=warm, parts=options.parts and not warm)
 
 
-def measure(run: Run, *, parts: bool, peer: str | None, limit: float) -> dict[str, Any]:
+def measure(
+    run: Run, *, parts: bool, peer: str | None, limit: float, warm: bool = True
+) -> dict[str, Any]:
     """Returns a run's line; it starts the processes, which see the GPU one after the other.
 
     Args:
       run: what is timed.
       parts: trace it, too.
       peer: folder of the peer's packages.
-      limit: seconds that a process may take.
+      limit: seconds that they may take.
+      warm: start the second, too.
     """
     found: dict[str, Any] = {}
+    end = time.monotonic() + limit
     environment = dict(os.environ)
     if parts:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_GRAPHS_OFF}"
@@ -334,7 +339,8 @@ def measure(run: Run, *, parts: bool, peer: str | None, limit: float) -> dict[st
         folder = str(pathlib.Path(peer).absolute())
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (before, folder)))
     with tempfile.TemporaryDirectory() as cache:
-        for phase in ("cold", "warm"):
+        for phase in ("cold", "warm") if warm else ("cold",):
+            left = max(1.0, end - time.monotonic())
             command = [
                 *(sys.executable, "-m", "benchmarks.step_table", f"--runs={run.name}"),
                 *(f"--phase={phase}", f"--cache={cache}", f"--began={time.time()}"),
@@ -342,10 +348,10 @@ def measure(run: Run, *, parts: bool, peer: str | None, limit: float) -> dict[st
             ]
             try:
                 done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=limit
+                    command, env=environment, capture_output=True, text=True, timeout=left
                 )
             except subprocess.TimeoutExpired:
-                return found | {"error": f"{phase}: more than {limit:.0f} s"}
+                return found | {"error": f"{phase}: more than {left:.0f} s"}
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
                 return found | {"error": f"{phase}: {lines[-1][:300]}"}
@@ -400,7 +406,7 @@ def _run(options: flags.FlagValues) -> None:
         if left < run.seconds + (20 if options.parts else 0):
             print(f"{run.name}: not begun, {left:.0f} s are left")
             continue
-        found = measure(run, parts=options.parts, peer=options.peer, limit=left)
+        found = measure(run, parts=options.parts, peer=options.peer, limit=left, warm=options.warm)
         line = {
             "run": run.name,
             "program": "jla 0.1.0" if run.attention in PEERS else "lazyattn",
@@ -419,12 +425,14 @@ def _summary(line: dict[str, Any]) -> str:
     if "error" in line:
         return f"{line['run']}: {line['error']}"
     mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
-    return (
-        f"{line['run']}: {line['tokens_per_second']:,.0f} tokens/s{mfu}, {line['gib']:.1f} GiB,"
-        f" compiled in {line['compile_cold_s']:.1f} s,"
-        f" from the cache {line['compile_warm_s']:.1f} s;"
-        f" first step after {line['first_step_cold_s']:.1f} and {line['first_step_warm_s']:.1f} s"
+    seconds = (
+        f"{phase} compiled in {line[f'compile_{phase}_s']:.1f} s,"
+        f" first step after {line[f'first_step_{phase}_s']:.1f} s"
+        for phase in ("cold", "warm")
+        if f"compile_{phase}_s" in line
     )
+    rate = f"{line['run']}: {line['tokens_per_second']:,.0f} tokens/s{mfu}, {line['gib']:.1f} GiB"
+    return "; ".join([rate, *seconds])
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -432,6 +440,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     where: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_list("runs", [], "What to time: MODEL/ATTENTION/REMAT,...", **where)
     flags.DEFINE_bool("parts", False, "Trace the steps, too; no CUDA graphs then.", **where)
+    flags.DEFINE_bool("warm", True, "Compile again with the cache of the first time.", **where)
     flags.DEFINE_float("deadline", 3600.0, "Seconds in which all must be done.", **where)
     flags.DEFINE_string("commit", None, "What is measured, where there is no git.", **where)
     paths.define("peer", None, "Folder with the packages of jla.", values)

@@ -5,6 +5,7 @@
 The step is that of `train.py`: model, loss, gradients, optimizer. Parameters are freshly
 initialised, tokens are random, every row is one document. Kinds of attention:
   lazy      the config as it is
+  biased    the same with the distance bias alone, softmax's weights
   softmax   the same model with ordinary softmax attention by our kernels
   cudnn     the same with softmax attention by cuDNN (by XLA where there is no GPU)
   paper     the config with the paper's recipe
@@ -44,6 +45,7 @@ from lazyattn.training.optimizer import make_optimizer
 # Changes to the config's attention. That of `cudnn` is replaced besides.
 KINDS: dict[str, dict[str, Any]] = {
     "lazy": {},
+    "biased": {"variant": "biased_softmax"},
     "softmax": {"variant": "softmax"},
     "cudnn": {"variant": "softmax"},
     "paper": RECIPES["paper"],

@@ -74,11 +74,19 @@ def test_a_run_is_a_cold_process_and_a_warm_one(started, tmp_path, capsys):
     assert line["compile_cold_s"] == 20 and line["compile_warm_s"] == 3
     for key in ("program", "attention", "length", "batch", "tokens_per_second", "gib", "commit"):
         assert key in line
-    assert "100,000 tokens/s, 30.0 GiB, compiled in 20.0 s, from the cache 3.0" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "100,000 tokens/s, 30.0 GiB; cold compiled in 20.0 s, first step after 30.0 s;" in said
+    assert "; warm compiled in 3.0 s" in said
     step_table._run(_options(tmp_path, "--runs=340m/lazy/none,46m/lazy/none"))
     assert [name for name, phase, *_ in started[2:]] == ["46m/lazy/none"] * 2
+
+
+def test_the_warm_process_can_be_left_out(started, tmp_path, capsys):
+    step_table._run(_options(tmp_path, "--runs=340m/biased/none", "--nowarm"))
+    assert [phase for _, phase, *_ in started] == ["cold"]
+    assert "cold compiled" in capsys.readouterr().out
+    (line,) = _lines(tmp_path)
+    assert "error" not in line and "compile_warm_s" not in line
 
 
 def test_what_fails_is_a_line_and_is_tried_again(started, tmp_path):

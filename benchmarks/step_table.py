@@ -21,7 +21,7 @@ again with what the first kept, unless --nowarm is given. Seconds of the two cou
 `--parts` traces the step, too (`benchmarks.step_profile`); CUDA graphs are off then, so time
 without it for a table.
 
-On an H200 a run takes about 90 s (340m), 70 s (46m), 150 s (1300m), and 20 s more with `--parts`:
+On an H200 a run takes about 60 s (340m), 45 s (46m), 90 s (1300m), and 20 s more with `--parts`:
 estimates, not measured. With `--deadline` no run is begun that would not be over in time, and what
 the file has from the same commit is left out: the same command again goes on.
 
@@ -51,7 +51,7 @@ from lazyattn import paths
 from lazyattn.errors import InputError, require
 
 # Rows of a step and the seconds that a run is expected to take.
-MODELS = {"46m": (16, 70.0), "340m": (8, 90.0), "1300m": (4, 150.0)}
+MODELS = {"46m": (16, 45.0), "340m": (8, 60.0), "1300m": (4, 90.0)}
 PEERS = ("jla", "jla_fp8")
 REMATS = ("none", "dots", "full", "auto")
 LENGTH = 4096

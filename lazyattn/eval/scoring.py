@@ -230,7 +230,7 @@ def score_tokens(
 ) -> tuple[Float[Array, "rows targets"], Bool[Array, "rows targets"]]:
     """Returns nll and greediness of every token but the first of each row, to be jitted.
 
-    The logits of at most `config.loss_chunk` tokens are held at a time.
+    The logits of at most `config.loss_positions` tokens are held at a time.
 
     Args:
       config: the model.
@@ -245,7 +245,7 @@ def score_tokens(
     hidden: Any = Transformer(config).apply({"params": params}, inputs)
     table = output_embedding(params, config)
     rows, length = targets.shape
-    size = min(length, max(1, config.loss_chunk // rows))
+    size = min(length, max(1, config.loss_positions // rows))
     number = -(-length // size)
 
     def cut(x: Array) -> Array:

@@ -259,7 +259,9 @@ class ModelConfig:
         matrix products), "full" (each block), "auto" (as little as fits; the trainer
         chooses, and what else calls the model recomputes nothing).
       scan_layers: compile one block and scan over it.
-      loss_chunk: positions whose logits are held at once by the loss.
+      loss_chunk: positions whose logits a device holds at once in the loss; None: so many that
+        the gradient of the output embedding, read and written for each chunk, is little beside
+        the logits, and these are 1 GiB at most.
       attention: the attention layer.
     """
 
@@ -273,7 +275,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Remat = "none"
     scan_layers: bool = True
-    loss_chunk: Annotated[int, at_least(1)] = 1024
+    loss_chunk: Annotated[int | None, at_least(1)] = None
     attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self):
@@ -304,6 +306,14 @@ class ModelConfig:
     def embedding_factor(self) -> float:
         """What embeddings are multiplied by on the way in."""
         return self.width**0.5 if self.scale_embedding else 1.0
+
+    @property
+    def loss_positions(self) -> int:
+        """Positions whose logits a device holds at once in the loss."""
+        if self.loss_chunk is not None:
+            return self.loss_chunk
+        # A logit is about 22 bytes of traffic, an entry of the gradient 8 for each chunk.
+        return max(1, min(8 * self.width, 2**28 // self.vocab_size))
 
     @property
     def hidden_width(self) -> int:

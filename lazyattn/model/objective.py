@@ -45,7 +45,7 @@ def make_loss_fn(config: ModelConfig, z_loss: float = 0.0) -> LossFn:
                 output_embedding(params, config),
                 batch["targets"],
                 counted(batch).astype(jnp.float32),
-                chunk=config.loss_chunk,
+                chunk=config.loss_positions,
                 z_loss=z_loss,
             )
 

@@ -91,7 +91,7 @@ def temporaries(
         + 2 * layer  # a block's own, and their gradients
         + 4 * counts["total"] / shards * (1 if parts == 1 else 2)  # gradients, and their sum
         + 2 * 2 * blocks / model.num_layers / sizes["tensor"]  # two gathered blocks, bfloat16
-        + _loss_bytes(model, rows, sizes["tensor"])
+        + _loss_bytes(model, rows, length, sizes["tensor"])
     )
     return Temporaries(activations, 4 * blocks / shards, layer, total)
 
@@ -136,8 +136,8 @@ def kept_bytes(model: ModelConfig, rows: int, length: int) -> float:
     )
 
 
-def _loss_bytes(model: ModelConfig, rows: int, tensor: int) -> float:
+def _loss_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> float:
     """Returns the loss's logits of a chunk, twice, its table and the table's gradient."""
-    positions = max(model.loss_chunk, rows)
+    positions = min(max(model.loss_positions, rows), rows * length)
     vocab = model.vocab_size / tensor
     return vocab * (3 * 4 * positions + (2 + 4 + 4) * model.width)

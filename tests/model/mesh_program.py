@@ -83,7 +83,7 @@ def main() -> None:
             output_embedding(params, config),
             batch["targets"],
             weights,
-            chunk=config.loss_chunk,
+            chunk=config.loss_positions,
             z_loss=1e-2,
         )
         return sums.objective, (sums, hidden)

@@ -100,6 +100,19 @@ def test_bad_attention_settings(settings, message):
 
 
 @pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        ({}, 8192),
+        ({"loss_chunk": 100}, 100),
+        ({"vocab_size": 128_000}, 2097),  # 1 GiB of logits
+        ({"vocab_size": 2**30}, 1),
+    ],
+)
+def test_positions_whose_logits_are_held(settings, positions):
+    assert ModelConfig(**settings).loss_positions == positions
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"vocab_size": 0}, "model.vocab_size is 0, .* at least 1"),

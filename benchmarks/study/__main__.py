@@ -3,6 +3,7 @@
     python -m benchmarks.study run --data=FOLDER --variants=softmax,sharp --seeds=0,1,2 \
         --tokens=100e6 --workdir=runs/study --cache=runs/compiled
     python -m benchmarks.study trial --data=FOLDER --variants=sharp --try=model.remat=dots
+    python -m benchmarks.study uptrain --data=FOLDER --kept=runs/study --output=lines.jsonl
     python -m benchmarks.study report
 """
 
@@ -20,7 +21,7 @@ from absl import flags, logging
 from lazyattn import flag_help
 from lazyattn.errors import InputError, require
 
-_COMMANDS = ("run", "trial", "report")
+_COMMANDS = ("run", "trial", "uptrain", "report")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,15 +57,21 @@ def _command(argv: Sequence[str]) -> None:
             return
         report.main(arguments, values)
         return
-    from benchmarks.study import options, run, trial
+    from benchmarks.study import options, run, trial, uptrain
 
     options.define(values)
     if command == "trial":
         options.define_trial(values)
+    elif command == "uptrain":
+        uptrain.define(values)
     if asked_for_help:
         _help(values)
         return
     options.parse(arguments, values)
+    if command == "uptrain":
+        found = uptrain.read(values, lambda: time.monotonic() - _START)
+        run.run(found, uptrain.Uptraining)
+        return
     asked = options.read(values, lambda: time.monotonic() - _START)
     if command == "run":
         run.run(asked)

@@ -47,4 +47,4 @@ def peak_in_state(config: OptimizerConfig, steps: int) -> optax.GradientTransfor
 
 def set_peak(state: TrainState, peak: Float[Array, ""]) -> TrainState:
     """Returns the state with another peak of the learning rate."""
-    return dataclasses.replace(state, opt_state=state.opt_state._replace(peak=peak))
+    return dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, peak=peak))

@@ -91,12 +91,12 @@ def read(values: flags.FlagValues, elapsed: Callable[[], float]) -> Options:
     )
     factors: tuple[float | None, ...] = (None,)
     if values.log_slope_factor is not None:
-        factors = _numbers("--log_slope_factor", values.log_slope_factor, float)
+        factors = numbers("--log_slope_factor", values.log_slope_factor, float)
     return Options(
         data=values.data,
         variants=tuple(_parts("--variants", values.variants)),
-        seeds=_numbers("--seeds", values.seeds, int),
-        learning_rates=_numbers("--learning_rate", values.learning_rate, float),
+        seeds=numbers("--seeds", values.seeds, int),
+        learning_rates=numbers("--learning_rate", values.learning_rate, float),
         tokens=whole("--tokens", values.tokens),
         output=output,
         log_slope_factors=factors,
@@ -124,7 +124,12 @@ def _parts(name: str, text: str) -> list[str]:
     return parts
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Returns the numbers of a list with commas between them.
+
+    Raises:
+      InputError: for anything else.
+    """
     try:
         return tuple(kind(part) for part in _parts(name, text))
     except ValueError as error:

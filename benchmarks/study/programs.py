@@ -23,6 +23,7 @@ from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.training.optimizer import make_schedule
 from lazyattn.training.step import make_train_step
+from lazyattn.training.teaching import with_ramps
 
 SINK_SEQUENCES = 100
 
@@ -125,7 +126,11 @@ class Programs:
         # Parameters are made by running the model on one token, which needs no kernel.
         attention = dataclasses.replace(model.attention, implementation="xla_chunked")
         self._initial = dataclasses.replace(model, attention=attention)
-        self._optimizer = optimizer.peak_in_state(experiment.optimizer, experiment.training.steps)
+        self._optimizer = with_ramps(
+            optimizer.peak_in_state(experiment.optimizer, experiment.training.steps),
+            model.attention,
+            experiment.teaching,
+        )
         self._specs = partition_specs(self._initial)
         self.factory = self._factory(experiment.training.seed)
         self._all = program_key(experiment)

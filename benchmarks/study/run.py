@@ -23,6 +23,7 @@ from benchmarks.study.programs import Compiler, Programs, program_key
 from benchmarks.study.settings import Spec, experiment_of
 from benchmarks.study.turns import turn
 from lazyattn import sharding
+from lazyattn.checkpoint.state import TrainState
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.sharding import MeshConfig
@@ -98,8 +99,12 @@ class Options:
         return found
 
 
-def run(options: Options) -> int:
+def run(options: Options, kind: "type[Study] | None" = None) -> int:
     """Makes the runs that aren't finished; returns how many lines were written.
+
+    Args:
+      options: what to do.
+      kind: of study; None: the plain one.
 
     Raises:
       InputError: for anything wrong with the options, before anything is trained.
@@ -114,7 +119,7 @@ def run(options: Options) -> int:
     ledger = Ledger(options.output, claims)
     ledger.finished()
     set_cache(options.cache)
-    study = Study(options, ledger, experiments)
+    study = (kind or Study)(options, ledger, experiments)
     before = len(ledger.finished() & set(experiments))
     text = f"{study.tokens.train.size:,} tokens of text"
     say(f"{len(specs)} runs, {before} of them finished before; {study.device}, {text}")
@@ -313,7 +318,7 @@ class Study:
         options, experiment = self._options, self._experiments[spec.identity]
         began = time.perf_counter()
         programs = self.programs(spec).result()
-        order = train.order_of(self.tokens, experiment)
+        order = self._order(experiment)
         if self._stream is None:
             self._stream = programs.put(self.tokens.train)
         course = train.Course(self._stream, programs.put(order.starts), self._found)
@@ -348,6 +353,16 @@ class Study:
             say(f"{spec.label}: its turn at {self._options.elapsed():.0f} s")
             yield
 
+    def _order(self, experiment: ExperimentConfig) -> data.Order:
+        return train.order_of(self.tokens, experiment)
+
+    def _start(
+        self, spec: Spec, programs: Programs, line: dict[str, Any]
+    ) -> Callable[[TrainState], TrainState]:
+        """Returns what makes a run's first state of a fresh one; it may add to the line."""
+        del spec, programs, line
+        return lambda state: state
+
     def _train_and_measure(
         self,
         spec: Spec,
@@ -358,6 +373,7 @@ class Study:
     ) -> dict[str, Any]:
         options = self._options
         everything = options.measure == "all"
+        first: dict[str, Any] = {}
         state, history = train.train(
             programs,
             experiment,
@@ -367,6 +383,7 @@ class Study:
             stop=self._stop,
             every=options.checkpoint_every,
             said=lambda text: say(f"{spec.label}: {text}"),
+            start=self._start(spec, programs, first),
         )
         if folder is not None and self._remaining < self._measuring:
             train.save(folder, experiment, state, history)
@@ -375,7 +392,7 @@ class Study:
             train.save(folder, experiment, state, history)
             shutil.copy(Path(options.data).expanduser() / TOKENIZER, folder / TOKENIZER)
         began = time.perf_counter()
-        line = {
+        line = first | {
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "curve": history.curve,
             "visited_in_training": history.visited,

@@ -68,6 +68,7 @@ def train(
     stop: Callable[[int, float], bool] = lambda step, seconds_a_step: False,
     every: int = CHECKPOINT_EVERY,
     said: Callable[[str], None] = lambda text: None,
+    start: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> tuple[TrainState, History]:
     """Trains to the end, from a checkpoint where there is one.
 
@@ -81,6 +82,7 @@ def train(
         says so, training ends with a checkpoint.
       every: steps between checkpoints, which are made at points of the curve.
       said: told how it goes.
+      start: makes the state to begin with of a fresh one.
 
     Raises:
       Cut: stopped.
@@ -97,7 +99,8 @@ def train(
                 said(f"goes on at step {int(state.step)}")
         if state is None:
             peak = np.float32(experiment.optimizer.learning_rate)
-            state = programs.create().result().run(np.int32(experiment.training.seed), peak)
+            fresh = programs.create().result().run(np.int32(experiment.training.seed), peak)
+            state = start(fresh)
         return _steps(
             programs, experiment, course, state, history, checkpoints, looks, stop, every, said
         )

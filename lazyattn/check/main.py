@@ -29,7 +29,7 @@ from lazyattn.training import resume_data
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Hooks
 from lazyattn.training.main import train
-from lazyattn.training.optimizer import make_optimizer
+from lazyattn.training.teaching import make_run_optimizer
 
 _TRIAL = ".check"
 
@@ -111,9 +111,11 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
         tasks_every=min(experiment.training.tasks_every, 1),
         max_failed_saves=1,
     )
+    teaching = experiment.teaching
     if resumes:  # what it started from need not be there any more
         training = dataclasses.replace(training, init_from=None)
-    return dataclasses.replace(experiment, training=training)
+        teaching = dataclasses.replace(teaching, offset_steps=0, bias_steps=0)
+    return dataclasses.replace(experiment, training=training, teaching=teaching)
 
 
 def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
@@ -137,7 +139,7 @@ def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
         resumption_changes(found[1], experiment)
         resume_data.require_same_kind(found[1], experiment)
         mesh = sharding.make_mesh(experiment.mesh)
-        optimizer = make_optimizer(experiment.optimizer, steps)
+        optimizer = make_run_optimizer(experiment)
         restored = checkpoints.restore(make_state_factory(experiment, mesh, optimizer).abstract)
         return None if restored is None else int(restored.state.step)
 

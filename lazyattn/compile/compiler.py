@@ -12,9 +12,10 @@ from lazyattn.checkpoint.state import StateFactory, make_state_factory
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.objective import make_loss_fn
-from lazyattn.training.optimizer import make_optimizer, make_schedule
+from lazyattn.training.optimizer import make_schedule
 from lazyattn.training.remat import abstract_batch
 from lazyattn.training.step import make_train_step
+from lazyattn.training.teaching import make_run_optimizer
 from pallas_kernels.tpu import support
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -159,7 +160,7 @@ def _traced(
     training = experiment.training
     step = make_train_step(
         make_loss_fn(experiment.model, training.z_loss),
-        make_optimizer(experiment.optimizer, training.steps),
+        make_run_optimizer(experiment),
         make_schedule(experiment.optimizer, training.steps),
         mesh=mesh,
         shardings=factory.shardings,
@@ -177,5 +178,4 @@ def state_factory(
     Parameters are traced by running the model on one token, which needs no kernel.
     """
     chosen = _with_implementation(experiment, "xla_chunked")
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
-    return make_state_factory(chosen, mesh, optimizer)  # type: ignore[arg-type]  # nothing is placed
+    return make_state_factory(chosen, mesh, make_run_optimizer(experiment))  # type: ignore[arg-type]  # nothing is placed

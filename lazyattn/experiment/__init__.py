@@ -9,11 +9,13 @@ from lazyattn.experiment.config import (
     resumption_changes,
     with_attention,
 )
+from lazyattn.experiment.teaching import TeachingConfig
 from lazyattn.experiment.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
     "ExperimentConfig",
     "OptimizerConfig",
+    "TeachingConfig",
     "TrainingConfig",
     "check_override",
     "defaults",

@@ -17,6 +17,7 @@ import ml_collections
 
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value, require
+from lazyattn.experiment.teaching import TeachingConfig
 from lazyattn.experiment.training import OptimizerConfig, TrainingConfig
 from lazyattn.model.config import RECIPES, VARIANTS, AttentionConfig, ModelConfig
 from lazyattn.sharding import MeshConfig
@@ -31,6 +32,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    teaching: TeachingConfig = dataclasses.field(default_factory=TeachingConfig)
 
     def __post_init__(self):
         require(
@@ -47,6 +49,16 @@ class ExperimentConfig:
             self.data.batch_size,
             f"a multiple of training.microbatches = {self.training.microbatches}",
         )
+
+        attention = self.model.attention
+        for name, has in (("offset", attention.has_offset), ("bias", attention.has_bias)):
+            steps = getattr(self.teaching, f"{name}_steps")
+            require(
+                not steps or has,
+                f"teaching.{name}_steps",
+                steps,
+                f"0 while model.attention.variant is {attention.variant!r}, which has none",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain data, fit for JSON."""

@@ -104,6 +104,7 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
             " a hub's model",
         )
     _check_shapes(model, experiment.model)
+    check_ramps(experiment, model.attention)
     params = _fitted(source.params, model, experiment.model, shardings)
     lines = [f"starting from the weights of {name}, with a fresh optimizer"]
     before, now = (_flat(config) for config in (model, experiment.model))
@@ -114,6 +115,29 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
         if before[key] != value and key not in _SAME
     ]
     return Weights(params, source.tokenizer, tuple(lines))
+
+
+def check_ramps(experiment: ExperimentConfig, source: AttentionConfig | None) -> None:
+    """Checks that what `teaching` ramps starts at 0.
+
+    Args:
+      experiment: of the run that starts.
+      source: of the weights it starts from; None: from fresh ones.
+
+    Raises:
+      InputError: if it does not.
+    """
+    new = (False, False) if source is None else _is_new(source, experiment.model.attention)
+    for name, what, is_new in (
+        ("bias_steps", "a distance bias", new[0]),
+        ("offset_steps", "offsets", new[1]),
+    ):
+        steps = getattr(experiment.teaching, name)
+        if steps and not is_new:
+            where = "the weights of a fresh model" if source is None else f"those of {_WHERE}"
+            raise bad_value(
+                f"config.teaching.{name}", steps, f"0, since {where} have {what} already"
+            )
 
 
 def _new_parts(source: AttentionConfig, target: AttentionConfig) -> list[str]:

@@ -29,12 +29,12 @@ from lazyattn.quantity import quantity
 from lazyattn.training import balance, remat, resume_data
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Finished, Hooks, Started
-from lazyattn.training.initialize import Weights, read_weights
+from lazyattn.training.initialize import Weights, check_ramps, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
-from lazyattn.training.optimizer import make_optimizer
 from lazyattn.training.profile import StepProfile
+from lazyattn.training.teaching import make_run_optimizer
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 
 
@@ -91,11 +91,13 @@ def train(
             _say(f"already at step {found[0]}, past training.steps = {steps}: nothing was done")
             return 0
         experiment, changes = _going_on(experiment, None if found is None else found[1])
-        optimizer = make_optimizer(experiment.optimizer, steps)
+        optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
         restored = checkpoints.restore(factory.abstract)
         weights: Weights | None = None
-        if restored is None and experiment.training.init_from is not None:
+        if restored is None and experiment.training.init_from is None:
+            check_ramps(experiment, None)
+        elif restored is None:
             weights = read_weights(experiment, mesh, factory.shardings.params)
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)

@@ -1,11 +1,12 @@
 """Timing of work that a GPU does while the host goes on."""
 
 import pathlib
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -45,20 +46,67 @@ def _summary(x: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(x), min(x), max(x)
 
 
-def kernels(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
-    """Returns milliseconds a call of each kernel on the device, longest first."""
+class Kernel(NamedTuple):
+    """A kernel that ran on the device; nanoseconds."""
+
+    name: str
+    start: float
+    stop: float
+
+
+def timeline(run: Callable[[], Any]) -> list[Kernel]:
+    """Returns what a call of `run` ran on the first GPU, in order."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready([run() for _ in range(calls)])
+            jax.block_until_ready(run())
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    totals: dict[str, float] = {}
+    found = []
     for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
+        if not plane.name.startswith("/device:GPU:0"):
             continue
         lines = list(plane.lines)
         for line in [line for line in lines if "Stream" in line.name] or lines:
             for event in line.events:
-                name = event.name
-                totals[name] = totals.get(name, 0.0) + event.duration_ns / 1e6 / calls
+                start = event.start_ns
+                found.append(Kernel(event.name, start, start + event.duration_ns))
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
+def kernels(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
+    """Returns milliseconds a call of each kernel on the device, longest first."""
+    totals: dict[str, float] = {}
+    for kernel in timeline(lambda: [run() for _ in range(calls)]):
+        ms = (kernel.stop - kernel.start) / 1e6 / calls
+        totals[kernel.name] = totals.get(kernel.name, 0.0) + ms
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def breakdown(ran: Sequence[Kernel], calls: int) -> dict[str, Any]:
+    """Returns where the time of some calls in a row went.
+
+    Args:
+      ran: what they ran.
+      calls: how many they are.
+
+    Returns:
+      of a call: `runs`, how many kernels; `busy_ms`, in which one ran; `gap_ms`, between kernels;
+      `kernels`, of each name how often it ran and its milliseconds, longest first. Numbers at the
+      end of a name are left out, since layers differ by these.
+    """
+    found: dict[str, list[float]] = {}
+    gaps, stop = 0.0, None
+    for kernel in ran:
+        entry = found.setdefault(re.sub(r"[_.]\d+$", "", kernel.name), [0.0, 0.0])
+        entry[0] += 1 / calls
+        entry[1] += (kernel.stop - kernel.start) / 1e6 / calls
+        if stop is not None:
+            gaps += max(0.0, kernel.start - stop)
+        stop = kernel.stop if stop is None else max(stop, kernel.stop)
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return {
+        "runs": round(len(ran) / calls, 2),
+        "busy_ms": round(sum(ms for _, ms in found.values()), 4),
+        "gap_ms": round(gaps / 1e6 / calls, 4),
+        "kernels": {name: [round(runs, 2), round(ms, 4)] for name, (runs, ms) in ordered},
+    }

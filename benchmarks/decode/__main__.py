@@ -17,6 +17,8 @@ Queries and keys are random, of the norm that `qk_norm` gives them at initializa
 is as long as the context. Attention is timed over a few layers, each with a cache of its own, so
 that none stays in the chip's cache, and given for all 24; tokens follow each other on the device
 (torch's as a CUDA graph), since the host takes longer to start short kernels than they run.
+--profile=FILE also gets a line of JSON of each of our timings: kernels a token, their times, and
+the gaps between them; of attention `layers` of them, of a whole token all.
 `bytes` is what a token must read: weights (for the whole token), keys of pages that are read, and
 values of pages with a weight, counted on the inputs themselves. `limit_ms` is the time of that many
 bytes at the rate of a copy in the same run.
@@ -36,6 +38,7 @@ no bound of the scores: spans are those of norms' scales of 1.
 import concurrent.futures
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -74,7 +77,7 @@ _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _SECONDS = flags.DEFINE_float("seconds", 190.0, "Begin nothing and end after so many.")
 _CALLS = flags.DEFINE_integer("calls", 10, "Tokens in a row.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Times each is timed; the median counts.")
-_PROFILE = flags.DEFINE_boolean("profile", False, "Also print the time of each kernel.")
+_PROFILE = paths.define("profile", None, "File for lines with the time of each kernel.")
 _OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that lines are added to.")
 
 
@@ -180,7 +183,7 @@ class Run:
             for job, whole in group:
                 if whole is not None and ready(whole) and job.line.bytes_attention is not None:
                     if self._in_time(job.line):
-                        attempt(job.line, lambda whole=whole: whole.measure(self.rate))
+                        attempt(job.line, lambda whole=whole: self._token(whole))
                     self.results.save(job.line)
                     whole.run = None
 
@@ -223,10 +226,25 @@ class Run:
         if not layers:
             layers += job.inputs()
         job.measure(layers, self.rate, _ROUNDS.value)
-        if _PROFILE.value and job.line.implementation == "lazyattn":
-            kernels = timing.kernels(job.callable(layers))
-            for name, ms in list(kernels.items())[:5]:
-                print(f"  {ms / job.number / job.calls:8.4f} ms a layer: {name}", flush=True)
+        if job.line.implementation == "lazyattn":
+            self._profile(job.line, job.number, job.calls, job.callable(layers))
+
+    def _profile(self, line: Line, layers: int, calls: int, run: Callable[[], Any]) -> None:
+        """Notes where the time of tokens went, if it was asked for."""
+        if not _PROFILE.value:
+            return
+        about = {k: getattr(line, k) for k in ("attention", "cache", "slopes", "context", "batch")}
+        about |= {"layers": layers} | timing.breakdown(timing.timeline(run), calls)
+        with open(_PROFILE.value, "a") as file:
+            file.write(json.dumps(about) + "\n")
+        kernels = list(about["kernels"].items())[:8]
+        text = ", ".join(f"{name} {runs:g} x {ms:.3f}" for name, (runs, ms) in kernels)
+        gaps = f"{about['runs']:g} kernels {about['busy_ms']} ms, gaps {about['gap_ms']}"
+        print(f"  {gaps}: {text}", flush=True)
+
+    def _token(self, whole: token.Token) -> None:
+        several = whole.measure(self.rate)
+        self._profile(whole.line, len(whole.plan.layers), whole.calls, several)
 
     def _in_time(self, line: Line) -> bool:
         if self.left > 0:
@@ -282,6 +300,7 @@ def main(argv: list[str]) -> None:
         "copy_gb_s": round(rate / 1e9, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "jax_triton": importlib.metadata.version("jax-triton"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }

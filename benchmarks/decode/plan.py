@@ -126,7 +126,7 @@ class Line:
       largest_batch: rows whose cache fits in memory beside the weights.
       layers_timed: layers that attention was timed over.
       copy_gb_s: rate of the copy, bytes read and written, 1e9 a second.
-      device, jax, commit, date: of the run.
+      device, jax, jax_triton, commit, date: of the run.
       error: why there is no time.
     """
 
@@ -150,6 +150,7 @@ class Line:
     copy_gb_s: float = 0.0
     device: str = ""
     jax: str = ""
+    jax_triton: str = ""
     commit: str = ""
     date: str = ""
     error: str | None = None

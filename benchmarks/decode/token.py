@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,8 +94,8 @@ class Token:
 
         return jax.lax.fori_loop(0, self.calls, one, state)
 
-    def measure(self, rate: float) -> None:
-        """Times whole tokens; arguments as of `Attention.measure`."""
+    def measure(self, rate: float) -> Callable[[], Any]:
+        """Times whole tokens and returns what does some; arguments as of `Attention.measure`."""
         line, ready = self.line, model(self.heads)
         assert line.bytes_attention is not None
         line.bytes = weight_bytes(ready) + line.bytes_attention
@@ -111,7 +112,8 @@ class Token:
                     for i, group in enumerate(groups)
                 )
             )
-        steps = self.calls * (self.rounds + 1)
+        # The last are those of a profile.
+        steps = self.calls * (self.rounds + 2)
         lengths = jnp.full(line.batch, line.context - steps, jnp.int32)
         cache = cache_lib.KVCache(tuple(layers), lengths, self.plan)
         del layers
@@ -124,3 +126,4 @@ class Token:
 
         ms = timing.milliseconds(several, calls=1, rounds=self.rounds)
         line.ms_token = ms / self.calls
+        return several

@@ -81,7 +81,10 @@ def _layer(block: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     for names in NAMES.values():
         for name in names:
             attention.pop(name, None)
-    return whole | {"attention": attention | bias}
+    # Stacked once: a step would write them anew.
+    mlp = dict(whole["mlp"])
+    mlp["gate_up"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], axis=1)
+    return whole | {"attention": attention | bias, "mlp": mlp}
 
 
 def forward(

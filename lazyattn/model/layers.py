@@ -78,12 +78,16 @@ class SwiGLU(nn.Module):
         cfg = self.config
         into = (cfg.width, cfg.hidden_width), ("embed", "mlp")
         back = (cfg.hidden_width, cfg.width), ("mlp", "embed")
-        gate = parameter(self, "gate", matrix_init(0, 1), *into)
-        up = parameter(self, "up", matrix_init(0, 1), *into)
+        if self.has_variable("params", "gate_up"):  # `lazyattn.generation` has stacked them.
+            stacked: Array = self.get_variable("params", "gate_up")
+        else:
+            gate = parameter(self, "gate", matrix_init(0, 1), *into)
+            up = parameter(self, "up", matrix_init(0, 1), *into)
+            stacked = jnp.stack([gate, up], axis=1)
         down = parameter(self, "down", matrix_init(0, 1, residual_variance(cfg)), *back)
 
         # One product, so that the backward pass goes over all that is as wide as `hidden` once.
-        both = jnp.einsum("...w,wch->...ch", x, jnp.stack([gate, up], axis=1).astype(x.dtype))
+        both = jnp.einsum("...w,wch->...ch", x, stacked.astype(x.dtype))
         hidden = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
         hidden = sharding.constrain(hidden, "batch", "length", "mlp")
         return hidden @ down.astype(x.dtype)

@@ -239,7 +239,7 @@ def test_a_model_is_prepared_once():
     assert prepare(model, config) is model
     half = prepare(_params(config), dataclasses.replace(config, compute_dtype="bfloat16"))
     block = half.params["blocks_1"]
-    assert block["attention"]["query"].dtype == block["mlp"]["up"].dtype == jnp.bfloat16
+    assert block["attention"]["query"].dtype == block["mlp"]["gate_up"].dtype == jnp.bfloat16
     assert half.output.dtype == jnp.bfloat16
     assert block["attention"]["distance_bias"].dtype == jnp.float32
     assert half.params["embedding"].dtype == jnp.float32

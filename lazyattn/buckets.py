@@ -2,7 +2,8 @@
 
 They are `etils.epath` paths, which do what `pathlib.Path` does by way of fsspec (gcsfs, s3fs).
 An object appears whole or not at all, can't be appended to, and nothing is renamed; there are no
-locks. gcsfs, s3fs and TensorStore try a request again that was slow or answered 429 or 5xx.
+locks. gcsfs, s3fs and TensorStore try a request again, with longer and longer pauses, that was
+slow, answered 429 or 5xx, or whose connection broke.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from lazyattn.errors import InputError, bad_value
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _SCHEME = re.compile(r"([a-z0-9]+)://")
 _PROBE = ".lazyattn-can-write"
+# Of a request to S3, a random time up to 1, 2, 4, ... s apart: two minutes, as a rule.
+_RETRIES = 8
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -58,16 +61,19 @@ def bucket_path(name: str, path: str | os.PathLike[str]) -> Path:
             f"{name} is {text!r}, which needs the package {package}; pip install"
             f" 'lazyattn[{extra}]'."
         )
-    _look_again(kind)
+    _set_up(kind)
     return cast(Path, epath.Path(text))
 
 
-def _look_again(kind: str) -> None:
-    """Lets fsspec ask the bucket what there is: TensorStore and others write to it, too."""
+def _set_up(kind: str) -> None:
+    """Has fsspec ask the bucket what there is, and s3fs be as patient as gcsfs."""
     import fsspec.config
 
     for protocol in {"gs": ("gs", "gcs"), "s3": ("s3",)}[kind]:
-        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+        settings = fsspec.config.conf.setdefault(protocol, {})
+        settings.setdefault("use_listings_cache", False)  # TensorStore and others write, too
+        if kind == "s3" and "AWS_MAX_ATTEMPTS" not in os.environ:
+            settings.setdefault("config_kwargs", {"retries": {"max_attempts": _RETRIES}})
 
 
 def check_writable(name: str, folder: Path) -> None:

@@ -47,8 +47,8 @@ config_flags.DEFINE_config_file(
 paths.define(
     "workdir",
     None,
-    "Folder of the run: checkpoints, logs, settings. It may be in a bucket, gs://BUCKET/FOLDER.",
-    buckets=paths.RUN,
+    "Folder of the run: checkpoints, logs, settings. It may be in a bucket, gs:// or s3://.",
+    buckets=True,
 )
 _MODE = flags.DEFINE_string(
     "mode",

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from lazyattn.allowed import Allowed
-from lazyattn.buckets import bucket_path, is_bucket, scheme
+from lazyattn.buckets import bucket_path, is_bucket
 from lazyattn.errors import bad_value
 
 # A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
@@ -20,28 +20,26 @@ _MOUNT = "mount the bucket and give the path"
 LOCAL = Allowed(
     lambda path: not _URL.match(os.fspath(path)), f"a path on this machine, not a URL; {_MOUNT}"
 )
+ANYWHERE = Allowed(
+    lambda path: LOCAL.holds(path) or is_bucket(path),
+    "a path on this machine, gs://BUCKET/PATH or s3://BUCKET/PATH; of another bucket, " + _MOUNT,
+)
 
-# Where a run may lie, since Orbax writes to no other buckets; where an export may be put.
-RUN = ("gs",)
-EXPORT = ("gs", "s3")
 
-
-def check_local(name: str, path: str | os.PathLike[str], buckets: Sequence[str] = ()) -> None:
+def check_local(name: str, path: str | os.PathLike[str], buckets: bool = False) -> None:
     """Refuses a URL, which would otherwise be taken for a folder called `gs:`.
 
     Args:
       name: what the user wrote, e.g. "--workdir" or "data.path".
       path: the path.
-      buckets: schemes of URLs that are fine, such as `RUN`.
+      buckets: whether one in a bucket is fine.
 
     Raises:
       InputError: if it is a URL of another scheme.
     """
-    if LOCAL.holds(path) or scheme(path) in buckets:
-        return
-    fine = " or ".join(f"{each}://BUCKET/FOLDER" for each in buckets)
-    words = f"a path on this machine or {fine}; of another bucket {_MOUNT}" if fine else LOCAL.words
-    raise bad_value(name, os.fspath(path), words)
+    allowed = ANYWHERE if buckets else LOCAL
+    if not allowed.holds(path):
+        raise bad_value(name, os.fspath(path), allowed.words)
 
 
 def local_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -54,13 +52,13 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(path).expanduser()
 
 
-def folder(name: str, path: str | os.PathLike[str], buckets: Sequence[str] = RUN) -> Path:
+def folder(name: str, path: str | os.PathLike[str]) -> Path:
     """Returns a folder as an absolute path; in a bucket it does what `pathlib.Path` does.
 
     Raises:
       InputError: as `check_local`, or if the package for such buckets is not installed.
     """
-    check_local(name, path, buckets)
+    check_local(name, path, buckets=True)
     return bucket_path(name, path) if is_bucket(path) else Path(path).expanduser().absolute()
 
 
@@ -86,7 +84,7 @@ class _PathParser(flags.ArgumentParser[str]):
 
     syntactic_help = "a path"
 
-    def __init__(self, name: str, buckets: Sequence[str] = ()):
+    def __init__(self, name: str, buckets: bool = False):
         self._name, self._buckets = name, buckets
 
     def parse(self, argument: str) -> str:
@@ -116,11 +114,11 @@ def define(
     help: str,
     flag_values: flags.FlagValues = flags.FLAGS,
     required: bool = False,
-    buckets: Sequence[str] = (),
+    buckets: bool = False,
 ) -> flags.FlagHolder[Any]:
     """Defines a flag whose value is a path; a URL is refused when it is parsed.
 
-    Those of `buckets` are not: what they can't be used for refuses them itself.
+    With `buckets` that of one is not: what it can't be used for refuses it itself.
     """
     parser = _PathParser(name, buckets)
     return flags.DEFINE(parser, name, default, help, flag_values=flag_values, required=required)

@@ -2,22 +2,18 @@
 
     python -m tests.gcs_program PORT BUCKET FOLDER
 
-Files in FOLDER tell it. `503` is how many requests are answered by one that is not 503; `401` and
-`403`: all are answered that. `kill` has a process and the end of a name: whoever begins to write
-such an object dies, and it is not written. FOLDER/answered counts what was answered so.
+What is told it by files in FOLDER, `tests.bucket_faults` says.
 
 What the emulator lacks and TensorStore relies on is added: generations, and conditions on them.
 """
 
-import itertools
-import os
 import re
-import signal
 import sys
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 from gcp_storage_emulator import server
+
+from tests.bucket_faults import RESET, Faults, break_off
 
 _OBJECT = re.compile(r".*/b/(?P<bucket>[^/]+)/o(?:/(?P<name>[^/]+))?")
 
@@ -37,6 +33,10 @@ def _object(handler):
 
 
 def _answer(handler, status):
+    if status == RESET:
+        break_off(handler.connection)
+        handler.close_connection = True
+        return
     handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
     handler.send_response(status)
     handler.send_header("Content-Length", "0")
@@ -44,28 +44,13 @@ def _answer(handler, status):
 
 
 def main():
-    port, bucket, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    handle, begin, count = server.Router.handle, server.Response.__init__, itertools.count(1)
-
-    def fault(method, name):
-        for status in (401, 403):
-            if (folder / str(status)).exists():
-                return status
-        if (folder / "503").exists() and next(count) % int((folder / "503").read_text()) == 0:
-            return 503
-        if (folder / "kill").exists() and method in (server.POST, server.PUT):
-            process, end = (folder / "kill").read_text().split()
-            if name.endswith(end):
-                os.kill(int(process), signal.SIGKILL)
-                return 500
-        return None
+    port, bucket, fault = int(sys.argv[1]), sys.argv[2], Faults(sys.argv[3])
+    handle, begin = server.Router.handle, server.Response.__init__
 
     def stricter(router, method):
         handler = router._request_handler
         name, handler.generation, query = _object(handler)
         if status := fault(method, name):
-            with (folder / "answered").open("a") as file:
-                file.write(f"{status} {method} {name}\n")
             return _answer(handler, status)
         wanted = query.get("ifGenerationMatch", [handler.generation])[0]
         if handler.generation is not None and wanted != handler.generation:

@@ -1,5 +1,6 @@
 """Runs in buckets, against emulators of Google's and Amazon's that run on this machine."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -27,7 +28,9 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
-RUN = "gs://bucket/runs/one"
+KINDS = ("gs", "s3")
+# Every so many requests fail, each in another way.
+FAILS = "9 429 500 503 reset"
 
 
 def _free_port():
@@ -38,18 +41,32 @@ def _free_port():
 
 @dataclasses.dataclass
 class Buckets:
-    """Two buckets called `bucket`; `control` tells the first to fail (tests/gcs_program.py)."""
+    """Two buckets called `bucket`, Google's and Amazon's; both can be told to fail."""
 
     folder: Path
     gcs: str
     s3: str
 
-    @property
-    def control(self):
-        return self.folder / "control"
+    def control(self, kind):
+        """Returns the folder of what an emulator is told (tests/bucket_faults.py)."""
+        return self.folder / f"control-{kind}"
+
+    @contextlib.contextmanager
+    def told(self, kind, name, text):
+        (self.control(kind) / name).write_text(text)
+        try:
+            yield
+        finally:
+            (self.control(kind) / name).unlink()
+
+    def answered(self, kind):
+        """Returns what requests were answered in place of what they asked for."""
+        path = self.control(kind) / "answered"
+        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
     def start(self, *arguments, program=("train.py",), **environment):
-        environment = os.environ | {
+        environment = {
+            **os.environ,
             "LAZYATTN_CACHE": str(self.folder / "cache"),
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -60,8 +77,8 @@ class Buckets:
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
-            **environment,
-        }
+        } | environment
+        environment = {name: value for name, value in environment.items() if value}
         return subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=ROOT,
@@ -75,13 +92,14 @@ class Buckets:
     def run(self, *arguments, **settings):
         return finish(self.start(*arguments, **settings))
 
-    def train(self, workdir, *overrides):
+    def train(self, workdir, *overrides, **environment):
         return self.start(
             f"--config={ROOT / 'tests' / 'training' / 'tiny.py'}:{self.folder / 'text'}",
             f"--workdir={workdir}",
             f"--config.training.steps={STEPS}",
             "--config.training.keep=2",
             *overrides,
+            **environment,
         )
 
     def python(self, *lines):
@@ -108,12 +126,13 @@ def finish(process):
 @pytest.fixture(scope="module")
 def buckets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("buckets")
-    (folder / "control").mkdir()
+    for kind in KINDS:
+        (folder / f"control-{kind}").mkdir()
     tiny.write_text(folder / "text")
     gcs, s3 = _free_port(), _free_port()
     commands = (
-        ["-m", "tests.gcs_program", str(gcs), "bucket", str(folder / "control")],
-        ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)],
+        ["-m", "tests.gcs_program", str(gcs), "bucket", str(folder / "control-gs")],
+        ["-m", "tests.s3_program", str(s3), str(folder / "control-s3")],
     )
     with (folder / "servers.log").open("w") as log:
         servers = [
@@ -160,54 +179,77 @@ def _records(text):
 
 
 @pytest.fixture(scope="module")
-def story(buckets):
-    """A whole run here, and one in a bucket: killed in a save, then resumed among 503s."""
-    whole = buckets.folder / "whole"
-    status, _, err = finish(buckets.train(whole))
+def whole(buckets):
+    """A whole run in a folder of this machine."""
+    workdir = buckets.folder / "whole"
+    status, _, err = finish(buckets.train(workdir))
     assert status == 0, err
-    process = buckets.train(RUN)
-    (buckets.control / "kill").write_text(f"{process.pid} checkpoints/12/commit_success.txt")
-    status, _, err = finish(process)
-    assert status == -9, err
-    (buckets.control / "kill").unlink()
-    killed = buckets.objects(RUN)
-    (buckets.control / "503").write_text("25")
-    resumed = finish(buckets.train(RUN))
-    (buckets.control / "503").unlink()
-    return whole, killed, resumed
+    return workdir
 
 
-def test_a_run_that_is_killed_in_a_save_resumes_bit_exactly(buckets, story):
-    whole, killed, (status, out, err) = story
+@dataclasses.dataclass
+class Story:
+    """A run in a bucket: killed in two saves, then resumed while requests fail.
+
+    `killed` is what was in the bucket after each; `failed`, how requests did.
+    """
+
+    kind: str
+    run: str
+    killed: list[set[str]]
+    failed: list[str]
+    resumed: tuple[int, str, str]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def story(buckets, request):
+    kind, run = request.param, f"{request.param}://bucket/runs/one"
+    killed = []
+    for last in ("8/state/manifest.ocdbt", "12/commit_success.txt"):
+        process = buckets.train(run)
+        with buckets.told(kind, "kill", f"{process.pid} checkpoints/{last}"):
+            status, _, err = finish(process)
+        assert status == -9, err
+        killed.append(buckets.objects(run))
+    before = len(buckets.answered(kind))
+    with buckets.told(kind, "fail", FAILS):
+        resumed = finish(buckets.train(run))
+    return Story(kind, run, killed, buckets.answered(kind)[before:], resumed)
+
+
+def test_a_run_that_is_killed_in_a_save_resumes_bit_exactly(buckets, whole, story):
+    status, out, err = story.resumed
     assert status == 0, err
+    early, late = ({name.partition("/checkpoints/")[2] for name in names} for names in story.killed)
+    assert "8/commit_success.txt" not in early and "8/state/manifest.ocdbt" not in early
+    assert any(name.startswith("8/state/") for name in early)
     # All of step 12 is there but the mark that says so.
-    assert "bucket/runs/one/checkpoints/12/state/_METADATA" in killed
-    assert "bucket/runs/one/checkpoints/12/commit_success.txt" not in killed
+    assert {"8/commit_success.txt", "12/state/_METADATA"} <= late
+    assert "12/commit_success.txt" not in late
     assert "resuming after step 8\n" in out
-    answered = (buckets.control / "answered").read_text().splitlines()
-    assert sum(line.startswith("503") for line in answered) > 5
-    lines = buckets.read(f"{RUN}/metrics.jsonl")
+    for answer in FAILS.split()[1:]:
+        assert story.failed.count(answer) > 2
+    lines = buckets.read(f"{story.run}/metrics.jsonl")
     assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
     assert "can't be written" not in err and "could not be written" not in err
     assert "buckets have no locks" in err
 
 
 def test_what_is_in_the_bucket_afterwards(buckets, story):
-    names = buckets.objects(RUN)
+    names = buckets.objects(story.run)
     below = {name.removeprefix("bucket/runs/one/").split("/")[0] for name in names}
     assert below == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
     steps = {name.split("/")[4] for name in names if "/checkpoints/" in name}
     assert {"20", "24"} <= steps and "12" not in steps
 
 
-def test_other_modes_read_it(buckets, story, tmp_path):
-    whole, _, _ = story
-    at = f"--workdir={RUN}"
+def test_other_modes_read_it(buckets, whole, story, tmp_path):
+    at = f"--workdir={story.run}"
     for mode in ("eval", "sample"):
         of_bucket = buckets.run(f"--mode={mode}", at, "--prompt=attention")
         here = buckets.run(f"--mode={mode}", f"--workdir={whole}", "--prompt=attention")
         assert of_bucket[0] == 0, of_bucket[2]
-        assert of_bucket[1].replace(RUN, str(whole)) == here[1]
+        assert of_bucket[1].replace(story.run, str(whole)) == here[1]
     status, _, err = buckets.run("--mode=inspect", at)
     assert status == 2 and err.startswith("--output is not given, but it must be a folder on this")
     status, _, err = buckets.run("--mode=inspect", at, f"--output={tmp_path}")
@@ -215,16 +257,15 @@ def test_other_modes_read_it(buckets, story, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
-@pytest.mark.parametrize("output", [None, "gs://bucket/exports/a", "s3://bucket/exports/a"])
-def test_exports(buckets, story, tmp_path, output):
-    whole, _, _ = story
-    flags = () if output is None else (f"--output={output}",)
-    status, out, err = buckets.run("--mode=export", f"--workdir={RUN}", *flags)
+@pytest.mark.parametrize("output", [None, "gs://bucket/exports", "s3://bucket/exports"])
+def test_exports(buckets, whole, story, tmp_path, output):
+    flags = () if output is None else (f"--output={output}/{story.kind}",)
+    status, out, err = buckets.run("--mode=export", f"--workdir={story.run}", *flags)
     assert status == 0, err
-    output = output or f"{RUN}/export"
+    output = f"{output}/{story.kind}" if output else f"{story.run}/export"
     assert out.startswith(f"Written to {output}: orbax, float32")
-    if output.startswith("s3"):  # and again: there is one already
-        status, _, err = buckets.run("--mode=export", f"--workdir={RUN}", *flags)
+    if flags and output.startswith(story.kind):  # and again: there is one already
+        status, _, err = buckets.run("--mode=export", f"--workdir={story.run}", *flags)
         assert status == 2 and "a folder that does not exist yet" in err
     buckets.python(
         "import fsspec",
@@ -243,52 +284,62 @@ def _start_two(buckets, workdir):
     return [buckets.train(workdir, *flags, f"--process_id={number}") for number in range(2)]
 
 
-def test_two_processes_one_killed_in_a_save_resume_bit_exactly(buckets):
-    whole, run = buckets.folder / "whole_of_two", "gs://bucket/runs/two"
-    for process in _start_two(buckets, whole):
+@pytest.fixture(scope="module")
+def whole_of_two(buckets):
+    for process in _start_two(buckets, buckets.folder / "whole_of_two"):
         assert finish(process)[0] == 0
+    return buckets.folder / "whole_of_two"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_one_killed_in_a_save_resume_bit_exactly(buckets, whole_of_two, kind):
+    run = f"{kind}://bucket/runs/two"
     first, second = _start_two(buckets, run)
-    (buckets.control / "kill").write_text(f"{first.pid} checkpoints/12/commit_success.txt")
-    assert finish(first)[0] == -9
-    second.kill()  # as a scheduler does
-    second.communicate()
-    (buckets.control / "kill").unlink()
+    with buckets.told(kind, "kill", f"{first.pid} checkpoints/12/commit_success.txt"):
+        assert finish(first)[0] == -9
+        second.kill()  # as a scheduler does
+        second.communicate()
     (status, out, err), (other, silent, _) = map(finish, _start_two(buckets, run))
     assert (status, other) == (0, 0), err
     assert "resuming after step 8\n" in out and "step" not in silent
     lines = buckets.read(f"{run}/metrics.jsonl")
-    assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
+    assert _records(lines) == _records((whole_of_two / "metrics.jsonl").read_text())
 
 
 def test_a_dry_run_leaves_nothing(buckets, story):
-    before = buckets.objects("gs://bucket/runs")
-    for workdir in (RUN, "gs://bucket/runs/new"):
+    runs = f"{story.kind}://bucket/runs"
+    before = buckets.objects(runs)
+    for workdir in (story.run, f"{runs}/new"):
         process = buckets.train(workdir, "--mode=check", "--config.training.steps=30")
         status, out, err = finish(process)
         assert status == 0, err
         assert "nothing of this is kept" in out
-    assert buckets.objects("gs://bucket/runs") == before
+    assert buckets.objects(runs) == before
+
+
+NO_KEYS = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "1"}
 
 
 @pytest.mark.parametrize(
-    ("fault", "workdir", "why"),
+    ("bucket", "refuse", "environment", "why"),
     [
-        (None, "gs://missing/run", "there is no such bucket"),
-        ("401", RUN, "there are no credentials for it"),
-        ("403", RUN, "it is forbidden"),
+        ("gs://missing", None, {}, "there is no such bucket"),
+        ("gs://bucket", "401", {}, "there are no credentials for it"),
+        ("gs://bucket", "403", {}, "it is forbidden"),
+        ("s3://missing", None, {}, "there is no such bucket"),
+        ("s3://bucket", None, NO_KEYS, "there are no credentials for it"),
+        ("s3://bucket", "403", {}, "it is forbidden"),
     ],
 )
-def test_a_bucket_that_can_not_be_used_is_one_sentence(buckets, fault, workdir, why):
-    if fault:
-        (buckets.control / fault).touch()
-    try:
-        status, out, err = finish(buckets.train(workdir))
-    finally:
-        if fault:
-            (buckets.control / fault).unlink()
+def test_a_bucket_that_can_not_be_used_is_one_sentence(buckets, bucket, refuse, environment, why):
+    with contextlib.ExitStack() as stack:
+        if refuse:
+            stack.enter_context(buckets.told(bucket[:2], "refuse", refuse))
+        status, out, err = finish(buckets.train(f"{bucket}/refused", **environment))
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith(f"--workdir is '{workdir}', but nothing can be written there ({why}")
+    start = f"--workdir is '{bucket}/refused', but nothing can be written there ({why}"
+    assert line.startswith(start)
 
 
 def test_what_does_not_work_there_yet_says_so(buckets):
@@ -301,13 +352,11 @@ def test_what_does_not_work_there_yet_says_so(buckets):
 
 def test_a_damaged_checkpoint_is_moved_aside(buckets, story):
     """The last one here, since the run has one checkpoint fewer meanwhile."""
-    torn = f"{RUN}/checkpoints/24/state/manifest.ocdbt"
+    torn = f"{story.run}/checkpoints/24/state/manifest.ocdbt"
     buckets.python(f"epath.Path({torn!r}).write_bytes(b'')")
-    status, out, err = finish(buckets.train(RUN))
+    status, out, err = finish(buckets.train(story.run))
     assert status == 0, err
     assert "resuming after step 20\n" in out
-    names = buckets.objects(RUN)
-    moved = {name for name in names if name.startswith("bucket/runs/one/damaged/24-1/")}
-    assert "bucket/runs/one/damaged/24-1/commit_success.txt" in moved
-    lines = buckets.read(f"{RUN}/metrics.jsonl")
+    assert "bucket/runs/one/damaged/24-1/commit_success.txt" in buckets.objects(story.run)
+    lines = buckets.read(f"{story.run}/metrics.jsonl")
     assert [record["step"] for record in _records(lines)] == list(range(1, STEPS + 1))

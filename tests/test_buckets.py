@@ -34,7 +34,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch, kind, pa
     )
     extra = {"gs": "gcs", "s3": "s3"}[kind]
     with pytest.raises(InputError, match=rf"needs the package {package}; .*lazyattn\[{extra}\]"):
-        paths.folder("--output", f"{kind}://b/x", paths.EXPORT)
+        paths.folder("--output", f"{kind}://b/x")
 
 
 def test_a_path_in_a_bucket_keeps_its_name(monkeypatch):
@@ -45,8 +45,9 @@ def test_a_path_in_a_bucket_keeps_its_name(monkeypatch):
     assert buckets.is_bucket(run / "metrics.jsonl")
     with pytest.raises(InputError, match=r"^--workdir is 'gs://', but it must be gs://BUCKET"):
         paths.folder("--workdir", "gs://")
-    with pytest.raises(InputError, match=r"^--workdir is 's3://b/x', .* or gs://BUCKET/FOLDER;"):
-        paths.folder("--workdir", "s3://b/x")
+    assert str(paths.folder("--workdir", "s3://b/x") / "y") == "s3://b/x/y"
+    with pytest.raises(InputError, match=r"^--workdir is 'az://b/x', .* or s3://BUCKET/PATH;"):
+        paths.folder("--workdir", "az://b/x")
 
 
 def test_where_a_mode_writes():

@@ -30,7 +30,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from lazyattn import buckets
-from lazyattn.checkpoint import schema
+from lazyattn.checkpoint import s3, schema
 from lazyattn.checkpoint.save_agreement import SaveAgreement
 from lazyattn.checkpoint.save_agreement import brief as _brief
 from lazyattn.checkpoint.state import TrainState
@@ -87,6 +87,8 @@ class Checkpoints:
           read_only: never write, nor move damaged checkpoints aside.
         """
         self.folder = folder("--workdir", workdir) / FOLDER
+        if buckets.scheme(self.folder) == "s3":
+            s3.teach_orbax()
         self._read_only = read_only
         self._max_failed = max_failed
         self._failed_in_row = 0
@@ -359,6 +361,8 @@ class Checkpoints:
         ]
         if self._keep_every:
             policies.append(checkpoint_managers.preservation_policy.EveryNSteps(self._keep_every))
+        # In a bucket nothing can be renamed. Orbax knows that of Google's alone.
+        mode = "commit_file" if buckets.is_bucket(self.folder) else "auto"
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -369,6 +373,7 @@ class Checkpoints:
                 cleanup_tmp_directories=not self._read_only,
                 save_root_metadata=not self._read_only,
                 async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._agreement),
+                atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode(mode)),
             ),
             handler_registry=_registry(),
         )

@@ -106,7 +106,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         None,
         "eval, inspect, plot, export: folder for results; of an export in a bucket, too.",
         values,
-        buckets=paths.EXPORT,
+        buckets=True,
     )
     flags.DEFINE_string("precision", "float32", "eval: float32, or the model's own.", **where)
     flags.DEFINE_integer("batch_tokens", 16_384, "eval: tokens of a batch.", **where)

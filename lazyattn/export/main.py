@@ -21,8 +21,8 @@ from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.export import card
 from lazyattn.export.flags import ExportOptions
-from lazyattn.paths import EXPORT, local_path, umask
 from lazyattn.paths import folder as folder_of
+from lazyattn.paths import local_path, umask
 from lazyattn.pretrained import hub, names, parameters, settings, tensor_files
 from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.pretrained.settings import Facts
@@ -54,7 +54,7 @@ def export(
     """
     options = ExportOptions() if options is None else options
     output = (
-        folder_of("--output", options.output, EXPORT)
+        folder_of("--output", options.output)
         if options.output
         else folder_of("--workdir", path or "") / _FOLDER
     )

@@ -47,7 +47,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         None,
         "inspect: folder of a run to show beside.",
         values,
-        buckets=paths.RUN,
+        buckets=True,
     )
     flags.DEFINE_integer("length", None, "inspect: tokens of a row.", **where)
     flags.DEFINE_integer("rows", 4, "inspect: rows looked at, at most.", **where)

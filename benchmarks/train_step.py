@@ -114,18 +114,22 @@ def random_batch(
     """Returns rows of random tokens on the mesh, each row one document without padding."""
     rows, length = experiment.data.batch_size, experiment.data.sequence_length
     tokens = random.integers(experiment.model.vocab_size, size=(rows, length + 1), dtype=np.int32)
-    return sharding.shard_batch(
-        {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "segment_ids": np.ones((rows, length), np.int32),
-            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        },
-        mesh,
-    )
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    }
+    if not mesh.is_multi_process:
+        place = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
+        return jax.device_put(batch, place)
+    share = sharding.batch_share(mesh)
+    mine = {name: np.split(array, share.count)[share.index] for name, array in batch.items()}
+    return sharding.shard_batch(mine, mesh)
 
 
-def _state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> StateFactory:
+def state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> StateFactory:
+    """Returns what makes the experiment's initial state."""
     # Parameters are made by running the model on one token, which needs no kernel.
     model = with_attention(experiment, implementation="xla_chunked").model
     return StateFactory(
@@ -140,8 +144,14 @@ def _state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Sta
 
 def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
     """Returns the trainer's step with a kind of attention, compiled: state, batch -> both."""
+    step = lowered_step(kind, experiment, mesh)
+    return step if isinstance(step, jax.stages.Compiled) else step.compile()
+
+
+def lowered_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the trainer's step, ready to be compiled; compiled, if its remat is "auto"."""
     experiment = with_attention(experiment, **KINDS[kind])
-    factory = _state_factory(experiment, mesh)
+    factory = state_factory(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
         step, said = remat.make_step(
@@ -151,12 +161,12 @@ def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Me
             print(line, file=sys.stderr, flush=True)
         if isinstance(step.jitted, jax.stages.Compiled):
             return step.jitted
-        return step.lower(factory.abstract, remat.abstract_batch(experiment, mesh)).compile()
+        return step.lower(factory.abstract, remat.abstract_batch(experiment, mesh))
 
 
 def initial_state(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the state that such a step begins with."""
-    return _state_factory(with_attention(experiment, **KINDS[kind]), mesh).create()
+    return state_factory(with_attention(experiment, **KINDS[kind]), mesh).create()
 
 
 def _prepare(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> _Run:
@@ -239,11 +249,12 @@ def measure(
         result.steps = int(run.state.step)
         tokens = data.batch_size * data.sequence_length
         result.tokens_per_second = 1e3 * tokens / result.milliseconds
-        result.mfu = _mfu(experiment, mesh, result.tokens_per_second)
+        result.mfu = mfu(experiment, mesh, result.tokens_per_second)
     return results
 
 
-def _mfu(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, rate: float) -> float | None:
+def mfu(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, rate: float) -> float | None:
+    """Returns the utilization at a rate of tokens a second; None: the peak is not known."""
     chip = _CHIP.get(mesh.devices.flat[0].device_kind)
     if chip is None:
         return None

@@ -22,21 +22,26 @@ pytestmark = pytest.mark.slow
 
 @dataclasses.dataclass
 class Shell:
-    """Starts train.py as several processes with one cache for data and compiled functions."""
+    """Starts train.py as several processes with one cache for data and compiled functions.
+
+    With `gpus` each process has the GPU of its number, and not simulated devices.
+    """
 
     folder: Path
+    gpus: bool = False
 
     def start(self, name, count, *overrides, devices=2, fault=None, own=lambda number: ()):
         """Starts processes; `fault` is for `faulty_program`, `own` gives each its own flags."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {
-            "LAZYATTN_CACHE": str(self.folder / "cache"),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+        environment = os.environ | {"LAZYATTN_CACHE": str(self.folder / "cache")}
+        if not self.gpus:
+            environment |= {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            }
         command = [
             sys.executable,
             *(("-m", "tests.training.faulty_program") if fault else ("train.py",)),
@@ -54,7 +59,7 @@ class Shell:
             subprocess.Popen(
                 [*command, *own(number), *([f"--process_id={number}"] if count > 1 else [])],
                 cwd=ROOT,
-                env=environment,
+                env=environment | ({"CUDA_VISIBLE_DEVICES": str(number)} if self.gpus else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -132,6 +137,14 @@ def test_one_process_kills_all_and_all_go_on_exactly(shell, whole):
     (out, _) = shell.run("killed", 2, "--config.mesh.fsdp=2")
     assert "resuming after step" in out
     assert shell.losses("killed") == shell.losses("whole")
+
+
+def test_the_program_that_kills_on_gpus_does_so_on_simulated_devices(shell):
+    from tests.training.killed_program import killed_and_resumed
+
+    found = killed_and_resumed(shell, "fsdp:2", 2, every=8, seconds=300, overrides=[])
+    assert found["same"] and found["resumed_after"] >= 8
+    assert found["compared"] == found["killed_after"] - found["resumed_after"] >= 1
 
 
 def test_a_signal_to_one_process_stops_and_saves_all(shell, whole):

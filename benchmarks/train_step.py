@@ -31,14 +31,13 @@ from ml_collections import config_flags
 
 from benchmarks import provenance, softmax_by_jax
 from lazyattn import command_line, paths, sharding
-from lazyattn.checkpoint.state import StateFactory, TrainState
+from lazyattn.checkpoint.state import StateFactory, TrainState, make_state_factory
 from lazyattn.compile.chips import CHIPS
 from lazyattn.errors import InputError, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import RECIPES, AttentionConfig
 from lazyattn.model.objective import Batch
-from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.training import remat
 from lazyattn.training.optimizer import make_optimizer
 
@@ -130,16 +129,8 @@ def random_batch(
 
 def state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> StateFactory:
     """Returns what makes the experiment's initial state."""
-    # Parameters are made by running the model on one token, which needs no kernel.
-    model = with_attention(experiment, implementation="xla_chunked").model
-    return StateFactory(
-        lambda key: init_params(model, key),
-        partition_specs(model),
-        make_optimizer(experiment.optimizer, experiment.training.steps),
-        mesh,
-        experiment.training.seed,
-        keep_ema=experiment.optimizer.ema_decay > 0,
-    )
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    return make_state_factory(experiment, mesh, optimizer)
 
 
 def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:

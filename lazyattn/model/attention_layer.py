@@ -121,7 +121,9 @@ class Attention(nn.Module):
         head_parameters = self._head_parameters()
         if self.is_mutable_collection(OPERANDS) and not self.is_initializing():
             self._keep(OPERANDS, "operands", {"query": query, "key": key, **head_parameters})
-        if attend is not None:
+        if self.is_initializing():
+            out = query  # Parameters need no kernel.
+        elif attend is not None:
             out = attend(query, key, value, head_parameters)
         else:
             out = self._attend(query, key, value, segment_ids, head_parameters)
@@ -147,7 +149,7 @@ class Attention(nn.Module):
         head_parameters: dict[str, Array],
     ) -> Float[Array, "batch length heads d"]:
         att = self.config.attention
-        observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
+        observed = self.is_mutable_collection(WEIGHTS)
         out = sharded_attention(
             query,
             key,

@@ -1,5 +1,6 @@
 """Making the parameters, and what is known of them without making them."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,12 +32,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
       config: the model.
       key: a PRNG key.
     """
-    return nn.meta.unbox(_boxed(config, key))
+    params = nn.meta.unbox(_boxed(config, key))
+    return params if config.scan_layers else unstack_blocks(params)
 
 
 def _boxed(config: ModelConfig, key: Array) -> Params:
-    """Returns the parameters in Flax's boxes, which know the logical axes."""
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    """Returns a scanned model's parameters in Flax's boxes, which know the logical axes.
+
+    Unrolled layers have the same ones: made one by one they take a minute to compile.
+    """
+    model = Transformer(dataclasses.replace(config, scan_layers=True))
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def parameter_shapes(config: ModelConfig) -> Params:
@@ -50,9 +56,14 @@ def logical_axes(config: ModelConfig) -> Params:
     The names are those of `sharding.RULES`.
     """
     boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
-    return jax.tree.map(
+    names = jax.tree.map(
         lambda box: box.names, boxed, is_leaf=lambda node: isinstance(node, nn.Partitioned)
     )
+    if config.scan_layers:
+        return names
+    blocks = names.pop("blocks")
+    layer = jax.tree.map(lambda names: names[1:], blocks, is_leaf=lambda x: isinstance(x, tuple))
+    return {**names, **{f"blocks_{i}": layer for i in range(config.num_layers)}}
 
 
 def partition_specs(config: ModelConfig) -> Params:

@@ -33,6 +33,8 @@ class RotatedNorm(nn.Module):
     ) -> Float[Array, "batch length some_heads d"]:
         """Returns the heads of `x` normalized and rotated, same shape and dtype."""
         scale = parameter(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
+        if self.is_initializing():
+            return x
         run: Any = functools.partial(
             norm_rotate, base=self.base, epsilon=self.epsilon, scaling=self.scaling
         )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lazyattn import sharding
 from lazyattn.model.config import RECIPES, VARIANTS
@@ -16,6 +17,7 @@ from lazyattn.model.parameters import (
     stack_blocks,
     unstack_blocks,
 )
+from lazyattn.model.transformer import Transformer
 from tests.model.tiny import VOCAB, dealt_slopes, make_config
 
 CONFIG = make_config(attention={"qk_norm": True, "output_gate": True, "qkv_bias": True})
@@ -82,6 +84,17 @@ def test_every_parameter_is_float32_and_every_axis_has_a_rule(variant, scan):
     jax.tree.map(check, shapes, axes, specs)
     assert len(jax.tree.leaves(axes, **IS_NAMES)) == len(jax.tree.leaves(shapes))
     assert "unembedding" not in shapes
+
+
+def test_unrolled_layers_have_names_axes_and_values_of_their_own():
+    config = dataclasses.replace(CONFIG, scan_layers=False)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    own = jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0), tokens)["params"])
+    boxes = {"is_leaf": lambda node: isinstance(node, nn.Partitioned)}
+    assert logical_axes(config) == jax.tree.map(lambda box: box.names, own, **boxes)
+    assert parameter_shapes(config) == nn.meta.unbox(own)
+    first, second = _initial(config, lambda params: (params["blocks_0"], params["blocks_1"]))
+    assert not np.allclose(first["mlp"]["up"], second["mlp"]["up"])
 
 
 def test_initial_scales():

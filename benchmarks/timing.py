@@ -47,11 +47,18 @@ def _summary(x: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Kernel(NamedTuple):
-    """A kernel that ran on the device; nanoseconds."""
+    """A kernel that ran on the device.
+
+    Attributes:
+      name: its own.
+      start, stop: nanoseconds.
+      grid: its programs, such as "96,1,1"; "" where it isn't known.
+    """
 
     name: str
     start: float
     stop: float
+    grid: str = ""
 
 
 def timeline(run: Callable[[], Any]) -> list[Kernel]:
@@ -68,8 +75,10 @@ def timeline(run: Callable[[], Any]) -> list[Kernel]:
         lines = list(plane.lines)
         for line in [line for line in lines if "Stream" in line.name] or lines:
             for event in line.events:
-                start = event.start_ns
-                found.append(Kernel(event.name, start, start + event.duration_ns))
+                start, details = event.start_ns, dict(event.stats).get("kernel_details", "")
+                grid = re.search(r"grid:(\S+)", str(details))
+                stop = start + event.duration_ns
+                found.append(Kernel(event.name, start, stop, grid[1] if grid else ""))
     return sorted(found, key=lambda kernel: kernel.start)
 
 
@@ -91,13 +100,14 @@ def breakdown(ran: Sequence[Kernel], calls: int) -> dict[str, Any]:
 
     Returns:
       of a call: `runs`, how many kernels; `busy_ms`, in which one ran; `gap_ms`, between kernels;
-      `kernels`, of each name how often it ran and its milliseconds, longest first. Numbers at the
-      end of a name are left out, since layers differ by these.
+      `kernels`, of each name and grid how often it ran and its milliseconds, longest first.
+      Numbers at the end of a name are left out, since layers differ by these.
     """
     found: dict[str, list[float]] = {}
     gaps, stop = 0.0, None
     for kernel in ran:
-        entry = found.setdefault(re.sub(r"[_.]\d+$", "", kernel.name), [0.0, 0.0])
+        name = re.sub(r"[_.]\d+$", "", kernel.name)
+        entry = found.setdefault(f"{name} {kernel.grid}".strip(), [0.0, 0.0])
         entry[0] += 1 / calls
         entry[1] += (kernel.stop - kernel.start) / 1e6 / calls
         if stop is not None:

@@ -58,7 +58,7 @@ def rotate(
 
     Source: Su et al., arXiv 2104.09864, eq. 15, with pairs taken half a head apart.
     """
-    cos, sin = (part[:, :, None] for part in _cos_and_sin(positions, x.shape[-1], base, scaling))
+    cos, sin = (part[:, :, None] for part in cos_and_sin(positions, x.shape[-1], base, scaling))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -111,16 +111,17 @@ def norm_rotate(
 
     from pallas_kernels.rotary import op  # Triton takes a second to import.
 
-    cos, sin = _cos_and_sin(positions, head_dim, base, scaling)
+    cos, sin = cos_and_sin(positions, head_dim, base, scaling)
     return op.norm_rotate(x, scale, cos, sin, epsilon)
 
 
-def _cos_and_sin(
+def cos_and_sin(
     positions: Int[Array, "batch length"],
     head_dim: int,
     base: float,
-    scaling: RopeScaling | None,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+    """Returns what `rotate` turns each token's pairs by, float32; arguments as there."""
     half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:

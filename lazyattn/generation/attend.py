@@ -66,7 +66,7 @@ def cached_attention(
       plan: which keys are held, `groups` in this layer.
       step: which case it is.
     """
-    work = _Work(config, plan, groups, step)
+    work = Work(config, plan, groups, step)
     given = {"query": query, "key": key, "value": value, "start": start, "count": count} | own
     mesh = sharding.active_mesh()
     if mesh is None:
@@ -103,7 +103,7 @@ def cached_attention(
     )(given, cache)
 
 
-class _Work:
+class Work:
     """The work of one device: its rows and heads."""
 
     def __init__(
@@ -124,6 +124,7 @@ class _Work:
     def __call__(
         self, given: dict[str, Array], cache: LayerCache
     ) -> tuple[Float[Array, "batch length heads d"], LayerCache]:
+        """Returns what `cached_attention` does on one device."""
         return self.how(given, cache)
 
     def _start(self, given: dict[str, Array], cache: LayerCache) -> tuple[Array, LayerCache]:
@@ -190,6 +191,17 @@ class _Work:
         # A row without new tokens has nothing to read either.
         lengths = jnp.where(count > 0, start + length, 0)
         held = self._appended(given, cache)
+        learned = {k: given[k] for k in _BY_HEAD if k in given and k != "query"}
+        return self.attention(given["query"], held, lengths, learned), tuple(held)
+
+    def attention(
+        self,
+        query: Float[Array, "batch new heads d"],
+        held: Sequence[GroupCache],
+        lengths: Int[Array, " batch"],
+        learned: dict[str, Array],
+    ) -> Float[Array, "batch new heads d"]:
+        """Returns the attention of a step's queries to caches that have the new keys."""
         cached: dict[str, Any] = {
             "key_cache": [of.keys for of in held],
             "value_cache": [of.values for of in held],
@@ -198,19 +210,17 @@ class _Work:
         if self.plan.quantized:
             cached["key_scales"] = [of.key_scales for of in held]
             cached["value_scales"] = [of.value_scales for of in held]
-        learned: dict[str, Any] = {k: given[k] for k in _BY_HEAD if k in given and k != "query"}
-        out = decode_attention(
-            given["query"],
+        how: dict[str, Any] = learned | self.variant
+        return decode_attention(
+            query,
             lengths=lengths,
             head_groups=[group.heads for group in self.groups],
             window=[group.window for group in self.groups],
             ring=any(group.slots < self.plan.length for group in self.groups),
             skip_mass=self.plan.skip_mass,
             **cached,
-            **learned,
-            **self.variant,
+            **how,
         )
-        return out, tuple(held)
 
     def _appended(self, given: dict[str, Array], cache: LayerCache) -> list[GroupCache]:
         """Returns the cache with the new keys and values of a step."""

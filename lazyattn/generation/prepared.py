@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lazyattn.generation import step as fused_step
 from lazyattn.generation.attend import Step, cached_attention
 from lazyattn.generation.cache import KVCache
 from lazyattn.model.config import ModelConfig
@@ -104,6 +105,8 @@ def forward(
       step: what is known of them.
     """
     config = model.config
+    if step is Step.STEP and fused_step.unsupported(config, cache, tokens.shape[1]) is None:
+        return fused_step.forward(model.params, config, tokens, cache, count)
     start = jnp.zeros_like(cache.lengths) if step is Step.START else cache.lengths
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     layers = list(cache.layers)

@@ -13,7 +13,7 @@ import triton  # noqa: E402
 
 from pallas_kernels.decode.triton_kernels import decode_scores  # noqa: E402
 from tests import oracle  # noqa: E402
-from tests.pallas_kernels.decode import append, suite  # noqa: E402
+from tests.pallas_kernels.decode import append, dense, suite  # noqa: E402
 
 if not isinstance(decode_scores, triton.JITFunction):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
@@ -77,3 +77,10 @@ def test_is_the_default():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_append(dtype):
     append.check(dtype)
+    append.check_enter(dtype)
+
+
+@pytest.mark.parametrize("dtype, unit", [("float32", 2e-5), ("bfloat16", 2**-6)])
+@pytest.mark.parametrize("case", [*dense.CASES, (8, 1024, (1024,), True, True, False)], ids=str)
+def test_dense(case, dtype, unit):
+    dense.check(case, dtype, unit)

@@ -100,8 +100,8 @@ def lazy_attention(
     earlier queries too, since what they do not see is multiplied by 0, and 0 times NaN is NaN:
     from a value with every implementation, from a key with "mosaic_gpu". These are the
     queries of its tile of keys, up to 255 of them; with "xla" all. A query that sees nothing, for a
-    bias of -inf, is NaN itself, and with "triton", "tpu" and "mosaic_gpu" so are the gradients of
-    the bias and of keys in the tiles that it visits, whatever its cotangent.
+    bias of -inf, is NaN itself. With "triton", "tpu" and "mosaic_gpu" it has no part in any
+    gradient; with "xla" and "xla_chunked" the gradients of all that it sees are NaN, too.
 
     Args:
       query: queries, rotated by RoPE if the model uses it; float32, bfloat16,

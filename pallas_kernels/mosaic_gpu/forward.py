@@ -37,7 +37,7 @@ from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Scratch, TilesConsumed
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.pipeline import Slots
-from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, threshold
+from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, reachable, threshold
 from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
@@ -469,7 +469,7 @@ class WorkTile(launch.WorkTile):
             for name, x in results.items():
                 staged(name)[...] = x.astype(dtype)
             if self.kernel.training:
-                ref["total_smem"][self.warpgroup] = lse
+                ref["total_smem"][self.warpgroup] = reachable(lse)
             plgpu.commit_smem()
             for name in results:
                 plgpu.copy_smem_to_gmem(staged(name), ref[name].at[b, rows, h])

@@ -19,7 +19,7 @@ from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weig
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
 from pallas_kernels.mosaic_gpu.mlir import ROWS
-from pallas_kernels.mosaic_gpu.plan import BLOCK
+from pallas_kernels.mosaic_gpu.plan import BLOCK, reachable
 
 if TYPE_CHECKING:  # These import this.
     from pallas_kernels.mosaic_gpu import backward_dq, forward
@@ -76,7 +76,9 @@ def store(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], past: tuple[Arra
     ref, b, h = work_tile.ref, work_tile.batch, work_tile.head
     block = lax.div(work_tile.query0, jnp.int32(BLOCK))
     sums = accs[0][...]
-    factor = 1 / weight_sums.total(accs[1], interpret=work_tile.interpret)
+    total = weight_sums.total(accs[1], interpret=work_tile.interpret)
+    # Where a row has no mass, nor has its mean.
+    factor = jnp.where(total == 0, 0.0, 1 / total)
 
     @pl.when(work_tile.exists)
     def _():
@@ -93,6 +95,7 @@ def find(work_tile: "forward.WorkTile", lse: Array) -> None:
 
     For sums with a running maximum, and for float16, which takes no large exponentials.
     """
+    lse = reachable(lse)
     again = (work_tile.keys, work_tile.total_steps)
     pipeline.skip(work_tile.end, work_tile.total_steps, (work_tile.keys, 0))
     pipeline.skip(0, work_tile.begin, again)

@@ -17,6 +17,8 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1.0e30
 # A masked score. Where a row has no other, its sum is 0 and its weights are no numbers.
 MASKED = -math.inf
+# What the log-sum-exp of such a row is for the backward pass: then it has no weights.
+UNREACHABLE = 1.0e30
 # Queries and keys that visit ranges and live ranges are counted in.
 BLOCK = 64
 # A tile counts as dead only if it is so by this share: more than the rounding of exponentials.
@@ -54,6 +56,11 @@ def threshold(offset: Float[Array, ""], offset_scale: Float[Array, "*rows"]) -> 
     """
     limit = -offset * offset_scale
     return jnp.where(limit > 1 - 2.0**-12, 2.0, limit)
+
+
+def reachable(lse: Float[Array, "*rows"]) -> Array:
+    """Returns the log-sum-exp of rows, `UNREACHABLE` where they have no mass."""
+    return jnp.where(lse == -jnp.inf, UNREACHABLE, lse)
 
 
 def reference(distance_bias: Float[Array, "heads width"]) -> Float[Array, " heads"]:

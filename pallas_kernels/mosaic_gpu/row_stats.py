@@ -16,7 +16,7 @@ from jaxtyping import Array
 from pallas_kernels.mosaic_gpu import layout, memory
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
 from pallas_kernels.mosaic_gpu.mlir import TILE
-from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan, RowStat, threshold
+from pallas_kernels.mosaic_gpu.plan import BLOCK, UNREACHABLE, Plan, RowStat, threshold
 
 if TYPE_CHECKING:  # It imports this.
     from pallas_kernels.mosaic_gpu import backward_dq
@@ -89,6 +89,8 @@ def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
         return work_tile.load_row(x.at[pl.ds(block * BLOCK, BLOCK)])
 
     lse = row(ref["lse"].at[b, h])
+    # Rows without mass, whose output is NaN, have no part in any gradient.
+    massless = lse == UNREACHABLE
     segment_start = last_segment_start = None
     if plan.packed:
         segment_start = row(ref["segment_start"].at[b])
@@ -96,7 +98,7 @@ def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
         last_segment_start = ref["segment_start"][b, block * BLOCK + BLOCK - 1]
     if plan.has_offset:
         offset_scale = row(ref["offset_scale"].at[b])
-        limit = threshold(ref["offset"][h], offset_scale)
+        limit = jnp.where(massless, UNREACHABLE, threshold(ref["offset"][h], offset_scale))
         return RowStats(lse, None, limit, offset_scale, segment_start, last_segment_start)
 
     def tile(x: Ref) -> Array:
@@ -113,6 +115,7 @@ def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
         return product
 
     delta = layout.finish_sums(dot(0) + dot(1), interpret=interpret)
+    delta = jnp.where(massless, 0.0, delta)
     return RowStats(lse, delta, None, None, segment_start, last_segment_start)
 
 

@@ -30,6 +30,7 @@ from pallas_kernels.tpu.tile import (
     EVERY,
     LAST_FIRST,
     LAST_LAST,
+    UNREACHABLE,
     Bias,
     at_tile,
     dot,
@@ -329,14 +330,18 @@ class QueryTile:
         out = refs.out[...].astype(jnp.float32)
         if plan.half:
             out = out + refs.rounding[...].astype(jnp.float32)
+        # Rows without mass, whose output is NaN, have no part in any gradient.
+        massless = refs.lse[...] == UNREACHABLE
         delta = jnp.sum(d_out * out, axis=0, keepdims=True)
         if plan.has_offset:
             tau = refs.tau[self.head]
             pull = jnp.sum(d_out * refs.live_v_mean[...].astype(jnp.float32), axis=0, keepdims=True)
+            pull = jnp.where(massless, 0, pull)
             self.hand_over(pull)
             delta = delta - tau * pull
-            refs.threshold[...] = thresholds(plan, tau, refs.scale[...], self.query_tile)
-        refs.delta[...] = delta
+            limit = thresholds(plan, tau, refs.scale[...], self.query_tile)
+            refs.threshold[...] = jnp.where(massless, UNREACHABLE, limit)
+        refs.delta[...] = jnp.where(massless, 0, delta)
         refs.sum[...] = jnp.zeros_like(refs.sum)
 
     def hand_over(self, pull: Array) -> None:

@@ -427,12 +427,14 @@ class QueryTile:
             refs.live_v_mean[...] = mean.astype(dtype)
             left = mean - mean.astype(dtype).astype(jnp.float32)
             rounding = rounding - refs.tau[self.head] * left
-            refs.lse_out[...] = refs.lse[...]
+            lse = refs.lse[...]
             tile = jax.lax.broadcasted_iota(jnp.int32, refs.live.shape[2:], 1)
             before = jnp.where(self.query_tile == 0, 0, refs.live[0, 0])
             refs.live[0, 0] = jnp.where(tile == self.query_tile, refs.live_tile[0], before)
         else:
-            refs.lse_out[...] = refs.lse[...] + jnp.log2(total)
+            lse = refs.lse[...] + jnp.log2(total)
+        # With this a row without mass adds nothing to any gradient.
+        refs.lse_out[...] = jnp.where(lse == -math.inf, UNREACHABLE, lse)
         if plan.half:
             refs.rounding[...] = rounding.astype(dtype)
 

@@ -138,7 +138,10 @@ def lazy_backward_query(
         # delta is taken from every weight's gradient alike: a systematic error, which
         # half precision's rounding of out would make several times the others'.
         pulled += load_queries(rounding_ptr + at_query, row0, static).to(tl.float32)
-    delta = tl.sum(d_out.to(tl.float32) * pulled, 1)
+    # Rows past the end have no softmax weight, nor have those without mass, whose out is NaN.
+    lse = load_row(lse_ptr + at_row, row0, UNREACHABLE, static)
+    massless = lse == UNREACHABLE
+    delta = tl.where(massless, 0.0, tl.sum(d_out.to(tl.float32) * pulled, 1))
     segment_start = tl.full((static.queries,), 0, tl.int32)
     if static.packed:
         segment_start = load_row(segment_start_ptr + at_batch, row0, 0, static)
@@ -151,7 +154,7 @@ def lazy_backward_query(
         tl.store(d_offset_ptr + at_tile, tl.sum(pull, 0))
         offset = tl.load(offset_ptr + head)
         delta -= offset * pull
-        threshold = thresholds(offset, scale)
+        threshold = tl.where(massless, UNREACHABLE, thresholds(offset, scale))
         tl.store(threshold_ptr + at_row + rows, threshold, mask=inside)
     tl.store(delta_ptr + at_row + rows, delta, mask=inside)
 
@@ -161,8 +164,6 @@ def lazy_backward_query(
     bias = (table_ptr + head * static.pitch + static.lead, slope)
     query = load_queries(query_ptr + at_query, row0, static)
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
-    # Rows past the end have no softmax weight.
-    lse = load_row(lse_ptr + at_row, row0, UNREACHABLE, static)
     row_stats = (lse, delta, threshold, segment_start)
 
     at_forward = row * static.forward_tiles + row0 // static.forward_queries

@@ -280,6 +280,8 @@ def lazy_forward(
     store_queries(out_ptr + at_query, row0, out, static)
     if static.training:
         at_row = row.to(tl.int64) * static.length
+        # With this a row without mass adds nothing to any gradient.
+        lse = tl.where(total == 0, UNREACHABLE, lse)
         tl.store(lse_ptr + at_row + rows, lse, mask=inside)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lazyattn import lazy_attention
 from pallas_kernels import problem
-from tests import oracle
+from tests import fuzz_definition, oracle
 
 # Renormalised weights are not supported.
 CASES = [case for case in oracle.CASES if "renormalize" not in dict(case.settings)]
@@ -44,6 +44,20 @@ HEAD_SIZES = [
 
 # Some tiles live, some dead, some negligible; near the table's end and past it.
 SPARSE = oracle.Case("sparse", (1, 400, 2, 1, 32), 100, "alibi", True, (-1.0, -0.4))
+
+# Queries that see nothing, for a bias of -inf at so many of the nearest distances.
+_FEW = (1, 300, 2, 1, 16)
+BLIND = {
+    "elastic": (oracle.Case("", _FEW, 64, "alibi", True, (-0.6, 0.4)), 1),
+    "softmax": (oracle.Case("", _FEW, 200, "alibi", True, None), 140),
+    "packed": (oracle.Case("", _FEW, 64, "alibi", True, (-1.0, 0.5), (150, 7, 143)), 5),
+    "packed_softmax": (oracle.Case("", _FEW, 64, "normal", False, None, (150, 7, 143)), 5),
+    "window": (
+        oracle.Case("", _FEW, 64, "normal", True, (0.5, -0.1), (180, 120), (("window", 90),), 4.0),
+        3,
+    ),
+    "later": (oracle.Case("", _FEW, 64, "alibi", True, (-1.0, 0.5), (150, 97, 53)), 2),
+}
 
 # As long as to have all kinds of tiles on a device, with a window; the table ends within it.
 LONG_WINDOWED = [
@@ -240,6 +254,39 @@ def check_not_a_number_comes_through(
     assert np.all(np.isfinite(out[0, : 150 // tile * tile]))
     assert np.all(np.isnan(out[0, 150:154]))
     assert np.any(np.isnan(out_with("value")[0, 150:154]))
+
+
+def check_gradients_of_blind_rows(
+    dtype: str,
+    tolerance: float,
+    implementation: str = "triton",
+    names: tuple[str, ...] = tuple(BLIND),
+    head_dim: int = 16,
+) -> None:
+    """A query that sees nothing is NaN, and has no part in any gradient but its own.
+
+    So it is in float64, where such rows have no weights; a finite cotangent of theirs is nothing.
+    """
+    for name in names:
+        case, blind = BLIND[name]
+        case = dataclasses.replace(case, shape=(*case.shape[:-1], head_dim))
+        args, d_out = _arrays(case, dtype)
+        args["distance_bias"][:, :blind] = -np.inf
+        if name == "later":
+            start = case.shape[1] - 100
+            args |= {"query": args["query"][:, start:], "chunk_starts": np.array([start])}
+            d_out = d_out[:, start:]
+        exact = {n: np.asarray(x) for n, x in args.items() if np.ndim(x)}
+        unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-23
+        true = fuzz_definition.truth(args | exact, d_out, unit)
+        d_out = np.where(true.unsure[..., None], 0, d_out).astype(d_out.dtype)
+        found = oracle.out_and_gradients(args, implementation, d_out)
+        assert true.blind.any() and np.all(np.isnan(found["out"][true.blind])), name
+        for x in (found["out"], true.results["out"], found["query"]):
+            x[true.blind] = 0
+        for result, x in true.results.items():
+            error = oracle.relative_error(found[result], x)
+            assert error <= tolerance, (name, result, error)
 
 
 def check_a_far_key_that_is_none_comes_through(dtype: str, implementation: str) -> None:

@@ -220,6 +220,7 @@ def test_interpreted(name):
         "positive",
         "gaps",
         "blind",
+        "blind_gradients",
         "window_of_softmax",
         "window_in_documents",
         "widest",

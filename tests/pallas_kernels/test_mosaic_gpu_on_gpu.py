@@ -106,6 +106,11 @@ def test_not_a_number_comes_through():
     suite.check_a_far_key_that_is_none_comes_through("bfloat16", "mosaic_gpu")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_blind_rows(dtype):
+    suite.check_gradients_of_blind_rows(dtype, 0.02, "mosaic_gpu", head_dim=64)
+
+
 def test_is_the_default(monkeypatch):
     names = []
     choose = attention.choose

@@ -126,6 +126,13 @@ def test_bias_of_minus_infinity_near_the_diagonal():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", suite.BLIND)
+def test_gradients_of_blind_rows(name):
+    with interpreted(128, 128):
+        suite.check_gradients_of_blind_rows("float32", 3e-5, "tpu", (name,))
+
+
+@pytest.mark.slow
 def test_not_a_number_comes_through():
     with interpreted():
         suite.check_not_a_number_comes_through("float32", "tpu")

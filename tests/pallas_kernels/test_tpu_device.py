@@ -65,5 +65,9 @@ def test_shard_map():
     suite.check_sharded(mesh, "bfloat16", 2**-7, "tpu")
 
 
+def test_gradients_of_blind_rows():
+    suite.check_gradients_of_blind_rows("bfloat16", 0.02, "tpu")
+
+
 def test_not_a_number_comes_through():
     suite.check_not_a_number_comes_through("bfloat16", "tpu")

@@ -34,6 +34,16 @@ def test_every_kind_of_tile_with_all_blocks(number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", suite.BLIND)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_blind_rows(dtype, name):
+    with interpreter.interpreted(BLOCKS[1]):
+        suite.check_gradients_of_blind_rows(
+            dtype, 3e-5 if dtype == "float32" else 0.02, names=(name,)
+        )
+
+
+@pytest.mark.slow
 def test_dead_tiles_do_not_matter():
     with interpreter.interpreted(BLOCKS[1]):
         suite.check_dead_tiles_do_not_matter(suite.SPARSE, "float32", 1e-5)

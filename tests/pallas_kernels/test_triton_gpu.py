@@ -85,6 +85,13 @@ def test_not_a_number_comes_through():
     suite.check_not_a_number_comes_through("bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 5e-5), ("bfloat16", 0.02), ("float16", 0.02)]
+)
+def test_gradients_of_blind_rows(dtype, tolerance):
+    suite.check_gradients_of_blind_rows(dtype, tolerance)
+
+
 def test_is_the_default(monkeypatch):
     names = []
     choose = attention.choose

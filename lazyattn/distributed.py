@@ -12,12 +12,13 @@ What a process tells the others goes by JAX's client of the coordinator, which h
 Rows of arrays go by `multihost_utils`.
 """
 
+import os
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from jax._src import distributed
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Int32
 
@@ -33,37 +34,59 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "coordinator",
         None,
-        "train, eval: of several processes, HOST:PORT of process 0, the same for all; auto finds"
-        " it, and the other two flags, where Slurm, Open MPI, Kubernetes or a TPU pod tells.",
+        "train, check, eval: of several processes, HOST:PORT of process 0, the same for all; auto"
+        " finds it, and the other two flags, where Slurm, Open MPI, Kubernetes or a TPU pod tells;"
+        " none: one process. Default: auto where Slurm, Open MPI or a TPU pod tells of several.",
         **where,
     )
-    flags.DEFINE_integer("process_id", None, "train, eval: this process's number, from 0.", **where)
-    flags.DEFINE_integer("process_count", None, "train, eval: how many processes.", **where)
+    flags.DEFINE_integer(
+        "process_id", None, "train, check, eval: this process's number, from 0.", **where
+    )
+    flags.DEFINE_integer("process_count", None, "train, check, eval: how many processes.", **where)
 
 
-def initialize(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Joins the other processes, if the flags say that there are some.
+def _told_of_several() -> bool:
+    """Returns whether the environment says that this is one of several processes.
+
+    Kubernetes doesn't say so by itself: its interface would have to be asked.
+    """
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    for cluster in (clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster):
+        if cluster.is_env_present():
+            return cluster.get_process_count() > 1
+    return False
+
+
+def initialize(values: flags.FlagValues = flags.FLAGS, *, automatic: bool = True) -> None:
+    """Joins the other processes, if the flags or the environment say that there are some.
 
     Nothing may have asked JAX for devices before. Waits for all to come. SIGTERM does what it did.
+
+    Args:
+      values: where the flags are.
+      automatic: whether the environment's word is enough.
 
     Raises:
       InputError: for flags that don't go together, or if the environment doesn't tell
         what they leave out.
     """
     coordinator, index, count = values.coordinator, values.process_id, values.process_count
-    if coordinator is None:
+    if coordinator in (None, "none"):
         for name, value in (("process_id", index), ("process_count", count)):
             if value is not None:
                 raise InputError(
                     f"--{name} is {value}, but --coordinator, which it needs, is not given."
                 )
-        return
+        if coordinator == "none" or not (automatic and _told_of_several()):
+            return
+        coordinator = "auto"
     host, _, port = coordinator.rpartition(":")
     require(
         coordinator == "auto" or (bool(host) and port.isdecimal()),
         "--coordinator",
         coordinator,
-        "HOST:PORT or auto",
+        "HOST:PORT, auto or none",
     )
     require(count is None or count >= 1, "--process_count", count, "at least 1")
     require(

@@ -15,9 +15,9 @@ Training goes on from the newest checkpoint in --workdir. The modes eval, inspec
 export read the settings from the checkpoint, so they need no --config; --step=N or --step=best
 chooses another than the newest. --help lists all flags.
 
-Exit status: 0 when done or stopped by SIGTERM, 1 when training had to stop, a task could not
-be measured or what --mode=check or compile looked at will not do, 2 when something given is
-wrong, 130 when stopped by Ctrl-C.
+Exit status: 0 when done, 1 when training had to stop, a task could not be measured or what
+--mode=check or compile looked at will not do, 2 when something given is wrong, 130 when stopped by
+Ctrl-C, 143 when stopped by SIGTERM: the same command goes on.
 """
 
 import dataclasses
@@ -215,7 +215,7 @@ _MODES: dict[str, Callable[[], int | None]] = {
 }
 _COMPILE_ON_THIS_MACHINE = ("train", "check", "eval", "inspect", "sample", "export")
 # The others would have nothing to do, or would print and write the same.
-_SEVERAL_PROCESSES = ("train", "eval")
+_SEVERAL_PROCESSES = ("train", "check", "eval")
 
 
 def _refuse(error: InputError) -> int:
@@ -251,14 +251,15 @@ def main(argv: Sequence[str]) -> int:
     mode, coordinator = _MODE.value, flags.FLAGS.coordinator
     try:
         require(mode in _MODES, "--mode", mode, f"one of {', '.join(_MODES)}")
-        if coordinator is not None and mode not in _SEVERAL_PROCESSES:
+        several = mode in _SEVERAL_PROCESSES
+        if coordinator not in (None, "none") and not several:
             raise InputError(
                 f"--coordinator is {coordinator!r}, but --mode={mode} is one process; leave it out."
             )
         if _PRINT_CONFIG.value:
             print(_experiment().as_text(), end="")
             return 0
-        distributed.initialize()
+        distributed.initialize(automatic=several)
         if mode in _COMPILE_ON_THIS_MACHINE and (trouble := compile_cache.set_up()):
             print(trouble, file=sys.stderr)
         return _MODES[mode]() or 0

@@ -25,12 +25,42 @@ def test_without_flags_there_is_one_process():
     distributed.wait_for_all("nobody else")
 
 
+_SLURM = dict.fromkeys(("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"), "1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "joins"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", **_SLURM}, (), True),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", **_SLURM}, (), False),
+        # The script of a batch job, which is no task.
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, (), False),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", **_SLURM}, ("--coordinator=none",), False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, (), True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, (), False),
+    ],
+)
+def test_what_the_environment_says(monkeypatch, variables, arguments, joins):
+    joined = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: joined.append(a))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    values = _flags(*arguments)
+    distributed.initialize(values, automatic=False)
+    assert joined == []
+    distributed.initialize(values)
+    assert joined == ([(None, None, None)] if joins else [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--process_id=1",), "--process_id is 1, but --coordinator, which it needs, is not given"),
         (("--process_count=2",), "--process_count is 2, but --coordinator, which it needs"),
-        (("--coordinator=here",), "--coordinator is 'here', but it must be HOST:PORT or auto"),
+        (
+            ("--coordinator=here",),
+            "--coordinator is 'here', but it must be HOST:PORT, auto or none",
+        ),
         (("--coordinator=h:1", "--process_count=0"), "--process_count is 0, .* at least 1"),
         (
             ("--coordinator=h:1", "--process_id=2", "--process_count=2"),

@@ -195,9 +195,9 @@ def test_the_losses_after_a_kill_are_bit_identical(story):
     assert curve("killed") == curve("whole")
 
 
-def test_sigterm_saves_and_exits_with_0(story):
+def test_sigterm_saves_and_exits_with_143(story):
     status, out, err = story.stopped
-    assert status == 0, err
+    assert status == 143, err
     assert story.step_of_kill < story.step_of_stop < STEPS
     assert f"SIGTERM: stopped after step {story.step_of_stop}, which is saved" in out
     assert story.torn_step == story.step_of_stop

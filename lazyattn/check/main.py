@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -22,11 +22,13 @@ from lazyattn import buckets, sharding
 from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import make_state_factory
+from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.quantity import quantity
 from lazyattn.training import resume_data
 from lazyattn.training.claim import claimed
+from lazyattn.training.goodput import device_memory
 from lazyattn.training.hooks import Hooks
 from lazyattn.training.main import train
 from lazyattn.training.teaching import make_run_optimizer
@@ -61,43 +63,61 @@ def check(
     """
     began = time.perf_counter()
     hooks = dataclasses.replace(hooks or Hooks(), summary=None)
-    print(_host(), flush=True)
+    for line in _hosts(experiment):
+        _say(line)
     with claimed(path, keep=False) as workdir:
         reached = _read_newest(workdir, experiment)
         trial = workdir / _TRIAL
-        buckets.remove(trial)  # of a check that was killed
+        _remove(trial)  # of a check that was killed
         try:
             settings = _one_step(experiment, resumes=reached is not None)
             status = train(settings, trial, cache_dir, hooks=hooks)
             if status:
                 return status
-            (record,) = map(json.loads, (trial / folders.METRICS).read_text().splitlines())
-            size = buckets.size(trial / FOLDER)
-            in_bucket = buckets.is_bucket(workdir)
-            free = None if in_bucket else shutil.disk_usage(workdir).free
+            found = _look(workdir) if jax.process_index() == 0 else None
+            size, free, skipped = json.loads(tell_all("check", json.dumps(found))[0])
         finally:
-            buckets.remove(trial)
+            _remove(trial)
     training = experiment.training
-    print(
+    _say(
         f"checkpoint  {_bytes(size)}, written and removed;"
         + ("" if free is None else f" {_bytes(free)} free")
         + f" in {workdir}, for training.keep = {training.keep} and the best"
     )
     if free is not None and size * (training.keep + 2) > free:  # one more while it is being written
-        print(
+        _say(
             f"  too little: {quantity(training.keep + 2, 'checkpoint')} need"
             f" {_bytes(size * (training.keep + 2))}"
         )
-    if record["skipped"]:
-        print(
+    if skipped:
+        _say(
             "The loss of the first step or its gradient is not finite; a run would skip that step.",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 1
     goes_on = "start" if reached is None else f"resume after step {reached}"
     seconds = time.perf_counter() - began
-    print(f"checked in {seconds:.0f} s: --mode=train would {goes_on}; nothing of this is kept")
+    _say(f"checked in {seconds:.0f} s: --mode=train would {goes_on}; nothing of this is kept")
     return 0
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, file=file, flush=True)
+
+
+def _remove(trial: Path) -> None:
+    if jax.process_index() == 0:
+        buckets.remove(trial)
+
+
+def _look(workdir: Path) -> tuple[int, int | None, bool]:
+    """Returns a checkpoint's bytes, those that are free, and whether the step was skipped."""
+    trial = workdir / _TRIAL
+    (record,) = map(json.loads, (trial / folders.METRICS).read_text().splitlines())
+    free = None if buckets.is_bucket(workdir) else shutil.disk_usage(workdir).free
+    return buckets.size(trial / FOLDER), free, bool(record["skipped"])
 
 
 def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfig:
@@ -144,14 +164,30 @@ def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
         return None if restored is None else int(restored.state.step)
 
 
-def _host() -> str:
-    """Returns a line on this machine and its software."""
+def _hosts(experiment: ExperimentConfig) -> list[str]:
+    """Returns lines on the machine of each process, its devices and its share of a batch."""
+    share = sharding.batch_share(sharding.make_mesh(experiment.mesh))
+    mine = jax.local_devices()
+    devices = quantity(len(mine), "device") + f" {mine[0].device_kind}"
+    if limit := device_memory().get("memory_limit_bytes"):
+        devices += f" of {_bytes(limit)}"
+    rows = experiment.data.batch_size // share.count
+    devices += f", reads {quantity(rows, 'row')} of a batch (part {share.index + 1} of"
+    devices += f" {share.count})"
+    told = [json.loads(one) for one in tell_all("hosts", json.dumps([_machine(), devices]))]
+    if len(told) == 1:
+        return [f"host     {told[0][0]}"]
+    return [f"host     {machine}; process {n}: {seen}" for n, (machine, seen) in enumerate(told)]
+
+
+def _machine() -> str:
+    """Returns what this machine and its software are."""
     memory = ""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = f", {_bytes(total)} of memory"
     return (
-        f"host     {platform.node()}: {quantity(os.cpu_count() or 1, 'processor')}{memory};"
+        f"{platform.node()}: {quantity(os.cpu_count() or 1, 'processor')}{memory};"
         f" Python {platform.python_version()}, jax {jax.__version__},"
         f" lazyattn {lazyattn.__version__}"
     )

@@ -7,6 +7,9 @@ nothing behind. Several processes of one run are one training: the first has the
 import contextlib
 import itertools
 import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from lazyattn.training.weights_and_biases import FOLDER as WANDB
 LOCK = ".lock"
 _OURS = (FOLDER, CONFIG, METRICS, SAMPLES, TENSORBOARD, PROFILE, WANDB, CONFIG_NAME, *FILE_NAMES)
 _times = itertools.count(1)
+# Seconds in which a file that one host writes is there on all others, over NFS.
+_NOTICED = 30.0
 
 
 @contextlib.contextmanager
@@ -80,6 +85,8 @@ def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path
             open_workdir(path)
         stays = False
         try:
+            if not in_bucket:
+                _require_shared(workdir)
             yield workdir
             stays = keep
         finally:
@@ -88,6 +95,33 @@ def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path
                 for each in made:
                     with contextlib.suppress(OSError):
                         each.rmdir()
+
+
+def _require_shared(workdir: Path) -> None:
+    """Checks that all processes see the same folder, by a file that the first one writes.
+
+    Raises:
+      InputError: on all of them, if some don't.
+    """
+    if jax.process_count() == 1:
+        return
+    number = next(_times)
+    mark = Path()
+    if jax.process_index() == 0:
+        mark = workdir / f".seen-by-all-{uuid.uuid4().hex}"
+        mark.touch()
+    mark = workdir / tell_all(f"workdir {number}: mark", mark.name)[0]
+    deadline = time.monotonic() + _NOTICED
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    told = tell_all(f"workdir {number}: seen", "" if seen else socket.gethostname())
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind := [f"process {process} on {host}" for process, host in enumerate(told) if host]:
+        raise InputError(
+            f"--workdir is {str(workdir)!r}, but {blind[0]} does not see what process 0 writes"
+            " there; it must be a folder that all processes see, or one in a bucket."
+        )
 
 
 def _begun(workdir: Path) -> bool:

@@ -26,8 +26,11 @@ class StopSignal:
 
     @property
     def exit_status(self) -> int:
-        """0 after SIGTERM, which asked for an orderly end; 130 after Ctrl-C."""
-        return 130 if self.received == signal.SIGINT else 0
+        """130 after Ctrl-C and 143 after SIGTERM, as of programs that these end.
+
+        A scheduler that preempts a run must not take it for one that is complete.
+        """
+        return 128 + int(self.received or 0)
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT):

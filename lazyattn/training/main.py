@@ -58,7 +58,7 @@ def train(
       wandb: send curves to Weights & Biases, too.
 
     Returns:
-      The program's exit status: 0 when training is complete or SIGTERM ended it,
+      The program's exit status: 0 when training is complete, 143 when SIGTERM ended it,
       130 when Ctrl-C did.
 
     Raises:
@@ -257,7 +257,8 @@ def _describe(
         f" {counts['validation'].targets:,} to validate on",
         *_packing(experiment, prepared),
         f"devices  {mesh.size} {mesh.devices.flat[0].device_kind}"
-        + (f" as {devices}" if devices else ""),
+        + (f" as {devices}" if devices else "")
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
     ]
 
 

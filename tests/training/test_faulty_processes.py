@@ -109,7 +109,7 @@ def test_sigterm_to_all(shell, whole):
     shell.wait_for_step(processes, "preempted", 5)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    (out, _) = finish(processes)
+    (out, _) = finish(processes, status=128 + signal.SIGTERM)
     last = max(shell.losses("preempted"))
     assert f"SIGTERM: stopped after step {last}, which is saved" in out
     assert _steps(shell, "preempted")[-1] == last

@@ -6,7 +6,7 @@ import pytest
 from lazyattn.training.interrupt import StopSignal
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_armed_stop_waits(number, status):
     with StopSignal() as stop:
         stop.arm()
@@ -16,7 +16,7 @@ def test_an_armed_stop_waits(number, status):
         assert stop.exit_status == status
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_before_it_is_armed_it_ends_the_program(number, status):
     with StopSignal(), pytest.raises(SystemExit) as caught:
         os.kill(os.getpid(), number)

@@ -30,8 +30,14 @@ class Shell:
     folder: Path
     gpus: bool = False
 
-    def start(self, name, count, *overrides, devices=2, fault=None, own=lambda number: ()):
-        """Starts processes; `fault` is for `faulty_program`, `own` gives each its own flags."""
+    def start(
+        self, name, count, *overrides, devices=2, fault=None, own=lambda number: (), slurm=False
+    ):
+        """Starts processes.
+
+        `fault` is for `faulty_program`, `own` gives each its own flags. With `slurm` no flag says
+        that there are several, but variables do.
+        """
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -53,13 +59,23 @@ class Shell:
         ]
         if fault:
             environment["FAULT"] = fault
-        if count > 1:
+        if slurm:
+            environment |= {
+                "JAX_COORDINATOR_PORT": str(port),
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+            }
+        elif count > 1:
             command += [f"--coordinator=localhost:{port}", f"--process_count={count}"]
+        names = ("SLURM_PROCID", "SLURM_LOCALID") if slurm else ()
+        names += ("CUDA_VISIBLE_DEVICES",) if self.gpus else ()
+        numbered = count > 1 and not slurm
         return [
             subprocess.Popen(
-                [*command, *own(number), *([f"--process_id={number}"] if count > 1 else [])],
+                [*command, *own(number), *([f"--process_id={number}"] if numbered else [])],
                 cwd=ROOT,
-                env=environment | ({"CUDA_VISIBLE_DEVICES": str(number)} if self.gpus else {}),
+                env=environment | dict.fromkeys(names, str(number)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -67,9 +83,9 @@ class Shell:
             for number in range(count)
         ]
 
-    def run(self, name, count, *overrides, devices=2):
+    def run(self, name, count, *overrides, devices=2, slurm=False):
         """Returns what each process printed, having made sure that all went well."""
-        return finish(self.start(name, count, *overrides, devices=devices))
+        return finish(self.start(name, count, *overrides, devices=devices, slurm=slurm))
 
     def losses(self, name):
         path = self.folder / name / "metrics.jsonl"
@@ -88,11 +104,11 @@ class Shell:
         raise AssertionError(f"step {step} never came")
 
 
-def finish(processes):
-    """Returns (status, stdout, stderr) of each, none of which may have failed."""
+def finish(processes, status=0):
+    """Returns what each printed, all of which must end with this status."""
     outputs = [process.communicate(timeout=300) for process in processes]
     for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, (process.returncode, err[-3000:])
+        assert process.returncode == status, (process.returncode, err[-3000:])
     return [out for out, _ in outputs]
 
 
@@ -151,13 +167,37 @@ def test_a_signal_to_one_process_stops_and_saves_all(shell, whole):
     processes = shell.start("stopped", 2, "--config.mesh.fsdp=2")
     shell.wait_for_step(processes, "stopped", 5)
     processes[1].send_signal(signal.SIGTERM)
-    (out, _) = finish(processes)
+    (out, _) = finish(processes, status=128 + signal.SIGTERM)
     assert "SIGTERM: stopped after step" in out
     last = max(shell.losses("stopped"))
     assert 5 <= last < STEPS
     assert (shell.folder / "stopped" / "checkpoints" / str(last)).is_dir()
     shell.run("stopped", 2, "--config.mesh.fsdp=2")
     assert shell.losses("stopped") == shell.losses("whole")
+
+
+def test_a_check_of_four_processes_that_slurm_started(shell):
+    first, *rest = shell.run("checked", 4, "--mode=check", "--config.mesh.fsdp=2", slurm=True)
+    lines = said(first)
+    for number in range(4):
+        (line,) = [line for line in lines if f"process {number}: " in line]
+        assert line.startswith("host     ")
+        assert line.endswith(f"2 devices cpu, reads 2 rows of a batch (part {number + 1} of 4)")
+    assert any(line.startswith("step 1/1  loss") for line in lines)
+    assert "--mode=train would start; nothing of this is kept" in lines[-1]
+    assert [said(out) for out in rest] == [[], [], []]
+    assert not (shell.folder / "checked").exists()
+
+
+def test_a_folder_that_not_all_processes_see(shell):
+    def own(number):
+        return (f"--workdir={shell.folder / f'own{number}'}",)
+
+    for process in shell.start("own", 2, "--config.mesh.fsdp=2", own=own):
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 2 and "step " not in out
+        assert "but process 1 on " in err and "does not see what process 0 writes there" in err
+    assert not (shell.folder / "own0").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2])

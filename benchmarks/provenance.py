@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 
 # Paths say nothing to a reader on another machine.
-_PATHS = {"learned": "FILE", "path": "FOLDER", "workdir": "RUN", "text": "FILE", "output": ""}
+_PATHS = {
+    **dict.fromkeys(("learned", "text", "spans"), "FILE"),
+    **{"path": "FOLDER", "workdir": "RUN", "output": ""},
+}
 
 
 def made_by(program: str, argv: Sequence[str] | None = None) -> dict[str, str]:

@@ -21,6 +21,8 @@ _BYTES = {
 }
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$")
+# The scope in which `lazyattn.model.fetch` chooses how far keys are fetched.
+_FETCH = re.compile(r"\bfetch_\d+\b")
 _NAME = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
 
 
@@ -181,10 +183,16 @@ class Module:
                 if called is not None:
                     yield from self._running(called, times)
             elif instruction.opcode == "conditional":
-                # The dearer branch is not known here: all count.
-                for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.rest)):
-                    if branch in self.computations:
-                        yield from self._running(branch, times)
+                # Which one is taken is not known here. All count; where keys are fetched,
+                # the last, which fetches all.
+                branches = self.branches(instruction)
+                for branch in branches[-1:] if _FETCH.search(instruction.op_name) else branches:
+                    yield from self._running(branch, times)
+
+    def branches(self, conditional: Instruction) -> list[str]:
+        """Returns the computations that a conditional chooses from."""
+        names = re.findall(r"%([\w.\-]+)", _branches(conditional.rest))
+        return [name for name in names if name in self.computations]
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """Yields what a fusion consists of, fusions inside it included."""

@@ -28,14 +28,12 @@ from lazyattn.generation.cache import (
     check_buckets,
 )
 from lazyattn.generation.rings import ROUNDINGS
+from lazyattn.model import query_key_norm
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.distance_bias import bias_arguments
 from lazyattn.model.heads import head_windows
 from lazyattn.quantity import quantity
 from pallas_kernels.decode.types import MAX_CACHES, PAGE
-
-# 1 + the relative error of a number after it was normalized, rotated and rounded each time.
-_ROUNDED = {"float32": (1 + 2.0**-23) ** 4, "bfloat16": (1 + 2.0**-8) ** 4}
 
 
 def everything_kept(params: Mapping[str, Any], config: ModelConfig) -> str | None:
@@ -107,8 +105,8 @@ def score_bound(layer: Mapping[str, Any], config: ModelConfig, *, quantized: boo
     """
     if not config.attention.qk_norm:
         return math.inf
-    largest = [float(np.abs(layer[name]["scale"]).max()) for name in ("query_norm", "key_norm")]
-    bound = math.sqrt(config.head_dim) * math.prod(largest) * _ROUNDED[config.compute_dtype]
+    scales = (np.asarray(layer[name]["scale"], np.float64) for name in ("query_norm", "key_norm"))
+    bound = float(query_key_norm.score_bound(config, *scales))
     if quantized:
         # |error| <= sqrt(d) times so many halves of max|k| / 127, and max|k| <= |k|'s bound.
         bound *= 1 + ROUNDINGS * math.sqrt(config.head_dim) / 254

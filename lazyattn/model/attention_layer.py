@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 from lazyattn import sharding
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
-from lazyattn.model.heads import global_heads, head_blocks
+from lazyattn.model.fetch import Bound
+from lazyattn.model.heads import global_heads, head_blocks, initial_slopes
 from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
-from lazyattn.model.query_key_norm import RotatedNorm
+from lazyattn.model.query_key_norm import RotatedNorm, score_bound
 from lazyattn.model.sharded_attention import sharded_attention
 from lazyattn.rotary import RopeScaling, rotate
 
@@ -158,6 +159,7 @@ class Attention(nn.Module):
             sequence_shards=self.sequence_shards,
             window=None if att.num_global_heads == att.num_heads else att.window,
             blocks=head_blocks(att) if att.by_group else None,
+            bound=self._bound(),
             skip_mass=att.skip_mass,
             # Only the definition returns weights.
             implementation="xla" if observed else att.implementation,
@@ -168,6 +170,15 @@ class Attention(nn.Module):
             out, weights = out
             self._keep(WEIGHTS, "weights", weights)
         return out
+
+    def _bound(self) -> Bound | None:
+        """Returns what bounds the layer's scores, where devices may then fetch fewer keys."""
+        att = self.config.attention
+        if self.sequence_shards == 1 or not (att.qk_norm and att.has_tail and att.skip_mass > 0):
+            return None
+        parameters: Any = nn.meta.unbox(self.variables["params"])
+        scales = (parameters[name]["scale"] for name in ("query_norm", "key_norm"))
+        return Bound(score_bound(self.config, *scales), initial_slopes(att))
 
     def _rotated(
         self, x: Float[Array, "batch length some_heads d"], positions: Int[Array, "batch length"]

@@ -1,6 +1,7 @@
 """RMS norm of each head of queries and keys, with RoPE, as one operation on a mesh."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -8,8 +9,23 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
+from lazyattn.model.config import ModelConfig
 from lazyattn.model.layers import parameter
 from lazyattn.rotary import RopeScaling, norm_rotate
+
+# 1 + the relative error of a number after it was normalized, rotated and rounded each time.
+_ROUNDED = {"float32": (1 + 2.0**-23) ** 4, "bfloat16": (1 + 2.0**-8) ** 4}
+
+
+def score_bound(config: ModelConfig, query_scale: Any, key_scale: Any) -> Any:
+    """Returns U: no score of normalized queries and keys exceeds it before the bias, in nats.
+
+    Args:
+      config: a model with `qk_norm`.
+      query_scale, key_scale: [head_dim], those of the norms; of numpy or JAX, as what comes back.
+    """
+    largest = abs(query_scale).max() * abs(key_scale).max()
+    return math.sqrt(config.head_dim) * _ROUNDED[config.compute_dtype] * largest
 
 
 class RotatedNorm(nn.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from lazyattn import identity, sharding
 from lazyattn.attention import lazy_attention
 from lazyattn.errors import require
+from lazyattn.model import fetch
 from lazyattn.model.heads import HeadBlocks
 
 # Logical axes of the op's arguments and results; "length" only where parts of rows
@@ -24,6 +25,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     "distance_bias": ("heads", "distance"),
     "distance_slope": ("heads",),
     "offset": ("heads",),
+    "choices": (None,),
     "weights": ("batch", "heads", None, None),
 }
 
@@ -40,6 +42,7 @@ _MOVES = frozenset(
         "expand_dims",
         "gather",
         "pad",
+        "ppermute",
         "pvary",
         "reshape",
         "rev",
@@ -62,15 +65,17 @@ def sharded_attention(
     return_weights: bool,
     window: int | None = None,
     blocks: HeadBlocks | None = None,
+    bound: fetch.Bound | None = None,
     **settings: Any,
 ) -> Any:
     """Calls `lazy_attention`, on each device's share where there are several.
 
     Rows and heads never meet in attention, so devices that differ in these don't talk to
     one another here. A batch that does not divide evenly is worked on by every device.
-    Where the length is shared, a device takes its own queries and gathers the keys and
-    values of the whole length; the gradients of parameters that devices share are
-    summed, those of keys and values too, each device keeping its part.
+    Where the length is shared, a device takes its own queries and fetches the keys and
+    values that they can see: those of a window, those that are near enough to matter, or
+    all. The gradients of parameters that devices share are summed, those of keys and values
+    too, each device keeping its part.
 
     Args:
       query, key, value: as in `lazy_attention`, over all devices.
@@ -80,6 +85,8 @@ def sharded_attention(
       return_weights: as there; not with shared rows.
       window: as there, for local heads.
       blocks: where global heads lie, which have no window; None: there are none.
+      bound: of the scores, where heads without a window may fetch less than all and
+        `skip_mass` is above 0; None: they may not.
       **settings: its other arguments.
 
     Raises:
@@ -90,12 +97,12 @@ def sharded_attention(
     given |= {name: array for name, array in arrays.items() if array is not None}
     settings |= {"return_weights": return_weights}
     mesh = sharding.active_mesh()
-    split = window is not None and blocks is not None and 0 < blocks.local < blocks.groups
+    if window is None or blocks is None or not 0 < blocks.local < blocks.groups:
+        blocks = None
 
-    def on_device(shards: int) -> Any:
-        if not split:
-            return functools.partial(_call, settings | {"window": window})
-        assert blocks is not None
+    def own_blocks(shards: int) -> HeadBlocks | None:
+        if blocks is None:
+            return None
         require(
             blocks.number % shards == 0,
             "model.attention.global_share",
@@ -103,11 +110,15 @@ def sharded_attention(
             f"a share that gives each of the {shards} devices that share the heads equally many"
             " global key/value heads, while model.attention.window is set",
         )
-        mine = dataclasses.replace(blocks, number=blocks.number // shards)
-        return functools.partial(_local_and_global, settings, window, mine)
+        return dataclasses.replace(blocks, number=blocks.number // shards)
+
+    def on_device(blocks: HeadBlocks | None) -> Any:
+        if blocks is None:
+            return functools.partial(_call, settings | {"window": window})
+        return functools.partial(_local_and_global, settings, window, blocks)
 
     if mesh is None:
-        return on_device(1)(given)
+        return on_device(own_blocks(1))(given)
     for axis, heads in (("heads", query.shape[2]), ("kv_heads", key.shape[2])):
         shards = sharding.num_shards(mesh, axis)
         require(
@@ -116,9 +127,15 @@ def sharded_attention(
             heads,
             f"a multiple of {shards}, the devices of the mesh that share the heads",
         )
-    call = on_device(sharding.num_shards(mesh, "heads"))
     shared = sequence_shards > 1
     assert not (shared and return_weights)
+    mine = own_blocks(sharding.num_shards(mesh, "heads"))
+    if shared:
+        groups, choices = _groups(given, settings, window, mine, bound, mesh, sequence_shards)
+        if choices is not None:
+            given["choices"] = choices
+            settings["skip_mass"] /= 2
+    call = on_device(mine)
 
     def place(name: str, shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
         axes = (axis if shared or axis != "length" else None for axis in _AXES[name])
@@ -130,7 +147,7 @@ def sharded_attention(
         batch, length, heads = query.shape[:3]
         out_specs = out_specs, place("weights", (batch, heads, length, key.shape[1]))
     if shared:
-        whole = functools.partial(_on_part_of_length, call, query.shape[1], sequence_shards)
+        whole = functools.partial(_on_part_of_length, call, groups, sequence_shards)
         call = jax.checkpoint(whole, policy=_may_be_saved)
     return jax.shard_map(call, in_specs=(specs,), out_specs=out_specs)(given)
 
@@ -175,14 +192,48 @@ def _join(near: Array, far: Array, axis: int, blocks: int) -> Array:
     return jnp.concatenate(both, axis=axis + 1).reshape(*before, -1, *after)
 
 
-def _on_part_of_length(call: Any, length: int, shards: int, given: dict[str, Array]) -> Any:
-    """Calls the op for this device's queries and the whole length's keys."""
-    gathered = {
-        name: sharding.gather_sequence(given[name])
-        for name in ("key", "value", "segment_ids")
-        if name in given
-    }
-    return call(given | gathered | {"chunk_starts": sharding.chunk_starts(length, shards)})
+def _groups(
+    given: dict[str, Array],
+    settings: dict[str, Any],
+    window: int | None,
+    blocks: HeadBlocks | None,
+    bound: fetch.Bound | None,
+    mesh: jax.sharding.AbstractMesh,
+    sequence_shards: int,
+) -> tuple[tuple[fetch.Group, ...], Array | None]:
+    """Returns which of a device's heads fetch alike, and how far where they have a choice."""
+    length, kv_heads = given["key"].shape[1:3]
+    shards = sharding.num_shards(mesh, "kv_heads")
+    if bound is None or window is not None:
+        return fetch.by_window(kv_heads // shards, window, blocks, length), None
+    slopes = bound.slopes.reshape(shards, kv_heads // shards, -1)
+    groups = fetch.by_slope(slopes, length, sequence_shards)
+    choices = fetch.choices(
+        groups,
+        bound,
+        given["distance_bias"],
+        given.get("distance_slope"),
+        given.get("offset"),
+        length=length,
+        skip_mass=settings["skip_mass"] / 2,
+        head_shards=shards,
+    )
+    return groups, choices
+
+
+def _on_part_of_length(
+    call: Any, groups: tuple[fetch.Group, ...], shards: int, given: dict[str, Array]
+) -> Any:
+    """Calls the op for this device's queries and the keys that they see, in whole rows."""
+    given = dict(given)
+    key, value, choices = given["key"], given["value"], given.pop("choices", None)
+    both = jnp.concatenate([key, value], axis=-1)
+    rows = fetch.fetch(both, groups, choices, shards)
+    given |= {"key": rows[..., : key.shape[-1]], "value": rows[..., key.shape[-1] :]}
+    if "segment_ids" in given:
+        given["segment_ids"] = sharding.gather_sequence(given["segment_ids"])
+    starts = sharding.chunk_starts(key.shape[1] * shards, shards)
+    return call(given | {"chunk_starts": starts})
 
 
 def _may_be_saved(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -25,6 +25,7 @@ from lazyattn.sharding.sequence import (
     chunk_starts,
     collect_sequence,
     deal_sequence,
+    fetch_sequence,
     gather_sequence,
     sequence_shards,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "collect_sequence",
     "constrain",
     "deal_sequence",
+    "fetch_sequence",
     "fitting_spec",
     "gather_sequence",
     "make_mesh",

@@ -103,3 +103,44 @@ def gather_sequence(
     early, late = jnp.split(parts, 2, axis=2)
     chunks = jnp.moveaxis(jnp.concatenate([early, late[::-1]]), 0, 1)
     return chunks.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def fetch_sequence(
+    x: Shaped[Array, "batch part *rest"], reach: int, shards: int
+) -> Shaped[Array, "batch length *rest"]:
+    """Returns whole rows of which what this device's queries see is there; in `jax.shard_map` only.
+
+    That is its own two chunks and the `reach` tokens before each of them; the others are 0.
+    Chunks go from neighbor to neighbor, as far as they are needed: early ones up the devices,
+    late ones down. Gradients come back the same way.
+
+    Args:
+      x: this device's part, an early and a late chunk.
+      reach: tokens before its own that a token sees. Up to half of the length this sends less
+        than `gather_sequence`: three quarters at most.
+      shards: `sequence_shards(length)`.
+    """
+    size = x.shape[1] // 2
+    last = jax.lax.axis_index(_axis()) == shards - 1
+    early, late = held = list(jnp.split(x, 2, axis=1))
+    hop = 0
+    while (left := reach - hop * size) > 0:
+        hop += 1
+        # What neighbors hold now lies `hop` chunks before the next chunk of each.
+        ends = [part[:, max(0, size - left) :] for part in held]
+        up = [(r, r + 1) for r in range(hop - 1, shards - 1)]
+        down = [(r, r - 1) for r in range(1, min(shards, 2 * shards - hop + 1))]
+        # Chunk n follows chunk n - 1, which the last device has, too.
+        held = [_send(ends[0], up), jnp.where(last, ends[0], _send(ends[1], down))]
+        early, late = (
+            jnp.concatenate(both, axis=1) for both in zip(held, (early, late), strict=True)
+        )
+    rows = jnp.zeros((x.shape[0], reach + 2 * size * shards, *x.shape[2:]), x.dtype)
+    starts = chunk_starts(2 * size * shards, shards)
+    # Where they overlap, both are the same.
+    rows = jax.lax.dynamic_update_slice_in_dim(rows, late, starts[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(rows, early, starts[0], axis=1)[:, reach:]
+
+
+def _send(x: Array, pairs: list[tuple[int, int]]) -> Array:
+    return jax.lax.ppermute(x, _axis(), pairs) if pairs else jnp.zeros_like(x)

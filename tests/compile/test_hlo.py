@@ -41,6 +41,18 @@ def test_rounds_of_a_loop(before, after, rounds):
     assert work.count(module, length=16).unread_loops == unknown
 
 
+@pytest.mark.parametrize(("scope", "expected"), [("fetch_3", ["%c"]), ("other", ["%b", "%c"])])
+def test_of_ways_to_fetch_that_of_everything_counts(scope, expected):
+    near, far = (f"%{n} (p: s32[]) -> s32[] {{\n  ROOT %{n}1 = s32[] copy(%p)\n}}\n" for n in "bc")
+    module = Module.parse(
+        near + far + "ENTRY %main (p: s32[]) -> s32[] {\n  %i = s32[] parameter(0)\n  ROOT %r ="
+        " s32[] conditional(%i, %i, %i), branch_computations={%b, %c},"
+        f' metadata={{op_name="jit(f)/jvp({scope})/cond"}}\n}}\n'
+    )
+    found = [f"%{owner.name}" for _, owner, _ in module.running() if owner.name != "main"]
+    assert found == expected
+
+
 def test_arrays_and_where_they_lie():
     gathered, _, _ = _by_name("all-gather.1")
     assert gathered.arrays[0].shape == (1, 8, 64) and gathered.bytes == 1024

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lazyattn import lazy_attention
-from lazyattn.model import sharded_attention
+from lazyattn.model import attention_layer, sharded_attention
 from lazyattn.model.attention_layer import Attention, rope_scaling, variant_arguments
 from lazyattn.model.config import VARIANTS, AttentionConfig
 from lazyattn.model.distance_bias import NAMES, bias_arguments
-from lazyattn.model.heads import global_heads, head_windows
+from lazyattn.model.heads import global_heads, head_windows, initial_slopes
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.model.rope import document_positions
@@ -75,6 +75,45 @@ def test_a_variant_is_these_arguments_of_the_op(variant, kind, monkeypatch):
     expected = {"offset_divisor": "visible", "renormalize": False, **settings}
     expected |= {"skip_mass": 1e-3, "implementation": "xla", "return_weights": False}
     assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_scores_are_within_what_devices_that_share_rows_fetch_by(rope, monkeypatch):
+    def bound(params=None, **attention):
+        """Returns the bound given to the op on a mesh, and the largest score there is."""
+        given = {}
+
+        def op(query, key, value, arrays, **settings):
+            norms = [jnp.linalg.norm(x, axis=-1).max() for x in (query, key)]
+            given["largest"] = norms[0] * norms[1] / np.sqrt(query.shape[-1])
+            given["bound"] = settings["bound"]
+            return query
+
+        monkeypatch.setattr(attention_layer, "sharded_attention", op)
+        config = make_config(attention=attention | {"rope": rope})
+        layer = Attention(config, sequence_shards=2)
+        params = _params(config) if params is None else params
+        layer.apply({"params": params}, X, POSITIONS)
+        jax.eval_shape(layer.init, jax.random.key(0), X, POSITIONS)
+        layer.apply({"params": params}, X, POSITIONS)
+        return given
+
+    found = bound(qk_norm=True)
+    assert found["largest"] <= found["bound"].score
+    params = _params(make_config(attention={"qk_norm": True}))
+    for name in ("query_norm", "key_norm"):
+        params[name]["scale"] = jnp.full_like(params[name]["scale"], -1.5)
+    found = bound(params, qk_norm=True)
+    assert 0.99 * found["bound"].score <= found["largest"] <= found["bound"].score
+    heads = AttentionConfig(num_heads=4, num_kv_heads=2)
+    np.testing.assert_array_equal(found["bound"].slopes, initial_slopes(heads))
+    for attention in (
+        {},
+        {"qk_norm": True, "skip_mass": 0.0},
+        {"qk_norm": True, "variant": "lazy_no_bias"},
+        {"qk_norm": True, "bias_kind": "table", "bias_tail": False},
+    ):
+        assert bound(**attention)["bound"] is None
 
 
 def test_the_layer_by_hand():

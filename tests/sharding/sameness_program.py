@@ -1,6 +1,6 @@
 """Run by test_sameness.py in a process of its own, with eight simulated devices.
 
-    python -m tests.sharding.sameness_program VARIANT[+muon] STEPS MESH...
+    python -m tests.sharding.sameness_program VARIANT[+muon|+qk_norm] STEPS MESH...
 
 Prints one JSON object: for each mesh the largest relative difference from one device of
 the loss and the gradients of the first step, and of the losses of STEPS steps.
@@ -66,9 +66,13 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
     variant, steps, *names = sys.argv[1:]
-    variant, _, muon = variant.partition("+")
+    variant, _, more = variant.partition("+")
     config = cases.model(variant)
-    settings = dataclasses.replace(cases.OPTIMIZER, name=muon or "adamw")
+    if more == "qk_norm":
+        attention = dataclasses.replace(config.attention, qk_norm=True)
+        config = dataclasses.replace(config, attention=attention)
+    name = "muon" if more == "muon" else "adamw"
+    settings = dataclasses.replace(cases.OPTIMIZER, name=name)
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     expected = run(config, one, int(steps), settings)
     report = {}

@@ -34,12 +34,12 @@ def expected_counts(mesh):
     """Returns how often each kind is meant to occur; the blocks are a loop, counted once."""
     fsdp, sequence = mesh.fsdp > 1, mesh.sequence > 1
     return {
-        # Parameters forward and again backward, looked-up tables once; keys and values
+        # Parameters forward and again backward, looked-up tables once; keys with values
         # forward and again backward, documents once.
-        "all-gather": fsdp * (2 * MATRICES + ROWS_LOGITS_NEED) + sequence * (2 * 2 + 1),
-        # Gradients of tables; of keys and values. (Those of matrices are all-reduces on
+        "all-gather": fsdp * (2 * MATRICES + ROWS_LOGITS_NEED) + sequence * (2 + 1),
+        # Gradients of tables; of keys with values. (Those of matrices are all-reduces on
         # CPUs, which other compilers turn into reduce-scatters.)
-        "reduce-scatter": fsdp * ROWS_LOGITS_NEED + sequence * 2,
+        "reduce-scatter": fsdp * ROWS_LOGITS_NEED + sequence,
         "all-to-all": 0,
         # Dealing: two for each of ids, positions and documents; for hidden states also
         # backward.
@@ -69,7 +69,7 @@ def _known(config, mesh, rows):
     heads, kv = config.attention.num_heads // t, config.attention.kv_heads // t
     part = cases.LENGTH // mesh.sequence
     parameters = {(w, heads, d), (w, kv, d), (heads, d, w), (w, 2, m // t), (m // t, w)}
-    return parameters | {(config.vocab_size // t, w), (mesh.sequence, rows, part, kv, d)}
+    return parameters | {(config.vocab_size // t, w), (mesh.sequence, rows, part, kv, 2 * d)}
 
 
 def check(found, mesh):

@@ -21,8 +21,9 @@ def test_one_step_on_a_mesh_of_all_axes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp_tensor_sequence", "sequence"])
-def test_a_window_on_a_shared_length(name):
-    assert report_of("tests.sharding.window_program", name)[name] <= 1e-5
+def test_heads_that_fetch_less_on_a_shared_length(name):
+    (report,) = report_of("tests.sharding.reach_program", name).values()
+    assert len(report) == 3 and max(report.values()) <= 1e-5, report
 
 
 @pytest.mark.slow
@@ -35,3 +36,9 @@ def test_twenty_steps_on_every_mesh(variant):
 def test_muon_on_a_mesh_of_all_axes():
     names = ("fsdp", "fsdp_tensor_sequence")
     check(report_of(PROGRAM, "lazy+muon", "8", *names), names)
+
+
+@pytest.mark.slow
+def test_qk_norm_where_reaches_are_chosen():
+    names = ("fsdp_tensor_sequence", "sequence")
+    check(report_of(PROGRAM, "lazy+qk_norm", "3", *names), names)

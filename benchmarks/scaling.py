@@ -262,7 +262,7 @@ def _check(options: flags.FlagValues) -> ExperimentConfig:
             require(value in allowed, "--" + name, value, "one of " + ", ".join(allowed))
     experiment = from_config_dict(options.config)
     policy = experiment.model.remat
-    require(policy != "auto", "model.remat", policy, "none, dots or full, the same for all meshes")
+    require(policy != "auto", "model.remat", policy, "another, the same for all meshes")
     if options.output:
         pathlib.Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     return experiment

@@ -13,7 +13,7 @@ A run is MODEL/ATTENTION/REMAT, and /LENGTH or /scan behind it where they are no
   jla_fp8: the same model in jax-linear-attention, at the best settings that its configuration names
   (memory lean VJPs, its own cross entropy with the gradient in the forward pass), softmax attention
   by whatever it chooses;
-- remat: none, dots, full or auto.
+- remat: none, dots, attention, full or auto.
 
 A run is a process that compiles with an empty cache and times the step, then one that compiles
 again with what the first kept, unless --nowarm is given. Seconds of the two count from calling
@@ -53,7 +53,7 @@ from lazyattn.errors import InputError, require
 # Rows of a step and the seconds that a run is expected to take.
 MODELS = {"46m": (16, 45.0), "340m": (8, 60.0), "1300m": (4, 90.0)}
 PEERS = ("jla", "jla_fp8")
-REMATS = ("none", "dots", "full", "auto")
+REMATS = ("none", "dots", "attention", "full", "auto")
 LENGTH = 4096
 _STEPS, _ROUNDS, _TRACED = 5, 5, 3
 _GRAPHS_OFF = "--xla_gpu_enable_command_buffer="

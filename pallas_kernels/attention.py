@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels import placement
@@ -31,6 +32,10 @@ from pallas_kernels.batching import over_batch
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.problem import Gradients, Inputs, Problem
 from pallas_kernels.varying import vary_alike
+
+# What the forward pass hands to the backward pass besides its arguments has this name, for
+# policies of `jax.checkpoint`: where it is kept, no kernel runs twice.
+KEPT = "lazy_attention"
 
 _MODULES = {
     "mosaic_gpu": "pallas_kernels.mosaic_gpu.backend",
@@ -135,7 +140,7 @@ def _attention(
 
 
 def _attention_fwd(name: str, plan: Problem, inputs: Inputs) -> tuple[Array, Any]:
-    out, *saved = _forward(name, plan, inputs, training=True)
+    out, *saved = checkpoint_name(_forward(name, plan, inputs, training=True), KEPT)
     return out, (inputs, *saved)
 
 

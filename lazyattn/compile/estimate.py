@@ -97,13 +97,13 @@ def _traffic(
     per_token = flops_per_token(model, length)
     tokens = experiment.data.batch_size * length / where.devices
     again = 0 if model.remat == "none" else 1
-    # Matrices again for "full"; attention, forward 4 products and backward 5 where
-    # softmax would have 2, again unless nothing is.
+    # Matrices again unless "dots" keeps them; attention, forward 4 products and backward 5
+    # where softmax would have 2, again for "full".
     # Nobody needs a block's last product, SwiGLU's down, again.
     in_blocks = per_token.weights - 2.0 * model.vocab_size * model.width
     redone = in_blocks - 2.0 * model.num_layers * model.hidden_width * model.width
-    weights = 3 * per_token.weights + (redone if model.remat == "full" else 0.0)
-    attention = per_token.attention / 2 * (4 * (1 + again) + 5)
+    weights = 3 * per_token.weights + (redone if model.remat in ("attention", "full") else 0.0)
+    attention = per_token.attention / 2 * (4 * (1 + (model.remat == "full")) + 5)
     parts = experiment.training.microbatches
     blocks = counts["attention"] + counts["mlp"]
     shards = sizes["fsdp"] * sizes["tensor"]

@@ -236,7 +236,7 @@ RECIPES = {
 
 
 # `ModelConfig.remat`; of `AUTO` whoever trains makes another.
-Remat = Literal["none", "dots", "full", "auto"]
+Remat = Literal["none", "dots", "attention", "full", "auto"]
 AUTO: Remat = "auto"
 
 
@@ -256,8 +256,9 @@ class ModelConfig:
       compute_dtype: dtype of activations, "float32" or "bfloat16"; parameters,
         norms, logits and the loss are float32.
       remat: what the backward pass recomputes: "none" (nothing), "dots" (all but
-        matrix products), "full" (each block), "auto" (as little as fits; the trainer
-        chooses, and what else calls the model recomputes nothing).
+        matrix products and attention), "attention" (all but attention), "full" (each
+        block), "auto" (as little as fits; the trainer chooses, and what else calls the
+        model recomputes nothing).
       scan_layers: compile one block and scan over it.
       loss_chunk: positions whose logits a device holds at once in the loss; None: so many that
         the gradient of the output embedding, read and written for each chunk, is little beside

@@ -16,14 +16,19 @@ from lazyattn.model.config import ModelConfig
 from lazyattn.model.embedding import look_up
 from lazyattn.model.layers import RMSNorm, SwiGLU, matrix_init, parameter
 from lazyattn.model.rope import document_positions
+from pallas_kernels.attention import KEPT
 
 # An `attention_layer.Attend` of all layers, whose first argument is the layer's number.
 Attend = Callable[[int, Array, Array, Array, dict[str, Array]], Array]
 
-# What the forward pass keeps for the backward pass, by ModelConfig.remat. "dots"
-# keeps products with weights; those of attention, quadratic in length, are redone.
+# What the forward pass keeps for the backward pass, by ModelConfig.remat. "dots" keeps
+# products with weights, too; those inside attention are quadratic in length.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(KEPT)
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

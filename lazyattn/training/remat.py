@@ -26,7 +26,7 @@ from lazyattn.training.optimizer import make_schedule
 from lazyattn.training.step import TrainStep, make_train_step
 
 # From the fastest to the smallest.
-POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
+POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 # Of a device's memory, what a step may take: validation, samples and fragments want some, too.
 MARGIN = 0.92
 # Of what the formula counts, the least that compilers were seen to need: XLA computes again what

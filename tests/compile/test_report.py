@@ -230,7 +230,7 @@ def test_the_compilers_refusal(message, expected):
 
 
 def test_auto_takes_the_fastest_policy_that_fits(small, monkeypatch):
-    needs = {"none": 2.0, "dots": 0.95, "full": 0.5}
+    needs = {"none": 2.0, "dots": 0.95, "attention": 0.94, "full": 0.5}
 
     def examine(experiment, where):
         needed = needs[experiment.model.remat] * where.chip.usable_bytes

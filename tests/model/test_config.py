@@ -121,7 +121,7 @@ def test_positions_whose_logits_are_held(settings, positions):
         ({"mlp_width": 0}, "model.mlp_width is 0, .* None or at least 1"),
         ({"norm_eps": 0.0}, "model.norm_eps is 0.0, .* positive"),
         ({"compute_dtype": "float16"}, "model.compute_dtype is 'float16', .* float32 or bfloat16"),
-        ({"remat": "some"}, "model.remat is 'some', .* none, dots, full or auto"),
+        ({"remat": "some"}, "model.remat is 'some', .* none, dots, attention, full or auto"),
         ({"width": 1000}, "model.width is 1000, .* a multiple of model.attention.num_heads = 16"),
         ({"width": 48}, "the head size .* is 3, .* even"),
         ({"attention": AttentionConfig(head_dim=0)}, "the head size .* is 0, .* even"),

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn import compile_for
 from lazyattn.errors import InputError
-from lazyattn.model.parameters import stack_blocks, unstack_blocks
+from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.objective import make_loss_fn
+from lazyattn.model.parameters import parameter_shapes, stack_blocks, unstack_blocks
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from tests.model.tiny import VOCAB, make_batch, make_config, make_params
 
@@ -56,8 +59,9 @@ def _assert_same_function(config, params, stack=lambda params: params):
     _assert_close(stack(found_gradient), gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_remat_of_all_but_products_changes_no_gradient():
-    _assert_same_function(dataclasses.replace(CONFIG, remat="dots"), _expected()[0])
+@pytest.mark.parametrize("remat", ["dots", "attention"])
+def test_remat_of_some_changes_no_gradient(remat):
+    _assert_same_function(dataclasses.replace(CONFIG, remat=remat), _expected()[0])
 
 
 def test_unrolled_and_fully_recomputed_layers_are_the_same_function():
@@ -68,14 +72,30 @@ def test_unrolled_and_fully_recomputed_layers_are_the_same_function():
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_keeps_less_for_the_backward_pass(scan):
     def kept(remat):
-        config = dataclasses.replace(CONFIG, remat=remat, scan_layers=scan)
+        attention = dataclasses.replace(CONFIG.attention, implementation="xla_chunked")
+        config = dataclasses.replace(CONFIG, remat=remat, scan_layers=scan, attention=attention)
         residuals = jax.eval_shape(
             lambda params: jax.vjp(functools.partial(_score, config), params)[1],
             make_params(config),
         )
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(residuals))
 
-    assert kept("full") < kept("dots") < kept("none")
+    assert kept("full") < kept("attention") < kept("dots") < kept("none")
+
+
+@pytest.mark.parametrize(
+    ("remat", "runs"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)]
+)
+def test_remat_runs_the_forward_kernel_once(remat, runs):
+    attention = AttentionConfig(num_heads=1, implementation="mosaic_gpu")
+    config = ModelConfig(64, 64, num_layers=2, remat=remat, attention=attention)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
+    loss = make_loss_fn(config)
+    with compile_for("sm90"):
+        gradient = jax.make_jaxpr(jax.grad(lambda params, batch: loss(params, batch).objective))
+        text = str(gradient(parameter_shapes(config), batch))
+    assert text.count("lazy_forward") == runs * text.count("lazy_backward_query")
 
 
 def test_bfloat16_is_near_float32():

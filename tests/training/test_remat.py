@@ -20,7 +20,7 @@ GIB = 2**30
 CLONE = '  %custom-call.7.remat2 = (bf16[8]{0}) custom-call(%a), custom_call_target="mosaic"\n'
 
 
-def _choose(needs, available=100, estimates=(1, 1, 1), clones=(), **settings):
+def _choose(needs, available=100, estimates=(1, 1, 1, 1), clones=(), **settings):
     """Chooses among needs in GiB; returns the choice and what was compiled."""
     compiled = []
 
@@ -35,11 +35,12 @@ def _choose(needs, available=100, estimates=(1, 1, 1), clones=(), **settings):
     return choice, compiled
 
 
-NEEDS = {"none": 200, "dots": 95, "full": 40}
+NEEDS = {"none": 200, "dots": 95, "attention": 60, "full": 40}
 
 
 @pytest.mark.parametrize(
-    ("available", "policy"), [(250, "none"), (210, "dots"), (105, "dots"), (100, "full")]
+    ("available", "policy"),
+    [(250, "none"), (210, "dots"), (105, "dots"), (100, "attention"), (50, "full")],
 )
 def test_the_fastest_that_fits_with_a_margin(available, policy):
     choice, compiled = _choose(NEEDS, available)
@@ -49,8 +50,8 @@ def test_the_fastest_that_fits_with_a_margin(available, policy):
 
 
 def test_what_is_far_too_large_by_formula_is_not_compiled():
-    choice, compiled = _choose(NEEDS, 100, estimates=(93, 92, 40))
-    assert compiled == ["dots", "full"] and choice.policy == "full"
+    choice, compiled = _choose(NEEDS, 100, estimates=(93, 92, 40, 40))
+    assert compiled == ["dots", "attention"] and choice.policy == "attention"
     assert "none would need at least 93.00 GiB; dots needs 95.00 GiB" in choice.why
 
 
@@ -62,7 +63,7 @@ def test_kernels_that_run_twice_do_not_fit():
 
 
 def test_none_fits():
-    choice, _ = _choose({**NEEDS, "full": 99}, 50, estimates=(500, 500, 500))
+    choice, _ = _choose({**NEEDS, "full": 99}, 50, estimates=(500, 500, 500, 500))
     assert choice.policy == "full" and "more than the margin leaves" in choice.why
 
 

@@ -92,7 +92,7 @@ def open_folders(config: DataConfig, weighted_paths: Sequence[tuple[str, float]]
         )
     if config.tokenizer is not None:
         given = Tokenizer.load(config.tokenizer)
-        if given.fingerprint != tokenizer.fingerprint:
+        if not given.same_ids(tokenizer):
             raise bad_value(
                 "data.tokenizer",
                 config.tokenizer,

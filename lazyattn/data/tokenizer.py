@@ -211,6 +211,10 @@ class Tokenizer:
         os.replace(temporary, path)
         return path
 
+    def name_of(self, special_id: int) -> str:
+        """Returns what a special token is called."""
+        return next(name for name, index in self._codec.special.items() if index == special_id)
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens.
 
@@ -255,6 +259,19 @@ class Tokenizer:
         sizes = self._codec.sizes()
         sizes.flags.writeable = False
         return sizes
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Returns whether another gives the same ids for every text, as far as files tell.
+
+        What a `tokenizer.json` adds around a text for others, and its layout, may differ.
+        """
+        if self.fingerprint == other.fingerprint:
+            return True
+        if not self.kind == other.kind == "tokenizer.json":
+            return False
+        mine, theirs = (json.loads(x._codec.content.decode("utf-8-sig")) for x in (self, other))
+        around = dict.fromkeys(("post_processor", "padding", "truncation"))
+        return mine | around == theirs | around
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from lazyattn.export.hub import loading
 from lazyattn.model.accounting import parameter_counts
-from lazyattn.model.config import VARIANTS, AttentionConfig
+from lazyattn.model.config import VARIANTS, AttentionConfig, ModelConfig
+from lazyattn.pretrained.hub import family_of
 from lazyattn.pretrained.parameters import stored_dtypes
 from lazyattn.pretrained.settings import Facts, differences
 from lazyattn.quantity import quantity
@@ -41,7 +43,7 @@ def model_card(
             dtype
             + (
                 ""
-                if dtype == "float32" or "hub" in formats
+                if dtype == "float32" or ("hub" in formats and family_of(model) is not None)
                 else "; norms, biases and offsets in float32"
             ),
         ),
@@ -75,8 +77,8 @@ def model_card(
             over = f"over {facts.validation_tokens:,} tokens held out"
         rows.append(("validation loss", f"{facts.validation_loss:.4f} nats a token, {over}"))
     parts = [
-        "---\nlibrary_name: lazyattn\npipeline_tag: text-generation\ntags:\n- lazy-attention\n"
-        "- jax\n---",
+        f"---\nlibrary_name: {'transformers' if 'hub' in formats else 'lazyattn'}\n"
+        "pipeline_tag: text-generation\ntags:\n- lazy-attention\n- jax\n---",
         f"# {name}",
         "A language model with Lazy Attention ([arXiv 2601.00919](https://arxiv.org/abs/2601.00919))"
         " or one of its ablations, exported by lazyattn.",
@@ -93,8 +95,8 @@ def model_card(
         parts += ["## In PyTorch", _torch(facts)]
     if "hub" in formats:
         parts += [
-            "## In PyTorch",
-            "`transformers.AutoModelForCausalLM.from_pretrained(FOLDER)` loads it.",
+            "## In transformers",
+            _transformers(model, tokenizer),
         ]
     parts += [
         "## Limits",
@@ -120,6 +122,18 @@ def _use(tokenizer: bool) -> str:
         f"model = load_model(FOLDER)\ntokens = np.array({ids})\n"
         "logits = model.logits(tokens)  # float32, [batch, length, vocab]\n```"
     )
+
+
+def _transformers(model: ModelConfig, tokenizer: bool) -> str:
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer\n"]
+    lines.append(f"model = {loading(model)}")
+    if tokenizer:
+        lines += [
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            'ids = tokenizer(TEXT, return_tensors="pt").input_ids',
+            "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
+        ]
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _torch(facts: Facts) -> str:

@@ -3,14 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import jax.numpy as jnp
 
 from lazyattn import buckets
 from lazyattn.checkpoint.load import load_trained
@@ -19,11 +16,11 @@ from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
-from lazyattn.export import card
+from lazyattn.export import card, hub
 from lazyattn.export.flags import ExportOptions
 from lazyattn.paths import folder as folder_of
 from lazyattn.paths import local_path, umask
-from lazyattn.pretrained import hub, names, parameters, settings, tensor_files
+from lazyattn.pretrained import names, parameters, settings, tensor_files
 from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.pretrained.settings import Facts
 from lazyattn.sharding import MeshConfig, make_mesh
@@ -71,15 +68,20 @@ def export(
         if options.import_from is not None
         else _trained(path or "", experiment, options, step)
     )
+    params, config = model.params, model.config
     if options.bias_length is not None:
-        params, config = parameters.without_tail(model.params, model.config, options.bias_length)
-        facts = dataclasses.replace(model.facts, model=config)
-        model = dataclasses.replace(model, params=params, config=config, facts=facts)
+        params, config = parameters.without_tail(params, config, options.bias_length)
+    if "hub" in options.formats:
+        params, config = parameters.as_softmax(params, config)
+    facts = dataclasses.replace(model.facts, model=config)
+    model = dataclasses.replace(model, params=params, config=config, facts=facts)
     with _appearing(output) as folder:
         _write(folder, model, options, output.name)
     size = buckets.size(output)
     what = " and ".join(options.formats)
     print(f"Written to {output}: {what}, {options.dtype}, {size / 1e6:,.1f} MB.")
+    if "hub" in options.formats:
+        print(f"In transformers: {hub.loading(config)}.")
     if "safetensors" in options.formats:
         for difference in settings.differences(model.facts):
             print(f"In the authors' layers it would not be the same function: {difference}")
@@ -193,34 +195,18 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 
 def _write(folder: Path, model: ExportedModel, options: ExportOptions, name: str) -> None:
-    config, dtype = model.config, options.dtype
-    content = settings.as_settings(model.facts, dtype)
-    if "hub" in options.formats:
-        content = hub.as_settings(config, model.facts.sequence_length, dtype)
-        if model.tokenizer is not None:
-            content["bos_token_id"] = model.tokenizer.bos_id
-            content["eos_token_id"] = model.tokenizer.eos_id
-        kind = jnp.dtype(dtype)
-        shapes = names.tensor_shapes(config, names.HUB)
-        sizes = {tensor: kind.itemsize * math.prod(shape) for tensor, shape in shapes.items()}
-        stored = names.to_torch(model.params, config, names.HUB)
-        tensor_files.write(folder, ((name, array.astype(kind)) for name, array in stored), sizes)
+    dtype = options.dtype
     if "orbax" in options.formats:
         parameters.save(folder / PARAMS, parameters.cast(model.params, dtype), options.layout)
     if "safetensors" in options.formats:
-        shapes = names.tensor_shapes(config)
-        dtypes = {tensor: jnp.dtype(names.stored_dtype(tensor, dtype)) for tensor in shapes}
-        sizes = {
-            tensor: dtypes[tensor].itemsize * math.prod(shape) for tensor, shape in shapes.items()
-        }
-        tensors = (
-            (tensor, array.astype(dtypes[tensor]))
-            for tensor, array in names.to_torch(model.params, config)
-        )
-        tensor_files.write(folder, tensors, sizes)
-    (folder / settings.FILE).write_text(json.dumps(content, indent=2) + "\n")
-    if model.tokenizer is not None:
-        model.tokenizer.save_in(folder)
+        names.write(folder, model.params, model.config, dtype)
+    if "hub" in options.formats:
+        hub.write(folder, model, dtype)
+    else:
+        content = settings.as_settings(model.facts, dtype)
+        (folder / settings.FILE).write_text(json.dumps(content, indent=2) + "\n")
+        if model.tokenizer is not None:
+            model.tokenizer.save_in(folder)
     text = card.model_card(
         name,
         model.facts,

@@ -124,15 +124,13 @@ def as_settings(config: ModelConfig, length: int, dtype: str) -> dict[str, Any]:
     """Returns the `config.json` of a model that is one of a family.
 
     Args:
-      config: the model.
+      config: the model, for which `family_of` is not None.
       length: tokens that a row may have.
       dtype: of the tensors.
-
-    Raises:
-      InputError: naming what no family has.
     """
     attention = config.attention
-    family = _family(config)
+    family = family_of(config)
+    assert family is not None
     found: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
@@ -166,25 +164,18 @@ def as_settings(config: ModelConfig, length: int, dtype: str) -> dict[str, Any]:
     return found
 
 
-def _family(config: ModelConfig) -> str:
+def family_of(config: ModelConfig) -> str | None:
+    """Returns the family that a model is one of; None: no family has all that it has."""
     attention = config.attention
-    where = "model.attention."
-    for name, value, allowed in (
-        (where + "variant", attention.variant, "softmax"),
-        (where + "rope", attention.rope, True),
-        (where + "output_gate", attention.output_gate, False),
-        (where + "num_global_heads", attention.num_global_heads if attention.by_group else 0, 0),
+    if (
+        attention.variant != "softmax"
+        or not attention.rope
+        or attention.output_gate
+        or attention.by_group
+        or (attention.qkv_bias and attention.qk_norm)
+        or (config.tie_embeddings and config.scale_embedding)
     ):
-        if value != allowed:
-            raise bad_value(name, value, f"{allowed!r} for --formats=hub: no family has another")
-    if attention.qkv_bias and attention.qk_norm:
-        raise InputError(
-            f"{where}qkv_bias and {where}qk_norm are both on, which no family of --formats=hub has."
-        )
-    if config.tie_embeddings and config.scale_embedding:
-        raise InputError(
-            "The model is tied and scales its embedding, which no family of --formats=hub does."
-        )
+        return None
     if attention.qkv_bias:
         return "qwen2"
     if attention.qk_norm:

@@ -20,7 +20,14 @@ from lazyattn.model.parameters import Params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from lazyattn.paths import local_path
 from lazyattn.pretrained import hub, names, parameters, sharded, tensor_files
-from lazyattn.pretrained.settings import FILE, Facts, as_facts, is_tied, read_settings
+from lazyattn.pretrained.settings import (
+    FILE,
+    Facts,
+    as_facts,
+    is_for_transformers,
+    is_tied,
+    read_settings,
+)
 
 PARAMS = "params"
 
@@ -105,16 +112,21 @@ def load_safetensors(folder: Path, mesh: jax.sharding.Mesh | None = None) -> Exp
     """
     settings = read_settings(folder / FILE)
     if hub.is_hub(settings):
-        return _load_hub(folder, settings, mesh)
+        return _load_hub(folder, settings, names.HUB, mesh)
+    if is_for_transformers(settings):
+        return _load_hub(folder, settings, names.OURS, mesh)
     facts, params = read_safetensors(folder, settings)
     params = parameters.place(params, facts.model, mesh)
     return ExportedModel(facts.model, params, _tokenizer(folder), facts, mesh)
 
 
 def _load_hub(
-    folder: Path, settings: Mapping[str, Any], mesh: jax.sharding.Mesh | None
+    folder: Path,
+    settings: Mapping[str, Any],
+    naming: names.Naming,
+    mesh: jax.sharding.Mesh | None,
 ) -> ExportedModel:
-    """Returns a hub's model, each device's part of it read for that device alone."""
+    """Returns a model as transformers has it, each device's part of it read for that alone."""
     facts, tokenizer = as_facts(settings), _tokenizer(folder)
     config, where = facts.model, repr(str(folder))
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -125,15 +137,15 @@ def _load_hub(
     with tensor_files.opened(folder) as (shapes, read):
         # Old folders have tables that follow from the settings.
         shapes = {name: x for name, x in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
-        expected = names.tensor_shapes(config, names.HUB)
-        tied = names.HUB.whole["embedding",]
+        expected = names.tensor_shapes(config, naming)
+        tied = naming.whole["embedding",]
         if config.tie_embeddings and names.OUTPUT in shapes:
             # Some write the one table twice.
             expected |= {names.OUTPUT: expected[tied]}
         tensor_files.check_shapes(shapes, expected, where)
         if config.tie_embeddings and names.OUTPUT in shapes:
             _check_tied(read, tied, shapes[tied], where)
-        params = sharded.read_params(read, config, names.HUB, mesh)
+        params = sharded.read_params(read, config, naming, mesh)
     return ExportedModel(config, params, tokenizer, facts, mesh)
 
 

@@ -23,12 +23,13 @@ The authors':
 
 A hub's (`lazyattn.pretrained.hub`) have `self_attn` for `attn`, `embed_tokens` for `embeddings`,
 `input_layernorm` for `attn_norm` and `post_attention_layernorm` for `mlp_norm`, and no
-`lm_head.weight` where the embedding is tied.
+`lm_head.weight` where the embedding is tied. Ours in transformers (`OURS`) have the hub's names,
+and `self_attn.offset`, `self_attn.distance_delta` and so on, as parameters here are called.
 
 A PyTorch Linear keeps its matrix as [out, in] and heads are one after the other in its
 rows; ours is [in, out]. Our embedding is multiplied by width^1/2 on the way in and theirs
 is not, so that theirs is ours times that, unless `scale_embedding` is off. A bias of kind
-"decay" is written as the table and the slope that it comes to.
+"decay" is written as the table and the slope that it comes to. In `OURS` both stay as they are.
 
 Source of the names: the authors' attention layer in the flash-linear-attention library.
 """
@@ -37,15 +38,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from lazyattn.errors import InputError
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params, parameter_shapes
+from lazyattn.pretrained import tensor_files
 from lazyattn.pretrained.parameters import as_table, table_config
 
 _EMBEDDING = ("embedding",)
@@ -88,10 +92,12 @@ class Naming:
     Attributes:
       layer: path here -> name there behind `model.layers.N.`, and axes as in `_LAYER`.
       whole: path here -> name there, of arrays of no layer.
+      as_here: whether a "decay" stays one, and the embedding is not scaled.
     """
 
     layer: Mapping[tuple[str, ...], tuple[str, int | None]]
     whole: Mapping[tuple[str, ...], str]
+    as_here: bool = False
 
 
 AUTHORS = Naming(_LAYER, _WHOLE)
@@ -115,6 +121,13 @@ HUB = Naming(
         if not path[-1].startswith(("distance", "offset", "output_gate"))
     },
     _WHOLE | {("embedding",): "model.embed_tokens.weight"},
+)
+_LEARNED = ("distance_delta", "distance_log_slope", "distance_bias", "distance_slope", "offset")
+OURS = Naming(
+    {path: (_hub_name(name), axes) for path, (name, axes) in _LAYER.items()}
+    | {("attention", name): (f"self_attn.{name}", None) for name in _LEARNED},
+    HUB.whole,
+    as_here=True,
 )
 
 
@@ -162,10 +175,35 @@ def tensor_shapes(config: ModelConfig, naming: Naming = AUTHORS) -> dict[str, tu
     return shapes | {OUTPUT: shapes[INPUT]} if naming is AUTHORS else shapes
 
 
-def stored_dtype(name: str, dtype: str) -> str:
-    """Returns a tensor's dtype in an export with matrices in `dtype`, as `parameters.cast`."""
-    kept = {theirs for theirs, axes_in in _LAYER.values() if not axes_in} | {"norm.weight"}
-    return "float32" if any(name.endswith("." + one) for one in kept) else dtype
+def write(
+    folder: Path,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    dtype: str,
+    naming: Naming = AUTHORS,
+    max_bytes: int = tensor_files.MAX_BYTES,
+) -> list[str]:
+    """Writes a model as safetensors: matrices in `dtype`, what `parameters.cast` keeps in float32.
+
+    Args:
+      folder: that exists.
+      params, config, naming: as in `to_torch`. All of a `HUB`'s tensors are in `dtype`.
+      dtype: "float32" or "bfloat16".
+      max_bytes: of a file.
+
+    Returns:
+      The names of the files.
+    """
+    kept = {theirs for theirs, axes_in in naming.layer.values() if not axes_in} | {"norm.weight"}
+
+    def stored(name: str) -> np.dtype:
+        small = naming is not HUB and any(name.endswith("." + one) for one in kept)
+        return jnp.dtype("float32" if small else dtype)
+
+    shapes = tensor_shapes(config, naming).items()
+    sizes = {name: stored(name).itemsize * math.prod(shape) for name, shape in shapes}
+    tensors = ((name, x.astype(stored(name))) for name, x in to_torch(params, config, naming))
+    return tensor_files.write(folder, tensors, sizes, max_bytes)
 
 
 def to_torch(
@@ -180,8 +218,9 @@ def to_torch(
       config: the model; for `HUB` one that `lazyattn.pretrained.hub.as_settings` takes.
       naming: what tensors are called.
     """
-    scale = np.float32(config.embedding_factor)
-    params, config = as_table(params, config)
+    scale = np.float32(1 if naming.as_here else config.embedding_factor)
+    if not naming.as_here:
+        params, config = as_table(params, config)
     for tensor in tensors(config, naming):
         array = tensor.to_torch(_gathered(_find(params, tensor)))
         # What is not contiguous, safetensors would write in the order it has in memory.
@@ -238,7 +277,7 @@ def from_torch(
 @functools.cache
 def tensors(config: ModelConfig, naming: Naming = AUTHORS) -> tuple[Tensor, ...]:
     """Returns a model's tensors, but for the second copy of a tied embedding."""
-    config = table_config(config)
+    config = config if naming.as_here else table_config(config)
     shapes = parameter_shapes(config)
     stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from lazyattn import sharding
 from lazyattn.errors import InputError, require
 from lazyattn.model.config import ModelConfig
-from lazyattn.model.distance_bias import NAMES, bias_arguments
+from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES, bias_arguments
 from lazyattn.model.parameters import Params, parameter_shapes, partition_specs
 
 # Float32 in every export: they are small, and bfloat16 would move a bias of -500 by up
@@ -144,6 +144,31 @@ def as_table(params: Mapping[str, Any], config: ModelConfig) -> tuple[Params, Mo
         return {**block, "attention": layer | bias_arguments(block["attention"], attention)}
 
     return _with_blocks(params, converted), table_config(config)
+
+
+def as_softmax(params: Mapping[str, Any], config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """Returns the model as ordinary attention, if its bias and its offsets are 0; else as it is.
+
+    The smallest slope of a "decay" counts as 0: a model that was softmax starts with that.
+    """
+    attention = config.attention
+    names = ("offset", *(name for both in NAMES.values() for name in both))
+    nothing = np.exp(LOG_SLOPE_RANGE[0]) * attention.bias_width
+
+    def is_nothing(layer: Mapping[str, Any]) -> bool:
+        found = [*bias_arguments(layer, attention).values()]
+        found += [layer["offset"]] if attention.has_offset else []
+        return all(float(jnp.abs(x).max()) <= nothing for x in found)
+
+    def without(block: Mapping[str, Any]) -> Params:
+        kept = {k: x for k, x in block["attention"].items() if k not in names}
+        return {**block, "attention": kept}
+
+    blocks = [block for name, block in params.items() if name.startswith("blocks")]
+    if not all(is_nothing(block["attention"]) for block in blocks):
+        return dict(params), config
+    attention = dataclasses.replace(attention, variant="softmax")
+    return _with_blocks(params, without), dataclasses.replace(config, attention=attention)
 
 
 def _with_blocks(

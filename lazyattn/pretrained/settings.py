@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import model_from_dict
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.heads import global_heads
 from lazyattn.pretrained import hub
 from lazyattn.pretrained.names import BIAS, SLOPE, TAU
 
@@ -53,9 +56,7 @@ class Facts:
 
 def as_settings(facts: Facts, dtype: str) -> dict[str, Any]:
     """Returns the content of `config.json`."""
-    # Which kernel it ran on is no part of what it is.
-    attention = dataclasses.replace(facts.model.attention, implementation=None)
-    model = dataclasses.replace(facts.model, attention=attention)
+    model, attention = facts.model, facts.model.attention
     lazy = attention.has_bias or attention.has_offset
     theirs = {
         "model_type": "swat" if lazy else "transformer",
@@ -78,8 +79,52 @@ def as_settings(facts: Facts, dtype: str) -> dict[str, Any]:
     }
     if attention.has_bias:
         theirs["max_bias_length"] = attention.bias_width
-    ours = {"format": _FORMAT, **dataclasses.asdict(facts), "model": dataclasses.asdict(model)}
-    return theirs | {_OURS: ours}
+    return theirs | {_OURS: _ours(facts)}
+
+
+def as_transformers_settings(facts: Facts, dtype: str, code: str) -> dict[str, Any]:
+    """Returns the content of `config.json` for transformers with our own modeling file.
+
+    Args:
+      facts: what is known of the model.
+      dtype: of its matrices.
+      code: name of the modeling file, without `.py`.
+    """
+    model, attention = facts.model, facts.model.attention
+    return {
+        "architectures": ["LazyAttnForCausalLM"],
+        "model_type": _OURS,
+        "auto_map": {
+            "AutoConfig": f"{code}.LazyAttnConfig",
+            "AutoModel": f"{code}.LazyAttnModel",
+            "AutoModelForCausalLM": f"{code}.LazyAttnForCausalLM",
+        },
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.hidden_width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": facts.sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "global_heads": np.flatnonzero(global_heads(attention)).tolist(),
+        "torch_dtype": dtype,
+        _OURS: _ours(facts),
+    }
+
+
+def is_for_transformers(settings: Mapping[str, Any]) -> bool:
+    """Returns whether a `config.json` is one of `as_transformers_settings`."""
+    return settings.get("model_type") == _OURS and _OURS in settings
+
+
+def _ours(facts: Facts) -> dict[str, Any]:
+    # Which kernel it ran on is no part of what it is.
+    attention = dataclasses.replace(facts.model.attention, implementation=None)
+    model = dataclasses.replace(facts.model, attention=attention)
+    return {"format": _FORMAT, **dataclasses.asdict(facts), "model": dataclasses.asdict(model)}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Weights:
         Raises:
           InputError: if it is not: no embedding would mean what it meant.
         """
-        if self.tokenizer is not None and self.tokenizer.fingerprint != tokenizer.fingerprint:
+        if self.tokenizer is not None and not self.tokenizer.same_ids(tokenizer):
             raise InputError(
                 f"{_WHERE} has another tokenizer than this run's data; prepare the data with it, or"
                 " give its file as --config.data.tokenizer."

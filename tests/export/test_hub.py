@@ -1,16 +1,26 @@
 """Exports as a model of the hub: the bits that came in, or one clear sentence."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
+from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.export.flags import ExportOptions
+from lazyattn.export.hub import loading, write
 from lazyattn.export.main import export
+from lazyattn.model.distance_bias import NAMES
 from lazyattn.pretrained import hub, names
-from lazyattn.pretrained.load import load_model
+from lazyattn.pretrained.load import ExportedModel, load_model
+from lazyattn.pretrained.parameters import as_softmax, cast
+from lazyattn.pretrained.settings import Facts
+from lazyattn.training.initialize import converted_bias
 from tests.model.tiny import make_config, make_params
 from tests.pretrained import hub_folder
 
@@ -64,6 +74,12 @@ def test_there_and_back_to_the_bit(tmp_path, change, dtype):
     assert hub.sequence_length(said) == 64
 
 
+def as_exported(config):
+    """Returns a config without what is no part of a model."""
+    attention = dataclasses.replace(config.attention, implementation=None)
+    return dataclasses.replace(config, attention=attention)
+
+
 def test_an_embedding_that_is_scaled_comes_out_scaled():
     config = make_config("softmax")
     params = make_params(config)
@@ -74,21 +90,75 @@ def test_an_embedding_that_is_scaled_comes_out_scaled():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    "config",
     [
-        (make_config(), "variant is 'lazy', but it must be 'softmax' for --formats=hub"),
-        (make_config("softmax", attention={"rope": False}), "rope is False, but"),
-        (make_config("softmax", attention={"output_gate": True}), "output_gate is True, but"),
-        (make_config("softmax", tie_embeddings=True), "is tied and scales its embedding"),
-        (
-            make_config("softmax", attention={"qk_norm": True, "qkv_bias": True}),
-            "qkv_bias and .*qk_norm are both on",
-        ),
+        make_config(),
+        make_config("softmax", attention={"rope": False}),
+        make_config("softmax", attention={"output_gate": True}),
+        make_config("softmax", tie_embeddings=True),
+        make_config("softmax", attention={"qk_norm": True, "qkv_bias": True}),
+        make_config("softmax", attention={"window": 3, "global_share": 0.5}),
     ],
 )
-def test_what_no_family_is(config, message):
-    with pytest.raises(InputError, match=message):
-        hub.as_settings(config, 64, "float32")
+def test_what_no_family_is_has_a_modeling_file(config):
+    assert hub.family_of(config) is None
+    assert loading(config) == "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_config(tie_embeddings=True, attention={"qk_norm": True, "qkv_bias": True}),
+        make_config(attention={"bias_kind": "table", "output_gate": True}, scan_layers=False),
+        make_config("softmax", attention={"rope": False, "num_kv_heads": 4, "head_dim": 6}),
+    ],
+    ids=["decay", "table", "softmax"],
+)
+def test_ours_comes_back_to_the_bit(tmp_path, config, dtype):
+    tokenizer = Tokenizer.train(["a text"], 262)
+    config = dataclasses.replace(as_exported(config), vocab_size=tokenizer.vocab_size)
+    params, facts = make_params(config), Facts(config, 64, step=7, data="a text")
+    write(tmp_path, ExportedModel(config, params, tokenizer, facts), dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("modeling_lazyattn.py", "tokenizer.json", "tokenizer_config.json"),
+    ]
+    model = load_model(tmp_path)
+    assert (model.config, model.facts) == (config, facts)
+    expected = jax.tree.map(lambda x: x.astype(jnp.float32), cast(params, dtype))
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
+    # The tokenizer begins texts for others and is the same to us.
+    assert model.tokenizer.fingerprint != tokenizer.fingerprint
+    assert model.tokenizer.same_ids(tokenizer)
+    assert model.tokenizer.encode("a text") == tokenizer.encode("a text")
+    others = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert others.encode("a text").ids == [tokenizer.bos_id, *tokenizer.encode("a text")]
+
+
+@pytest.mark.parametrize("kind", ["table", "decay"])
+def test_a_lazy_model_that_is_softmax_still_is_its_family_again(tmp_path, kind):
+    before = hub_folder.write(tmp_path / "in", hub_folder.LLAMA)
+    start = load_model(tmp_path / "in")
+    attention = dataclasses.replace(start.config.attention, variant="lazy", bias_kind=kind)
+    config = dataclasses.replace(start.config, attention=attention)
+    params = jax.tree.map(lambda x: x, start.params)
+    layer = params["blocks"]["attention"]
+    layer |= converted_bias(layer, start.config.attention, attention)[0]
+    layer["offset"] = jnp.zeros((2, 4))
+    found, softmax = as_softmax(params, config)
+    assert softmax == dataclasses.replace(
+        config, attention=dataclasses.replace(attention, variant="softmax")
+    )
+    for name, array in names.to_torch(found, softmax, names.HUB):
+        assert array.tobytes() == before[name].tobytes(), name
+    # What has learned anything stays what it is.
+    for name in layer.keys() & {"offset", *NAMES["decay"], *NAMES["table"]}:
+        changed = layer | {
+            name: layer[name] + 1e-3 if name != NAMES["decay"][1] else 0 * layer[name]
+        }
+        params["blocks"]["attention"] = changed
+        assert as_softmax(params, config)[1] == config, name
 
 
 def test_a_hub_s_folder_is_nothing_else_beside():
@@ -103,5 +173,6 @@ def test_the_card_says_who_reads_it(tmp_path):
         formats=("hub",), import_from=str(tmp_path / "in"), output=str(tmp_path / "out")
     )
     card = (export(None, options=options) / "README.md").read_text()
-    assert "transformers.AutoModelForCausalLM" in card
+    assert "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n" in card
+    assert "library_name: transformers" in card
     assert not load_model(tmp_path / "out").config.scale_embedding

@@ -4,9 +4,6 @@ Needs torch and transformers, in this Python or in the one that LAZYATTN_PEER_PY
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +16,7 @@ from lazyattn.generation.decode import generate
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.pretrained.load import load_model
 from lazyattn.sharding import MeshConfig, make_mesh
+from tests.pretrained.torch_peer import ask
 
 PEER = Path(__file__).with_name("peer.py")
 COMMON = {
@@ -69,26 +67,19 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Returns where the peer has written its models and answers."""
-    python = os.environ.get("LAZYATTN_PEER_PYTHON", sys.executable)
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    check = subprocess.run([python, PEER, "--check"], capture_output=True, env=clean)
-    if check.returncode:
-        pytest.skip("torch or transformers is not installed (LAZYATTN_PEER_PYTHON)")
     found = tmp_path_factory.mktemp("peer")
     np.save(found / "tokens.npy", np.random.default_rng(0).integers(97, size=(2, 24)))
     asked = {
         name: (kind, COMMON | settings, shard) for name, (kind, settings, shard) in MODELS.items()
     }
     (found / "asked.json").write_text(json.dumps(asked))
-    done = subprocess.run([python, PEER, found], capture_output=True, env=clean, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ask(found, PEER, found)
     return found
 
 
 @pytest.fixture(scope="module")
 def again(folder):
     """Returns the same once ours has read and exported all, and the peer has read that."""
-    python = os.environ.get("LAZYATTN_PEER_PYTHON", sys.executable)
     for name in MODELS:
         options = ExportOptions(
             formats=("hub",),
@@ -96,10 +87,7 @@ def again(folder):
             output=str(folder / f"{name}-again"),
         )
         export(None, options=options)
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, PEER, "--again", folder]
-    done = subprocess.run(command, capture_output=True, env=clean, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ask(folder, PEER, "--again", folder)
     return folder
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,11 +27,7 @@ TABLE = make_config(attention=KIND)
 
 def _write(folder, params, config, dtype="float32", max_bytes=tensor_files.MAX_BYTES):
     folder.mkdir(exist_ok=True)
-    shapes = names.tensor_shapes(config)
-    dtypes = {name: jnp.dtype(names.stored_dtype(name, dtype)) for name in shapes}
-    sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in shapes}
-    tensors = ((n, array.astype(dtypes[n])) for n, array in names.to_torch(params, config))
-    files = tensor_files.write(folder, tensors, sizes, max_bytes)
+    files = names.write(folder, params, config, dtype, max_bytes=max_bytes)
     facts = Facts(model=config, sequence_length=LENGTH)
     (folder / "config.json").write_text(json.dumps(settings.as_settings(facts, dtype)))
     return files

@@ -143,13 +143,18 @@ def _experiment(text, **changes):
 
 
 def test_a_run_starts_from_a_checkpoint_or_an_export(source, text, first_state, tmp_path, capsys):
-    folder = export(source, options=ExportOptions(output=str(tmp_path / "export")))
-    for given, step in ((source, 2), (source / "checkpoints" / "1", 1), (folder, 2)):
+    pytest.importorskip("safetensors")
+    folders = [
+        export(source, options=ExportOptions(formats=(one,), output=str(tmp_path / one)))
+        for one in ("orbax", "hub")
+    ]
+    runs = [(source, 2), (source / "checkpoints" / "1", 1)]
+    for given, step in [*runs, *((folder, 2) for folder in folders)]:
         state = first_state(_experiment(text, training__init_from=str(given)))
         expected = load_trained(source, step=step).params
         jax.tree.map(np.testing.assert_array_equal, state.params, expected)
         assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
-        where = folder if given == folder else f"step {step} of {source}"
+        where = given if given in folders else f"step {step} of {source}"
         said = f"starting from the weights of {where}, with a fresh optimizer\ndevices"
         assert said.split("\n")[0] in capsys.readouterr().out
 

@@ -27,7 +27,8 @@ The plan (`plan.py`) goes from what matters most to what matters least, in waves
 compiled at once, then timed. After --seconds nothing more begins and the program ends, whatever
 is still being compiled. The file is written anew after each case, so that a run that is
 cut short keeps what it has; what could not be timed has an `error`. --points and --cases choose
-some of it: `--points=32768x16,4096x8` takes these alone, whole tokens too.
+some of it: `--points=32768x16,4096x8` takes these alone, whole tokens too; points with a plus
+between them, `4096x8+4096x64`, are compiled together.
 
 Trained slopes come from --slopes: lines of the study (of --variant), or an npz file with
 `slopes` and `offsets` [layers, heads], perhaps `score_bound` [layers]. The 24 layers are

@@ -81,7 +81,8 @@ def chosen(points: Sequence[str], cases: Sequence[str]) -> tuple[Wave, ...]:
     """Returns the waves of a run.
 
     Args:
-      points: one wave each, whole tokens of our cases too; none: `PLAN`.
+      points: one wave each, "4096x8+4096x64" one of two; whole tokens of our cases too;
+        none: `PLAN`.
       cases: the only ones; none: those of the plan, or the usual ones.
 
     Raises:
@@ -93,7 +94,7 @@ def chosen(points: Sequence[str], cases: Sequence[str]) -> tuple[Wave, ...]:
     if points:
         own = tuple(cases or USUAL)
         tokens = tuple(case for case in own if CASES[case][2] == "lazyattn")
-        return tuple(Wave((Point.parse(point),), own, tokens) for point in points)
+        return tuple(_wave(wave.replace("+", " "), own, tokens) for wave in points)
     if not cases:
         return PLAN
     waves = []

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from benchmarks import timing
 from benchmarks.decode import heads, plan
 from benchmarks.decode.attention import Attention
 from benchmarks.decode.token import Token
@@ -31,6 +32,8 @@ def test_plan_has_every_point_and_begins_with_what_must_be_reached():
 def test_points_and_cases_choose():
     (wave,) = plan.chosen(["4096xmax"], ["torch", "lazy-spans"])
     assert wave.points == (plan.Point(4096, None),) and wave.tokens == ("lazy-spans",)
+    (wave,) = plan.chosen(["4096x8+1024x1"], ["torch"])
+    assert wave.points == (plan.Point(4096, 8), plan.Point(1024, 1)) and wave.tokens == ()
     waves = plan.chosen([], ["trained-spans"])
     assert [wave.cases for wave in waves] == [("trained-spans",)]
     for points, cases, words in ((["4096"], [], "4096x|32768x16"), ([], ["fast"], "be of softmax")):
@@ -66,6 +69,18 @@ def test_heads_of_a_file_have_its_table_and_bound(tmp_path):
     np.savez(path, bound=[9.0])
     with pytest.raises(InputError, match="slopes and offsets"):
         heads.trained(path, "", SHAPE, 4)
+
+
+def test_breakdown_adds_kernels_of_a_name_and_the_gaps_between():
+    ran = [
+        timing.Kernel("dense_3", 0, 2e6, "96,1,1"),
+        timing.Kernel("combine", 3e6, 4e6),
+        timing.Kernel("dense_4", 3.5e6, 6e6, "96,1,1"),
+        timing.Kernel("combine", 8e6, 9e6),
+    ]
+    found = timing.breakdown(ran, calls=2)
+    assert found["kernels"] == {"dense 96,1,1": [1, 2.25], "combine": [1, 1]}
+    assert found["runs"] == 2 and found["busy_ms"] == 3.25 and found["gap_ms"] == 1.5
 
 
 def _line(case, own, batch=2, context=300):

@@ -13,6 +13,7 @@ Rows of arrays go by `multihost_utils`.
 """
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -58,6 +59,20 @@ def _told_of_several() -> bool:
     return False
 
 
+def _devices_of_slurm() -> list[int] | None:
+    """Returns which of the GPUs that Slurm shows are this task's; None: the one of its number.
+
+    JAX takes that one always. But a task that is alone on its host has all, and one that Slurm
+    has bound to its own GPUs sees no others.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or not clusters.SlurmCluster.is_env_present():
+        return None
+    number = len(visible.split(","))
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(number)) if alone or number == 1 else None
+
+
 def initialize(values: flags.FlagValues = flags.FLAGS, *, automatic: bool = True) -> None:
     """Joins the other processes, if the flags or the environment say that there are some.
 
@@ -97,7 +112,10 @@ def initialize(values: flags.FlagValues = flags.FLAGS, *, automatic: bool = True
     )
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(None if coordinator == "auto" else coordinator, count, index)
+        if coordinator == "auto":
+            jax.distributed.initialize(None, count, index, _devices_of_slurm())
+        else:
+            jax.distributed.initialize(coordinator, count, index)
     except ValueError as error:
         raise InputError(
             "--coordinator, --process_id and --process_count must all be given, since this"

@@ -49,7 +49,26 @@ def test_what_the_environment_says(monkeypatch, variables, arguments, joins):
     distributed.initialize(values, automatic=False)
     assert joined == []
     distributed.initialize(values)
-    assert joined == ([(None, None, None)] if joins else [])
+    assert joined == ([(None, None, None, None)] if joins else [])
+
+
+@pytest.mark.parametrize(
+    ("visible", "tasks", "devices"),
+    [
+        ("0,1,2,3", "4(x2)", None),  # a process for each GPU, by its number
+        ("0,1,2,3", "1(x2)", [0, 1, 2, 3]),
+        ("2,3", "1", [0, 1]),
+        ("3", "4(x2)", [0]),  # --gpus-per-task=1
+        ("", "4(x2)", None),
+    ],
+)
+def test_which_gpus_a_task_of_slurm_has(monkeypatch, visible, tasks, devices):
+    assert distributed._devices_of_slurm() is None
+    variables = {"SLURM_NTASKS": "8", "SLURM_PROCID": "1", **_SLURM}
+    variables |= {"CUDA_VISIBLE_DEVICES": visible, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._devices_of_slurm() == devices
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,12 +22,25 @@ class Goodput:
     """Adds up where the wall time of one program went.
 
     Useful is the time of steps that changed the parameters, waiting for data left out.
-    What a run that was killed had done past its checkpoint is not counted.
+    A run that goes on also counts from its first start: what it had done past its checkpoint, and
+    the time until it was started again, were of no use.
+
+    Attributes:
+      run_began: when the run was started first, in seconds since 1970.
     """
 
-    def __init__(self, began: float):
-        """Starts at `began`, a value of `time.perf_counter`."""
+    def __init__(self, began: float, *, earlier: Mapping[str, Any] | None = None):
+        """Starts the clock.
+
+        Args:
+          began: `time.perf_counter` at the start.
+          earlier: `totals` at the step that the run goes on from, if it does.
+        """
         self._began = began
+        earlier = earlier or {}
+        start = time.time() - (time.perf_counter() - began)
+        self.run_began: float = earlier.get("run_began", start)
+        self._useful_before: float = earlier.get("useful_seconds", 0.0)
         self._lost = dict.fromkeys(REASONS, 0.0)
         self._useful = 0.0
         self._waited = 0.0
@@ -57,10 +71,31 @@ class Goodput:
         if timed:
             self._steps.append(seconds)
 
+    def totals(self) -> dict[str, float]:
+        """Returns what the next start of the run must know."""
+        return {
+            "run_began": round(self.run_began, 3),
+            "useful_seconds": self._useful_before + self._useful,
+        }
+
+    def _of_all_starts(self) -> tuple[float, float]:
+        """Returns the goodput since the first start, and the seconds since then."""
+        wall = max(time.time() - self.run_began, 1e-9)
+        return min((self._useful_before + self._useful) / wall, 1.0), wall
+
     def numbers(self) -> dict[str, float]:
-        """Returns goodput so far, the spread of recent steps in seconds, and memory in bytes."""
+        """Returns goodput so far, what the rest was as shares of the time, and the next.
+
+        These are the spread of recent steps in seconds, and memory in bytes.
+        """
         wall = max(time.perf_counter() - self._began, 1e-9)
-        found = {"goodput": min(self._useful / wall, 1.0)}
+        found = {
+            "goodput": min(self._useful / wall, 1.0),
+            "goodput_of_all_starts": self._of_all_starts()[0],
+        }
+        for name, seconds in self._lost.items():
+            if seconds > 0:
+                found[f"lost_to_{name.replace(' ', '_')}"] = seconds / wall
         if self._steps:
             median, high = np.quantile(self._steps[-_RECENT:], (0.5, 0.95))
             found |= {"step_seconds_p50": float(median), "step_seconds_p95": float(high)}
@@ -81,6 +116,9 @@ class Goodput:
         shares["other"] = max(1 - useful - sum(shares.values()), 0.0)
         rest = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         found.append(f"goodput                    {useful:.1%} of {wall:,.0f} s in steps; {rest}")
+        if self._useful_before:
+            share, wall = self._of_all_starts()
+            found.append(f"goodput of all starts      {share:.1%} of {wall:,.0f} s since the first")
         memory = device_memory()
         if memory:
             of = memory.get("memory_limit_bytes")

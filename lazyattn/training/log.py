@@ -54,9 +54,9 @@ class RunLog:
         self._opened = self._last = time.perf_counter()
         self._first_step: int | None = None
         self._loss = MeanLoss()
-        self.goodput = Goodput(self._opened if began is None else began)
         self._began = self._opened if began is None else began
         if not self.enabled:
+            self.goodput = Goodput(self._began)
             return
         self._progress = Progress(
             sys.stdout,
@@ -67,6 +67,7 @@ class RunLog:
             devices=jax.device_count(),
         )
         self._lines = JsonLines(workdir / METRICS, step)
+        self.goodput = Goodput(self._began, earlier=self._lines.last)
         self._tensorboard = TensorBoard(workdir / TENSORBOARD, step)
         self._curves: list[Curves] = [self._tensorboard, *curves]
         self._tokens = self._lines.tokens
@@ -135,6 +136,7 @@ class RunLog:
         timed = record["step"] != self._first_step
         skipped = bool(record.get("skipped", False))
         self.goodput.step(record["seconds"], skipped=skipped, timed=timed)
+        record |= self.goodput.totals()
         self._loss.add(record["loss"], record["tokens"])
         step = record["step"]
         if step != self._first_step:

@@ -75,6 +75,7 @@ class JsonLines:
     Attributes:
       tokens: trained on up to the step the file was opened at, or None where lines of
         it are missing.
+      last: the last line that was kept; {}: there was none.
     """
 
     def __init__(self, path: Path, step: int):
@@ -84,7 +85,7 @@ class JsonLines:
           path: the file.
           step: lines of later steps, and a last line cut short, are dropped.
         """
-        self.tokens = _cut_back(path, step)
+        self.tokens, self.last = _cut_back(path, step)
         in_bucket = buckets.is_bucket(path)
         self._file: AppendedFile | AppendedObject = (
             AppendedObject(path) if in_bucket else AppendedFile(path)
@@ -110,17 +111,18 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut_back(path: Path, step: int) -> int | None:
+def _cut_back(path: Path, step: int) -> tuple[int | None, dict[str, Any]]:
     """Keeps the whole lines of steps up to `step`, in one atomic replacement.
 
     Returns:
-      Tokens of those steps; None where lines are missing.
+      Tokens of those steps, None where lines are missing; and the last line kept.
     """
     last, kept = 0, []
+    newest: dict[str, Any] = {}
     tokens: int | None = 0
     content = buckets.read_log(path)
     if content is None:
-        return 0 if step == 0 else None
+        return (0 if step == 0 else None), newest
     for line in content.decode(errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -135,14 +137,14 @@ def _cut_back(path: Path, step: int) -> int | None:
                 tokens = record["tokens_total"]
             else:
                 tokens = None if before is None else before + record.get("tokens", 0)
-            last = record["step"]
+            last, newest = record["step"], record
     if buckets.is_bucket(path):
         buckets.write_log(path, "".join(kept).encode())
-        return tokens if last == step else None
+        return (tokens if last == step else None), newest
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-    return tokens if last == step else None
+    return (tokens if last == step else None), newest
 
 
 class MeanLoss:

@@ -33,6 +33,15 @@ def test_all_time_is_told(clock, monkeypatch):
     log.lose("checkpoints", 4.0)
     clock.seconds = 150.0
     numbers = log.numbers()
+    lost = {name: x for name, x in numbers.items() if name.startswith("lost")}
+    assert lost == pytest.approx(
+        {
+            "lost_to_start": 0.2,
+            "lost_to_data": 0.01,
+            "lost_to_skipped_steps": 0.02,
+            "lost_to_checkpoints": 0.08,
+        }
+    )
     assert numbers["goodput"] == pytest.approx((9 + 17 + 6 + 0.5) / 50)
     assert (numbers["step_seconds_p50"], numbers["step_seconds_p95"]) == (1.0, 3.0)
     spread, shares = log.lines()
@@ -45,6 +54,24 @@ def test_all_time_is_told(clock, monkeypatch):
         "goodput                    65.0% of 50 s in steps; start 20.0%, data 1.0%,"
         " skipped steps 2.0%, checkpoints 8.0%, other 4.0%"
     )
+
+
+def test_a_run_that_goes_on_counts_from_its_first_start(clock, monkeypatch):
+    monkeypatch.setattr(goodput, "device_memory", dict)
+    monkeypatch.setattr(goodput.time, "time", lambda: 1000.0 + clock.seconds)
+    first = Goodput(90.0)
+    first.step(5.0, skipped=False, timed=True)
+    kept = first.totals()
+    assert kept == {"run_began": 1090.0, "useful_seconds": 5.0}
+    assert first.numbers()["goodput_of_all_starts"] == first.numbers()["goodput"] == 0.5
+    assert len(first.lines()) == 2
+    first.step(3.0, skipped=False, timed=True)  # and was killed
+    clock.seconds = 150.0
+    second = Goodput(140.0, earlier=kept)
+    second.step(4.0, skipped=False, timed=True)
+    clock.seconds = 190.0
+    assert second.numbers()["goodput_of_all_starts"] == pytest.approx((5 + 4) / 100)
+    assert second.lines()[-1] == "goodput of all starts      9.0% of 100 s since the first"
 
 
 def test_memory_of_the_fullest_device():

@@ -7,6 +7,8 @@ slow, answered 429 or 5xx, or whose connection broke.
 """
 
 import contextlib
+import dataclasses
+import datetime
 import importlib.util
 import logging
 import os
@@ -15,6 +17,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +31,22 @@ _SCHEME = re.compile(r"([a-z0-9]+)://")
 _PROBE = ".lazyattn-can-write"
 # Of a request to S3, a random time up to 1, 2, 4, ... s apart: two minutes, as a rule.
 _RETRIES = 8
+
+
+_AT_ONCE = 8  # requests
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """What a bucket says of an object.
+
+    Attributes:
+      size: bytes.
+      changed: nanoseconds since 1970.
+    """
+
+    size: int
+    changed: int
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -74,6 +93,9 @@ def _set_up(kind: str) -> None:
         settings.setdefault("use_listings_cache", False)  # TensorStore and others write, too
         if kind == "s3" and "AWS_MAX_ATTEMPTS" not in os.environ:
             settings.setdefault("config_kwargs", {"retries": {"max_attempts": _RETRIES}})
+    if logging.getLogger("gcsfs").level == logging.NOTSET:
+        # It logs tracebacks of what it raises, and of what goes well at the next try.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -84,24 +106,65 @@ def check_writable(name: str, folder: Path) -> None:
     """
     probe = folder / f"{_PROBE}.{uuid.uuid4().hex}"  # every process has its own
     try:
-        with _silent("gcsfs"):  # which logs tracebacks of what it raises
-            probe.write_text("")
-            probe.unlink()
+        probe.write_text("")
+        probe.unlink()
     except Exception as error:  # each library has errors of its own
         raise InputError(
             f"{name} is {str(folder)!r}, but nothing can be written there ({_why(error)})."
         ) from None
 
 
+def objects(name: str, path: Path) -> dict[str, Object]:
+    """Returns the objects of a folder in a bucket by their names in it; one alone is "".
+
+    Raises:
+      InputError: if they can't be listed, saying why.
+    """
+    start = str(path).partition("://")[2].rstrip("/")
+    with _told(name, path):
+        found = _file_system(path).find(str(path), detail=True)
+    made = {}
+    for each, about in found.items():
+        if about["type"] == "file" and not each.endswith("/"):  # some tools make such for folders
+            changed = about.get("mtime") or about["LastModified"]
+            size = Object(int(about["size"]), _nanoseconds(changed))
+            made[each.removeprefix(start).lstrip("/")] = size
+    return made
+
+
+def _nanoseconds(when: datetime.datetime) -> int:
+    since = when - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return since // datetime.timedelta(microseconds=1) * 1000
+
+
+def matches(name: str, pattern: str) -> list[str]:
+    """Returns the URLs of what a pattern in a bucket stands for.
+
+    Raises:
+      InputError: as `objects`.
+    """
+    path = bucket_path(name, pattern)
+    with _told(name, path):
+        return [f"{scheme(pattern)}://{each}" for each in _file_system(path).glob(pattern)]
+
+
+def download(name: str, path: Path, target: Path) -> None:
+    """Copies an object to a file.
+
+    Raises:
+      InputError: if it can't be read, saying why.
+    """
+    with _told(name, path):
+        _file_system(path).get_file(str(path), str(target))
+
+
 @contextlib.contextmanager
-def _silent(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+def _told(name: str, path: Path) -> Iterator[None]:
+    """Turns whatever a library raises when it reads into one sentence."""
     try:
         yield
-    finally:
-        logger.setLevel(before)
+    except Exception as error:  # each library has errors of its own
+        raise InputError(f"{name} is {str(path)!r}, but can't be read ({_why(error)}).") from None
 
 
 def _why(error: BaseException) -> str:
@@ -138,7 +201,7 @@ def move(path: Path, target: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Returns how many bytes a folder's files have, in a bucket or not."""
+    """Returns how many bytes a folder's files have, in a bucket or not; there a file's, too."""
     if is_bucket(folder):
         return int(_file_system(folder).du(str(folder)))
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -149,26 +212,6 @@ def names(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
 
 
-def results(
-    output: str | None, workdir: str | os.PathLike[str], name: str, needed: bool = True
-) -> str | os.PathLike[str]:
-    """Returns where a mode writes what it found: `output`, else a folder in the run's.
-
-    Raises:
-      InputError: if that would be in a bucket, and it is `needed`.
-    """
-    if output:
-        return output
-    if is_bucket(workdir):
-        if needed:
-            raise InputError(
-                f"--output is not given, but it must be a folder on this machine, since --workdir"
-                f" is in a bucket ({os.fspath(workdir)})."
-            )
-        return name
-    return Path(workdir) / name
-
-
 def upload(source: Path, target: Path, last: str | None = None) -> None:
     """Copies a folder of this machine into a bucket.
 
@@ -176,14 +219,24 @@ def upload(source: Path, target: Path, last: str | None = None) -> None:
       source: the folder.
       target: that in the bucket.
       last: name of the file to copy when all others are there: what readers look for.
+
+    Raises:
+      InputError: if that fails, saying why.
     """
-    files = sorted(
-        (file for file in source.rglob("*") if file.is_file()),
-        key=lambda file: (file == source / str(last), file),
-    )
-    for file in files:
+    files = sorted(file for file in source.rglob("*") if file.is_file())
+
+    def put(file: Path) -> None:
         where = target / file.relative_to(source).as_posix()
         _file_system(where).put_file(str(file), str(where))
+
+    try:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(put, (file for file in files if file != source / str(last))):
+                pass
+        if last is not None:
+            put(source / last)
+    except Exception as error:  # each library has errors of its own
+        raise InputError(f"{str(target)!r} can't be written ({_why(error)}).") from None
 
 
 @contextlib.contextmanager
@@ -195,10 +248,21 @@ def staged(target: Path, last: str | None = None) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="lazyattn-") as folder:
         yield Path(folder)
-        try:
-            upload(Path(folder), target, last)
-        except Exception as error:
-            raise InputError(f"{str(target)!r} can't be written ({_why(error)}).") from None
+        upload(Path(folder), target, last)
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write to: the one given or, for a bucket, one that is copied there.
+
+    Raises:
+      InputError: as `staged`.
+    """
+    if is_bucket(folder):
+        with staged(folder) as work:
+            yield work
+    else:
+        yield folder
 
 
 def _file_system(path: Path) -> Any:

@@ -29,7 +29,7 @@ from absl import flags
 from jax._src import compiler
 from jax._src import distributed as jax_distributed
 
-from lazyattn import paths
+from lazyattn import buckets, paths
 from lazyattn.distributed import tell_all
 from lazyattn.errors import require
 
@@ -54,6 +54,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         f"{modes}: folder for compiled programs; default: JAX_COMPILATION_CACHE_DIR or the user's"
         " cache.",
         values,
+        buckets=True,
     )
     flags.DEFINE_float(
         "compile_cache_gib",
@@ -73,7 +74,8 @@ def set_up(values: flags.FlagValues = flags.FLAGS) -> str | None:
       A sentence, if there can be no cache though one is asked for.
 
     Raises:
-      InputError: for a size that is not positive, or a folder that is a URL.
+      InputError: for a size that is not positive, or a folder that is a URL; one in a bucket
+        must be one that can be written to.
     """
     size = values.compile_cache_gib
     require(size > 0, "--compile_cache_gib", size, "positive, or give --nocompile_cache")
@@ -87,15 +89,20 @@ def set_up(values: flags.FlagValues = flags.FLAGS) -> str | None:
     named = values.compile_cache_dir
     if named is None and jax.config.jax_compilation_cache_dir:
         return None
-    base = default_folder() if named is None else paths.local_path("--compile_cache_dir", named)
-    folder = base.absolute() / _processor()
-    try:
-        prepare(folder)
-    except (OSError, NotImplementedError, filelock.Timeout) as error:
-        why = getattr(error, "strerror", None) or error
-        return f"Compiled programs are not kept: {str(folder)!r} cannot be written to ({why})."
+    base = default_folder() if named is None else paths.folder("--compile_cache_dir", named)
+    folder = (base if buckets.is_bucket(base) else base.absolute()) / _processor()
+    limit = round(size * _GIB)
+    if buckets.is_bucket(folder):
+        buckets.check_writable("--compile_cache_dir", folder)
+        limit = -1  # none: JAX would need a lock, which buckets don't have
+    else:
+        try:
+            prepare(folder)
+        except (OSError, NotImplementedError, filelock.Timeout) as error:
+            why = getattr(error, "strerror", None) or error
+            return f"Compiled programs are not kept: {str(folder)!r} cannot be written to ({why})."
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", round(size * _GIB))
+    jax.config.update("jax_compilation_cache_max_size", limit)
     for name, value in (
         ("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS),
         ("jax_persistent_cache_min_entry_size_bytes", -1),

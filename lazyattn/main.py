@@ -66,6 +66,7 @@ _INIT_FROM = paths.define(
     None,
     "train, check: start from the weights of a run (RUN, RUN/checkpoints/STEP), of an export or of"
     " a Hugging Face folder; sets config.training.init_from.",
+    buckets=True,
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config",
@@ -87,7 +88,8 @@ _WANDB = flags.DEFINE_bool(
 _CACHE_DIR = paths.define(
     "cache_dir",
     None,
-    "train, check, eval: folder for prepared data; default: LAZYATTN_CACHE or the user's cache.",
+    "train, check, eval: folder for prepared data, and copies of data in buckets; default:"
+    " LAZYATTN_CACHE or the user's cache.",
 )
 compile_cache.define()
 distributed.define()

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from lazyattn.allowed import Allowed
-from lazyattn.buckets import bucket_path, is_bucket
+from lazyattn.buckets import bucket_path, check_writable, is_bucket
 from lazyattn.errors import bad_value
 
 # A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
@@ -52,14 +52,47 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(path).expanduser()
 
 
-def folder(name: str, path: str | os.PathLike[str]) -> Path:
-    """Returns a folder as an absolute path; in a bucket it does what `pathlib.Path` does.
+def anywhere(name: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a path with `~` expanded; in a bucket it does what `pathlib.Path` does.
 
     Raises:
       InputError: as `check_local`, or if the package for such buckets is not installed.
     """
+    return bucket_path(name, path) if is_bucket(path) else local_path(name, path)
+
+
+def folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a folder as an absolute path; in a bucket as `anywhere`.
+
+    Raises:
+      InputError: as `anywhere`.
+    """
     check_local(name, path, buckets=True)
-    return bucket_path(name, path) if is_bucket(path) else Path(path).expanduser().absolute()
+    found = anywhere(name, path)
+    return found if is_bucket(path) else found.absolute()
+
+
+def results(
+    output: str | None, workdir: str | os.PathLike[str], name: str, writes: bool = True
+) -> Path:
+    """Returns where a mode writes what it finds: `output`, else a folder in the run's.
+
+    Args:
+      output: of the flag; None: it is not given.
+      workdir: the run's folder.
+      name: of the folder in it.
+      writes: whether anything will be written; then a bucket is tried.
+
+    Raises:
+      InputError: as `folder`, or if nothing can be written to the bucket.
+    """
+    flag, path, below = ("--output", output, "") if output else ("--workdir", workdir, name)
+    if not is_bucket(path):
+        return local_path(flag, path) / below
+    found = bucket_path(flag, path) / below
+    if writes:
+        check_writable(flag, found)
+    return found
 
 
 def umask() -> int:
@@ -95,16 +128,15 @@ class _PathParser(flags.ArgumentParser[str]):
 class _PathListParser(flags.ListParser):
     """Parses paths with commas between them."""
 
-    def __init__(self, name: str, allowed: str | None = None):
+    def __init__(self, name: str, buckets: bool, allowed: str | None):
         super().__init__()
-        self._flag = name
-        self._allowed = allowed
+        self._flag, self._buckets, self._allowed = name, buckets, allowed
 
     def parse(self, argument: str | list[str]) -> list[str]:
         paths = super().parse(argument)
         for path in paths:
             if self._allowed is None or not path.startswith(self._allowed):
-                check_local(f"--{self._flag}", path)
+                check_local(f"--{self._flag}", path, self._buckets)
         return paths
 
 
@@ -129,22 +161,27 @@ def define_list(
     default: Sequence[str],
     help: str,
     flag_values: flags.FlagValues = flags.FLAGS,
+    buckets: bool = False,
     allowed: str | None = None,
 ) -> flags.FlagHolder[Any]:
     """Defines a flag of paths with commas between them; `allowed`: a scheme that may stand."""
     serializer = flags.CsvListSerializer(",")
-    parser = _PathListParser(name, allowed)
+    parser = _PathListParser(name, buckets, allowed)
     return flags.DEFINE(
         parser, name, list(default), help, flag_values=flag_values, serializer=serializer
     )
 
 
 def define_multi(
-    name: str, default: Sequence[str], help: str, flag_values: flags.FlagValues = flags.FLAGS
+    name: str,
+    default: Sequence[str],
+    help: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    buckets: bool = False,
 ) -> flags.FlagHolder[Any]:
     """Defines a flag whose value is a path, and which may be given several times."""
     return flags.DEFINE_multi(
-        _PathParser(name),
+        _PathParser(name, buckets),
         flags.ArgumentSerializer(),
         name,
         list(default),

@@ -9,6 +9,9 @@ from lazyattn.errors import InputError
 from lazyattn.training import append_object
 from lazyattn.training.append_object import AppendedObject
 from lazyattn.training.metrics import JsonLines
+from tests.bucket_fake import URL, bucket
+
+__all__ = ["bucket"]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +53,30 @@ def test_a_path_in_a_bucket_keeps_its_name(monkeypatch):
         paths.folder("--workdir", "az://b/x")
 
 
-def test_where_a_mode_writes():
-    assert str(buckets.results(None, "runs/a", "eval")) == "runs/a/eval"
-    assert buckets.results("out", "gs://b/a", "eval") == "out"
-    assert buckets.results(None, "gs://b/a", "eval", needed=False) == "eval"
-    with pytest.raises(InputError, match=r"^--output is not given, but it must be a folder"):
-        buckets.results(None, "gs://b/a", "eval")
+def test_where_a_mode_writes(bucket):
+    assert str(paths.results(None, "runs/a", "eval")) == "runs/a/eval"
+    assert str(paths.results("out", f"{URL}/a", "eval")) == "out"
+    assert str(paths.results(None, f"{URL}/a", "eval")) == f"{URL}/a/eval"
+    assert bucket.store == {}  # a trial leaves nothing
+    with buckets.written(paths.results(f"{URL}/b", "runs/a", "eval")) as work:
+        (work / "x.md").write_text("x")
+    assert list(bucket.store) == ["bucket/b/x.md"]
+
+
+def test_a_folder_is_uploaded_with_what_readers_look_for_last(bucket, tmp_path, monkeypatch):
+    for name in ("a", "sub/b", "manifest", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    buckets.upload(tmp_path, paths.folder("--output", f"{URL}/x"), last="manifest")
+    assert list(bucket.store)[-1] == "bucket/x/manifest" and len(bucket.store) == 4
+
+    def full(self, *arguments, **named):
+        raise PermissionError("no")
+
+    bucket.store.clear()
+    monkeypatch.setattr(bucket, "put_file", full)
+    with pytest.raises(InputError, match=r"^'s3://bucket/x' can't be written \(it is forbidden"):
+        buckets.upload(tmp_path, paths.folder("--output", f"{URL}/x"), last="manifest")
 
 
 @pytest.fixture

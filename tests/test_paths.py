@@ -26,12 +26,12 @@ from lazyattn.export.flags import ExportOptions
 from lazyattn.export.main import export
 
 URL = "gs://bucket/run"
-FAR = "hf://bucket/run"
+FAR = "az://bucket/run"
 NO_BUCKET = "it must be a path on this machine, gs://BUCKET/PATH or s3://BUCKET/PATH; of another"
 REFUSED = r"it must be a path on this machine, not a URL; mount the bucket and give the path\.$"
 
-# Flags of paths that may be in a bucket.
-IN_BUCKETS = {"workdir", "against", "output"}
+# Flags of paths that must be on this machine.
+ON_THIS_MACHINE = {"cache_dir"}
 
 # Flags of text that are no paths; a new one belongs here or is defined by `lazyattn.paths`.
 NO_PATHS = {
@@ -71,8 +71,7 @@ def test_every_flag_that_takes_a_path_refuses_a_url():
     for values in (command_line.flags.FLAGS, preparation.FLAGS):
         for name in _text_flags(values):
             found.add(name)
-            may = name in IN_BUCKETS and values is command_line.flags.FLAGS
-            url, why = (FAR, NO_BUCKET) if may else (URL, REFUSED)
+            url, why = (URL, REFUSED) if name in ON_THIS_MACHINE else (FAR, NO_BUCKET)
             refused = pytest.raises(InputError, match=rf"^--{name} is '{url}', but {why}")
             with flagsaver.flagsaver(), refused:
                 command_line.parse(["program", f"--{name}={url}"], values)
@@ -83,8 +82,8 @@ def test_every_flag_that_takes_a_path_refuses_a_url():
 
 
 def test_a_url_among_several():
-    for name, argument in (("input", f"a,{URL}"), ("input", URL)):
-        with pytest.raises(InputError, match=REFUSED):
+    for name, argument in (("input", f"a,{FAR}"), ("input", FAR)):
+        with pytest.raises(InputError, match=NO_BUCKET):
             command_line.parse(["program", f"--{name}={argument}"], preparation.FLAGS)
 
 
@@ -111,14 +110,14 @@ def test_every_setting_that_takes_a_path_refuses_a_url():
         free = ("model.attention.implementation", "training.sample_prompt", "training.tasks")
         if key in free:
             continue
-        with pytest.raises(InputError, match=rf"^{key} is '{URL}', but it must be") as refused:
-            _experiment(key, URL)
-        if re.search(REFUSED, str(refused.value)):
+        with pytest.raises(InputError, match=rf"^{key} is '{FAR}', but it must be") as refused:
+            _experiment(key, FAR)
+        if re.search(NO_BUCKET, str(refused.value)):
             paths_found.add(key)
     assert paths_found >= {"data.path", "data.source", "data.tokenizer"}
     assert paths_found >= {"training.init_from", "training.tasks_dir"}
-    with pytest.raises(InputError, match=rf"^a folder of data.sources is '{URL}', but {REFUSED}"):
-        _experiment("data.sources", (("a", 1.0), (URL, 0.5)))
+    with pytest.raises(InputError, match=rf"^a folder of data.sources is '{FAR}', but {NO_BUCKET}"):
+        _experiment("data.sources", (("a", 1.0), (FAR, 0.5)))
 
 
 def test_a_config_file_at_a_url():
@@ -147,18 +146,18 @@ def test_the_compiler_of_the_environment(monkeypatch):
         lambda: load_trained(FAR),
         lambda: entry(URL, "name", lambda work: {}),
         lambda: export("run", options=ExportOptions(output=FAR)),
-        lambda: export(None, options=ExportOptions(output="out", import_from=URL)),
+        lambda: export(None, options=ExportOptions(output="out", import_from=FAR)),
         lambda: export(FAR),
         lambda: evaluate(FAR),
-        lambda: evaluate("run", options=EvaluationOptions(texts=(URL,))),
-        lambda: Preparation((URL,), "out", "train"),
-        lambda: Preparation(("in",), URL, "train"),
-        lambda: Preparation(("in",), "out", URL),
+        lambda: evaluate("run", options=EvaluationOptions(texts=(FAR,))),
+        lambda: Preparation((FAR,), "out", "train"),
+        lambda: Preparation(("in",), FAR, "train"),
+        lambda: Preparation(("in",), "out", FAR),
     ],
 )
 def test_as_functions_too(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"gs:|hf:"):
+    with pytest.raises(InputError, match=r"gs:|az:"):
         use()
     assert os.listdir(tmp_path) == []
 

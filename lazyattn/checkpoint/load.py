@@ -12,6 +12,7 @@ from lazyattn import sharding
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.checkpoint.workdir import find_tokenizer
+from lazyattn.data.copies import here
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
@@ -90,7 +91,7 @@ def load_trained(
     )
     if not (workdir / FOLDER).is_dir():
         if (workdir / PARAMS).is_dir() or any(workdir.glob("*.safetensors")):
-            return _exported(workdir, experiment, step)
+            return _exported(here("--workdir", path), experiment, step)
         raise missing
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if not checkpoints.steps():

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from lazyattn.allowed import Allowed, at_least, check_settings
 from lazyattn.errors import InputError, bad_value, require
-from lazyattn.paths import LOCAL, check_local
+from lazyattn.paths import ANYWHERE, check_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class DataConfig:
         their SHA-256 with the manifest's, not their sizes alone.
     """
 
-    source: Annotated[str, LOCAL] = "stdlib"
-    path: Annotated[str, LOCAL] | None = None
+    source: Annotated[str, ANYWHERE] = "stdlib"
+    path: Annotated[str, ANYWHERE] | None = None
     sources: tuple[tuple[str, float], ...] = ()
-    tokenizer: Annotated[str, LOCAL] | None = None
+    tokenizer: Annotated[str, ANYWHERE] | None = None
     vocab_size: Annotated[int, at_least(260)] = 4096
     sequence_length: Annotated[int, at_least(1)] = 256
     batch_size: Annotated[int, at_least(1)] = 16
@@ -60,7 +60,7 @@ class DataConfig:
         object.__setattr__(self, "sources", _checked_sources(self.sources))
         check_settings(self, "data.")
         for folder, _ in self.sources:
-            check_local("a folder of data.sources", folder)
+            check_local("a folder of data.sources", folder, buckets=True)
         if self.path is not None and self.sources:
             raise InputError(
                 f"data.path is {self.path!r}, but data.sources names folders, too; give one."

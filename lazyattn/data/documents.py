@@ -3,18 +3,19 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
 from lazyattn.data import manifest, sources
 from lazyattn.data.config import DataConfig
+from lazyattn.data.copies import here
 from lazyattn.data.corpus import is_validation
 from lazyattn.data.shards import Shards
 from lazyattn.data.text_files import json_lines, read_text
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value
+from lazyattn.paths import folder
 
 # The name of a run's own held-out documents.
 VALIDATION = "validation"
@@ -66,7 +67,7 @@ def read_texts(path: str) -> list[Text]:
       InputError: if there is no such file, it has another form, is no UTF-8 or other
         Unicode, or holds no text.
     """
-    file = Path(path).expanduser()
+    file = here("--text", path)
     if file.is_dir():
         return [_plain(document.text) for document in sources.documents(str(file), "--text")]
     if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
@@ -104,7 +105,7 @@ def validation_texts(config: DataConfig) -> list[Text]:
 
 def is_prepared(path: str) -> bool:
     """Returns whether a folder holds tokenised shards."""
-    return (Path(path).expanduser() / manifest.NAME).is_file()
+    return (folder("--text", path) / manifest.NAME).is_file()
 
 
 def read_prepared(
@@ -124,14 +125,15 @@ def read_prepared(
     """
     documents = []
     words = size = 0
-    for folder in folders:
-        content = manifest.read(folder)
+    for named in folders:
+        own = here("--text", named, without="train-*")
+        content = manifest.read(own)
         if content.tokenizer.sha256 != tokenizer.fingerprint:
             raise InputError(
-                f"{folder!r} was prepared with another tokenizer than the run was trained with;"
+                f"{named!r} was prepared with another tokenizer than the run was trained with;"
                 " prepare it with the run's own."
             )
-        shards = Shards(folder, "validation", content)
+        shards = Shards(own, "validation", content)
         for index in range(len(shards) if limit is None else min(limit, len(shards))):
             ids = shards[index].astype(np.int32)
             if ids.size:

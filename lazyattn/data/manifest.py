@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lazyattn import buckets
 from lazyattn.errors import InputError
+from lazyattn.paths import anywhere
 from lazyattn.quantity import quantity
 
 NAME = "manifest.json"
@@ -200,7 +202,7 @@ def read(folder: str | os.PathLike[str], name: str | None = None) -> Manifest:
     Raises:
       InputError: if there is none, it is of another schema version, or damaged.
     """
-    path = Path(folder).expanduser() / NAME
+    path = anywhere("the data", folder) / NAME
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -245,7 +247,7 @@ def verify(
       InputError: if a file is missing or is not what the manifest says.
     """
     manifest = read(folder, name)
-    root = Path(folder).expanduser()
+    root = anywhere("the data", folder)
     tokenizer = root / manifest.tokenizer.file
     if _sha256(tokenizer) != manifest.tokenizer.sha256:
         raise _changed(tokenizer, "its SHA-256 is another")
@@ -284,7 +286,7 @@ def require_same_tokenizer(folders: Sequence[str], manifests: Sequence[Manifest]
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    with anywhere("a file of the data", path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -307,7 +309,7 @@ def _sha256(path: Path) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return buckets.size(path) if buckets.is_bucket(path) else path.stat().st_size
     except OSError as error:
         raise _unreadable(path, error) from error
 

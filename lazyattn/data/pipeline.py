@@ -8,7 +8,7 @@ workers.
 import os
 from collections.abc import Iterator
 
-from lazyattn.data import batches
+from lazyattn.data import batches, copies, manifest
 from lazyattn.data.batches import (
     Batch,
     BatchIterator,
@@ -46,14 +46,19 @@ def prepare(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None)
 
     Args:
       config: what to read.
-      cache_dir: where text that was prepared is kept; None: the user's cache. Shards
-        that a config names stay where they are.
+      cache_dir: where text that was prepared is kept, and copies of shards in buckets; None:
+        the user's cache. Shards in a folder of this machine stay where they are.
 
     Raises:
       InputError: if the data is missing, damaged or unusable.
     """
     if config.tokenised:
-        return open_folders(config, config.weighted_paths)
+        name = "a folder of data.sources" if config.sources else "data.path"
+        copied = []
+        for folder, weight in config.weighted_paths:
+            manifest.read(folder, name)  # before anything is copied
+            copied.append((str(copies.here(name, folder, cache_dir=cache_dir)), weight))
+        return open_folders(config, copied)
     return open_folders(config, ((str(prepare_source(config, cache_dir)), 1.0),))
 
 

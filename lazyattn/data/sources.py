@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazyattn.data import manifest
+from lazyattn.data.copies import here
 from lazyattn.data.corpus import Document, stdlib_documents
 from lazyattn.data.text_files import BYTE_ORDER_MARK, read_bytes, read_text
 from lazyattn.errors import InputError, bad_value
@@ -64,7 +65,7 @@ def identity(source: str) -> dict[str, str]:
 
 
 def _folder(source: str, name: str) -> Path:
-    folder = Path(source).expanduser()
+    folder = here(name, source) if source else Path(source)
     if not source or not folder.is_dir():
         raise bad_value(name, source, _ALLOWED)
     if (folder / manifest.NAME).is_file():

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from lm_eval.tasks import TaskManager
 
+from lazyattn.data.copies import here
 from lazyattn.data.text_files import check_unicode, json_objects
 from lazyattn.errors import InputError, bad_value
 
@@ -90,7 +91,7 @@ def find_tasks(
         if folder is None:
             _check_names(names, shipped)
             return names, shipped
-        place = Path(folder).expanduser()
+        place = here("--tasks_dir", folder)
         if not place.is_dir():
             raise bad_value("--tasks_dir", folder, "a folder that exists")
         own = TaskManager(include_path=[str(place)], include_defaults=False)

@@ -88,7 +88,9 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list(
         "tasks", [], "eval: tasks of lm-evaluation-harness; 'paper': the paper's nine.", **where
     )
-    paths.define("tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", values)
+    paths.define(
+        "tasks_dir", None, "eval: folder of TASK.jsonl or .yaml files.", values, buckets=True
+    )
     flags.DEFINE_integer("num_fewshot", None, "eval: solved examples in a prompt.", **where)
     flags.DEFINE_integer("limit", None, "eval: items a task, documents a text at most.", **where)
     flags.DEFINE_list("contexts", [], "eval: context lengths, such as 512,1024,2048.", **where)
@@ -99,12 +101,13 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         "eval, inspect: .txt, .jsonl, folder of .txt or of shards; 'validation': the run's own;"
         " several times for several.",
         values,
+        buckets=True,
     )
-    paths.define("lambada", None, "eval: .jsonl file of passages.", values)
+    paths.define("lambada", None, "eval: .jsonl file of passages.", values, buckets=True)
     paths.define(
         "output",
         None,
-        "eval, inspect, plot, export: folder for results; of an export in a bucket, too.",
+        "eval, inspect, plot, export: folder for results.",
         values,
         buckets=True,
     )

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lazyattn.data.copies import here
 from lazyattn.data.text_files import json_lines
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError, bad_value, require
@@ -47,7 +47,7 @@ def read_lambada(path: str) -> list[str]:
       InputError: if there is no such file, it has another form or holds no passage
         of two words.
     """
-    file = Path(path).expanduser()
+    file = here("--lambada", path)
     if not file.is_file() or file.suffix != ".jsonl":
         raise bad_value("--lambada", path, 'a .jsonl file with a passage a line, {"text": ...}')
     passages = [text.strip() for _, text in json_lines(file, "--lambada", ("text",))]

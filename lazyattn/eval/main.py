@@ -30,7 +30,7 @@ from lazyattn.eval.perplexity import Evaluator, coverage, validation_rows
 from lazyattn.eval.scoring import Scorer
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context
-from lazyattn.paths import local_path
+from lazyattn.paths import results
 from lazyattn.sharding import check_batch
 
 _FOLDER = "evaluation"
@@ -75,8 +75,7 @@ def evaluate(
         )
         _check_tasks(options)
     written = bool(options.texts or passages or options.tasks or options.contexts)
-    output = buckets.results(options.output, path, _FOLDER, needed=written or options.retrieval)
-    folder = local_path("--output", output)
+    folder = results(options.output, path, _FOLDER, writes=written or options.retrieval)
     check_tokenizer(path)
     trained = load_trained(path, experiment, step)
     contexts = options.contexts or (trained.experiment.data.sequence_length,)
@@ -201,8 +200,9 @@ def _print_texts(
     if jax.process_index() > 0:
         return
     data = extrapolation.as_data(texts, lambada, length)
-    _write(folder, "contexts", table, data | {"checkpoint": str(trained.checkpoint)})
-    drawn = extrapolation.draw(texts, lambada, length, folder / "contexts.png")
+    with buckets.written(folder) as work:
+        _write(work, "contexts", table, data | {"checkpoint": str(trained.checkpoint)})
+        drawn = extrapolation.draw(texts, lambada, length, work / "contexts.png")
     more = "" if drawn else " There is no picture: matplotlib is not installed."
     _say(f"Written to {folder}.{more}")
 
@@ -228,7 +228,8 @@ def _print_retrieval(
     if jax.process_index() > 0:
         return
     data = reach.as_data(found, plan, length)
-    _write(folder, "retrieval", table, data | {"checkpoint": str(trained.checkpoint)})
+    with buckets.written(folder) as work:
+        _write(work, "retrieval", table, data | {"checkpoint": str(trained.checkpoint)})
     _say(f"Written to {folder}: retrieval.md, retrieval.json.")
 
 
@@ -273,21 +274,23 @@ def _print_tasks(
         batch_tokens=options.batch_tokens,
         exact=options.precision == "float32",
     )
-    found = tasks.run_tasks(
-        lm,
-        options.tasks,
-        tasks_dir=options.tasks_dir,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        name=f"{trained.name}-{trained.step}",
-        output=folder,
-    )
-    table = benchmarks.as_table(found.results["results"], found.failed)
-    print(f"\n{table}\n\n{_compiled(lm.scorer)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmarks.md").write_text(table + "\n", encoding="utf-8")
-    if found.written is None:
+    with buckets.written(folder) as work:
+        found = tasks.run_tasks(
+            lm,
+            options.tasks,
+            tasks_dir=options.tasks_dir,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            name=f"{trained.name}-{trained.step}",
+            output=work,
+        )
+        table = benchmarks.as_table(found.results["results"], found.failed)
+        print(f"\n{table}\n\n{_compiled(lm.scorer)}")
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "benchmarks.md").write_text(table + "\n", encoding="utf-8")
+        own = None if found.written is None else folder / found.written.relative_to(work)
+    if own is None:
         print(f"Written to {folder}: benchmarks.md; the harness wrote no file of its own.")
     else:
-        print(f"Written to {folder}: benchmarks.md, and the harness's own {found.written}.")
+        print(f"Written to {folder}: benchmarks.md, and the harness's own {own}.")
     return not found.failed

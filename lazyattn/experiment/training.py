@@ -12,7 +12,7 @@ from lazyattn.allowed import (
     check_settings,
 )
 from lazyattn.errors import require
-from lazyattn.paths import LOCAL
+from lazyattn.paths import ANYWHERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrainingConfig:
 
     steps: Annotated[int, at_least(1)] = 20_480
     seed: int = 0
-    init_from: Annotated[str, LOCAL] | None = None
+    init_from: Annotated[str, ANYWHERE] | None = None
     microbatches: Annotated[int, at_least(1)] = 1
     z_loss: Annotated[float, at_least(0)] = 0.0
     max_nonfinite_steps: Annotated[int, at_least(1)] = 10
@@ -119,7 +119,7 @@ class TrainingConfig:
     sample_tokens: Annotated[int, at_least(1)] = 60
     tasks_every: Annotated[int, at_least(0)] = 0
     tasks: str = ""
-    tasks_dir: Annotated[str, LOCAL] | None = None
+    tasks_dir: Annotated[str, ANYWHERE] | None = None
     tasks_limit: Annotated[int, at_least(0)] = 100
     checkpoint_every: Annotated[int, at_least(1)] = 100
     max_failed_saves: Annotated[int, at_least(1)] = 3

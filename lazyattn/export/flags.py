@@ -63,7 +63,11 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         "bias_length", None, "export: distances of a bias table without a tail.", **where
     )
     paths.define(
-        "import_from", None, "export: safetensors to read instead of a run's checkpoint.", values
+        "import_from",
+        None,
+        "export: safetensors to read instead of a run's checkpoint.",
+        values,
+        buckets=True,
     )
 
 

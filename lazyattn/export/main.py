@@ -14,12 +14,13 @@ from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.workdir import check_tokenizer
 from lazyattn.data.config import DataConfig
+from lazyattn.data.copies import here
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.export import card, hub
 from lazyattn.export.flags import ExportOptions
 from lazyattn.paths import folder as folder_of
-from lazyattn.paths import local_path, umask
+from lazyattn.paths import umask
 from lazyattn.pretrained import names, parameters, settings, tensor_files
 from lazyattn.pretrained.load import PARAMS, ExportedModel, load_safetensors
 from lazyattn.pretrained.settings import Facts
@@ -149,7 +150,7 @@ def _over_all_devices(path: str | os.PathLike[str]) -> ExperimentConfig | None:
 def _imported(options: ExportOptions) -> ExportedModel:
     source = str(options.import_from)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1)) if options.layout == "sharded" else None
-    folder = local_path("--import_from", source)
+    folder = here("--import_from", source)
     if not folder.is_dir():
         raise bad_value("--import_from", source, "a folder with config.json and safetensors")
     return load_safetensors(folder, mesh)

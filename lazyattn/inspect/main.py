@@ -31,7 +31,7 @@ from lazyattn.inspect.flags import InspectionOptions
 from lazyattn.inspect.measure import measure
 from lazyattn.inspect.report import write_report
 from lazyattn.inspect.sequences import LENGTH, cut, inserted_token, sink_metric
-from lazyattn.paths import local_path
+from lazyattn.paths import results
 from lazyattn.quantity import quantity
 
 _FOLDER = "inspection"
@@ -68,7 +68,7 @@ def inspect(
     text = None if options.text in (None, VALIDATION) else options.text
     if text is not None and not is_prepared(text):
         read_texts(text)  # what is wrong with it comes out before checkpoints are read
-    folder = local_path("--output", buckets.results(options.output, path, _FOLDER))
+    folder = results(options.output, path, _FOLDER)
     check_tokenizer(path)
     if options.against is not None:
         check_tokenizer(options.against)
@@ -89,7 +89,8 @@ def inspect(
         found = _look(model, own, length, options.rows)
         data.append(model_data(label, model, found, heads))
         heads = heads or tuple((m["layer"], m["head"]) for m in data[0]["maps"])
-    write_report(folder, {"text": name, "models": data})
+    with buckets.written(folder) as work:
+        write_report(work, {"text": name, "models": data})
     print(f"\n{summary_table(data)}\n\n{cache_table(data)}\n")
     print(f"Written to {folder}: report.html, report.json.")
     return folder

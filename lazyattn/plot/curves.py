@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lazyattn import buckets
 from lazyattn.checkpoint.workdir import METRICS
 from lazyattn.errors import bad_value
-from lazyattn.paths import local_path
+from lazyattn.paths import folder
 
 _POINTS = 200
 
@@ -49,14 +50,15 @@ def read(path: str | os.PathLike[str], name: str) -> Curves:
     Raises:
       InputError: if there are no metrics.
     """
-    file = local_path("--workdir", path) / METRICS
+    file = folder("--workdir", path) / METRICS
     allowed = f"the folder of a run with steps in its {METRICS}"
-    if not file.is_file():
+    log = buckets.read_log(file)
+    if log is None:
         raise bad_value("--workdir or --runs", os.fspath(path), allowed)
     losses, validations = [], []
     tokens = seconds = 0.0
     steps = 0
-    for record in _records(file):
+    for record in _records(log):
         steps = record["step"]
         seconds += record.get("seconds") or 0.0
         own = record.get("tokens") or 0
@@ -81,15 +83,14 @@ def names(paths: list[str]) -> list[str]:
     return [name if short.count(name) == 1 else path for name, path in both]
 
 
-def _records(file: Path) -> Iterator[Mapping[str, Any]]:
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-                record["step"] = int(record["step"])
-            except (ValueError, TypeError, KeyError):
-                continue  # the last line of a run that was killed, or is under way
-            yield record
+def _records(log: bytes) -> Iterator[Mapping[str, Any]]:
+    for line in log.split(b"\n"):
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            continue  # the last line of a run that was killed, or is under way
+        yield record
 
 
 def _is_finite(value: Any) -> bool:

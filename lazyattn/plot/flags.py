@@ -9,7 +9,11 @@ from lazyattn.errors import InputError
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flag that no other mode has; --output is shared."""
     paths.define_list(
-        "runs", [], "plot: folders of more runs for the same picture, with commas between.", values
+        "runs",
+        [],
+        "plot: folders of more runs for the same picture, with commas between.",
+        values,
+        buckets=True,
     )
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lazyattn import buckets
 from lazyattn.errors import InputError, bad_value
-from lazyattn.paths import local_path
+from lazyattn.paths import results
 from lazyattn.plot.curves import Curves, names, read
 from lazyattn.training.metrics import duration
 
@@ -36,23 +37,23 @@ def plot(runs: Sequence[str], output: str | os.PathLike[str] | None = None) -> l
             "--mode=plot needs matplotlib, which is not installed; pip install matplotlib."
         ) from None
     found = [read(path, name) for path, name in zip(runs, names(list(runs)), strict=True)]
-    target = local_path("--workdir", runs[0]) / "plot"
-    if output is not None:
-        target = local_path("--output", output)
+    target = results(None if output is None else os.fspath(output), runs[0], "plot")
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     _draw(figure, found)
-    paths = [target / f"loss.{kind}" for kind in _FORMATS]
+    svg, png = (f"loss.{kind}" for kind in _FORMATS)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # No date and no random names: the same runs give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "lazyattn"}):
-            figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], dpi=150)
+        with buckets.written(target) as work:
+            work.mkdir(parents=True, exist_ok=True)
+            # No date and no random names: the same runs give the same file.
+            with matplotlib.rc_context({"svg.hashsalt": "lazyattn"}):
+                figure.savefig(work / svg, metadata={"Date": None})
+            figure.savefig(work / png, dpi=150)
     except OSError as error:
         allowed = f"a folder that can be written to ({error.strerror})"
         raise bad_value("--output", str(target), allowed) from None
     for curves in found:
         print(_line(curves))
+    paths = [target / svg, target / png]
     print("\n".join(map(str, paths)))
     return paths
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lazyattn.data.copies import here
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
-from lazyattn.paths import local_path
 from lazyattn.pretrained import hub, names, parameters, sharded, tensor_files
 from lazyattn.pretrained.settings import (
     FILE,
@@ -90,7 +90,7 @@ def load_model(
     Raises:
       InputError: if something is missing there, can't be read or doesn't go together.
     """
-    folder = local_path("The folder of the model", path).absolute()
+    folder = here("The folder of the model", path).absolute()
     if not folder.is_dir():
         raise bad_value("The folder of the model", str(path), "a folder that exists")
     if not (folder / PARAMS).is_dir():

@@ -25,7 +25,7 @@ from lazyattn.model.distance_bias import (
 )
 from lazyattn.model.heads import global_heads
 from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
-from lazyattn.paths import local_path
+from lazyattn.paths import folder as folder_of
 from lazyattn.pretrained.hub import is_hub
 from lazyattn.pretrained.load import load_model
 from lazyattn.pretrained.settings import FILE, as_facts, read_settings
@@ -83,7 +83,7 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
       InputError: if there are no weights, or they are not of this model; the first parameter
         that does not fit is named.
     """
-    folder = local_path(_WHERE, str(experiment.training.init_from)).absolute()
+    folder = folder_of(_WHERE, str(experiment.training.init_from))
     is_step = folder.parent.name == FOLDER and folder.name.isdecimal()
     source: Any
     if is_step or (folder / FOLDER).is_dir():

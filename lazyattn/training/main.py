@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lazyattn import buckets, sharding
+from lazyattn import sharding
 from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import Checkpoints, Restored
 from lazyattn.checkpoint.state import Params, make_state_factory
@@ -22,7 +22,6 @@ from lazyattn.data.pipeline import (
     train_iterator,
 )
 from lazyattn.distributed import gather_rows
-from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
@@ -74,12 +73,6 @@ def train(
     microbatches = experiment.training.microbatches
     sharding.check_batch(mesh, experiment.data.batch_size, microbatches, length)
     hooks.check(experiment)
-    for flag, given in (("--profile", profile is not None), ("--wandb", wandb)):
-        if given and buckets.is_bucket(path):
-            raise InputError(
-                f"{flag} is given, but --workdir is {os.fspath(path)!r}, and it can't be written"
-                " to a bucket yet; leave it out, or give a folder on this machine."
-            )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workdir = stack.enter_context(claimed(path))

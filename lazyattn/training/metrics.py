@@ -288,7 +288,7 @@ class TensorBoard:
         try:
             buckets.upload(Path(self._local.name), bucket)
         except Exception as error:  # the next time has it all
-            logging.warning("%s can't be written (%s)", bucket, error)
+            logging.warning("%s", error)
 
     def close(self) -> None:
         """Flushes and closes the file."""

@@ -1,5 +1,6 @@
 """`--profile=FIRST:LAST`: a trace of some steps, for xprof and TensorBoard."""
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from lazyattn import buckets
 from lazyattn.errors import InputError, bad_value
 
 FOLDER = "profile"
@@ -47,9 +49,9 @@ class StepProfile:
           workdir: the run's folder, which gets a folder `profile`.
           steps: first and last; None: it never traces.
         """
-        self.folder = Path(workdir) / FOLDER
+        self.folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
-        self._tracing = False
+        self._tracing: contextlib.ExitStack | None = None  # which publishes the trace
 
     def __enter__(self) -> "StepProfile":
         return self
@@ -67,12 +69,14 @@ class StepProfile:
         Returns:
           Seconds that starting took.
         """
-        if self._steps is None or self._tracing or not self._steps[0] <= step <= self._steps[1]:
+        if self._steps is None or self._tracing is not None:
+            return 0.0
+        if not self._steps[0] <= step <= self._steps[1]:
             return 0.0
         jax.block_until_ready(earlier)
         begin = time.perf_counter()
-        jax.profiler.start_trace(self.folder)
-        self._tracing = True
+        self._tracing = contextlib.ExitStack()
+        jax.profiler.start_trace(self._tracing.enter_context(buckets.written(self.folder)))
         return time.perf_counter() - begin
 
     def after(self, step: int, arrays: Any) -> float:
@@ -85,7 +89,7 @@ class StepProfile:
         Returns:
           Seconds that writing took.
         """
-        if not self._tracing or self._steps is None or step < self._steps[1]:
+        if self._tracing is None or self._steps is None or step < self._steps[1]:
             return 0.0
         jax.block_until_ready(arrays)
         begin = time.perf_counter()
@@ -94,11 +98,12 @@ class StepProfile:
 
     def _stop(self) -> None:
         """Writes what is traced; a disk that is full ends the trace and not the run."""
-        if not self._tracing:
+        if self._tracing is None:
             return
-        self._tracing = False
+        publish, self._tracing = self._tracing, None
         try:
-            jax.profiler.stop_trace()
+            with publish:
+                jax.profiler.stop_trace()
         except Exception as error:  # jaxlib raises what its file system says as RuntimeError, too
             logging.warning("the profile in %s can't be written (%s)", self.folder, error)
             return

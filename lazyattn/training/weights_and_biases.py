@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from lazyattn import buckets
 from lazyattn.errors import InputError
 
 FOLDER = "wandb"
@@ -31,7 +32,8 @@ class WeightsAndBiases:
 
         Args:
           workdir: the run's folder, whose name the run there has; the package writes to
-            `wandb/` in it.
+            `wandb/` in it. If that is in a bucket, it only keeps the run's id there, and
+            the package writes where WANDB_DIR says, or here.
           experiment: all settings as plain data, which become the run's config.
           enabled: False: does nothing at all, nor does any process but the first.
 
@@ -53,7 +55,7 @@ class WeightsAndBiases:
             self._run = package.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
                 name=os.environ.get("WANDB_NAME", workdir.name),
-                dir=str(workdir),
+                dir=None if buckets.is_bucket(workdir) else str(workdir),
                 id=os.environ.get("WANDB_RUN_ID", known),
                 resume="allow" if known else None,
                 config=dict(experiment),
@@ -64,7 +66,7 @@ class WeightsAndBiases:
                 f"--wandb is given, but Weights & Biases can't start ({why}); WANDB_MODE=offline"
                 " needs no account."
             ) from None
-        kept.parent.mkdir(exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(f"{self._run.id}\n")
 
     def __enter__(self) -> "WeightsAndBiases":

@@ -6,9 +6,13 @@ import json
 import jax
 import pytest
 
+from lazyattn import paths
 from lazyattn.errors import InputError
 from lazyattn.training.profile import StepProfile, parse
+from tests.bucket_fake import URL, bucket
 from tests.training.test_loop import MESH, _train, toy  # one loop for both
+
+__all__ = ["bucket"]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,21 @@ def test_a_resumed_run_traces_what_is_left(tmp_path, toy_step):
 def test_a_run_that_is_stopped_writes_its_trace(tmp_path, toy_step):
     _train(tmp_path, toy_step, steps=9, profile=(3, 8), stop_after=5)
     assert _traced(tmp_path) == [[3, 4, 5]]
+
+
+def test_a_trace_in_a_bucket(bucket, monkeypatch):
+    def start(folder):
+        monkeypatch.setattr(
+            jax.profiler, "stop_trace", lambda: (folder / "a.xplane.pb").write_text("trace")
+        )
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    with StepProfile(paths.folder("--workdir", f"{URL}/run"), (1, 2)) as profile:
+        profile.before(1, None)
+        profile.after(1, None)
+        assert bucket.store == {}
+        profile.after(2, None)
+    assert list(bucket.store) == ["bucket/run/profile/a.xplane.pb"]
 
 
 def test_a_trace_that_can_not_be_written_ends_nothing(tmp_path, monkeypatch, caplog):

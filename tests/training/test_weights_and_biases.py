@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from lazyattn import paths
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
 from lazyattn.training import main as run
 from lazyattn.training.weights_and_biases import WeightsAndBiases
+from tests.bucket_fake import URL, bucket
 from tests.training import tiny
 
+__all__ = ["bucket"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -109,6 +112,16 @@ def test_what_fails_later_stops_nothing(fake, tmp_path, caplog):
         log.write(2, {"training/loss": 1.0})
     assert fake.curves == {} and fake.ended == []
     assert caplog.text.count("Weights & Biases failed (No space left on device); training") == 1
+
+
+def test_a_run_in_a_bucket_keeps_its_id_there(fake, bucket):
+    for _ in range(2):
+        with WeightsAndBiases(paths.folder("--workdir", f"{URL}/runs/one"), {}):
+            pass
+    assert [(each["dir"], each["name"], each["id"]) for each in fake.started] == [
+        (None, "one", None),
+        (None, "one", "made1234"),
+    ]
 
 
 def test_an_error_ends_the_run_there_as_failed(fake, tmp_path):

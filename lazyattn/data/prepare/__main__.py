@@ -27,6 +27,7 @@ _INPUT = paths.define_list(
     " .jsonl.gz, .json, .csv, .txt, or the folder of a built TensorFlow dataset. Or datasets of the"
     " Hugging Face hub, hf://datasets/OWNER/NAME, as a stream (pip install datasets).",
     FLAGS,
+    buckets=True,
     allowed=SCHEME,
 )
 _VALIDATION_INPUT = paths.define_list(
@@ -34,6 +35,7 @@ _VALIDATION_INPUT = paths.define_list(
     [],
     "The same, of held-out documents; then all of --input is trained on.",
     FLAGS,
+    buckets=True,
     allowed=SCHEME,
 )
 _HUB_CONFIG = flags.DEFINE_string(
@@ -51,12 +53,13 @@ _HUB_VALIDATION_SPLIT = flags.DEFINE_string(
     "Split of them that --validation_input reads; default: validation.",
     flag_values=FLAGS,
 )
-_OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS)
+_OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS, buckets=True)
 _TOKENIZER = paths.define(
     "tokenizer",
     "",
     "A tokenizer.json, a SentencePiece model, a folder with one, or 'train': learn one here.",
     FLAGS,
+    buckets=True,
 )
 _EOS_TOKEN = flags.DEFINE_string(
     "eos_token",

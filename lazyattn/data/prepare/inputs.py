@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from lazyattn import buckets
+from lazyattn.data import copies
 from lazyattn.data.parquet import DamagedFileError, open_parquet
 from lazyattn.data.prepare import hub
 from lazyattn.data.prepare.readers import Unit, csv_header
@@ -141,7 +143,7 @@ def _paths(inputs: Sequence[str], flag: str = "--input") -> list[str]:
     and a link's only if there is no other.
     """
     found: set[str] = set()
-    local = [given for given in inputs if not hub.is_hub(given)]
+    local = [each for given in inputs if not hub.is_hub(given) for each in _here(given, flag)]
     for given in local:
         expanded = os.path.expanduser(given)
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
@@ -160,6 +162,16 @@ def _paths(inputs: Sequence[str], flag: str = "--input") -> list[str]:
             )
         names.setdefault(os.path.realpath(file), file)
     return sorted(names.values())
+
+
+def _here(given: str, flag: str) -> list[str]:
+    """Returns an input, or the copies of what it is in a bucket."""
+    if not buckets.is_bucket(given):
+        return [given]
+    urls = buckets.matches(flag, given) if glob.has_magic(given) else [given]
+    if not urls:
+        raise bad_value(flag, given, _ALLOWED)
+    return [str(copies.here(flag, url)) for url in urls]
 
 
 def _streams(

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazyattn import __version__
-from lazyattn.data import manifest
+from lazyattn import __version__, buckets
+from lazyattn.data import copies, manifest
 from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
 from lazyattn.data.parquet import DamagedFileError
 from lazyattn.data.prepare import assemble, workspace
@@ -40,8 +40,8 @@ class Preparation:
 
     Attributes:
       inputs: folders, files or patterns of them, or datasets of the Hugging Face hub,
-        `hf://datasets/OWNER/NAME`.
-      output: folder of the shards.
+        `hf://datasets/OWNER/NAME`. What is in a bucket is copied to the user's cache.
+      output: folder of the shards. For one in a bucket they are made in the user's cache.
       eos_token: name of the special token that ends a document; None: what the
         tokenizer's folder says, or a name that is known.
       hub_config: the configuration of datasets of the hub; None: the only or default one.
@@ -79,10 +79,10 @@ class Preparation:
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
         for path in self.inputs:
             if not is_hub(path):
-                check_local("--input", path)
+                check_local("--input", path, buckets=True)
         for path in self.validation_inputs:
             if not is_hub(path):
-                check_local("--validation_input", path)
+                check_local("--validation_input", path, buckets=True)
         for name, inputs in (
             ("hub_config", (*self.inputs, *self.validation_inputs)),
             ("hub_split", self.inputs),
@@ -94,8 +94,8 @@ class Preparation:
                     f"--{name} is {getattr(self, name)!r}, but {flag} has no dataset of the"
                     " Hugging Face hub, hf://datasets/OWNER/NAME; leave it out."
                 )
-        check_local("--output", self.output)
-        check_local("--tokenizer", self.tokenizer)
+        check_local("--output", self.output, buckets=True)
+        check_local("--tokenizer", self.tokenizer, buckets=True)
         require(bool(self.output), "--output", self.output, "the folder of the shards to be")
         require(
             bool(self.tokenizer),
@@ -148,7 +148,13 @@ def prepare_shards(preparation: Preparation) -> Prepared:
         is at work in the output, it holds something else, no document is left, or
         there is a fault and they are fatal.
     """
-    folder = local_path("--output", preparation.output)
+    target = None
+    if buckets.is_bucket(preparation.output):
+        target = buckets.bucket_path("--output", preparation.output)
+        buckets.check_writable("--output", target)
+        folder = copies.place("outputs", target)
+    else:
+        folder = local_path("--output", preparation.output)
     given = None
     if preparation.tokenizer != TRAIN:
         given = Tokenizer.load(preparation.tokenizer, preparation.eos_token)
@@ -163,9 +169,18 @@ def prepare_shards(preparation: Preparation) -> Prepared:
             preparation.hub_validation_split or "validation",
         ),
     )
+    identity = workspace.identity(_settings(preparation, given, plan), plan)
+    if target is not None and (target / manifest.NAME).exists():
+        content = workspace.require_finished(target, identity)
+        return Prepared(target, content, 0.0, 0, 0, finished_before=True)
+    if target is not None and not (folder / manifest.NAME).exists():
+        workspace.require_empty(target)
     try:
         with workspace.locked(folder) as work:
-            return _prepare(preparation, folder, work, given, plan)
+            prepared = _prepare(preparation, folder, work, given, plan, identity)
+            if target is not None:
+                prepared = _publish(prepared, target)
+            return prepared
     except OSError as error:
         raise InputError(
             f"--output is {preparation.output!r}, but nothing can be written there"
@@ -174,9 +189,13 @@ def prepare_shards(preparation: Preparation) -> Prepared:
 
 
 def _prepare(
-    preparation: Preparation, folder: Path, work: Path, given: Tokenizer | None, plan: Plan
+    preparation: Preparation,
+    folder: Path,
+    work: Path,
+    given: Tokenizer | None,
+    plan: Plan,
+    identity: workspace.Identity,
 ) -> Prepared:
-    identity = workspace.identity(_settings(preparation, given, plan), plan)
     if (folder / manifest.NAME).exists():
         content = workspace.require_finished(folder, identity)
         shutil.rmtree(work)  # what a kill after the manifest left
@@ -243,6 +262,14 @@ def _prepare(
     content.write(folder)
     shutil.rmtree(work)
     return Prepared(folder, content, seconds, line.done.bytes, line.done.tokens)
+
+
+def _publish(prepared: Prepared, target: Path) -> Prepared:
+    """Moves a finished folder into a bucket, its manifest last."""
+    buckets.upload(prepared.folder, target, last=manifest.NAME)
+    for file in prepared.folder.iterdir():
+        buckets.remove(file)
+    return dataclasses.replace(prepared, folder=target, finished_before=False)
 
 
 def _cores() -> int:

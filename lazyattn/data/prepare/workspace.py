@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lazyattn import buckets
 from lazyattn.data import manifest
 from lazyattn.data.manifest import Manifest
 from lazyattn.data.prepare.hub import is_hub
@@ -71,13 +72,22 @@ def claim(folder: Path, work: Path, wanted: Identity) -> None:
     if (work / _PLAN).exists():
         _require_same(folder, json.loads((work / _PLAN).read_text()), wanted)
         return
-    others = sorted(path.name for path in folder.iterdir() if path != work)
+    require_empty(folder, work.name)
+    manifest.write_whole(work / _PLAN, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def require_empty(folder: Path, *but: str) -> None:
+    """Checks that an output folder, in a bucket or not, holds nothing `but` these names.
+
+    Raises:
+      InputError: if it does.
+    """
+    others = sorted(buckets.names(folder).difference(but))
     if others:
         raise InputError(
             f"--output is {str(folder)!r}, but it must be a new or empty folder, or one where this"
             f" preparation was begun; it holds {others[0]}."
         )
-    manifest.write_whole(work / _PLAN, (json.dumps(wanted, indent=2) + "\n").encode())
 
 
 def give_up(work: Path) -> None:

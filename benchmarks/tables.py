@@ -241,23 +241,40 @@ def train_step() -> str:
 
 
 def scaling() -> str:
-    """Weak scaling over GPUs."""
+    """A step on several GPUs."""
     lines = []
     for path in sorted(RESULTS.glob("*scaling.jsonl")):
-        for text in path.read_text().splitlines():
-            row = json.loads(text)
-            efficiency = row.get("efficiency")
+        for row in map(json.loads, path.read_text().splitlines()):
+            if "error" in row:
+                continue
+
+            def cell(name: str, form: str, row: dict[str, Any] = row) -> str:
+                return "" if row.get(name) is None else format(row[name], form)
+
+            millions = row["parameters"] / 1e6 if "parameters" in row else None
+            mesh = row.get("mesh", row.get("axis"))
             lines.append(
                 [
                     str(row["devices"]),
                     _gpu(row["device"]),
-                    f"`{row['axis']}`" if "axis" in row else "",
-                    f"{row['ms']:.1f}",
-                    f"{row['tokens_per_second']:,.0f}",
-                    "" if efficiency is None else f"{efficiency:.1%}",
+                    "" if millions is None else f"{millions:,.0f}M",
+                    str(row["length"]),
+                    row.get("attention", row.get("variant")),
+                    "" if mesh is None else f"`{mesh}` {row.get('scaling', 'weak')}",
+                    cell("ms", ".1f"),
+                    cell("tokens_per_second", ",.0f"),
+                    cell("efficiency", ".1%"),
+                    cell("mfu", ".1%"),
+                    cell("gib", ".1f"),
+                    cell("collectives_ms", ".1f"),
+                    cell("hidden", ".0%"),
                 ]
             )
-    return _table("GPUs | of | axis | ms a step | tokens/s | efficiency", lines)
+    head = (
+        "GPUs | of | parameters | tokens a row | attention | mesh, scaling | ms a step | tokens/s"
+        " | efficiency | MFU | GiB a GPU | ms in collectives | of it hidden"
+    )
+    return _table(head, lines)
 
 
 def slices() -> str:

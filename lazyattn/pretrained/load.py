@@ -19,6 +19,7 @@ from lazyattn.errors import InputError, bad_value
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.parameters import Params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
+from lazyattn.paths import local_path
 from lazyattn.pretrained import hub, names, parameters, sharded, tensor_files
 from lazyattn.pretrained.settings import (
     FILE,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn.inspect.sequences import LENGTH as SINK_LENGTH
 from lazyattn.inspect.sequences import THRESHOLD
+from lazyattn.inspect.statistics import SPAN_NATS
 from lazyattn.inspect.sums import TILE
 from lazyattn.inspect.tiles import SIZES, tile_counts
 from lazyattn.inspect.walk import LayerInput, walk
@@ -17,8 +18,6 @@ from lazyattn.model.config import ModelConfig
 
 # Queries looked at together; few large blocks are faster than many small ones.
 _BLOCK = 1024
-# A head's span ends where its bias stays this much below its largest: a factor of e^-8.
-SPAN_NATS = 8.0
 
 
 def look(

@@ -134,7 +134,7 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
     teaching = experiment.teaching
     if resumes:  # what it started from need not be there any more
         training = dataclasses.replace(training, init_from=None)
-        teaching = dataclasses.replace(teaching, offset_steps=0, bias_steps=0)
+        teaching = dataclasses.replace(teaching, offset_steps=0, bias_steps=0, distill=0.0)
     return dataclasses.replace(experiment, training=training, teaching=teaching)
 
 

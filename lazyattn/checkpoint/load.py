@@ -16,6 +16,7 @@ from lazyattn.data.copies import here
 from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
+from lazyattn.model.lora import merged
 from lazyattn.paths import folder
 from lazyattn.pretrained.load import PARAMS, load_model
 
@@ -25,7 +26,7 @@ class TrainedModel:
     """A model as a checkpoint holds it.
 
     Attributes:
-      experiment: its settings.
+      experiment: its settings, without LoRA, which is merged.
       step: steps it was trained for.
       params: its parameters, on `mesh`; their average where `training.use_ema` says so.
       param_shardings: their shardings.
@@ -108,21 +109,35 @@ def load_trained(
         factory = make_state_factory(experiment, mesh, optax.identity())
         abstract = dataclasses.replace(factory.abstract, opt_state=None)
         averaged = experiment.training.use_ema and abstract.ema is not None
-        unread: dict[str, Any] = {"params" if averaged else "ema": None}
+        unread: dict[str, Any] = {"params" if averaged else "ema": None, "teacher": None}
         abstract = dataclasses.replace(abstract, **unread)
         restored = checkpoints.restore(abstract, chosen)
         if restored is None:
             raise missing
         reached = int(restored.state.step)
+        params = restored.state.evaluated(averaged)
+        if experiment.model.lora_rank:
+            experiment, params = _without_lora(experiment, params, mesh)
         return TrainedModel(
             experiment=experiment,
             step=reached,
-            params=restored.state.evaluated(averaged),
-            param_shardings=factory.shardings.params,
+            params=params,
+            param_shardings=jax.tree.map(lambda x: x.sharding, params),
             mesh=mesh,
             tokenizer=Tokenizer.load(find_tokenizer(workdir) or workdir / FILE_NAMES[0]),
             checkpoint=checkpoints.folder / str(reached),
         )
+
+
+def _without_lora(
+    experiment: ExperimentConfig, params: Params, mesh: jax.sharding.Mesh
+) -> tuple[ExperimentConfig, Params]:
+    """Returns the settings and parameters of the same model with LoRA merged into its matrices."""
+    model = dataclasses.replace(experiment.model, lora_rank=0)
+    found = dataclasses.replace(experiment, model=model)
+    shardings = make_state_factory(found, mesh, optax.identity()).shardings.params
+    merge = jax.jit(lambda params: merged(params, experiment.model), out_shardings=shardings)
+    return found, merge(params)
 
 
 def _exported(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, UInt32
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.objective import Params
 from lazyattn.model.parameters import init_params, partition_specs
+from lazyattn.model.taken_over import twin_params
 from lazyattn.sharding import check_divisible
 
 
@@ -28,6 +29,8 @@ class TrainState:
       nonfinite_total: steps skipped because of a non-finite loss or gradient.
       nonfinite_in_row: those among them since the last good step.
       ema: an exponential moving average of `params`; None: none is kept.
+      teacher: parameters of the softmax model that is followed (`teaching.distill`); None:
+        there is none, or all are among `params`.
     """
 
     step: Int[Array, ""]
@@ -37,6 +40,7 @@ class TrainState:
     nonfinite_total: Int[Array, ""]
     nonfinite_in_row: Int[Array, ""]
     ema: Params | None = None
+    teacher: Params | None = None
 
     def evaluated(self, use_ema: bool) -> Params:
         """Returns the parameters to evaluate: the average, if there is one and `use_ema`."""
@@ -59,6 +63,7 @@ class StateFactory:
         mesh: jax.sharding.Mesh,
         seed: int,
         keep_ema: bool = False,
+        keep_teacher: bool = False,
     ):
         """Traces the initialisation without running it.
 
@@ -70,6 +75,7 @@ class StateFactory:
           mesh: where the state will live.
           seed: of the parameters and of `TrainState.rng`.
           keep_ema: whether there is an average of the parameters.
+          keep_teacher: whether the softmax model that the parameters begin as is kept.
 
         Raises:
           InputError: if the mesh doesn't divide a parameter.
@@ -87,6 +93,7 @@ class StateFactory:
                 nonfinite_total=zero,
                 nonfinite_in_row=zero,
                 ema=params if keep_ema else None,
+                teacher=twin_params(params) if keep_teacher else None,
             )
 
         shapes = jax.eval_shape(create)
@@ -106,6 +113,7 @@ class StateFactory:
                 is_leaf=lambda x: isinstance(x, optax.MaskedNode),
             ),
             ema=params if keep_ema else None,
+            teacher=twin_params(params) if keep_teacher else None,
         )
         self.abstract: TrainState = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
@@ -138,4 +146,5 @@ def make_state_factory(
         mesh,
         experiment.training.seed,
         keep_ema=experiment.optimizer.ema_decay > 0,
+        keep_teacher=experiment.teaching.distill > 0 and not experiment.teaching.frozen,
     )

@@ -159,7 +159,12 @@ def _traced(
 ) -> jax.stages.Lowered:
     training = experiment.training
     step = make_train_step(
-        make_loss_fn(experiment.model, training.z_loss),
+        make_loss_fn(
+            experiment.model,
+            training.z_loss,
+            distill=experiment.teaching.distill,
+            frozen=experiment.teaching.frozen,
+        ),
         make_run_optimizer(experiment),
         make_schedule(experiment.optimizer, training.steps),
         mesh=mesh,

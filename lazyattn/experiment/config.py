@@ -50,7 +50,23 @@ class ExperimentConfig:
             f"a multiple of training.microbatches = {self.training.microbatches}",
         )
 
+        require(
+            self.teaching.frozen or not self.model.lora_rank,
+            "model.lora_rank",
+            self.model.lora_rank,
+            "0 while teaching.frozen is False, since the matrices themselves are trained then",
+        )
         attention = self.model.attention
+        require(
+            not self.teaching.frozen
+            or attention.has_bias
+            or attention.has_offset
+            or self.model.lora_rank > 0,
+            "teaching.frozen",
+            True,
+            f"False while model.attention.variant is {attention.variant!r} and model.lora_rank 0,"
+            " since nothing would be trained",
+        )
         for name, has in (("offset", attention.has_offset), ("bias", attention.has_bias)):
             steps = getattr(self.teaching, f"{name}_steps")
             require(

@@ -14,6 +14,7 @@ from lazyattn.generation.attend import Step, cached_attention
 from lazyattn.generation.cache import KVCache
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.distance_bias import NAMES, bias_arguments
+from lazyattn.model.lora import merged
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 
 # Weights that a pass reads whole, and rounds to the compute dtype first.
@@ -51,6 +52,8 @@ def prepare(params: "Mapping[str, Any] | PreparedModel", config: ModelConfig) ->
 
 @functools.partial(jax.jit, static_argnums=1)
 def _prepare(params: Mapping[str, Any], config: ModelConfig) -> PreparedModel:
+    if config.lora_rank:
+        params, config = merged(params, config), dataclasses.replace(config, lora_rank=0)
     attention = config.attention
     if attention.has_bias:
         attention = dataclasses.replace(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
 from lazyattn.inspect.sequences import LENGTH, THRESHOLD
-from lazyattn.inspect.statistics import layer_sums
+from lazyattn.inspect.statistics import bias_spans, layer_sums
 from lazyattn.model.config import ModelConfig
 
 # Rows of the training length, and sequences of `LENGTH` cut from them.
@@ -51,9 +51,9 @@ class AttentionProbe:
 
         zero_share (of visible pairs, exactly 0), mass (mean sum of a query's weights),
         first_token (mean weight of later queries on their document's first token), sink
-        (the metric of Gu et al. for the first token, where there are 64 tokens in a row)
-        and the quantiles offset_min to offset_max of tau over all heads, where there is
-        one.
+        (the metric of Gu et al. for the first token, where there are 64 tokens in a row),
+        visited (share of the tiles of 64 x 64), and over all heads the quantiles offset_min
+        to offset_max of tau and span_min to span_max of `bias_spans`, where there are any.
         """
         with jax.set_mesh(self._mesh):
             found = self._scalars(params, self._rows, self._sequences)
@@ -80,6 +80,7 @@ def _scalars(
         "zero_share": (sums["zeros"] / sums["pairs"]).mean(),
         "mass": (sums["mass"] / sums["queries"]).mean(),
         "first_token": (sums["first"] / jnp.maximum(sums["later"], 1)).mean(),
+        "visited": sums["visited"].sum() / sums["causal"].sum(),
     }
     # tau / length, which that variant has, means nothing in a row of another length.
     if sequences.shape[0] and config.attention.variant != "lazy_length_offset":
@@ -90,7 +91,10 @@ def _scalars(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if path[-1].key == "offset"
     ]
-    if offsets:
-        tau = jnp.concatenate(offsets)
-        found |= {f"offset_{name}": jnp.quantile(tau, q) for name, q in _QUANTILES.items()}
+    by_head = {"offset": jnp.concatenate(offsets)} if offsets else {}
+    if config.attention.has_bias:
+        spans = bias_spans(params, config, rows["inputs"].shape[1])
+        by_head["span"] = spans.ravel().astype(jnp.float32)
+    for what, values in by_head.items():
+        found |= {f"{what}_{name}": jnp.quantile(values, q) for name, q in _QUANTILES.items()}
     return found

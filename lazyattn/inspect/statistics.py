@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyattn.inspect.sums import head_sums
+from lazyattn.inspect.tiles import visit_counts
 from lazyattn.inspect.walk import LayerInput, walk
 from lazyattn.model.config import ModelConfig
+from lazyattn.model.distance_bias import bias_arguments
+from lazyattn.model.parameters import stack_blocks
+from pallas_kernels import bias as bias_lib
+
+# A head's span ends where its bias stays this much below its largest: a factor of e^-8.
+SPAN_NATS = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,7 @@ def layer_sums(
     *,
     config: ModelConfig,
 ) -> dict[str, Float[Array, "layers rows heads ..."]]:
-    """Returns `sums.head_sums` of every layer.
+    """Returns `sums.head_sums` of every layer, and the tiles: "causal" and "visited".
 
     Args:
       params: the model's parameters.
@@ -86,6 +94,31 @@ def layer_sums(
 
     def observe(layer: LayerInput, x: Array, carry: None) -> tuple[None, dict[str, Array]]:
         del x
-        return carry, head_sums(layer, renormalize)
+        counts, _ = visit_counts(layer, config.attention.skip_mass)
+        return carry, head_sums(layer, renormalize) | counts
 
     return walk(params, config, inputs, segment_ids, observe)[1]
+
+
+def bias_spans(
+    params: Mapping[str, Any], config: ModelConfig, length: int
+) -> Int[Array, "layers heads"]:
+    """Returns how far heads see: from which distance on the bias is far below its largest.
+
+    Args:
+      params: the model's parameters.
+      config: the model, which has a distance bias.
+      length: distances that are looked at; what a head gets whose bias never ends.
+
+    Returns:
+      Tokens; the bias stays `SPAN_NATS` below its largest value from there on.
+    """
+    if not config.scan_layers:
+        params = stack_blocks(params)
+    given = bias_arguments(params["blocks"]["attention"], config.attention)
+    slope = given.get("distance_slope")
+    bias = jax.vmap(lambda table, slope: bias_lib.expand(table, slope, length))(
+        given["distance_bias"], slope
+    )
+    near = bias >= bias.max(axis=-1, keepdims=True) - SPAN_NATS
+    return length - jnp.argmax(near[..., ::-1], axis=-1)

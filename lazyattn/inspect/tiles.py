@@ -32,16 +32,32 @@ def tile_counts(
       live: whether each tile of 64 x 64 has a weight above 0.
       skip_mass: as in `lazyattn.lazy_attention`.
     """
-    counts = {}
+    counts: dict[str, Float[Array, "rows heads"]] = {}
     for size in SIZES:
-        first, last = _ranges(layer, skip_mass, size)
+        found, first = visit_counts(layer, skip_mass, size)
         of_size = _merge(live, size // TILE)
         visits = jnp.arange(of_size.shape[-1]) >= first[..., None]
-        rows, heads, _ = first.shape
-        counts[f"causal_{size}"] = jnp.full((rows, heads), (last + 1).sum(), jnp.float32)
-        counts[f"visited_{size}"] = (last - first + 1).sum(axis=-1).astype(jnp.float32)
+        counts |= {f"{name}_{size}": x for name, x in found.items()}
         counts[f"live_{size}"] = (of_size & visits).sum(axis=(-2, -1), dtype=jnp.float32)
     return counts
+
+
+def visit_counts(
+    layer: LayerInput, skip_mass: float, size: int = SIZES[0]
+) -> tuple[dict[str, Float[Array, "rows heads"]], Int[Array, "rows heads query_tiles"]]:
+    """Returns the numbers of tiles, causal and visited, and the first that is visited.
+
+    Args:
+      layer, skip_mass: as in `tile_counts`.
+      size: of a tile, queries and keys.
+    """
+    first, last = _ranges(layer, skip_mass, size)
+    rows, heads, _ = first.shape
+    counts = {
+        "causal": jnp.full((rows, heads), (last + 1).sum(), jnp.float32),
+        "visited": (last - first + 1).sum(axis=-1).astype(jnp.float32),
+    }
+    return counts, first
 
 
 def _ranges(

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lazyattn.model import lora
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.heads import head_windows
 
@@ -38,9 +39,10 @@ def parameter_group(path: tuple[Any, ...]) -> str:
     """Returns the group of a parameter, given its key path in the tree.
 
     One of embedding, attention (matrices, and biases of projections), mlp (matrices),
-    norm, distance_bias (tables and slopes, of either kind) and offset.
+    norm, distance_bias (tables and slopes, of either kind), offset and lora.
     """
-    return _GROUPS[path[-1].key]
+    name = path[-1].key
+    return "lora" if lora.is_lora(name) else _GROUPS[name]
 
 
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:

@@ -14,7 +14,13 @@ from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.fetch import Bound
 from lazyattn.model.heads import global_heads, head_blocks, initial_slopes
-from lazyattn.model.layers import RMSNorm, matrix_init, parameter, residual_variance
+from lazyattn.model.layers import (
+    RMSNorm,
+    low_rank_change,
+    matrix_init,
+    parameter,
+    residual_variance,
+)
 from lazyattn.model.query_key_norm import RotatedNorm, score_bound
 from lazyattn.model.sharded_attention import sharded_attention
 from lazyattn.rotary import RopeScaling, rotate
@@ -63,7 +69,7 @@ class Attention(nn.Module):
     [width, kv_heads, head_dim], output [heads, head_dim, width], and where the layer has
     them output_gate [width, heads, head_dim], query_bias [heads, head_dim], key_bias and
     value_bias [kv_heads, head_dim], offset [heads] and the distance bias's, which
-    `lazyattn.model.distance_bias` lists.
+    `lazyattn.model.distance_bias` lists, and two for each matrix of `lazyattn.model.lora`.
 
     Attributes:
       config: the model.
@@ -97,6 +103,8 @@ class Attention(nn.Module):
             axes = ("embed", axis, "head_dim")
             kernel = parameter(self, name, matrix_init(0, (1, 2)), shape, axes)
             heads_out = jnp.einsum("blw,whd->blhd", x, kernel.astype(x.dtype))
+            if cfg.lora_rank:
+                heads_out += low_rank_change(self, cfg, name, x, shape, axes)
             if att.qkv_bias and name in ("query", "key", "value"):
                 zeros, bias_name = nn.initializers.zeros_init(), f"{name}_bias"
                 bias = parameter(self, bias_name, zeros, shape[1:], axes[1:])
@@ -132,14 +140,13 @@ class Attention(nn.Module):
         if att.output_gate:
             gate = jax.nn.sigmoid(projection("output_gate", att.num_heads, "heads"))
             out = out * gate
-        kernel = parameter(
-            self,
-            "output",
-            matrix_init((0, 1), 2, residual_variance(cfg)),
-            (att.num_heads, cfg.head_dim, cfg.width),
-            ("heads", "head_dim", "embed"),
-        )
-        return jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype))
+        back = (att.num_heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
+        init = matrix_init((0, 1), 2, residual_variance(cfg))
+        kernel = parameter(self, "output", init, *back)
+        update = jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype))
+        if cfg.lora_rank:
+            update += low_rank_change(self, cfg, "output", out, *back, inputs=2)
+        return update
 
     def _attend(
         self,

@@ -263,6 +263,9 @@ class ModelConfig:
       loss_chunk: positions whose logits a device holds at once in the loss; None: so many that
         the gradient of the output embedding, read and written for each chunk, is little beside
         the logits, and these are 1 GiB at most.
+      lora_rank: of the changes that all matrices of the blocks get while they are frozen
+        (`lazyattn.model.lora`); 0: none. What is exported has them merged.
+      lora_alpha: what they are multiplied with, times the rank.
       attention: the attention layer.
     """
 
@@ -277,6 +280,8 @@ class ModelConfig:
     remat: Remat = "none"
     scan_layers: bool = True
     loss_chunk: Annotated[int | None, at_least(1)] = None
+    lora_rank: Annotated[int, at_least(0)] = 0
+    lora_alpha: Annotated[float, POSITIVE] = 16.0
     attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self):

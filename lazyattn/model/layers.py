@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lazyattn import sharding
+from lazyattn.model import lora
 from lazyattn.model.config import ModelConfig
 
 
@@ -44,6 +45,35 @@ def parameter(
     boxed = nn.with_logical_partitioning(init, axes)
     value: Any = module.param(name, boxed, shape, jnp.float32)
     return value
+
+
+def low_rank_change(
+    module: nn.Module,
+    config: ModelConfig,
+    name: str,
+    x: Float[Array, "..."],
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    inputs: int = 1,
+) -> Float[Array, "..."]:
+    """Returns what LoRA adds to the product of `x` and the module's matrix `name`.
+
+    Args:
+      module: that has the matrix, and gets its A and B.
+      config: the model, with `lora_rank` above 0.
+      name: of the matrix.
+      x: what it is multiplied with; its last `inputs` axes are the matrix's first.
+      shape: of the matrix.
+      axes: their logical names.
+      inputs: how many of its axes are summed over.
+    """
+    rank = config.lora_rank
+    a_init = matrix_init(range(inputs), inputs)
+    a = parameter(module, name + lora.A, a_init, (*shape[:inputs], rank), (*axes[:inputs], "rank"))
+    b_init, b_shape = nn.initializers.zeros_init(), (rank, *shape[inputs:])
+    b = parameter(module, name + lora.B, b_init, b_shape, ("rank", *axes[inputs:]))
+    hidden = jnp.tensordot(x, a.astype(x.dtype), inputs)
+    return jnp.tensordot(hidden, lora.scaled(b, config).astype(x.dtype), 1)
 
 
 class RMSNorm(nn.Module):
@@ -88,6 +118,12 @@ class SwiGLU(nn.Module):
 
         # One product, so that the backward pass goes over all that is as wide as `hidden` once.
         both = jnp.einsum("...w,wch->...ch", x, stacked.astype(x.dtype))
+        if cfg.lora_rank:
+            changes = [low_rank_change(self, cfg, name, x, *into) for name in ("gate", "up")]
+            both += jnp.stack(changes, axis=-2)
         hidden = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
         hidden = sharding.constrain(hidden, "batch", "length", "mlp")
-        return hidden @ down.astype(x.dtype)
+        out = hidden @ down.astype(x.dtype)
+        if cfg.lora_rank:
+            out += low_rank_change(self, cfg, "down", hidden, *back)
+        return out

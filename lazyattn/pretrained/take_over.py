@@ -7,6 +7,7 @@ import ml_collections
 from lazyattn.data.tokenizer import FILE_NAMES
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import defaults, with_attention
+from lazyattn.model.config import AttentionConfig
 from lazyattn.paths import local_path
 from lazyattn.pretrained import hub
 from lazyattn.pretrained.settings import FILE, read_settings
@@ -15,7 +16,7 @@ from lazyattn.pretrained.settings import FILE, read_settings
 _ROW = 4096
 
 
-def take_over(name: str) -> ml_collections.ConfigDict:
+def take_over(name: str, attention: str = "softmax") -> ml_collections.ConfigDict:
     """Returns the settings of a run that starts from a hub's model.
 
     The model is the folder's, `training.init_from` the folder, and `data.tokenizer` its
@@ -24,13 +25,13 @@ def take_over(name: str) -> ml_collections.ConfigDict:
 
     Args:
       name: the folder; behind a plus an attention as in `lazyattn.experiment.with_attention`,
-        such as "sharp_table", but that norms of queries and keys are as the folder has them;
-        without one it is softmax.
+        such as "sharp_table", but that norms of queries and keys are as the folder has them.
+      attention: what it is without one.
 
     Raises:
       InputError: if it is no folder of a hub's model, or ours can't be that model.
     """
-    given, attention = name, "softmax"
+    given = name
     if not Path(name).expanduser().is_dir() and "+" in name:
         given, _, attention = name.partition("+")
     folder = local_path("The folder behind the config's colon", given)
@@ -63,6 +64,32 @@ def take_over(name: str) -> ml_collections.ConfigDict:
     # Parameters and optimizer state over all devices, whatever their number.
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    return config
+
+
+def teach(name: str) -> ml_collections.ConfigDict:
+    """Returns the settings of a run that teaches a hub's softmax model to be lazy.
+
+    In the first half of the steps offsets and slopes are brought to where a fresh model starts;
+    the learning rate falls along a cosine. Attention is measured on the way.
+
+    Args:
+      name: as in `take_over`; without an attention it is "sharp". "softmax" is the control,
+        the model itself trained as long.
+
+    Raises:
+      InputError: as `take_over`.
+    """
+    config = take_over(name, "sharp")
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "cosine"
+    config.training.steps = 2000
+    config.training.inspect_every = 100
+    config.training.eval_every = 100
+    config.training.eval_batches = 16
+    attention = AttentionConfig(variant=config.model.attention.variant)
+    config.teaching.offset_steps = 1000 if attention.has_offset else 0
+    config.teaching.bias_steps = 1000 if attention.has_bias else 0
     return config
 
 

@@ -21,6 +21,7 @@ RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
     ("head_dim", None),
     ("distance", None),
     ("norm", None),
+    ("rank", None),
     ("layers", None),
 )
 

@@ -24,7 +24,14 @@ from lazyattn.model.distance_bias import (
     bias_parameters,
 )
 from lazyattn.model.heads import global_heads
-from lazyattn.model.parameters import Params, parameter_shapes, stack_blocks, unstack_blocks
+from lazyattn.model.lora import is_lora
+from lazyattn.model.parameters import (
+    Params,
+    init_params,
+    parameter_shapes,
+    stack_blocks,
+    unstack_blocks,
+)
 from lazyattn.paths import folder as folder_of
 from lazyattn.pretrained.hub import is_hub
 from lazyattn.pretrained.load import load_model
@@ -104,8 +111,8 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
             " a hub's model",
         )
     _check_shapes(model, experiment.model)
-    check_ramps(experiment, model.attention)
-    params = _fitted(source.params, model, experiment.model, shardings)
+    check_teaching(experiment, model.attention)
+    params = _fitted(source.params, model, experiment, shardings)
     lines = [f"starting from the weights of {name}, with a fresh optimizer"]
     before, now = (_flat(config) for config in (model, experiment.model))
     lines += _new_parts(model.attention, experiment.model.attention)
@@ -117,8 +124,8 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
     return Weights(params, source.tokenizer, tuple(lines))
 
 
-def check_ramps(experiment: ExperimentConfig, source: AttentionConfig | None) -> None:
-    """Checks that what `teaching` ramps starts at 0.
+def check_teaching(experiment: ExperimentConfig, source: AttentionConfig | None) -> None:
+    """Checks that what `teaching` ramps starts at 0, and that whom it follows is there.
 
     Args:
       experiment: of the run that starts.
@@ -128,6 +135,12 @@ def check_ramps(experiment: ExperimentConfig, source: AttentionConfig | None) ->
       InputError: if it does not.
     """
     new = (False, False) if source is None else _is_new(source, experiment.model.attention)
+    require(
+        not experiment.teaching.distill or (source is not None and source.variant == "softmax"),
+        "config.teaching.distill",
+        experiment.teaching.distill,
+        f"0 unless the weights of {_WHERE} are a softmax model's, which is followed",
+    )
     for name, what, is_new in (
         ("bias_steps", "a distance bias", new[0]),
         ("offset_steps", "offsets", new[1]),
@@ -189,7 +202,7 @@ def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:
         flat = traverse_util.flatten_dict(parameter_shapes(scanned), sep="/")
         return {k: x.shape for k, x in flat.items() if k.split("/")[-1] not in names}
 
-    theirs, ours = shapes(source), shapes(target)
+    theirs, ours = shapes(source), shapes(dataclasses.replace(target, lora_rank=0))
     if _is_new(source.attention, target.attention)[1]:
         offset = "blocks/attention/offset"
         theirs[offset] = ours[offset]
@@ -245,8 +258,11 @@ def _check_bias(source: AttentionConfig, target: AttentionConfig) -> None:
         )
 
 
-def _fitted(params: Any, source: ModelConfig, target: ModelConfig, shardings: Any) -> Params:
-    """Returns the parameters as the target has them, on its devices."""
+def _fitted(
+    params: Any, source: ModelConfig, experiment: ExperimentConfig, shardings: Any
+) -> Params:
+    """Returns the parameters as the run's model has them, on its devices."""
+    target = experiment.model
 
     def convert(params: Any) -> tuple[Params, Array]:
         if not source.scan_layers:
@@ -258,7 +274,8 @@ def _fitted(params: Any, source: ModelConfig, target: ModelConfig, shardings: An
             bias["offset"] = jnp.zeros(layer["output"].shape[:2])
         layer = {name: leaf for name, leaf in layer.items() if name not in names} | bias
         params = {**params, "blocks": {**params["blocks"], "attention": layer}}
-        return (params if target.scan_layers else unstack_blocks(params)), falls
+        params = params if target.scan_layers else unstack_blocks(params)
+        return (_with_lora(params, experiment) if target.lora_rank else params), falls
 
     everywhere = jax.sharding.NamedSharding(
         jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec()
@@ -270,6 +287,14 @@ def _fitted(params: Any, source: ModelConfig, target: ModelConfig, shardings: An
             " model.attention.bias_kind = 'decay' can't be; set it to 'table' (recipe sharp_table)."
         )
     return fitted
+
+
+def _with_lora(params: Params, experiment: ExperimentConfig) -> Params:
+    """Returns the parameters and LoRA's, as a fresh model of the run's seed has them."""
+    key, _ = jax.random.split(jax.random.PRNGKey(experiment.training.seed))
+    fresh = traverse_util.flatten_dict(init_params(experiment.model, key))
+    more = {path: x for path, x in fresh.items() if is_lora(path[-1])}
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | more)
 
 
 def converted_bias(

@@ -28,7 +28,7 @@ from lazyattn.quantity import quantity
 from lazyattn.training import balance, remat, resume_data
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Finished, Hooks, Started
-from lazyattn.training.initialize import Weights, check_ramps, read_weights
+from lazyattn.training.initialize import Weights, check_teaching, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import Run, fit
@@ -89,7 +89,7 @@ def train(
         restored = checkpoints.restore(factory.abstract)
         weights: Weights | None = None
         if restored is None and experiment.training.init_from is None:
-            check_ramps(experiment, None)
+            check_teaching(experiment, None)
         elif restored is None:
             weights = read_weights(experiment, mesh, factory.shardings.params)
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)

@@ -22,6 +22,7 @@ time in which a weight moves by 0.1.
 | embeddings, matrices of attention (the output gate's too) and MLP | yes | common |
 | norms, offsets, distance_delta, distance_bias, distance_slope | no | common |
 | biases of queries, keys and values (query_bias, key_bias, value_bias) | no | common |
+| LoRA's matrices (`lazyattn.model.lora`) | no | common |
 | distance_log_slope | no | common times log_slope_factor |
 """
 
@@ -33,6 +34,7 @@ import optax
 from flax import traverse_util
 
 from lazyattn.experiment.training import OptimizerConfig
+from lazyattn.model.lora import is_lora
 from lazyattn.training.muon import scale_by_muon_and_adam
 
 DECAYED = frozenset(
@@ -62,7 +64,7 @@ def is_decayed(path: tuple[str, ...]) -> bool:
       ValueError: if no name on the path belongs to a group, or names of both do:
         a new kind of parameter must be put in one of them on purpose.
     """
-    exempt = any(name in EXEMPT or name.endswith("norm") for name in path)
+    exempt = any(name in EXEMPT or name.endswith("norm") or is_lora(name) for name in path)
     decayed = any(name in DECAYED for name in path)
     if exempt == decayed:
         raise ValueError(

@@ -175,7 +175,12 @@ def make_step(
 
     def step_with(policy: Remat) -> TrainStep:
         return make_train_step(
-            make_loss_fn(with_remat(experiment, policy).model, experiment.training.z_loss),
+            make_loss_fn(
+                with_remat(experiment, policy).model,
+                experiment.training.z_loss,
+                distill=experiment.teaching.distill,
+                frozen=experiment.teaching.frozen,
+            ),
             optimizer,
             make_schedule(experiment.optimizer, experiment.training.steps),
             mesh=mesh,

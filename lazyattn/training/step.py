@@ -1,6 +1,7 @@
 """One optimiser step: gradients of all microbatches, or nothing if they aren't finite."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -135,8 +136,11 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss = loss_fn
+        if state.teacher is not None:
+            loss = functools.partial(loss_fn, teacher=state.teacher)
         means, gradients = accumulate_gradients(
-            loss_fn, state.params, batch, microbatches=microbatches
+            loss, state.params, batch, microbatches=microbatches
         )
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients)

@@ -86,10 +86,13 @@ def temporaries(
     layer = kept_bytes(one, rows, length) / _split(sizes)
     blocks = counts["attention"] + counts["mlp"]
     shards = sizes["fsdp"] * sizes["tensor"]
+    trained = counts["total"]
+    if experiment.teaching.frozen:
+        trained = sum(counts.get(name, 0) for name in ("distance_bias", "offset", "lora"))
     total = (
         activations
         + 2 * layer  # a block's own, and their gradients
-        + 4 * counts["total"] / shards * (1 if parts == 1 else 2)  # gradients, and their sum
+        + 4 * trained / shards * (1 if parts == 1 else 2)  # gradients, and their sum
         + 2 * 2 * blocks / model.num_layers / sizes["tensor"]  # two gathered blocks, bfloat16
         + _loss_bytes(model, rows, length, sizes["tensor"])
     )

@@ -10,6 +10,7 @@ needs.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +21,7 @@ from lazyattn.experiment import ExperimentConfig, TeachingConfig
 from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import LOG_SLOPE_RANGE, NAMES
 from lazyattn.model.heads import initial_slopes
+from lazyattn.model.taken_over import is_new
 from lazyattn.training.optimizer import make_optimizer
 
 # The share of its way that a parameter has come -> its value: [heads] or [heads, width].
@@ -36,7 +38,15 @@ class RampState(NamedTuple):
 def make_run_optimizer(experiment: ExperimentConfig) -> optax.GradientTransformation:
     """Returns the optimizer of a run, with all that `teaching` asks for."""
     found = make_optimizer(experiment.optimizer, experiment.training.steps)
+    if experiment.teaching.frozen:
+        found = optax.multi_transform({True: found, False: optax.set_to_zero()}, _is_new)
     return with_ramps(found, experiment.model.attention, experiment.teaching)
+
+
+def _is_new(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: is_new(tuple(part.key for part in path)), params
+    )
 
 
 def lines(config: AttentionConfig, teaching: TeachingConfig) -> dict[str, tuple[int, Line]]:

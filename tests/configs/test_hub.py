@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from configs import uptrain
 from configs.hub import get_config
 from lazyattn.errors import InputError
-from lazyattn.experiment import from_config_dict
+from lazyattn.experiment import TeachingConfig, from_config_dict
 from lazyattn.pretrained import hub
 from tests.pretrained import hub_folder
 
@@ -38,6 +39,19 @@ def test_a_lazy_one_keeps_all_but_its_attention(folder):
     assert (found.rope_base, found.num_kv_heads) == (own.rope_base, own.num_kv_heads)
     found = from_config_dict(get_config(f"{plain}+sharp+lazy_no_bias")).model.attention
     assert found.variant == "lazy_no_bias"
+
+
+def test_a_model_that_is_taught(folder):
+    plain = folder.rename(folder.with_name("plain"))
+    found = from_config_dict(uptrain.get_config(str(plain)))
+    assert found.model.attention.variant == "lazy" and found.model.attention.qk_norm
+    assert found.teaching.offset_steps == found.teaching.bias_steps == found.training.steps // 2
+    control = from_config_dict(uptrain.get_config(f"{plain}+softmax"))
+    assert control.model.attention.variant == "softmax"
+    assert control.teaching == TeachingConfig()
+    assert control.optimizer == found.optimizer and control.training == found.training
+    biased = from_config_dict(uptrain.get_config(f"{plain}+sharp+biased_softmax")).teaching
+    assert (biased.offset_steps, biased.bias_steps) == (0, 1000)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ VARIANTS = [
     # Greedy tokens below are those of its logits.
     pytest.param(CONFIG, marks=pytest.mark.slow),
     make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
+    make_config("biased_softmax", lora_rank=2),
     # One that cannot decode: with a cache another takes its place.
     make_config(
         "softmax",
@@ -78,7 +79,7 @@ def test_cached_logits_are_those_of_one_pass(config):
 
 @pytest.mark.parametrize(
     "config",
-    [VARIANTS[0], pytest.param(VARIANTS[2], marks=pytest.mark.slow), VARIANTS[3]],
+    [VARIANTS[0], pytest.param(VARIANTS[3], marks=pytest.mark.slow), VARIANTS[4]],
     ids=lambda c: c.attention.variant,
 )
 def test_cached_logits_are_those_of_packed_documents(config):

@@ -1,11 +1,15 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from lazyattn.experiment import from_config_dict
 from lazyattn.inspect.probe import AttentionProbe
-from lazyattn.inspect.statistics import attention_statistics
+from lazyattn.inspect.statistics import attention_statistics, bias_spans
+from lazyattn.model.config import AttentionConfig, ModelConfig
+from lazyattn.model.heads import initial_slopes
+from lazyattn.model.parameters import init_params
 from lazyattn.sharding import MeshConfig, make_mesh
 from tests.inspect.models import model, tokens, weights_of
 from tests.training import tiny
@@ -28,6 +32,18 @@ def test_scalars_are_those_of_the_weights():
     offsets = np.asarray(params["blocks"]["attention"]["offset"])
     assert found["attention_offset_median"] == pytest.approx(np.median(offsets), rel=1e-6)
     assert found["attention_offset_max"] == pytest.approx(offsets.max())
+    assert 0 < found["attention_visited"] <= 1
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_spans_end_where_the_bias_is_far_down(scan):
+    attention = AttentionConfig(num_heads=4, bias_width=5, global_share=0.25)
+    config = ModelConfig(width=8, num_layers=2, scan_layers=scan, attention=attention)
+    params = init_params(config, jax.random.key(0))
+    found = np.asarray(bias_spans(params, config, 100))
+    slopes = initial_slopes(attention)
+    expected = [100 if m * 100 <= 8 else int(8 / m) + 1 for m in slopes]
+    assert found.tolist() == [expected] * 2
 
 
 @pytest.mark.slow
@@ -35,7 +51,9 @@ def test_softmax_has_no_offsets():
     config, params = model("softmax")
     batch = {"inputs": tokens(16)[None], "segment_ids": np.ones((1, 16), np.int32)}
     found = AttentionProbe(config, make_mesh(MeshConfig()), batch)(params)
-    assert sorted(found) == [f"attention_{name}" for name in ("first_token", "mass", "zero_share")]
+    names = ("first_token", "mass", "visited", "zero_share")
+    assert sorted(found) == [f"attention_{name}" for name in names]
+    assert found["attention_visited"] == 1
     assert found["attention_mass"] == pytest.approx(1)
 
 

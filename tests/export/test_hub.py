@@ -13,8 +13,9 @@ import tokenizers
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
 from lazyattn.export.flags import ExportOptions
-from lazyattn.export.hub import loading, write
+from lazyattn.export.hub import CODE, loading, write
 from lazyattn.export.main import export
+from lazyattn.model.config import VARIANTS, AttentionConfig
 from lazyattn.model.distance_bias import NAMES
 from lazyattn.pretrained import hub, names
 from lazyattn.pretrained.load import ExportedModel, load_model
@@ -103,6 +104,22 @@ def test_an_embedding_that_is_scaled_comes_out_scaled():
 def test_what_no_family_is_has_a_modeling_file(config):
     assert hub.family_of(config) is None
     assert loading(config) == "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
+
+
+# Settings that change nothing of the function, or that others follow from.
+NOT_NEEDED = {
+    *("num_heads", "num_kv_heads", "head_dim", "global_share", "slope_shards"),  # in config.json
+    *("bias_init", "bias_std", "offset_init", "skip_mass", "implementation"),
+}
+
+
+def test_the_modeling_file_knows_every_setting():
+    """A new one must be computed there, refused in `hub.write`, or named here."""
+    text = CODE.read_text()
+    settings = {field.name for field in dataclasses.fields(AttentionConfig)}
+    assert {name for name in settings if f'settings["{name}"]' not in text} == NOT_NEEDED
+    for name in VARIANTS:
+        assert name == "lazy" or f'"{name}"' in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

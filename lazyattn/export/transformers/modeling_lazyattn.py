@@ -17,10 +17,14 @@ begin with the tokenizer's first token, as the texts of training did; the tokeni
 import math
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"This model needs transformers 5, but {transformers.__version__} is here.")
 
 QUERIES_AT_ONCE = 256
 # What transformers calls the cache, up to 5.23 and since.
@@ -144,10 +148,10 @@ class LazyAttention(nn.Module):
         if self.settings["qk_norm"]:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.rotated(query, rotation), self.rotated(key, rotation)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer)
         index, start, mask = rows
-        if mask is not None:  # a cache of a fixed length has keys behind the last
+        if cache is not None:  # one of a fixed length has to be told where, up to some version
+            key, value = cache.update(key, value, self.layer, {"cache_position": index})
+        if mask is not None:  # that one has keys behind the last
             mask = functional.pad(mask, (0, key.shape[2] - mask.shape[1]))
         bias = self.bias_by_distance(key.shape[2], x.device) if self.has_bias else None
         parts = []
@@ -247,10 +251,10 @@ class LazyAttnPreTrainedModel(PreTrainedModel):
 
     config_class = LazyAttnConfig
     base_model_prefix = "model"
-    _no_split_modules = ("Layer",)
+    _no_split_modules = ["Layer"]  # noqa: RUF012
     _supports_sdpa = True
     # Small, and bfloat16 would move what a weight's being zero hangs on.
-    _keep_in_fp32_modules_strict = ("norm", "offset", "distance")
+    _keep_in_fp32_modules_strict = ["norm", "offset", "distance"]  # noqa: RUF012
 
 
 class LazyAttnModel(LazyAttnPreTrainedModel):

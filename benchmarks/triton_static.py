@@ -81,10 +81,10 @@ def captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[Lau
     """Gives a list that launches are added to, instead of being made, while calls are traced."""
     launches: list[Launch] = []
 
-    def capture(kernel, arrays, outputs, grid, block, static):
+    def capture(kernel, arrays, outputs, grid, block, static, in_place=()):
         types = tuple(_TYPES[str(x.dtype)] for x in (*arrays, *outputs))
         launches.append(Launch(kernel, types, block, static))
-        return [jnp.zeros(x.shape, x.dtype) for x in outputs]
+        return [*(jnp.zeros(x.shape, x.dtype) for x in outputs), *(arrays[n] for n in in_place)]
 
     table = config.blocks
     if blocks is not None:

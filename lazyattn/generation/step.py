@@ -1,9 +1,9 @@
-"""A step of a few tokens in as few kernels as there can be: eight a layer.
+"""A step of a few tokens in as few kernels as there can be: seven a layer.
 
 Beside what a step must read, every kernel costs microseconds, so on a GPU the layers are put
 together here from kernels that do several things at once; elsewhere `Transformer` does it. Norm
 and projections are one (`triton_dense`); norms, RoPE and writing to the cache (`enter`); attention
-three; its output with the residual stream; norm, SwiGLU's first half; and its second.
+two; its output with the residual stream; norm, SwiGLU's first half; and its second.
 """
 
 import dataclasses

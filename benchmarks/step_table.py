@@ -306,11 +306,9 @@ def _theirs(run: Run, began: float, *, warm: bool) -> dict[str, Any]:
 
 def _child(run: Run, options: flags.FlagValues) -> dict[str, Any]:
     """Does one process's share of a run."""
-    import jax
+    from lazyattn import compile_cache
 
-    jax.config.update("jax_compilation_cache_dir", options.cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compile_cache.use(pathlib.Path(options.cache), limit=-1)
     warm = options.phase == "warm"
     if run.attention in PEERS:
         return _theirs(run, options.began, warm=warm)

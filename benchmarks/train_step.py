@@ -14,6 +14,7 @@ Writes a JSON file and a Markdown table. All kinds' states are in memory at once
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -38,7 +39,7 @@ from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import RECIPES, AttentionConfig
 from lazyattn.model.objective import Batch
-from lazyattn.training import remat
+from lazyattn.training import kept_step, remat
 from lazyattn.training.optimizer import make_optimizer
 
 # Changes to the config's attention. That of `cudnn` is replaced besides.
@@ -145,9 +146,10 @@ def lowered_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mes
     factory = state_factory(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
-        step, said = remat.make_step(
-            experiment, mesh, optimizer, factory.shardings, factory.abstract
+        make = functools.partial(
+            remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
         )
+        step, said = kept_step.read_or_make(make, experiment, mesh, factory.abstract, kind=kind)
         for line in said:
             print(line, file=sys.stderr, flush=True)
         if isinstance(step.jitted, jax.stages.Compiled):

@@ -35,6 +35,7 @@ from lazyattn.errors import require
 
 _GIB = 2**30
 _PATIENCE = 10.0  # seconds that JAX waits for the folder's lock, too
+_used: list[str | None] = [None]  # the folder that was set up here, last
 # Compiling less long than this costs less than a file.
 _LEAST_SECONDS = 0.2
 
@@ -101,6 +102,18 @@ def set_up(values: flags.FlagValues = flags.FLAGS) -> str | None:
         except (OSError, NotImplementedError, filelock.Timeout) as error:
             why = getattr(error, "strerror", None) or error
             return f"Compiled programs are not kept: {str(folder)!r} cannot be written to ({why})."
+    use(folder, limit)
+    return None
+
+
+def use(folder: Path, limit: int) -> None:
+    """Has JAX keep what it compiles in a folder.
+
+    Args:
+      folder: it exists.
+      limit: bytes; -1: there is none.
+    """
+    _used.append(str(folder))
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", limit)
     for name, value in (
@@ -109,7 +122,13 @@ def set_up(values: flags.FlagValues = flags.FLAGS) -> str | None:
     ):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-    return None
+
+
+def steps_folder() -> Path | None:
+    """Returns where whole training steps are kept; None: nowhere, as in a bucket."""
+    folder = jax.config.jax_compilation_cache_dir
+    ours = jax.config.jax_enable_compilation_cache and folder and folder == _used[-1]
+    return Path(folder) / "steps" if ours and not buckets.is_bucket(folder) else None
 
 
 def default_folder() -> Path:

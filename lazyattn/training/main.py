@@ -25,7 +25,7 @@ from lazyattn.distributed import gather_rows
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
-from lazyattn.training import balance, remat, resume_data
+from lazyattn.training import balance, kept_step, remat, resume_data
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Finished, Hooks, Started
 from lazyattn.training.initialize import Weights, check_teaching, read_weights
@@ -142,9 +142,10 @@ def train(
                 curves=(curves,),
             )
             stack.enter_context(log)
-            step_fn, policy = remat.make_step(
-                experiment, mesh, optimizer, factory.shardings, factory.abstract
+            make = functools.partial(
+                remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
+            step_fn, policy = kept_step.read_or_make(make, experiment, mesh, factory.abstract)
             for line in policy:
                 _say(line)
             run = Run(

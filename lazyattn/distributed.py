@@ -12,8 +12,12 @@ What a process tells the others goes by JAX's client of the coordinator, which h
 Rows of arrays go by `multihost_utils`.
 """
 
+import contextlib
 import os
 import re
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,6 +125,35 @@ def initialize(values: flags.FlagValues = flags.FLAGS, *, automatic: bool = True
             "--coordinator, --process_id and --process_count must all be given, since this"
             f" environment does not tell what is left out ({error})."
         ) from None
+
+
+def joined() -> bool:
+    """Returns whether JAX waits for other processes before this one ends."""
+    return distributed.global_state.client is not None
+
+
+@contextlib.contextmanager
+def not_left_waiting(*agreed: type[Exception]) -> Iterator[None]:
+    """Ends this process at once at an error that the other processes don't know of.
+
+    If it cleaned up first, it would wait for them, in a save or in JAX's end, and they wait for it:
+    for minutes, or for ever. They notice sooner that it is gone. A program of one process is left
+    alone.
+
+    Args:
+      *agreed: errors that all processes have together, which go their way.
+    """
+    try:
+        yield
+    except agreed:
+        raise
+    except (Exception, KeyboardInterrupt):
+        if not joined():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class StopAgreement:

@@ -264,7 +264,8 @@ def main(argv: Sequence[str]) -> int:
         distributed.initialize(automatic=several)
         if mode in _COMPILE_ON_THIS_MACHINE and (trouble := compile_cache.set_up()):
             print(trouble, file=sys.stderr)
-        return _MODES[mode]() or 0
+        with distributed.not_left_waiting(InputError):
+            return _MODES[mode]() or 0
     except InputError as error:
         return _refuse(error)
     except KeyboardInterrupt:  # before training began, or a second one

@@ -1,15 +1,19 @@
 """SIGTERM and Ctrl-C end a run after the step under way, not in the middle of it."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
+
+from lazyattn.distributed import joined
 
 
 class StopSignal:
     """While entered, SIGTERM and SIGINT set `received` instead of ending the process.
 
     A second SIGINT interrupts at once. Before `arm` there is nothing to save: either
-    signal then ends the program where it stands.
+    signal then ends the program where it stands. Of several processes it does so without cleaning
+    up: JAX would wait for the others, who wait for this one, until it is killed.
 
     Attributes:
       received: the signal that arrived, or None.
@@ -45,6 +49,9 @@ class StopSignal:
         again = self.received is not None
         self.received = signal.Signals(number)
         if not self._armed:
+            if joined():
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             raise SystemExit(self.exit_status)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt

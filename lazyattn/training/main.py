@@ -12,7 +12,7 @@ import jax
 
 from lazyattn import sharding
 from lazyattn.checkpoint import workdir as folders
-from lazyattn.checkpoint.manager import Checkpoints, Restored
+from lazyattn.checkpoint.manager import Checkpoints, Restored, SaveError
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.data.pipeline import (
     BatchIterator,
@@ -21,7 +21,8 @@ from lazyattn.data.pipeline import (
     prepare,
     train_iterator,
 )
-from lazyattn.distributed import gather_rows
+from lazyattn.distributed import gather_rows, not_left_waiting
+from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
@@ -31,7 +32,7 @@ from lazyattn.training.hooks import Finished, Hooks, Started
 from lazyattn.training.initialize import Weights, check_teaching, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
-from lazyattn.training.loop import Run, fit
+from lazyattn.training.loop import NonFiniteError, Run, fit
 from lazyattn.training.profile import StepProfile
 from lazyattn.training.teaching import make_run_optimizer
 from lazyattn.training.weights_and_biases import WeightsAndBiases
@@ -164,7 +165,8 @@ def train(
                 profile=stack.enter_context(StepProfile(workdir, profile)),
             )
             stop.arm()
-            state, record = fit(run, state)
+            with not_left_waiting(InputError, NonFiniteError, SaveError):
+                state, record = fit(run, state)
             spent = log.goodput.lines()
         last = int(state.step)
         if last < steps:

@@ -4,6 +4,7 @@
 
 kill: SIGKILL while a checkpoint is half written: all arrays are there, its name is not.
 full: no space is left on the device when this process has a checkpoint to write.
+raise: this process has an error, after this step, that nobody has thought of.
 nan: the loss of this process's rows is NaN at this step and the one after.
 """
 
@@ -41,6 +42,19 @@ def kill():
 
 def full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def stumble(step):
+    from lazyattn.training.log import RunLog
+
+    write = RunLog.write
+
+    def stumbling(log, record):
+        write(log, record)
+        if record["step"] == step:
+            raise RuntimeError("nobody has thought of this")
+
+    RunLog.write = stumbling
 
 
 def poison(step, here):
@@ -82,6 +96,8 @@ def main(argv):
     )
     if what == "nan":
         poison(int(step), here)
+    elif here and what == "raise":
+        stumble(int(step))
     elif here:
         _in_a_save(int(step), {"kill": kill, "full": full}[what])
     from lazyattn import main as train

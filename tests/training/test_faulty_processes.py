@@ -117,6 +117,32 @@ def test_sigterm_to_all(shell, whole):
     assert shell.losses("preempted") == whole
 
 
+def _status_of(process, others, seconds=60):
+    """Returns with which status a process ends whom the others keep waiting; ends them."""
+    try:
+        return process.wait(timeout=seconds), process.communicate()[1]
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def test_an_error_that_one_process_has_ends_it_at_once(shell, whole):
+    # Amid the save of step 12, which it must not wait for.
+    processes = shell.start("stumbled", 2, FSDP, fault="raise,13,1")
+    status, err = _status_of(processes[1], processes[:1], seconds=200)
+    assert status == 1 and "RuntimeError: nobody has thought of this" in err
+    shell.run("stumbled", 2, FSDP)
+    assert shell.losses("stumbled") == whole
+
+
+def test_sigterm_to_one_before_the_first_step_ends_it_at_once(shell):
+    processes = shell.start("early", 2, FSDP)
+    assert any(line.startswith("data ") for line in iter(processes[0].stdout.readline, ""))
+    processes[1].send_signal(signal.SIGTERM)
+    assert _status_of(processes[1], processes[:1])[0] == -signal.SIGTERM
+
+
 def test_shards_vanish_before_the_eyes_of_one_process(shell):
     name = "vanished"
     mine = write_folder(shell.folder / "shards", train=300, per_shard=2)

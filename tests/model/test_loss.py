@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from lazyattn.errors import InputError
+from lazyattn.model import loss
 from lazyattn.model.loss import LossSums, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 14, 8, 29
@@ -70,6 +71,17 @@ def test_large_logits_stay_finite():
         lambda h: cross_entropy(h, embedding, targets, weights, chunk=12).objective
     )(1e4 * hidden)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e5])
+def test_one_pass_finds_what_two_find(scale):
+    logits = scale * jax.random.normal(jax.random.key(0), (2, 3, 1000))
+    logits = logits.at[0, 0].add(-1e30)
+    expected, found = loss._maximum_and_sum(logits), loss._maximum_and_sum_at_once(logits)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    broken = loss._maximum_and_sum_at_once(logits.at[0, 1, 7].set(jnp.nan))
+    assert all(np.isnan(x[0, 1, 0]) and np.isfinite(x[0, 0, 0]) for x in broken)
 
 
 def test_positions_of_weight_zero_may_hold_any_target():

@@ -56,6 +56,11 @@ PEERS = ("jla", "jla_fp8")
 REMATS = ("none", "dots", "attention", "full", "auto")
 LENGTH = 4096
 _STEPS, _ROUNDS, _TRACED = 5, 5, 3
+_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "backend",
+}
 _GRAPHS_OFF = "--xla_gpu_enable_command_buffer="
 
 
@@ -149,6 +154,23 @@ def _timed(step: Callable[[], Any]) -> float:
     return statistics.median(times[1:])
 
 
+def _durations() -> dict[str, float]:
+    """Returns seconds that JAX traces, lowers and compiles from now on, or reads what was compiled.
+
+    They are those of the process, the step's and the others.
+    """
+    import jax
+
+    found = dict.fromkeys((f"{name}_s" for name in _EVENTS.values()), 0.0)
+
+    def listen(name: str, seconds: float, **_: Any) -> None:
+        if name in _EVENTS:
+            found[f"{_EVENTS[name]}_s"] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
+
+
 def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
     import jax
     import numpy as np
@@ -160,14 +182,16 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
 
     experiment = experiment_of(run)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices()[:1])
+    durations = _durations()
+    found: dict[str, Any] = {"start_s": time.time() - began}
     begin = time.perf_counter()
     compiled = train_step.compiled_step(run.attention, experiment, mesh)
-    seconds = time.perf_counter() - begin
+    found |= {"compile_s": time.perf_counter() - begin, **durations}
     state = train_step.initial_state(run.attention, experiment, mesh)
     random = np.random.default_rng(1)
     batches = [train_step.random_batch(experiment, mesh, random) for _ in range(4)]
     state, metrics = jax.block_until_ready(compiled(state, batches[0]))
-    found: dict[str, Any] = {"compile_s": seconds, "first_step_s": time.time() - began}
+    found["first_step_s"] = time.time() - began
     if warm:
         return found
     memory = compiled.memory_analysis()
@@ -356,9 +380,9 @@ def measure(
             if parts and phase == "cold":
                 print(done.stderr[done.stderr.find("| part |") :], flush=True)
             one = json.loads(done.stdout.strip().splitlines()[-1])
-            for name in ("compile_s", "first_step_s"):
-                found[f"{name.removesuffix('_s')}_{phase}_s"] = one.pop(name)
-            found |= one
+            for name, value in one.items():
+                seconds = name.removesuffix("_s")
+                found[name if seconds == name else f"{seconds}_{phase}_s"] = value
     return found
 
 
@@ -412,6 +436,7 @@ def _run(options: flags.FlagValues) -> None:
             **{"length": run.length, "batch": run.batch, "command_buffers": not options.parts},
             **found,
             "commit": commit,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             **provenance.made_by("benchmarks.step_table"),
         }
         with output.open("a") as file:

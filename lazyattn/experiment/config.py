@@ -56,6 +56,12 @@ class ExperimentConfig:
             self.model.lora_rank,
             "0 while teaching.frozen is False, since the matrices themselves are trained then",
         )
+        require(
+            not self.teaching.frozen or self.optimizer.name == "adamw",
+            "optimizer.name",
+            self.optimizer.name,
+            "'adamw' while teaching.frozen is True, since Muon is for matrices, which are frozen",
+        )
         attention = self.model.attention
         require(
             not self.teaching.frozen

@@ -199,6 +199,10 @@ def _state(workdir, experiment):
         ({"model.attention.variant": "softmax"}, "offset_steps is 4, but it must be 0 while"),
         ({"model.attention.variant": "biased_softmax"}, "offset_steps is 4, .* 'biased_softmax'"),
         ({"model.lora_rank": 2}, "lora_rank is 2, but it must be 0 while teaching.frozen is False"),
+        (
+            {"teaching.frozen": True, "optimizer.name": "muon"},
+            "optimizer.name is 'muon', but it must be 'adamw' while teaching.frozen is True",
+        ),
         ({"teaching.distill": 2.0}, "teaching.distill is 2.0, but it must be from 0 to 1"),
         (
             {

@@ -172,7 +172,9 @@ def readme() -> str:
 def _study() -> list[list[str]]:
     path = RESULTS / "study.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()]
-    runs = [run for run in runs if run["variant"] == _CHOSEN and run.get("attention_ms")]
+    tokens = main_tokens(runs)
+    runs = [run for run in runs if (run["variant"], run["tokens"]) == (_CHOSEN, tokens)]
+    runs = [run for run in runs if run.get("attention_ms")]
     if not runs:
         return []
     said = ["a model of the study, its own queries and keys", "the same at length 16,384"]
@@ -198,7 +200,7 @@ def loss() -> str:
         "window512": "softmax, 3/4 of the heads with a window of 512",
         "softmax_alibi": "softmax with the learned bias of `sharp`",
         "sharp": "`sharp`: the same with Elastic-Softmax",
-        "softmax_alibi_qk_norm": "softmax with the learned bias and QK norm",
+        "softmax_alibi_qk_norm_steady": "softmax with the learned bias and QK norm",
         _CHOSEN: "`sharp_norm`, our default: `sharp` with QK norm",
     }
     lines = [json.loads(line) for line in (RESULTS / "study.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ _DTYPES = ("F32", "F16", "BF16", "F64")
 MAX_BYTES = 4_000_000_000
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"  # how Git LFS begins what stands for a file
 
 
 def require_library() -> None:
@@ -132,6 +133,12 @@ def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Read]]:
                 headers = {name: held.get_slice(name) for name in listed}
                 found = {name: tuple(one.get_shape()) for name, one in headers.items()}
             except (safetensors.SafetensorError, OSError) as error:
+                with contextlib.suppress(OSError), file.open("rb") as stream:
+                    if stream.read(len(_POINTER)) == _POINTER:
+                        raise InputError(
+                            f"{str(file)!r} is a pointer of Git LFS, but it must be the file"
+                            " itself: run git lfs pull in that folder."
+                        ) from None
                 raise InputError(
                     f"{str(file)!r} can't be read as a safetensors file ({error})."
                 ) from None

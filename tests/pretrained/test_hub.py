@@ -232,6 +232,14 @@ def test_a_missing_file(tmp_path):
         load_model(tmp_path)
 
 
+def test_files_that_git_has_not_fetched(tmp_path):
+    hub_folder.write(tmp_path, LLAMA)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match=r"is a pointer of Git LFS, but .* run git lfs pull in"):
+        load_model(tmp_path)
+
+
 def test_a_tokenizer_of_more_ids_than_the_vocabulary(tmp_path, monkeypatch):
     hub_folder.write(tmp_path, LLAMA)
     Tokenizer.train(["a text"], 262).save(tmp_path / "tokenizer.json")

@@ -131,13 +131,14 @@ class LazyAttention(nn.Module):
         without = self.is_global(x.device).reshape(x.shape[1], -1)[:, 0]
         return torch.where(without[:, None, None], x, turned)
 
-    def forward(self, x, rotation, rows, cache):
+    def forward(self, x, rotation, past, start, mask, cache):
         """Returns the update of the residual stream.
 
         Args:
           x: [batch, length, width].
           rotation: cos and sin of RoPE's angles, [batch, 1, length, head_dim / 2] each.
-          rows: `index`, `start` and `mask` of all queries, as in `attend`.
+          past: how many keys the cache has already.
+          start, mask: as in `attend`, of all queries and keys.
           cache: of transformers, or None.
         """
 
@@ -148,35 +149,35 @@ class LazyAttention(nn.Module):
         if self.settings["qk_norm"]:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.rotated(query, rotation), self.rotated(key, rotation)
-        index, start, mask = rows
-        if cache is not None:  # one of a fixed length has to be told where, up to some version
-            key, value = cache.update(key, value, self.layer, {"cache_position": index})
-        if mask is not None:  # that one has keys behind the last
-            mask = functional.pad(mask, (0, key.shape[2] - mask.shape[1]))
+        length = x.shape[1]
+        if cache is not None:
+            # One of a fixed length has to be told where, up to some version.
+            where = {"cache_position": past + torch.arange(length, device=x.device)}
+            key, value = cache.update(key, value, self.layer, where)
         bias = self.bias_by_distance(key.shape[2], x.device) if self.has_bias else None
         parts = []
-        for first in range(0, query.shape[2], QUERIES_AT_ONCE):
-            part = slice(first, first + QUERIES_AT_ONCE)
-            rows = query[:, :, part], key, value, bias, index[part], start[:, part], mask
-            parts.append(self.attend(*rows))
+        for first in range(0, length, QUERIES_AT_ONCE):
+            last = min(first + QUERIES_AT_ONCE, length)
+            rows, seen = query[:, :, first:last], slice(past + last)
+            keys = key[:, :, seen], value[:, :, seen], None if mask is None else mask[:, seen]
+            parts.append(self.attend(rows, *keys, start[:, first:last], bias))
         out = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
         if self.settings["output_gate"]:
             out = out * self.g_proj(x).sigmoid()
         return self.o_proj(out)
 
-    def attend(self, query, key, value, bias, index, start, mask):
-        """Returns what some queries take of all keys, [batch, heads, queries, head_dim].
+    def attend(self, query, key, value, mask, start, bias):
+        """Returns what some queries take of the keys, [batch, heads, queries, head_dim].
 
         Args:
           query: [batch, heads, queries, head_dim].
-          key, value: [batch, kv_heads, keys, head_dim].
-          bias: by distance, [heads, keys], or None.
-          index: which key stands where a query does, [queries].
-          start: first key of its document, [batch or 1, queries].
+          key, value: [batch, kv_heads, keys, head_dim], up to those of the last query.
           mask: which keys are no padding, [batch, keys]; None: all.
+          start: first key of its document, [batch or 1, queries].
+          bias: by distance, [heads, keys or more], or None.
         """
         keys = torch.arange(key.shape[2], device=key.device)
-        distance = index[:, None] - keys
+        distance = keys[-query.shape[2] :, None] - keys
         visible = (distance >= 0) & (keys >= start[..., None])
         if mask is not None:
             visible = visible & mask[:, None]
@@ -330,7 +331,7 @@ class LazyAttnModel(LazyAttnPreTrainedModel):
             start = index - position_ids
         rotation = self.rotation(position_ids)
         for layer in self.layers:
-            x = layer(x, rotation, (index, start, mask), cache)
+            x = layer(x, rotation, past, start, mask, cache)
         return BaseModelOutputWithPast(self.norm(x), **{CACHE: cache})
 
 

@@ -14,11 +14,13 @@ The shape is that of the 340M model: 24 layers, 16 heads of 64, bfloat16. Cases 
   today          Elastic-Softmax by lazy_attention with query_start, what decoding was before
 
 Queries and keys are random, of the norm that `qk_norm` gives them at initialization. Every row
-is as long as the context. Attention is timed over a few layers, each with a cache of its own, so
-that none stays in the chip's cache, and given for all 24; tokens follow each other on the device
-(torch's as a CUDA graph), since the host takes longer to start short kernels than they run.
+is as long as the context. Attention is timed over a few layers in turn, as many as there are in
+all, each of the few with a cache of its own, so that none stays in the chip's cache; tokens follow
+each other on the device (torch's as a CUDA graph), since the host takes longer to start short
+kernels than they run. A call of a compiled loop takes milliseconds before its first kernel, so that
+few tokens a call say too much.
 --profile=FILE also gets a line of JSON of each of our timings: kernels a token, their times, and
-the gaps between them; of attention `layers` of them, of a whole token all.
+the gaps between them; the attention of a token, then the whole token.
 `bytes` is what a token must read: weights (for the whole token), keys of pages that are read, and
 values of pages with a weight, counted on the inputs themselves. `limit_ms` is the time of that many
 bytes at the rate of a copy in the same run.
@@ -77,7 +79,7 @@ _LAYERS = flags.DEFINE_integer("layers", 24, "Layers of the model.")
 _OFFSET = flags.DEFINE_float("offset", -0.5, "tau of an initialized model.")
 _WIDTH = flags.DEFINE_integer("width", 1024, "Bias table.")
 _SECONDS = flags.DEFINE_float("seconds", 190.0, "Begin nothing and end after so many.")
-_CALLS = flags.DEFINE_integer("calls", 10, "Tokens in a row.")
+_CALLS = flags.DEFINE_integer("calls", 50, "Tokens in a row.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Times each is timed; the median counts.")
 _PROFILE = paths.define("profile", None, "File for lines with the time of each kernel.")
 _FUSED = flags.DEFINE_boolean("fused", True, "Whole tokens by lazyattn/generation/step.py.")
@@ -230,14 +232,14 @@ class Run:
             layers += job.inputs()
         job.measure(layers, self.rate, _ROUNDS.value)
         if job.line.implementation == "lazyattn":
-            self._profile(job.line, job.number, job.calls, job.callable(layers))
+            self._profile(job.line, job.calls, job.callable(layers))
 
-    def _profile(self, line: Line, layers: int, calls: int, run: Callable[[], Any]) -> None:
+    def _profile(self, line: Line, calls: int, run: Callable[[], Any]) -> None:
         """Notes where the time of tokens went, if it was asked for."""
         if not _PROFILE.value:
             return
         about = {k: getattr(line, k) for k in ("attention", "cache", "slopes", "context", "batch")}
-        about |= {"layers": layers} | timing.breakdown(timing.timeline(run), calls)
+        about |= timing.breakdown(timing.timeline(run), calls)
         with open(_PROFILE.value, "a") as file:
             file.write(json.dumps(about) + "\n")
         kernels = list(about["kernels"].items())[:8]
@@ -247,7 +249,7 @@ class Run:
 
     def _token(self, whole: token.Token) -> None:
         several = whole.measure(self.rate)
-        self._profile(whole.line, len(whole.plan.layers), whole.calls, several)
+        self._profile(whole.line, whole.calls, several)
 
     def _in_time(self, line: Line) -> bool:
         if self.left > 0:

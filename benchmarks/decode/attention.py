@@ -169,9 +169,16 @@ class Attention:
             return {"cudnn": _cudnn, "today": self._today}[self.line.implementation](given)
 
         def token(_: Array, queries: list[Array]) -> list[Array]:
-            outs = [attend(n, x | {"query": queries[n]}) for n, x in enumerate(layers)]
-            # The next token waits for this one, and rounding keeps its queries as they are.
-            return [q + 2.0**-20 * out for q, out in zip(queries, outs, strict=True)]
+            # As many layers as a token has: the host takes longer to start a loop's turn than a
+            # few short kernels take.
+            queries = list(queries)
+            for n in range(len(self.plan.layers)):
+                at = n % len(layers)
+                out = attend(at, layers[at] | {"query": queries[at]})
+                # The next call waits for this one, and rounding keeps its queries as they are.
+                at = (n + 1) % len(layers)
+                queries[at] = queries[at] + 2.0**-20 * out
+            return queries
 
         # The host would take longer to start short kernels than they run.
         return jax.lax.fori_loop(0, self.calls, token, [given["query"] for given in layers])
@@ -255,13 +262,12 @@ class Attention:
         line.limit_attention_ms = 1e3 * line.bytes_attention / rate
         line.read_share = line.bytes_attention / self.whole
         run = self.callable(layers)
-        ms = timing.milliseconds(run, calls=1, rounds=rounds) / self.calls
-        line.ms_attention = ms * number / self.number
+        line.ms_attention = timing.milliseconds(run, calls=1, rounds=rounds) / self.calls
 
     def callable(self, layers: list[dict[str, Any]]) -> Callable[[], Any]:
         """Returns what is timed."""
         if self.line.implementation == "torch":
-            return torch_run(layers, self.calls)
+            return torch_run(layers, self.calls * len(self.plan.layers))
         return functools.partial(self.run, layers)
 
 
@@ -278,7 +284,7 @@ def _cudnn(given: dict[str, Any]) -> Array:
 
 
 def torch_run(layers: list[dict[str, Any]], calls: int) -> Callable[[], Any]:
-    """Returns torch's fused attention of these layers so many times, as one graph if it can be."""
+    """Returns so many calls of torch's fused attention to these layers, as a graph if possible."""
     import torch
 
     arrays = []
@@ -295,9 +301,8 @@ def torch_run(layers: list[dict[str, Any]], calls: int) -> Callable[[], Any]:
             torch.cuda.synchronize()
 
     def several() -> None:
-        for _ in range(calls):
-            for x in arrays:
-                attention(*x)
+        for n in range(calls):
+            attention(*arrays[n % len(arrays)])
 
     several()
     torch.cuda.synchronize()

@@ -24,9 +24,8 @@ from pallas_kernels.triton.tile import PRECISION, constant
 MAX_TOKENS = 64
 MAX_MATRICES = 3
 WARPS = 4
-STAGES = 4
-# Bytes of a program's tile of a matrix.
-TILE_BYTES = 8192
+# Bytes of a row of a program's tile of tokens.
+TILE_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,8 @@ def _multiply(pointers, weight_ptr, static: tl.constexpr, matrix: tl.constexpr):
     shape: tl.constexpr = (static.tile_tokens, static.tile_columns)
     found = tl.full(shape, 0, tl.float32)
     other = found
-    squares = tl.full((static.tile_tokens,), 0, tl.float32)
+    # Added up at the end: sums over a row are what warps wait for each other at.
+    squares = tl.full((static.tile_tokens, static.tile_inner), 0, tl.float32)
     for start in tl.range(0, static.inner, static.tile_inner):
         k = start + tl.arange(0, static.tile_inner)
         inside = k < static.inner
@@ -104,7 +104,7 @@ def _multiply(pointers, weight_ptr, static: tl.constexpr, matrix: tl.constexpr):
         weight = tl.load(at, mask=inside[:, None], other=0.0)
         if static.normed:
             wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+            squares += wide * wide
             scale = tl.load(scale_ptr + k, mask=inside, other=0.0)
             x = (wide * scale[None, :]).to(x.dtype)
         found = tl.dot(x, weight, found, input_precision=PRECISION)
@@ -112,7 +112,8 @@ def _multiply(pointers, weight_ptr, static: tl.constexpr, matrix: tl.constexpr):
             weight = tl.load(at + matrix.columns, mask=inside[:, None], other=0.0)
             other = tl.dot(x, weight, other, input_precision=PRECISION)
     if static.normed:
-        factor = tl.rsqrt(squares / static.inner + static.epsilon)[:, None]
+        mean = tl.sum(squares, 1) / static.inner
+        factor = tl.rsqrt(mean + static.epsilon)[:, None]
         found *= factor
         other *= factor
     if static.gated:
@@ -184,17 +185,18 @@ def dense(
     tokens, inner = x.shape
     sizes = [weight.shape[1] // (2 if gated else 1) for weight in weights]
     matrices = tuple(Matrix(n, sum(sizes[:i])) for i, n in enumerate(sizes))
-    # Narrow tiles, where there would be few programs.
-    tile_columns = 16 if gated or sum(sizes) < 32 * 96 else 32
+    # Narrow tiles where there would be few programs, and more of them in flight.
+    narrow = sum(sizes) < 32 * 64
+    tile_columns, stages = (16, 6) if narrow else (32, 4)
     tile_tokens = max(16, power_of_two(tokens))
-    tile_inner = TILE_BYTES // (tile_columns * x.dtype.itemsize)
+    tile_inner = TILE_BYTES // x.dtype.itemsize // (2 if tile_tokens > 32 else 1)
     static = Static(
         tokens=tokens,
         inner=inner,
         matrices=matrices,
         tile_tokens=tile_tokens,
         tile_columns=tile_columns,
-        tile_inner=min(tile_inner, 64 if tile_tokens > 32 else 256),
+        tile_inner=tile_inner,
         gated=gated,
         normed=norm is not None,
         epsilon=epsilon,
@@ -206,7 +208,7 @@ def dense(
         (x, norm if norm is None else norm.astype(jnp.float32), residual, *every),
         (jax.ShapeDtypeStruct((tokens, static.columns), x.dtype),),
         (static.columns // tile_columns,),
-        Block(tile_tokens, tile_columns, WARPS, STAGES),
+        Block(tile_tokens, tile_columns, WARPS, stages),
         static,
     )
     return out

@@ -11,9 +11,11 @@ from pallas_kernels.triton import support
 from pallas_kernels.triton.config import padded_head_dim, power_of_two
 from pallas_kernels.triton.tile import constant
 
-# Programs that a launch has at least, where there are pages for them: four for each
-# multiprocessor of a large GPU.
-PROGRAMS = 512
+# Programs that a launch has at most, where none would look after too many pages: what an H200
+# runs at once, so that none waits for another to end.
+PROGRAMS = 640
+# Programs of softmax at least: they run long, and several rounds of them end more evenly.
+SOFTMAX_PROGRAMS = 1024
 # Pages that a program looks after at most, since it takes notes of each, unless a row had more
 # splits than MAX_SPLITS, which all read what all have found.
 MAX_TURNS = 32
@@ -204,8 +206,11 @@ def make_static(call: Call) -> Static:
     programs = batch * -(-rows // tile_rows)
     pages = [-(-cache.slots // types.PAGE) for cache in call.caches]
     work = sum(len(cache.heads) * n for cache, n in zip(call.caches, pages, strict=True))
-    # The power of two below what leaves PROGRAMS of them.
-    turns = power_of_two(max(1, programs * work // PROGRAMS) + 1) // 2
+    if call.offset is None:
+        # The power of two below what leaves so many of them.
+        turns = power_of_two(max(1, programs * work // SOFTMAX_PROGRAMS) + 1) // 2
+    else:
+        turns = power_of_two(-(-programs * work // PROGRAMS))
     # Without a bias far keys count as much as near ones.
     skip = call.settings.skip_mass > 0 and call.distance_bias is not None
     skip = skip and all(cache.key_norms is not None for cache in call.caches)

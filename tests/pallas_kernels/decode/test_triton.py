@@ -11,10 +11,11 @@ from tests.pallas_kernels.decode import suite
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Returns a function that says how many programs there are at least; few at first."""
+    """Returns a function that says about how many programs there are; few at first."""
 
     def set_programs(number):
         monkeypatch.setattr(triton_plan, "PROGRAMS", number)
+        monkeypatch.setattr(triton_plan, "SOFTMAX_PROGRAMS", number)
 
     # A program of few looks after several pages, of which some are no one's.
     monkeypatch.setattr(triton_plan, "MAX_TURNS", 4)
@@ -50,9 +51,10 @@ def test_unread_pages_do_not_matter(decode, interpreted):
     suite.check_unread_pages_do_not_matter("triton", decode, pages=1, rows_together=False)
 
 
+@pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("slots", [(100,), (4096,), (131_072,), (256, 1024, 4096, 16_384)])
-def test_programs_cover_every_page_once(batch, slots):
+def test_programs_cover_every_page_once(batch, slots, softmax):
     kv_heads = 4 * len(slots)
     caches = []
     for n, number in enumerate(slots):
@@ -64,7 +66,7 @@ def test_programs_cover_every_page_once(batch, slots):
         lengths=np.zeros(batch, np.int32),
         distance_bias=None,
         distance_slope=None,
-        offset=None,
+        offset=None if softmax else np.zeros(kv_heads, np.float32),
         layer=np.int32(0),
         caches=tuple(caches),
         settings=types.Settings(0.125, 0.0, None, None, False, True),
@@ -78,4 +80,11 @@ def test_programs_cover_every_page_once(batch, slots):
         assert part.stop == part.start + batch * part.heads * part.splits
         start = part.stop
     pages = batch * 4 * sum(part.pages for part in static.parts)
-    assert start >= min(triton_plan.PROGRAMS, pages) / 2
+    if softmax:
+        assert start >= min(triton_plan.SOFTMAX_PROGRAMS, pages) / 2
+        return
+    # A cache's last program may look after few pages.
+    longest = max(part.turns for part in static.parts)
+    rest = batch * kv_heads
+    assert start <= triton_plan.PROGRAMS + rest or longest >= triton_plan.MAX_TURNS
+    assert start >= min(triton_plan.PROGRAMS, pages) / 4

@@ -70,13 +70,14 @@ def _sum_exponentials(
     CAUSAL: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """First sweep, over key tiles stop-1, ..., start.
+    """First sweep, over key tiles stop-1, ..., start; without an offset the only one.
 
-    state: maximum, sum and farthest live tile of each row. inputs: query tile, keys,
-    values, first key seen, bias. bar: what a tile must stay below to be dead.
+    state: maximum and sum of each row; its farthest live tile, or without an offset its sum of
+    weighted values. inputs: query tile, keys, values, first key seen, bias. bar: what a tile
+    must stay below to be dead.
     """
-    maximum, total, farthest = state
-    query, key, _, segment_start, bias = inputs
+    maximum, total, found = state
+    query, key, value, segment_start, bias = inputs
     for step in tl.range(0, stop - start):
         tile = stop - 1 - step
         column0 = tile * static.keys
@@ -86,15 +87,23 @@ def _sum_exponentials(
             scores = tl.where(visible, scores, MASKED)
         highest = tl.max(scores, 1) + rest
         new_maximum = tl.maximum(maximum, highest)
+        if not static.has_offset:
+            # Its place decides the order of instructions; the same below costs none.
+            shrink = tl.exp2(maximum - new_maximum)[:, None]
         exponentials = tl.exp2(scores - (new_maximum - rest)[:, None])
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(exponentials, 1)
         maximum = new_maximum
-        if static.skip_dead:
+        if not static.has_offset:
+            values = load_keys(value, column0, static, CAUSAL)
+            found = found * shrink
+            weights = exponentials.to(values.dtype)
+            found = tl.dot(weights, values, found, input_precision=PRECISION)
+        elif static.skip_dead:
             # The sum only grows, so this never calls a live tile dead; and a NaN is
             # not below anything, nor is what has no mass yet.
             dead = tl.exp2(highest - maximum) < total * bar
-            farthest = tl.where(dead, farthest, tile)
-    return maximum, total, farthest
+            found = tl.where(dead, found, tile)
+    return maximum, total, found
 
 
 @triton.jit
@@ -132,37 +141,6 @@ def _add_values(
             live = ones_where_positive(weights, rounded, static)
             live_v_sum = tl.dot(live, values, live_v_sum, input_precision=PRECISION)
     return out, live_v_sum
-
-
-@triton.jit
-def _softmax(
-    start,
-    stop,
-    state,
-    inputs,
-    row0,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """The only sweep where there is no offset, over key tiles stop-1, ..., start."""
-    maximum, total, out = state
-    query, key, value, segment_start, bias = inputs
-    for step in tl.range(0, stop - start):
-        column0 = (stop - 1 - step) * static.keys
-        scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
-        if CAUSAL or static.packed:
-            visible = _visible(column0, row0, segment_start, static, CAUSAL)
-            scores = tl.where(visible, scores, MASKED)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1) + rest)
-        shrink = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - (new_maximum - rest)[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        maximum = new_maximum
-        values = load_keys(value, column0, static, CAUSAL)
-        out = out * shrink[:, None]
-        out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
-    return maximum, total, out
 
 
 @triton.jit
@@ -219,27 +197,29 @@ def lazy_forward(
     inside = rows < static.length
     maximum = tl.full((static.queries,), LOWEST, tl.float32)
     total = tl.full((static.queries,), 0, tl.float32)
-    out = tl.full((static.queries, static.padded_dim), 0, tl.float32)
+    zeros = tl.full((static.queries, static.padded_dim), 0, tl.float32)
+    threshold = total
+    found = zeros
     if static.has_offset:
         offset = tl.load(offset_ptr + head)
         scale = load_row(offset_scale_ptr + at_batch, row0, 0.0, static)
         # Rows past the end are dead.
         threshold = tl.where(inside, thresholds(offset, scale), UNREACHABLE)
-        bar = threshold * (1 - DEAD_SLACK)
-        state = (maximum, total, tl.full((static.queries,), 0, tl.int32) + stop)
-        state = _sum_exponentials(diagonal, stop, state, inputs, bar, row0, static, True, near)
-        if static.has_bias:
-            state = _sum_exponentials(
-                far_stop, diagonal, state, inputs, bar, row0, static, False, near
-            )
-        if static.has_far:
-            state = _sum_exponentials(first, far_stop, state, inputs, bar, row0, static, False, far)
-        maximum, total, farthest = state
-        lse = maximum + tl.log2(total)
+        found = tl.full((static.queries,), 0, tl.int32) + stop
+    bar = threshold * (1 - DEAD_SLACK)
+    state = (maximum, total, found)
+    state = _sum_exponentials(diagonal, stop, state, inputs, bar, row0, static, True, near)
+    if static.has_bias:
+        state = _sum_exponentials(far_stop, diagonal, state, inputs, bar, row0, static, False, near)
+    if static.has_far:
+        state = _sum_exponentials(first, far_stop, state, inputs, bar, row0, static, False, far)
+    maximum, total, found = state
+    lse = maximum + tl.log2(total)
+    if static.has_offset:
         live = first
         if static.skip_dead:
-            live = tl.min(farthest, 0)
-        sums = (out, tl.full((static.queries, static.padded_dim), 0, tl.float32))
+            live = tl.min(found, 0)
+        sums = (zeros, zeros)
         if static.has_far:
             sums = _add_values(
                 live, far_stop, sums, inputs, lse, threshold, row0, static, False, far
@@ -265,15 +245,7 @@ def lazy_forward(
                 store_queries(rounding_ptr + at_query, row0, rounding, static)
             tl.store(live_ptr + at_tile, live)
     else:
-        state = (maximum, total, out)
-        state = _softmax(diagonal, stop, state, inputs, row0, static, True, near)
-        if static.has_bias:
-            state = _softmax(far_stop, diagonal, state, inputs, row0, static, False, near)
-        if static.has_far:
-            state = _softmax(first, far_stop, state, inputs, row0, static, False, far)
-        maximum, total, out = state
-        lse = maximum + tl.log2(total)
-        out = out / total[:, None]
+        out = found / total[:, None]
         if static.keep_rounding:
             rounding = out - out.to(query.dtype).to(tl.float32)
             store_queries(rounding_ptr + at_query, row0, rounding, static)

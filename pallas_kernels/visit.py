@@ -12,8 +12,9 @@ far tiles are left out while that sum stays below `skip_mass`: leaving all of th
 row's mass by more. Tiles before the first document of a row are never
 visited, whatever `skip_mass`.
 
-Where tau > 0 every visible key has weight of at least tau / n however little mass it
-has, so such a head visits all that its documents and its window allow.
+Where tau > 0 every visible key has weight of at least tau / n however little mass it has, and
+where tau is 0 each counts in its gradient, so such a head visits all that its documents and its
+window allow.
 """
 
 import dataclasses
@@ -229,7 +230,7 @@ def ranges_by_norms(
         negligible = (mass <= skip_mass) & (tile < last[:, None])
         skipped = jnp.sum(negligible, axis=-1)
         if offset is not None:
-            skipped = jnp.where(offset[:, None] > 0, 0, skipped)
+            skipped = jnp.where(offset[:, None] >= 0, 0, skipped)
         first = jnp.maximum(first, skipped)
     return VisitRanges(first=first.astype(jnp.int32), last=last.astype(jnp.int32))
 

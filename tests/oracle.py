@@ -305,6 +305,26 @@ def check_blind_rows(
         assert error <= tolerance, (case, blind, error)
 
 
+def check_gradient_of_an_offset_of_zero(
+    implementation: str, *, dtype: Any = "float32", tolerance: float = 1e-5, head_dim: int = 16
+) -> None:
+    """Where tau is 0, keys with next to no mass have no weight, and count in its gradient."""
+    args = inputs(Case("", (1, 700, 2, 1, head_dim), 64, tau=(0.0, -0.3)))
+    slope = np.array([0.1, 0.2], np.float32)
+    args["distance_bias"] = -slope[:, None] * np.arange(64, dtype=np.float32)
+    args["distance_slope"] = slope
+    args["value"] = 1 + 0.1 * args["value"]  # of one sign, so that nothing cancels
+    d_out = np.ones(args["query"].shape, np.float32)
+    for name in ("query", "key", "value"):
+        args[name] = np.asarray(jnp.asarray(args[name], dtype))
+    found, true = (
+        out_and_gradients(args, name, jnp.asarray(d_out, dtype))["offset"]
+        for name in (implementation, "xla")
+    )
+    error = np.abs(found - true)[0] / np.abs(true)[0]
+    assert error <= tolerance, (found, true)
+
+
 def _call(implementation: str, args: dict[str, Any]) -> jax.Array:
     return lazy_attention(**args, implementation=implementation)
 

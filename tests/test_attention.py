@@ -412,6 +412,11 @@ def test_bias_of_minus_infinity_near_the_diagonal(implementation):
     oracle.check_blind_rows(implementation)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_of_an_offset_of_zero(implementation):
+    oracle.check_gradient_of_an_offset_of_zero(implementation)
+
+
 def test_gradients_of_rows_that_see_nothing_stay_with_what_they_see():
     case = oracle.Case("", (1, 200, 2, 1, 16), 64, "alibi", True, documents=(120, 80))
     args = oracle.inputs(case)

@@ -143,8 +143,8 @@ def choices(
             mass = _mass_beyond(reach, bias, slope, length)
             enough = 2 * score + mass + _SLACK <= math.log(skip_mass)
             if offset is not None:
-                # Every key a query sees has a weight where tau > 0.
-                enough &= offset <= 0
+                # Every key has a weight where tau > 0, and counts in tau's gradient where it is 0.
+                enough &= offset < 0
             # What is NaN is not enough.
             heads = (~enough).reshape(head_shards, kv_heads // head_shards, -1)
             short.append(heads[:, np.asarray(group.heads)].any())

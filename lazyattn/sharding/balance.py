@@ -31,7 +31,7 @@ def visited_tiles(
 
     Args:
       bias: b(x) of every distance 0 <= x < length.
-      all_visible: heads that skip nothing (tau > 0).
+      all_visible: heads that skip nothing (tau >= 0).
       score_bound: max |q| max |k| / sqrt(d), in nats, above a query's scores with its own and
         with near keys less the bias.
       skip_mass: as in `lazy_attention`.

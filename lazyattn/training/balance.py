@@ -47,10 +47,10 @@ def measure(
     for layer in np.unique(np.linspace(0, len(tables) - 1, _LAYERS).round().astype(int)):
         table = tables[layer]
         slope = heads["distance_slope"][layer] if "distance_slope" in heads else None
-        offset = heads["offset"][layer] if "offset" in heads else np.zeros(att.num_heads)
+        offset = heads["offset"][layer] if "offset" in heads else np.full(att.num_heads, -1.0)
         total += visited_tiles(
             _expand(table, slope, length),
-            offset > 0,
+            offset >= 0,
             score_bound=math.sqrt(config.head_dim),
             skip_mass=att.skip_mass,
             tile=tile,

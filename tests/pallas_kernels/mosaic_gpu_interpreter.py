@@ -63,6 +63,9 @@ CHECKS = {
     "blind_gradients": lambda: suite.check_gradients_of_blind_rows(
         "bfloat16", 0.02, "mosaic_gpu", head_dim=64
     ),
+    "zero": lambda: oracle.check_gradient_of_an_offset_of_zero(
+        "mosaic_gpu", dtype="bfloat16", tolerance=0.02, head_dim=64
+    ),
     "bias_apart": check_gradient_of_the_bias_apart,
     "not_a_number": lambda: suite.check_not_a_number_comes_through(
         "bfloat16", "mosaic_gpu", tile=128

@@ -221,6 +221,7 @@ def test_interpreted(name):
         "gaps",
         "blind",
         "blind_gradients",
+        "zero",
         "window_of_softmax",
         "window_in_documents",
         "widest",

@@ -111,6 +111,12 @@ def test_gradients_of_blind_rows(dtype):
     suite.check_gradients_of_blind_rows(dtype, 0.02, "mosaic_gpu", head_dim=64)
 
 
+def test_gradient_of_an_offset_of_zero():
+    oracle.check_gradient_of_an_offset_of_zero(
+        "mosaic_gpu", dtype="bfloat16", tolerance=0.02, head_dim=64
+    )
+
+
 def test_is_the_default(monkeypatch):
     names = []
     choose = attention.choose

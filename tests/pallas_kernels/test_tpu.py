@@ -126,6 +126,12 @@ def test_bias_of_minus_infinity_near_the_diagonal():
 
 
 @pytest.mark.slow
+def test_gradient_of_an_offset_of_zero():
+    with interpreted(128, 128):
+        oracle.check_gradient_of_an_offset_of_zero("tpu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", suite.BLIND)
 def test_gradients_of_blind_rows(name):
     with interpreted(128, 128):

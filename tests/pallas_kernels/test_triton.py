@@ -59,8 +59,9 @@ def test_dead_tiles_do_not_matter():
         lambda: test_attention.test_causality_and_document_isolation("triton", 0.5),
         lambda: test_attention.test_half_precision_is_near_float64("triton", "bfloat16"),
         lambda: oracle.check_blind_rows("triton"),
+        lambda: oracle.check_gradient_of_an_offset_of_zero("triton"),
     ],
-    ids=["softmax_limit", "first_token", "isolated", "isolated_positive", "half", "blind"],
+    ids=["softmax_limit", "first_token", "isolated", "isolated_positive", "half", "blind", "zero"],
 )
 def test_as_every_implementation(test):
     with interpreter.interpreted(BLOCKS[0]):

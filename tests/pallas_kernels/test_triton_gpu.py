@@ -92,6 +92,10 @@ def test_gradients_of_blind_rows(dtype, tolerance):
     suite.check_gradients_of_blind_rows(dtype, tolerance)
 
 
+def test_gradient_of_an_offset_of_zero():
+    oracle.check_gradient_of_an_offset_of_zero("triton", tolerance=1e-3)
+
+
 def test_is_the_default(monkeypatch):
     names = []
     choose = attention.choose

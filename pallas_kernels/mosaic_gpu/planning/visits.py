@@ -142,7 +142,7 @@ def lazy_visits(
         negligible = (tl.cumsum(mass, 1) <= static.skip_mass) & before
         skipped = tl.sum(negligible.to(tl.int32), 1)
         if static.has_offset:
-            skipped = tl.where(tl.load(offset_ptr + head) > 0, 0, skipped)
+            skipped = tl.where(tl.load(offset_ptr + head) >= 0, 0, skipped)
         first = tl.maximum(first, skipped)
     row = batch * static.heads + head
     tl.store(first_ptr + row * static.blocks + blocks, first, mask=inside)

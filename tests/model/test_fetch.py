@@ -50,9 +50,9 @@ def test_a_group_fetches_what_the_farthest_head_of_all_devices_needs():
         np.zeros((8, 1)), slopes, offset, score=0.0, reaches=(9, 40, 200), heads=((0,), (1,)),
         shards=2,
     )  # fmt: skip
-    assert find(None) == find(np.zeros(8)) == [200, 40]
-    # tau above 0 gives every key a weight; and NaN must not look like a short reach.
-    for offset in (0.1, np.nan):
+    assert find(None) == find(np.full(8, -1.0)) == [200, 40]
+    # Every key counts where tau is 0 or above; and NaN must not look like a short reach.
+    for offset in (0.0, 0.1, np.nan):
         assert find(np.where(np.arange(8) == 7, offset, -1.0)) == [200, None]
 
 

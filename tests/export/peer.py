@@ -27,11 +27,17 @@ def answers(folder, asked):
     assert not any(info[kind] for kind in info), info
     found = {}
     with torch.no_grad():
-        both = model(tokens, labels=tokens)
+        both = model(tokens, labels=tokens, output_hidden_states=True)
         found["logits"], found["loss"] = both.logits, both.loss
+        assert len(both.hidden_states) == model.config.num_hidden_layers + 1
+        assert model.lm_head(both.hidden_states[-1]).equal(both.logits)
         # As if rows were long.
-        sys.modules[type(model).__module__].QUERIES_AT_ONCE = 5
+        code = sys.modules[type(model).__module__]
+        code.QUERIES_AT_ONCE = 5
         found["logits in parts"] = model(tokens).logits
+        first = model(tokens[:, :11])
+        then = model(tokens[:, 11:], **{code.CACHE: first[code.CACHE]})
+        found["logits in two calls"] = torch.cat([first.logits, then.logits], dim=1)
         # Two documents in a row, as collators that don't pad have them.
         places = torch.cat([torch.arange(9), torch.arange(tokens.shape[1] - 9)])
         found["packed"] = model(tokens, position_ids=places.expand_as(tokens)).logits

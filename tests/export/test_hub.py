@@ -15,7 +15,7 @@ from lazyattn.errors import InputError
 from lazyattn.export.flags import ExportOptions
 from lazyattn.export.hub import CODE, loading, write
 from lazyattn.export.main import export
-from lazyattn.model.config import VARIANTS, AttentionConfig
+from lazyattn.model.config import VARIANTS, AttentionConfig, ModelConfig
 from lazyattn.model.distance_bias import NAMES
 from lazyattn.pretrained import hub, names
 from lazyattn.pretrained.load import ExportedModel, load_model
@@ -120,6 +120,13 @@ def test_the_modeling_file_knows_every_setting():
     assert {name for name in settings if f'settings["{name}"]' not in text} == NOT_NEEDED
     for name in VARIANTS:
         assert name == "lazy" or f'"{name}"' in text
+    # Of the model's own, what is in config.json by transformers' names, and what is not needed.
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == {
+        *("vocab_size", "width", "num_layers", "mlp_width", "norm_eps", "tie_embeddings"),
+        *("scale_embedding", "attention"),
+        *("compute_dtype", "remat", "scan_layers", "loss_chunk"),
+        *("lora_rank", "lora_alpha"),  # merged, wherever a model is read
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -88,7 +88,7 @@ def test_logits_and_greedy_tokens(folder, name):
     tokens, lengths, model = asked["tokens"], asked["lengths"], load_model(folder / name)
     whole = np.zeros(tokens.shape, np.int32)
     expected = np.asarray(model.logits(tokens, whole))
-    for kind in ("logits", "logits in parts"):
+    for kind in ("logits", "logits in parts", "logits in two calls"):
         np.testing.assert_allclose(found[kind], expected, rtol=0, atol=1e-4, err_msg=kind)
     np.testing.assert_allclose(found["bfloat16"], expected, rtol=0, atol=0.3)
     chosen = np.take_along_axis(jax.nn.log_softmax(expected[:, :-1]), tokens[:, 1:, None], -1)

@@ -293,6 +293,7 @@ class LazyAttnModel(LazyAttnPreTrainedModel):
         use_cache=None,
         cache=None,
         past_key_values=None,
+        output_hidden_states=False,
         **kwargs,
     ):
         """Returns the hidden states, normed, and the cache.
@@ -305,8 +306,11 @@ class LazyAttnModel(LazyAttnPreTrainedModel):
           inputs_embeds: [batch, length, width] in place of `input_ids`.
           use_cache: whether to return one; None: as `config` says.
           cache, past_key_values: of before, by the name of either version.
-          kwargs: not used.
+          output_hidden_states: whether to return those before every layer, too.
+          kwargs: not used, but that `output_attentions` is refused.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is True, but this model returns no weights.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.lazyattn["model"]["scale_embedding"]:
             x = x * self.config.hidden_size**0.5
@@ -329,10 +333,13 @@ class LazyAttnModel(LazyAttnPreTrainedModel):
             position_ids = index[None]
         else:
             start = index - position_ids
-        rotation = self.rotation(position_ids)
+        rotation, streams = self.rotation(position_ids), ()
         for layer in self.layers:
+            streams += (x,)
             x = layer(x, rotation, past, start, mask, cache)
-        return BaseModelOutputWithPast(self.norm(x), **{CACHE: cache})
+        x = self.norm(x)
+        streams = (*streams, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(x, hidden_states=streams, **{CACHE: cache})
 
 
 class LazyAttnForCausalLM(LazyAttnPreTrainedModel, GenerationMixin):
@@ -371,4 +378,5 @@ class LazyAttnForCausalLM(LazyAttnPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, **{CACHE: getattr(found, CACHE)})
+        rest = {CACHE: getattr(found, CACHE), "hidden_states": found.hidden_states}
+        return CausalLMOutputWithPast(loss, logits, **rest)

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -280,15 +280,14 @@ def measure(
     return result, run
 
 
-def run_shape(shape: cases.Shape, options: Any) -> list[Result]:
-    """Returns a line for everything at one shape.
+def run_shape(shape: cases.Shape, options: Any) -> Iterator[list[Result]]:
+    """Yields a line for everything at one shape, pass by pass.
 
     Args:
       shape: of the calls.
       options: `implementations`, `cases`, `passes`, `dtype`, `calls` and `rounds`.
     """
     tensors = cases.tensors(shape, options.dtype, seed=1)
-    done: list[Result] = []
     for case in options.cases:
         for which in options.passes:
             true = truth(which, tensors, table_of(case, shape))
@@ -299,9 +298,8 @@ def run_shape(shape: cases.Shape, options: Any) -> list[Result]:
             for line, _ in lines:
                 if line.implementation in times:
                     line.milliseconds, line.least, line.greatest = times[line.implementation]
-                done.append(line)
                 print(dataclasses.asdict(line), flush=True)
-    return done
+            yield [line for line, _ in lines]
 
 
 def as_table(results: list[Result]) -> str:
@@ -343,17 +341,18 @@ def main(argv: list[str]) -> None:
     results: list[Result] = []
     output = pathlib.Path(FLAGS.output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "device": jax.devices()[0].device_kind,
+        **versions,
+        "dtype": FLAGS.dtype,
+        **provenance.made_by("benchmarks.relative_bias"),
+    }
     for text in FLAGS.shapes:
-        results += run_shape(cases.Shape.parse(text), FLAGS)
-        about = {
-            "device": jax.devices()[0].device_kind,
-            **versions,
-            "dtype": FLAGS.dtype,
-            **provenance.made_by("benchmarks.relative_bias"),
-            "results": [dataclasses.asdict(result) for result in results],
-        }
-        output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-        output.with_suffix(".md").write_text(as_table(results))
+        for lines in run_shape(cases.Shape.parse(text), FLAGS):
+            results += lines
+            all_of_it = about | {"results": [dataclasses.asdict(result) for result in results]}
+            output.with_suffix(".json").write_text(json.dumps(all_of_it, indent=1) + "\n")
+            output.with_suffix(".md").write_text(as_table(results))
     print(as_table(results))
 
 

@@ -17,7 +17,7 @@ def _options(**changes):
 
 def test_all_compute_the_same():
     names = ["lazyattn", "lazyattn_all", "xla"]
-    found = relative_bias.run_shape(SHAPE, _options(implementations=names))
+    found = sum(relative_bias.run_shape(SHAPE, _options(implementations=names)), [])
     assert len(found) == 4 * len(names)
     for line in found:
         assert line.error is None and line.difference < 2e-5, line
@@ -29,7 +29,7 @@ def test_all_compute_the_same():
 def test_flex_attention():
     pytest.importorskip("torch")
     options = _options(implementations=["flex_attention"], passes=["forward"])
-    for line in relative_bias.run_shape(SHAPE, options):
+    for (line,) in relative_bias.run_shape(SHAPE, options):
         assert line.error is None and line.difference < 2e-5, line
 
 
@@ -43,8 +43,7 @@ def test_a_difference_is_seen():
 
 
 def test_what_can_not_run_says_why():
-    found = relative_bias.run_shape(
-        SHAPE, _options(implementations=["cudnn"], cases=["flat"], passes=["forward"])
-    )
+    options = _options(implementations=["cudnn"], cases=["flat"], passes=["forward"])
+    (found,) = relative_bias.run_shape(SHAPE, options)
     assert found[0].error and found[0].milliseconds == 0
     assert found[0].error in relative_bias.as_table(found)

@@ -1,6 +1,7 @@
 """What fused kernels must do, wherever they run: in interpreters and on devices."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -116,6 +117,32 @@ def check_same_bits_every_time(
     other = oracle.out_and_gradients(args, implementation, d_out)
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def check_same_bits_many_times(
+    shape: tuple[int, ...],
+    width: int,
+    offset: tuple[float, ...] | None,
+    implementation: str = "triton",
+    calls: int = 20,
+) -> None:
+    """Runs forward and backward many times, compares on the device, and says what differed."""
+    case = oracle.Case("", shape, width, "normal", False, offset)
+    args, d_out = _arrays(case, "bfloat16")
+
+    @jax.jit
+    def run(args: dict[str, Any], d_out: Any) -> dict[str, Any]:
+        attend = functools.partial(lazy_attention, implementation=implementation)
+        out, back = jax.vjp(lambda args: attend(**args), args)
+        return {"out": out} | back(d_out)[0]
+
+    same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: jnp.all(x == y), a, b))
+    first = run(args, d_out)
+    differed: dict[str, int] = {}
+    for _ in range(calls - 1):
+        for name, equal in same(first, run(args, d_out)).items():
+            differed[name] = differed.get(name, 0) + (not equal)
+    assert not any(differed.values()), (differed, calls)
 
 
 def check_dead_tiles_do_not_matter(

@@ -86,6 +86,13 @@ def test_same_bits_every_time(case):
     suite.check_same_bits_every_time(case, "bfloat16", "mosaic_gpu")
 
 
+@pytest.mark.parametrize("width", [1024, 4096])
+@pytest.mark.parametrize("offset", [None, (-1.0,)])
+def test_same_bits_many_times_on_a_full_device(width, offset):
+    # Tables of 4,096 have a kernel of their own for the gradient of the bias.
+    suite.check_same_bits_many_times((4, 4096, 16, 16, 64), width, offset, "mosaic_gpu")
+
+
 @pytest.mark.parametrize("case", [suite.SPARSE, *_long("long", "long_window")], ids=str)
 def test_dead_tiles_do_not_matter(case):
     suite.check_dead_tiles_do_not_matter(case, "bfloat16", 2**-8, "mosaic_gpu")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.study import rule
+from benchmarks.study import rule, taught
 from benchmarks.study.summary import main_tokens
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -219,6 +219,15 @@ def loss() -> str:
     return _table(" " + head, rows)
 
 
+def uptraining() -> str:
+    """Softmax models of the study that were taught to be lazy: means over seeds."""
+    path = RESULTS / "uptraining.jsonl"
+    if not path.exists():
+        return "Not measured yet.\n"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return _table(taught.HEAD, taught.table(lines))
+
+
 def train_step() -> str:
     """A whole training step of the 340M model."""
     lines = []
@@ -318,7 +327,7 @@ def data() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (attention, readme, loss, train_step, scaling, slices, data)
+    for function in (attention, readme, loss, uptraining, train_step, scaling, slices, data)
 }
 
 

@@ -251,6 +251,39 @@ def train_step() -> str:
     return _table(head, lines)
 
 
+def steps() -> str:
+    """Whole training steps, ours and the peer's, without remat unless the name says it."""
+    found = {}
+    for path in sorted(RESULTS.glob("*_step.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            if "error" not in row and row["command_buffers"]:
+                found[row["commit"], row["run"]] = row
+    lines = []
+    for (commit, run), row in found.items():
+        same_run = commit, run.replace(f"/{row['attention']}/", "/cudnn/")
+        rate, cudnn = row["tokens_per_second"], found.get(same_run)
+        warm = row.get("first_step_warm_s")
+        lines.append(
+            [
+                run.removesuffix("/none").replace("/none/", "/"),
+                _gpu(row["device"]),
+                f"{rate:,.0f}",
+                "" if cudnn is None else f"{rate / cudnn['tokens_per_second']:.2f}",
+                f"{row['ms']:.1f}",
+                f"{row['mfu']:.1%}",
+                f"{row['gib']:.1f}",
+                f"{row['first_step_cold_s']:.0f} s",
+                "" if warm is None else f"{warm:.0f} s",
+                f"{row['date']}, {commit[:7]}",
+            ]
+        )
+    head = (
+        "model/attention/length | GPU | tokens/s | over cuDNN's | ms a step | MFU | GiB"
+        " | first step | with a cache | date, commit"
+    )
+    return _table(head, lines)
+
+
 def scaling() -> str:
     """A step on several GPUs."""
     lines = []
@@ -327,7 +360,7 @@ def data() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (attention, readme, loss, uptraining, train_step, scaling, slices, data)
+    for function in (attention, readme, loss, uptraining, train_step, steps, scaling, slices, data)
 }
 
 

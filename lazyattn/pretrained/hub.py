@@ -60,7 +60,9 @@ def is_hub(settings: Mapping[str, Any]) -> bool:
     """
     if "lazyattn" in settings or "num_heads" in settings:
         return False
-    return settings.get("model_type") in FAMILIES or "num_attention_heads" in settings
+    # Models of text and pictures have theirs in a group.
+    groups = {"num_attention_heads", "text_config"}
+    return settings.get("model_type") in FAMILIES or not groups.isdisjoint(settings)
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:

@@ -136,8 +136,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
+        adapter = (path.parent / "adapter_config.json").is_file()
+        more = "; this one is an adapter, to be merged into its model first" if adapter else ""
         raise InputError(
-            f"{str(path.parent)!r} has no {FILE}, but it must be the folder of an exported model."
+            f"{str(path.parent)!r} has no {FILE}, but it must be the folder of an export or of a"
+            f" hub's model{more}."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} can't be read as JSON ({error}).") from None

@@ -167,9 +167,11 @@ def _files(path: Path) -> list[Path]:
     try:
         names = json.loads((path / INDEX).read_text())["weight_map"].values()
     except FileNotFoundError:
+        pickled = any(path.glob("pytorch_model*.bin"))
+        more = "; transformers' save_pretrained makes one of pytorch_model.bin" if pickled else ""
         raise InputError(
             f"{str(path)!r} has no safetensors, but it must be a folder with {ONE} or {INDEX}, or"
-            " one such file."
+            f" one such file{more}."
         ) from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -229,6 +230,28 @@ def test_a_missing_file(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     said = f"{str(tmp_path)!r} has no model-00002-of-00003.safetensors, but model.safetensors.index"
     with pytest.raises(InputError, match=re.escape(said) + ".* names 3 files"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config.json": LLAMA, "pytorch_model.bin": {}},
+            "has no safetensors, .*; transformers' save_pretrained makes one of pytorch_model.bin",
+        ),
+        ({"adapter_config.json": {}}, "has no config.json, .*an adapter, to be merged into its"),
+        ({"model.gguf": {}}, "has no config.json, but it must be the folder of an export or of"),
+        (
+            {"config.json": {"model_type": "gemma3", "text_config": {}}},
+            "model_type is 'gemma3', but it must be one of llama, mistral, qwen2, qwen3",
+        ),
+    ],
+)
+def test_folders_of_other_kinds(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
         load_model(tmp_path)
 
 

@@ -260,7 +260,7 @@ def _change(**values):
     [
         (_remove, "has no safetensors, but it must be a folder with model.safetensors or"),
         (_damage, "model.safetensors' can't be read as a safetensors file"),
-        (_forget, "has no config.json, but it must be the folder of an exported model"),
+        (_forget, "has no config.json, but it must be the folder of an export or of a hub"),
         (_change(hidden_act="gelu"), "hidden_act is 'gelu', but it must be 'silu'"),
         (_change(model={}, format=7), "lazyattn.format is 7, but it must be 1 for this version"),
         (_change(model=3, format=1), "lazyattn.model is 3, but it must be a group of settings"),

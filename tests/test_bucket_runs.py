@@ -164,7 +164,8 @@ def _wait_for(port):
 
 def _records(text):
     """Returns what is the same however often a run was killed."""
-    timed = ("seconds", "wall_time", "goodput", "tokens_per_second")
+    timed = ("seconds", "wall_time", "run_began", "useful_seconds", "tokens_per_second")
+    rates = ("step_seconds", "memory", "goodput", "lost_to")
     kept = []
     for line in text.splitlines():
         record = json.loads(line)
@@ -172,7 +173,7 @@ def _records(text):
             {
                 name: value
                 for name, value in record.items()
-                if name not in timed and not name.startswith(("step_seconds", "memory"))
+                if name not in timed and not name.startswith(rates)
             }
         )
     return kept

@@ -98,12 +98,15 @@ def _sent_in(module: Module, part: Instruction, owner: Computation) -> float:
     return senders * collectives.wire_bytes(kind, part, owner, size)
 
 
-def fetched(module: Module, chosen: Int[np.ndarray, "layers groups"]) -> float:
+def fetched(
+    module: Module, chosen: Int[np.ndarray, "layers groups"], number_of_reaches: int
+) -> float:
     """Returns the bytes of keys and values, and of their gradients, that a step sends.
 
     Args:
       module: of `compiled`.
       chosen: which of its reaches each group of heads takes.
+      number_of_reaches: that a group has, all keys included.
     """
     total, inside = 0.0, set()
     found = [
@@ -115,8 +118,11 @@ def fetched(module: Module, chosen: Int[np.ndarray, "layers groups"]) -> float:
         if part.opcode == "conditional":
             branches = module.branches(part)
             inside |= {owner.name for name in branches for _, owner, _ in module.running(name)}
-            bytes_of = [sent(module, name) for name in branches]
-            total += times * float(np.mean([bytes_of[choice] for choice in chosen[:, group]]))
+            # Parts of a chunk, a loop of hops from chunk to chunk, and all.
+            *parts, hop, everything = (sent(module, name) for name in branches)
+            hops = [hop * n for n in range(1, number_of_reaches - len(parts))]
+            by_reach = [*parts, *hops, everything]
+            total += times * float(np.mean([by_reach[choice] for choice in chosen[:, group]]))
     return total + sum(
         times * _sent_in(module, part, owner)
         for part, owner, times, _ in found
@@ -186,9 +192,9 @@ def main(argv: list[str]) -> None:
     whole = dataclasses.replace(attention, skip_mass=0.0)
     gathers = compiled(dataclasses.replace(config, attention=whole), length, devices)
     fetches = compiled(config, length, devices)
-    everything = fetched(gathers, np.zeros((config.num_layers, 1), int))
+    everything = fetched(gathers, np.zeros((config.num_layers, 1), int), 1)
     for spans_are, taken in chosen.items():
-        found = fetched(fetches, taken)
+        found = fetched(fetches, taken, max(len(group.reaches) for group in fetch_groups))
         line = {
             "length": length,
             "devices": devices,

@@ -92,9 +92,12 @@ def collect(module: Module, network: Network) -> Collected:
     went_on: dict[tuple[str, ...], tuple[Instruction, Computation, int]] = {}
     for instruction, computation, times in module.running():
         if instruction.opcode == "while" and module.rounds(instruction, computation) is None:
-            looped = sum(map(_talks, _inside_loop(instruction, module)))
+            looped = sum(_talks(part) for part, _ in _under(instruction.attribute("body"), module))
             if looped:
                 unread["rounds but the first of a loop of unknown length"] += looped
+        if instruction.opcode == "conditional":  # also the branches that don't count
+            for branch in module.branches(instruction):
+                reached |= {(owner.name, part.name) for part, owner in _under(branch, module)}
         for part, owner in ((instruction, computation), *module.inside(instruction)):
             if not _talks(part):
                 continue
@@ -131,14 +134,11 @@ def _all(computation: Computation) -> Iterable[Instruction]:
     return computation.instructions.values()
 
 
-def _inside_loop(loop: Instruction, module: Module) -> Iterator[Instruction]:
-    body = loop.attribute("body")
-    if body is None:
-        return
-    for instruction, _, _ in module.running(body):
-        yield instruction
-        for part, _ in module.inside(instruction):
-            yield part
+def _under(name: str | None, module: Module) -> Iterator[tuple[Instruction, Computation]]:
+    """Yields what a computation runs, fusions' parts included; nothing without a name."""
+    for instruction, computation, _ in module.running(name) if name is not None else ():
+        yield instruction, computation
+        yield from module.inside(instruction)
 
 
 def _target(instruction: Instruction) -> str:

@@ -8,15 +8,15 @@ bias, a query that sees more than H keys before its own has at most
 of its softmax mass on those beyond: it sees all of the nearer ones, too. Where that is at most
 half of `skip_mass`, they are left out; the other half is for tiles that the op skips. Biases and
 bounds are learned, so a head's reach is chosen when the program runs, for each layer and step,
-from a few lengths: nothing is compiled again, and what none of these does fetches all.
+from a few lengths: nothing is compiled again, and what none of these will do for fetches all.
 
 What is not fetched is 0. As scores those keys have b(x), so the bound holds for them, too, and
-their values add nothing.
+their values add nothing. A key that is NaN is not seen from beyond the reach; queries near it are
+NaN all the same.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,9 +29,8 @@ from lazyattn.model.heads import HeadBlocks
 
 # Added to bounds, in nats: covers float32 rounding of biases and sums.
 _SLACK = 1e-2
-# Reaches that a program can choose from: parts of a chunk, and chunks.
+# Reaches that a program can choose from besides whole chunks: so many go into a chunk.
 _PARTS = (16, 4)
-_CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Group(NamedTuple):
@@ -94,9 +93,8 @@ def by_slope(
     """
     flattest = slopes.min(axis=(0, 2))
     chunk = length // (2 * shards)
-    lengths = [chunk // part for part in _PARTS]
-    lengths += [number * chunk for number in _CHUNKS if number <= shards]
-    reaches = tuple(sorted({reach for reach in lengths if reach}))
+    lengths = {chunk // part for part in _PARTS} | {chunk * n for n in range(1, shards)}
+    reaches = tuple(sorted(lengths - {0}))
     left = sorted(np.flatnonzero(flattest > 0).tolist(), key=lambda head: -flattest[head])
     everything = _indices(flattest == 0)
     found = [Group(everything)] if everything else []
@@ -133,52 +131,57 @@ def choices(
       skip_mass: that what is not fetched may hold.
       head_shards: devices that share the heads.
     """
-    kv_heads = head_shards * sum(len(group.heads) for group in groups)
     bias, slope, offset, score = jax.lax.stop_gradient((bias, slope, offset, bound.score))
-    found = []
-    for group in groups:
-        short = []
-        for reach in group.reaches[:-1]:
-            assert reach is not None
-            mass = _mass_beyond(reach, bias, slope, length)
-            enough = 2 * score + mass + _SLACK <= math.log(skip_mass)
-            if offset is not None:
-                # Every key has a weight where tau > 0, and counts in tau's gradient where it is 0.
-                enough &= offset < 0
-            # What is NaN is not enough.
-            heads = (~enough).reshape(head_shards, kv_heads // head_shards, -1)
-            short.append(heads[:, np.asarray(group.heads)].any())
-        # The one after the last that falls short.
-        steps = jnp.arange(1, len(short) + 1)
-        found.append(jnp.max(jnp.where(jnp.stack(short), steps, 0)) if short else jnp.int32(0))
-    return jnp.stack([one.astype(jnp.int32) for one in found])
+    # All that have a choice have the same.
+    reaches = max((group.reaches for group in groups), key=len)[:-1]
+    mass = _mass_beyond(np.asarray(reaches, np.int32), bias, slope, length)
+    enough = 2 * score + mass + _SLACK <= math.log(skip_mass)
+    if offset is not None:
+        # Every key has a weight where tau > 0, and counts in tau's gradient where it is 0.
+        enough &= (offset < 0)[:, None]
+    # The one after the last that falls short; what is NaN does.
+    needed = jnp.max(jnp.where(enough, 0, jnp.arange(1, len(reaches) + 1)), axis=1, initial=0)
+    kv_heads = head_shards * sum(len(group.heads) for group in groups)
+    by_head = needed.reshape(head_shards, kv_heads // head_shards, -1).max(axis=(0, 2))
+    found = [
+        by_head[np.asarray(group.heads)].max() if len(group.reaches) > 1 else jnp.zeros((), int)
+        for group in groups
+    ]
+    return jnp.stack(found).astype(jnp.int32)
 
 
 def _mass_beyond(
-    reach: int,
+    reaches: Int[np.ndarray, " reaches"],
     bias: Float[Array, "heads width"],
     slope: Float[Array, " heads"] | None,
     length: int,
-) -> Float[Array, " heads"]:
-    """Returns log of the sum of exp(b(x)) beyond the reach, over that within; float32."""
+) -> Float[Array, "heads reaches"]:
+    """Returns log of the sum of exp(b(x)) beyond each reach, over that within; float32."""
     bias = bias[:, :length].astype(jnp.float32)
     width = bias.shape[1]
     # Without a slope the bias is 0 past the table.
     last = jnp.zeros(len(bias)) if slope is None else bias[:, -1]
     slope = jnp.zeros(len(bias)) if slope is None else slope.astype(jnp.float32)
+    last, slope = last[:, None], slope[:, None]
 
-    def log_sum(start: int, stop: int) -> Array:
-        found = [jax.nn.logsumexp(bias[:, start:stop], axis=1)] if start < width else []
-        start = max(start, width)
-        if start < stop:
-            # A geometric series, from its largest term.
-            ends = (last - slope * (x - (width - 1)) for x in (start, stop - 1))
-            rate = jnp.abs(slope)
-            ratio = jnp.expm1(-rate * (stop - start)) / jnp.expm1(-jnp.where(rate > 0, rate, 1.0))
-            found.append(jnp.maximum(*ends) + jnp.log(jnp.where(rate > 0, ratio, stop - start)))
-        return functools.reduce(jnp.logaddexp, found)
+    def past_the_table(start: np.ndarray, stop: np.ndarray) -> Array:
+        """Returns log of a geometric series, from its largest term."""
+        number = np.maximum(stop - start, 1)
+        ends = [last - slope * (x - (width - 1)) for x in (start, start + number - 1)]
+        rate = jnp.abs(slope)
+        ratio = jnp.expm1(-rate * number) / jnp.expm1(-jnp.where(rate > 0, rate, 1.0))
+        found = jnp.maximum(*ends) + jnp.log(jnp.where(rate > 0, ratio, number))
+        return jnp.where(stop > start, found, -jnp.inf)
 
-    return log_sum(reach + 1, length) - log_sum(0, reach + 1)
+    near = jax.lax.cumlogsumexp(bias, axis=1)[:, np.minimum(reaches, width - 1)]
+    far = jax.lax.cumlogsumexp(bias, axis=1, reverse=True)
+    far = jnp.pad(far, [(0, 0), (0, 1)], constant_values=-jnp.inf)
+    far = far[:, np.minimum(reaches + 1, width)]
+    edge = np.full_like(reaches, width)
+    within = jnp.logaddexp(near, past_the_table(edge, reaches + 1))
+    start = np.maximum(reaches + 1, width)
+    beyond = jnp.logaddexp(far, past_the_table(start, np.full_like(reaches, length)))
+    return beyond - within
 
 
 def fetch(
@@ -197,21 +200,33 @@ def fetch(
     """
     parts = []
     for number, group in enumerate(groups):
-        ways = [lambda x, reach=reach: _fetched(x, reach, shards) for reach in group.reaches]
         mine = _heads(x, group.heads)
         with jax.named_scope(f"fetch_{number}"):
-            if choices is None or len(ways) == 1:
-                parts.append(ways[0](mine))
+            if len(group.reaches) > 1:
+                assert choices is not None
+                parts.append(_chosen(mine, group.reaches, choices[number], shards))
+            elif group.reaches[0] is None:
+                parts.append(sharding.gather_sequence(mine))
             else:
-                parts.append(jax.lax.switch(choices[number], ways, mine))
+                parts.append(sharding.fetch_sequence(mine, group.reaches[0], shards))
     order = np.argsort(np.concatenate([group.heads for group in groups]))
     return _heads(jnp.concatenate(parts, axis=2), order.tolist())
 
 
-def _fetched(x: Array, reach: int | None, shards: int) -> Array:
-    if reach is None:
-        return sharding.gather_sequence(x)
-    return sharding.fetch_sequence(x, reach, shards)
+def _chosen(
+    x: Array, reaches: tuple[int | None, ...], choice: Int[Array, ""], shards: int
+) -> Array:
+    """Returns what one of the reaches asks for: parts of a chunk, so many chunks, or all."""
+    ways: list[Callable[[Array, Array], Array]] = [
+        lambda x, hops, reach=reach: sharding.fetch_sequence(x, reach, shards)  # type: ignore[misc]
+        for reach in reaches
+        if reach is not None and reach < x.shape[1] // 2
+    ]
+    hops = choice - len(ways) + 1
+    way = jnp.where(choice == len(reaches) - 1, len(ways) + 1, jnp.minimum(choice, len(ways)))
+    ways.append(lambda x, hops: sharding.fetch_chunks(x, hops, shards))
+    ways.append(lambda x, hops: sharding.gather_sequence(x))
+    return jax.lax.switch(way, ways, x, hops)
 
 
 def _heads(x: Array, heads: Sequence[int]) -> Array:

@@ -208,6 +208,8 @@ def _groups(
         return fetch.by_window(kv_heads // shards, window, blocks, length), None
     slopes = bound.slopes.reshape(shards, kv_heads // shards, -1)
     groups = fetch.by_slope(slopes, length, sequence_shards)
+    if all(len(group.reaches) == 1 for group in groups):
+        return groups, None
     choices = fetch.choices(
         groups,
         bound,
@@ -236,5 +238,16 @@ def _on_part_of_length(
     return call(given | {"chunk_starts": starts})
 
 
-def _may_be_saved(primitive: Any, *_: Any, **__: Any) -> bool:
+def _may_be_saved(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    if primitive.name == "custom_vjp_call":
+        return not _sends(parameters.get("call_jaxpr"))
     return primitive.name not in _MOVES | identity.NAMES
+
+
+def _sends(jaxpr: Any) -> bool:
+    """Returns whether a traced function sends keys from device to device, as attention does not."""
+    equations = getattr(getattr(jaxpr, "jaxpr", jaxpr), "eqns", ())
+    return any(
+        equation.primitive.name == "ppermute" or any(map(_sends, equation.params.values()))
+        for equation in equations
+    )

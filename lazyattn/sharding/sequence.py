@@ -7,11 +7,15 @@ holds an early and a late chunk. Of 2 n chunks, device r of n holds chunks r and
 attention minds the order, and it gathers keys and values of the whole length.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from lazyattn.sharding.rules import active_mesh, fitting_spec, mesh_axes, num_shards
+from pallas_kernels.varying import vary_alike
 
 
 def sequence_shards(length: int) -> int:
@@ -121,17 +125,13 @@ def fetch_sequence(
       shards: `sequence_shards(length)`.
     """
     size = x.shape[1] // 2
-    last = jax.lax.axis_index(_axis()) == shards - 1
-    early, late = held = list(jnp.split(x, 2, axis=1))
+    early, late = held = tuple(jnp.split(x, 2, axis=1))
     hop = 0
     while (left := reach - hop * size) > 0:
         hop += 1
-        # What neighbors hold now lies `hop` chunks before the next chunk of each.
-        ends = [part[:, max(0, size - left) :] for part in held]
-        up = [(r, r + 1) for r in range(hop - 1, shards - 1)]
-        down = [(r, r - 1) for r in range(1, min(shards, 2 * shards - hop + 1))]
-        # Chunk n follows chunk n - 1, which the last device has, too.
-        held = [_send(ends[0], up), jnp.where(last, ends[0], _send(ends[1], down))]
+        # What neighbors hold now lies `hop` chunks before the next chunk of each. So many
+        # devices have none so far before their early ones.
+        held = _hop(tuple(part[:, max(0, size - left) :] for part in held), shards, hop - 1)
         early, late = (
             jnp.concatenate(both, axis=1) for both in zip(held, (early, late), strict=True)
         )
@@ -140,6 +140,86 @@ def fetch_sequence(
     # Where they overlap, both are the same.
     rows = jax.lax.dynamic_update_slice_in_dim(rows, late, starts[1], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(rows, early, starts[0], axis=1)[:, reach:]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fetch_chunks(
+    x: Shaped[Array, "batch part *rest"], hops: Int[Array, ""], shards: int
+) -> Shaped[Array, "batch length *rest"]:
+    """Returns what `fetch_sequence` does for a reach of so many chunks, a traced number of them.
+
+    Args:
+      x: as there.
+      hops: at least 1 and below `shards`, the same on all devices of the mesh.
+      shards: as there.
+    """
+    held = tuple(jnp.split(x, 2, axis=1))
+    size = held[0].shape[1]
+    # A chunk before the row takes what is none of it.
+    rows = jnp.zeros((x.shape[0], size + 2 * size * shards, *x.shape[2:]), x.dtype)
+    chunks = chunk_starts(2 * shards, shards)
+
+    def put(rows: Array, held: tuple[Array, ...], hop: Any) -> Array:
+        for part, chunk in zip(held, chunks, strict=True):
+            start = size * jnp.maximum(chunk - hop + 1, 0)
+            rows = jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=1)
+        return rows
+
+    def step(hop: Array, carry: tuple[Array, tuple[Array, ...]]) -> Any:
+        rows, held = carry
+        held = _hop(held, shards)
+        return put(rows, held, hop), held
+
+    rows, _ = jax.lax.fori_loop(1, hops + 1, step, (put(rows, held, 0), held))
+    return rows[:, size:]
+
+
+def _fetch_chunks_fwd(x: Array, hops: Array, shards: int) -> tuple[Array, Array]:
+    return fetch_chunks(x, hops, shards), hops
+
+
+def _fetch_chunks_bwd(shards: int, hops: Array, d_rows: Array) -> tuple[Array, None]:
+    size = d_rows.shape[1] // (2 * shards)
+    d_rows = jnp.pad(d_rows, [(0, 0), (size, 0), *[(0, 0)] * (d_rows.ndim - 2)])
+    early, late = chunk_starts(2 * shards, shards)
+    last = jax.lax.axis_index(_axis()) == shards - 1
+
+    def part(chunk: Array) -> Array:
+        start = size * jnp.maximum(chunk + 1, 0)
+        return jax.lax.dynamic_slice_in_dim(d_rows, start, size, axis=1)
+
+    def step(done: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The sums of what came so many hops, on their way back.
+        hop = hops - done
+        both_ways = (late - hop <= early) & (late - hop >= early - hops)
+        above = sums[0] + part(early - hop)
+        below = sums[1] + jnp.where(both_ways, 0, part(late - hop))
+        back = _send(above, [(r + 1, r) for r in range(shards - 1)])
+        return back + jnp.where(last, below, 0), _send(
+            below, [(r, r + 1) for r in range(shards - 1)]
+        )
+
+    own = (part(early), part(late))
+    sums = jax.lax.fori_loop(0, hops, step, tuple(vary_alike(*map(jnp.zeros_like, own), like=own)))
+    return jnp.concatenate([a + b for a, b in zip(sums, own, strict=True)], axis=1), None
+
+
+fetch_chunks.defvjp(_fetch_chunks_fwd, _fetch_chunks_bwd)
+
+
+def _hop(held: tuple[Array, ...], shards: int, without: int = 0) -> tuple[Array, ...]:
+    """Returns, for chunks of an early and a late kind, those that the next chunks of each get.
+
+    Args:
+      held: what each device has.
+      shards: devices.
+      without: devices whose early ones are no chunks of the row; they need not send.
+    """
+    early, late = held
+    up = _send(early, [(r, r + 1) for r in range(without, shards - 1)])
+    down = _send(late, [(r, r - 1) for r in range(1, shards)])
+    # Chunk n follows chunk n - 1, which the last device has, too.
+    return up, jnp.where(jax.lax.axis_index(_axis()) == shards - 1, early, down)
 
 
 def _send(x: Array, pairs: list[tuple[int, int]]) -> Array:

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lazyattn.compile import memory, work
+from lazyattn.compile import collectives, memory, work
 from lazyattn.compile.hlo import Module
 from tests.compile.hlo_text import TEXT
+from tests.compile.networks import network
 
 MODULE = Module.parse(TEXT)
 
@@ -41,16 +42,22 @@ def test_rounds_of_a_loop(before, after, rounds):
     assert work.count(module, length=16).unread_loops == unknown
 
 
-@pytest.mark.parametrize(("scope", "expected"), [("fetch_3", ["%c"]), ("other", ["%b", "%c"])])
-def test_of_ways_to_fetch_that_of_everything_counts(scope, expected):
-    near, far = (f"%{n} (p: s32[]) -> s32[] {{\n  ROOT %{n}1 = s32[] copy(%p)\n}}\n" for n in "bc")
+@pytest.mark.parametrize(("scope", "counted"), [("fetch_3", 1), ("other", 2)])
+def test_of_ways_to_fetch_that_of_everything_counts(scope, counted):
+    way = (
+        "%{0} (p: f32[2]) -> f32[2] {{\n  %p{0} = f32[2] parameter(0)\n"
+        "  ROOT %r{0} = f32[2] all-gather(%p{0}), replica_groups={{{{0,1}}}}\n}}\n"
+    )
     module = Module.parse(
-        near + far + "ENTRY %main (p: s32[]) -> s32[] {\n  %i = s32[] parameter(0)\n  ROOT %r ="
-        " s32[] conditional(%i, %i, %i), branch_computations={%b, %c},"
+        way.format("near") + way.format("far") + "ENTRY %main (i: s32[]) -> f32[2] {\n"
+        "  %i = s32[] parameter(0)\n  %x = f32[2] constant({0, 0})\n"
+        "  ROOT %r = f32[2] conditional(%i, %x, %x), branch_computations={%near, %far},"
         f' metadata={{op_name="jit(f)/jvp({scope})/cond"}}\n}}\n'
     )
-    found = [f"%{owner.name}" for _, owner, _ in module.running() if owner.name != "main"]
-    assert found == expected
+    (ran,) = {owner.name for _, owner, _ in module.running() if owner.name not in ("main", "near")}
+    assert ran == "far"
+    found = collectives.collect(module, network({"sequence": 2}, (2, 1)))
+    assert [one.count for one in found.collectives] == [counted] and not found.unread
 
 
 def test_arrays_and_where_they_lie():

@@ -11,9 +11,11 @@ import json
 import sys
 
 import jax
+import numpy as np
 
 from lazyattn import sharding
 from lazyattn.checkpoint.state import StateFactory
+from lazyattn.model import fetch
 from lazyattn.model.objective import make_loss_fn
 from lazyattn.model.parameters import init_params, partition_specs
 from lazyattn.model.sharded_attention import sharded_attention
@@ -51,23 +53,30 @@ def careless():
     return jax.jit(lambda x: 2 * x, out_shardings=everywhere).lower(x).compile().as_text()
 
 
-def kept_parts():
-    """Returns what a device keeps of attention between the passes, over its part of the queries."""
+def kept_parts(bound):
+    """Returns what a device keeps of attention between the passes, over its part of the queries.
+
+    Args:
+      bound: of scores, by which it chooses how far to fetch; None: it gathers.
+    """
     mesh = sharding.make_mesh(cases.MESHES["sequence"])
     x = jax.ShapeDtypeStruct((1, 2048, 2, 16), "float32")
     table, offset = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 64), (2,)))
 
-    def attention(query, key, value, table, offset):
-        arrays = {"distance_bias": table, "offset": offset}
+    def attention(query, key, value, table, slope, offset):
+        arrays = {"distance_bias": table, "distance_slope": slope, "offset": offset}
         return sharded_attention(
             *(query, key, value, arrays),
             sequence_shards=8,
             return_weights=False,
             implementation="xla_chunked",
+            skip_mass=1e-6,
+            bound=bound,
         )
 
     with jax.set_mesh(mesh):
-        kept = jax.eval_shape(lambda *args: jax.vjp(attention, *args)[1], x, x, x, table, offset)
+        args = (x, x, x, table, offset, offset)
+        kept = jax.eval_shape(lambda *args: jax.vjp(attention, *args)[1], *args)
     return sum(leaf.size for leaf in jax.tree.leaves(kept)) / x.size
 
 
@@ -77,7 +86,9 @@ def main() -> None:
         mesh = sharding.make_mesh(cases.MESHES[name], jax.devices()[: 4 if name == "tensor" else 8])
         report[name] = hlo.collectives(compiled(mesh))
     plain = {name: list(map(dataclasses.astuple, found)) for name, found in report.items()}
-    json.dump({"collectives": plain, "kept": kept_parts()}, sys.stdout)
+    bound = fetch.Bound(jax.numpy.float32(1), np.ones(2, np.float32))
+    kept = {"gathered": kept_parts(None), "fetched": kept_parts(bound)}
+    json.dump({"collectives": plain, "kept": kept}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ SHARDS = (2, 4, 8)
 CHUNK = 4
 # A part of a chunk, a whole one, some, and half of the shortest row.
 REACHES = (0, 1, 4, 6, 8)
+# Devices and hops, where the number of hops is known to the running program only.
+CHUNKS = ((2, 1), (4, 1), (4, 3), (8, 2), (8, 5), (8, 7))
 
 
-def check(shards, reach):
+def check(shards, reach, by_chunks=False):
     """Returns whether values and gradients are right, and the share that is sent."""
     length = 2 * shards * CHUNK
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, sequence=shards), jax.devices()[:shards])
@@ -48,8 +50,14 @@ def check(shards, reach):
     def compiled(fetch):
         return jax.jit(both, static_argnums=0).lower(fetch, x[None, dealt], d_out).compile()
 
+    def fetch(x):
+        return sharding.fetch_sequence(x, reach, shards)
+
+    def fetch_chunks(x):
+        return sharding.fetch_chunks(x, jax.numpy.int32(reach // CHUNK), shards)
+
     with jax.set_mesh(mesh):
-        fetched = compiled(lambda x: sharding.fetch_sequence(x, reach, shards))
+        fetched = compiled(fetch_chunks if by_chunks else fetch)
         gathered = compiled(sharding.gather_sequence)
         out, d_x = jax.device_get(fetched(x[None, dealt], d_out))
     values = np.array_equal(out, np.where(needed, x, 0))
@@ -63,7 +71,10 @@ def check(shards, reach):
 
 
 def main() -> None:
-    json.dump({f"{n} {reach}": check(n, reach) for n in SHARDS for reach in REACHES}, sys.stdout)
+    report = {f"{n} {reach}": check(n, reach) for n in SHARDS for reach in REACHES}
+    for shards, hops in CHUNKS:
+        report[f"{shards} {hops * CHUNK} chunks"] = check(shards, hops * CHUNK, by_chunks=True)
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

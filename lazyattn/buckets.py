@@ -114,6 +114,22 @@ def check_writable(name: str, folder: Path) -> None:
         ) from None
 
 
+def check_readable(name: str, path: str | os.PathLike[str]) -> None:
+    """Looks whether a bucket can be read, so that later nothing but a fault can keep it from that.
+
+    Args:
+      name: the flag or setting that has the path, for errors.
+      path: any path; one on this machine is not looked at.
+
+    Raises:
+      InputError: if it can't, saying why: no credentials, forbidden.
+    """
+    if is_bucket(path):
+        found = bucket_path(name, path)
+        with _told(name, found):
+            found.exists()
+
+
 def objects(name: str, path: Path) -> dict[str, Object]:
     """Returns the objects of a folder in a bucket by their names in it; one alone is "".
 
@@ -195,7 +211,13 @@ def remove(path: Path) -> None:
 def move(path: Path, target: Path) -> None:
     """Moves a folder; in a bucket each object is copied and then removed."""
     if is_bucket(path):
-        _file_system(path).mv(str(path), str(target), recursive=True)
+        files, (start, end) = (
+            _file_system(path),
+            (str(each).split("://")[1] for each in (path, target)),
+        )
+        for name in files.find(start):
+            files.cp_file(name, end + name.removeprefix(start))
+        files.rm(start, recursive=True)
     else:
         path.rename(target)
 

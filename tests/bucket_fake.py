@@ -49,6 +49,7 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Store)
     for cache in (Store.store, Store.reads):
         cache.clear()
+    Store.pseudo_dirs[:] = [""]
     backend.fsspec_backend._get_filesystem.cache_clear()
     yield Store
     backend.fsspec_backend._get_filesystem.cache_clear()

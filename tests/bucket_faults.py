@@ -1,7 +1,8 @@
 """What an emulator of a bucket is told to do to requests, by files in a folder.
 
 `fail` has a number and what happens to every so many requests, each in its turn: answers such as
-429, or `reset`, a connection that breaks. `refuse` has the answer to all. `kill` has a process and
+429, or `reset`, a connection that breaks. `refuse` has the answer to all, `deny` a part of a name:
+objects with it may not be written. `kill` has a process and
 the end of a name: whoever begins to write such an object dies, and it is not written. `answered`
 gets a line for each of them.
 """
@@ -33,9 +34,12 @@ class Faults:
     def _answer(self, method, name):
         if refuse := self._told("refuse"):
             return int(refuse[0])
+        writes = method in ("POST", "PUT")
+        if (deny := self._told("deny")) and writes and deny[0] in name:
+            return 403
         if kill := self._told("kill"):
             process, end = kill
-            if method in ("POST", "PUT") and name.endswith(end):
+            if writes and name.endswith(end):
                 os.kill(int(process), signal.SIGKILL)
                 return 500
         if fail := self._told("fail"):

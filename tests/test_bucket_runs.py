@@ -371,6 +371,21 @@ def test_data_and_programs_in_a_bucket(buckets, of_shards, corpus, kind):
     assert "True" in buckets.python(f"{same} read({str(shards)!r}).splits)")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_is_refused_costs_no_other(buckets, whole, kind):
+    run = f"{kind}://bucket/runs/refused"
+    with buckets.told(kind, "deny", "refused/checkpoints/12/"):
+        status, out, err = finish(buckets.train(run))
+    assert status == 0, err
+    assert "the checkpoint of step 12 could not be written (" in err
+    assert "the last good one is of step 8" in err
+    names = {name.partition("/checkpoints/")[2] for name in buckets.objects(run)}
+    assert {"20/commit_success.txt", "24/commit_success.txt"} <= names
+    assert not any(name.startswith("12/") for name in names)
+    lines = buckets.read(f"{run}/metrics.jsonl")
+    assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
+
+
 def test_a_dry_run_leaves_nothing(buckets, story):
     runs = f"{story.kind}://bucket/runs"
     before = buckets.objects(runs)
@@ -380,6 +395,25 @@ def test_a_dry_run_leaves_nothing(buckets, story):
         assert status == 0, err
         assert "nothing of this is kept" in out
     assert buckets.objects(runs) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_can_not_be_read_is_one_sentence(buckets, whole, kind, tmp_path):
+    url = f"{kind}://bucket/secret"
+    at = f"--workdir={whole}"
+    commands = [
+        (f"--workdir={url}", "--mode=sample"),
+        (at, "--mode=eval", f"--text={url}"),
+        (at, "--mode=eval", f"--lambada={url}/x.jsonl"),
+    ]
+    with buckets.told(kind, "refuse", "403"):
+        found = [buckets.run(*command) for command in commands]
+        for setting in ("--config.data.path", "--config.data.source", "--init_from"):
+            found.append(finish(buckets.train(tmp_path / "new", f"{setting}={url}")))
+    for status, _, err in found:
+        assert status == 2 and err.count("\n") == 1, err
+        assert f"is '{url}" in err and "but can't be read (it is forbidden" in err
+    assert not (tmp_path / "new").exists()
 
 
 NO_KEYS = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "1"}

@@ -63,6 +63,14 @@ def test_where_a_mode_writes(bucket):
     assert list(bucket.store) == ["bucket/b/x.md"]
 
 
+def test_a_folder_is_moved(bucket):
+    source = paths.folder("--workdir", f"{URL}/run/24")
+    for name in ("a", "sub/b"):
+        (source / name).write_text(name)
+    buckets.move(source, source.parent / "damaged" / "24-1")
+    assert sorted(bucket.store) == ["bucket/run/damaged/24-1/a", "bucket/run/damaged/24-1/sub/b"]
+
+
 def test_a_folder_is_uploaded_with_what_readers_look_for_last(bucket, tmp_path, monkeypatch):
     for name in ("a", "sub/b", "manifest", "z"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lazyattn import sharding
+from lazyattn import buckets, sharding
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.checkpoint.workdir import find_tokenizer
@@ -86,6 +86,7 @@ def load_trained(
         is of another model than `experiment`'s; of an export, if `experiment` or `step` is
         given, or it has no tokenizer.
     """
+    buckets.check_readable("--workdir", path)
     workdir = folder("--workdir", path)
     missing = bad_value(
         "--workdir", str(path), "the folder of a run with a checkpoint (--mode=train makes one)"

@@ -96,6 +96,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> None:
     Raises:
       InputError: if there are checkpoints but no tokenizer.
     """
+    buckets.check_readable("--workdir", path)
     workdir = folder("--workdir", path)
     if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
         raise bad_value(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from lazyattn import buckets
 from lazyattn.data import manifest, sources
 from lazyattn.data.config import DataConfig
 from lazyattn.data.copies import here
@@ -105,6 +106,7 @@ def validation_texts(config: DataConfig) -> list[Text]:
 
 def is_prepared(path: str) -> bool:
     """Returns whether a folder holds tokenised shards."""
+    buckets.check_readable("--text", path)
     return (folder("--text", path) / manifest.NAME).is_file()
 
 

@@ -8,6 +8,7 @@ workers.
 import os
 from collections.abc import Iterator
 
+from lazyattn import buckets
 from lazyattn.data import batches, copies, manifest
 from lazyattn.data.batches import (
     Batch,
@@ -56,6 +57,7 @@ def prepare(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None)
         name = "a folder of data.sources" if config.sources else "data.path"
         copied = []
         for folder, weight in config.weighted_paths:
+            buckets.check_readable(name, folder)
             manifest.read(folder, name)  # before anything is copied
             copied.append((str(copies.here(name, folder, cache_dir=cache_dir)), weight))
         return open_folders(config, copied)

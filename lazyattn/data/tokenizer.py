@@ -151,15 +151,15 @@ class Tokenizer:
           InputError: if there is no such file, it is no tokenizer, or one this class
             can't use, or has no token of that name.
         """
+        buckets.check_readable("the tokenizer", path)
         in_bucket = buckets.is_bucket(path)
         file = buckets.bucket_path("the tokenizer", path) if in_bucket else Path(path).expanduser()
         file = next((file / name for name in FILE_NAMES if (file / name).is_file()), file)
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise InputError(
-                f"The tokenizer {str(path)!r} cannot be read ({error.strerror})."
-            ) from error
+            why = error.strerror or "nothing is there"
+            raise InputError(f"The tokenizer {str(path)!r} cannot be read ({why}).") from error
         try:
             codec = read_codec(content)
         except ValueError as error:

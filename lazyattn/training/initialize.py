@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from lazyattn import buckets
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.data.tokenizer import Tokenizer
@@ -90,6 +91,7 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
       InputError: if there are no weights, or they are not of this model; the first parameter
         that does not fit is named.
     """
+    buckets.check_readable(_WHERE, str(experiment.training.init_from))
     folder = folder_of(_WHERE, str(experiment.training.init_from))
     is_step = folder.parent.name == FOLDER and folder.name.isdecimal()
     source: Any

@@ -375,7 +375,7 @@ def test_data_and_programs_in_a_bucket(buckets, of_shards, corpus, kind):
 def test_a_checkpoint_that_is_refused_costs_no_other(buckets, whole, kind):
     run = f"{kind}://bucket/runs/refused"
     with buckets.told(kind, "deny", "refused/checkpoints/12/"):
-        status, out, err = finish(buckets.train(run))
+        status, _, err = finish(buckets.train(run))
     assert status == 0, err
     assert "the checkpoint of step 12 could not be written (" in err
     assert "the last good one is of step 8" in err

@@ -53,7 +53,9 @@ from lazyattn.model.accounting import parameter_counts
 from lazyattn.training import remat
 
 SCALINGS = ("weak", "strong")
-_COLLECTIVE = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter|collective", re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    r"nccl|all_?reduce|all_?gather|reduce_?scatter|collective|memcpyp2p", re.IGNORECASE
+)
 _PART = re.compile(r"([a-z]+)(?::([0-9]+))?")
 
 

@@ -64,7 +64,6 @@ from benchmarks.decode.heads import Heads, Shape
 from benchmarks.decode.plan import CASES, Line, Point, Wave, chosen
 from lazyattn import paths
 from lazyattn.errors import InputError, require
-from lazyattn.generation import step
 
 _POINTS = flags.DEFINE_list("points", [], "Contexts x batches; none: those of the plan.")
 _CASES = flags.DEFINE_list("cases", [], "Of " + ", ".join(CASES) + "; none: those of the plan.")
@@ -82,7 +81,7 @@ _SECONDS = flags.DEFINE_float("seconds", 190.0, "Begin nothing and end after so 
 _CALLS = flags.DEFINE_integer("calls", 50, "Tokens in a row.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Times each is timed; the median counts.")
 _PROFILE = paths.define("profile", None, "File for lines with the time of each kernel.")
-_FUSED = flags.DEFINE_boolean("fused", True, "Whole tokens by lazyattn/generation/step.py.")
+_FUSED = flags.DEFINE_boolean("fused", False, "Whole tokens by lazyattn/generation/step.py.")
 _OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that lines are added to.")
 
 
@@ -300,8 +299,7 @@ def main(argv: list[str]) -> None:
         trained = _trained(shape, waves)
     except InputError as error:
         sys.exit(str(error))
-    if not _FUSED.value:
-        step.unsupported = lambda *_: "--fused=False"
+    token.FUSED = _FUSED.value
     rate = copy_rate()
     about = {
         "copy_gb_s": round(rate / 1e9, 1),

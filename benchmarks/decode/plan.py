@@ -148,7 +148,7 @@ class Line:
     read_share: float | None = None
     score_bound: float | None = None
     largest_batch: int | None = None
-    fused: bool = True
+    fused: bool = False
     layers_timed: int = 0
     copy_gb_s: float = 0.0
     device: str = ""

@@ -19,6 +19,9 @@ from lazyattn.generation.cache import CachePlan
 from lazyattn.generation.prepared import PreparedModel, prepare
 from lazyattn.model.parameters import init_params
 
+# Whether steps are `lazyattn.generation.step.forward`.
+FUSED = False
+
 
 @functools.cache
 def model(heads: Heads) -> PreparedModel:
@@ -31,7 +34,8 @@ def _model(heads: Heads) -> PreparedModel:
     attention = params["blocks"]["attention"]
     own = {k: jax.tree.map(jnp.asarray, x) for k, x in heads.attention.items() if k in attention}
     blocks = params["blocks"] | {"attention": attention | own}
-    return prepare(params | {"blocks": blocks}, heads.config)
+    ready = prepare(params | {"blocks": blocks}, heads.config)
+    return dataclasses.replace(ready, fused=FUSED)
 
 
 def weight_bytes(ready: Any) -> int:

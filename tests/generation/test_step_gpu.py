@@ -1,5 +1,6 @@
 """A step in few kernels is the model's, on a GPU: `make test-gpu`."""
 
+import dataclasses
 from unittest import mock
 
 import jax
@@ -21,7 +22,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype, atol", [("float32", 1e-3), ("bfloat16", 0.1)])
+# On an H200, whose float32 products are TF32, logits differed by 0.0015 at most.
+@pytest.mark.parametrize("dtype, atol", [("float32", 5e-3), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("new", [1, 3])
 def test_few_kernels_do_what_the_model_does(dtype, atol, new):
     attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=64, qk_norm=True)
@@ -29,10 +31,11 @@ def test_few_kernels_do_what_the_model_does(dtype, atol, new):
         vocab_size=320, width=512, num_layers=3, attention=attention, compute_dtype=dtype
     )
     params = init_params(config, jax.random.key(0))
-    model = prepare(params, config)
+    prepared = prepare(params, config)
     tokens = np.random.default_rng(0).integers(0, 320, (8, 600 + 4 * new))
 
-    def steps():
+    def steps(fused):
+        model = dataclasses.replace(prepared, fused=fused)
         held = cache.init_cache(plan_cache(params, config, 640), 8)
         _, held = prefill(model, held, tokens[:, :600], np.arange(600, 40, -75))
         found = []
@@ -42,9 +45,7 @@ def test_few_kernels_do_what_the_model_does(dtype, atol, new):
         return np.stack(found)
 
     with mock.patch.object(step, "forward", wraps=step.forward) as forward:
-        found = steps()
+        found = steps(True)
     assert forward.called
-    jax.clear_caches()
-    with mock.patch.object(step, "unsupported", lambda *_: "it is asked for"):
-        true = steps()
+    true = steps(False)
     np.testing.assert_allclose(found, true, atol=atol)

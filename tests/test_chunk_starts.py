@@ -22,7 +22,8 @@ CASES = [
     WINDOW,
 ]
 
-SLOW = ("several_tiles", "many_tiles", "softmax", "renormalized")
+# The window's case has documents too, and the chunk of odd size has neither.
+SLOW = tuple(case.name for case in CASES if case is not WINDOW)
 
 
 def part(case, number, taken):

@@ -168,8 +168,9 @@ def test_a_row_without_room_is_left_as_it_was():
     np.testing.assert_array_equal(cache.lengths, [LENGTH, LENGTH, 15])
 
 
+@pytest.mark.slow
 def test_greedy_tokens_with_spans_are_those_of_one_pass():
-    """The long version, of 10,000 tokens, is slow (`test_long.py`)."""
+    """The version of 10,000 tokens is `test_long.py`."""
     config = SPANS["spans"]
     lengths = np.array([70, 30, 2])
     new = generate(

@@ -71,7 +71,8 @@ def test_states_are_the_models(measured):
     assert np.all(found.states["top"][:, 2] > found.states["median"])
 
 
-@pytest.mark.parametrize("skip_mass", [1e-6, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skip_mass", [1e-6, 0.0])
 def test_heads_with_a_window(skip_mass):
     config, params = model(window=20, global_share=0.25, skip_mass=skip_mass)
     windows = head_windows(config.attention)

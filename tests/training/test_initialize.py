@@ -142,21 +142,29 @@ def _experiment(text, **changes):
     return from_config_dict(config)
 
 
-def test_a_run_starts_from_a_checkpoint_or_an_export(source, text, first_state, tmp_path, capsys):
-    pytest.importorskip("safetensors")
-    folders = [
-        export(source, options=ExportOptions(formats=(one,), output=str(tmp_path / one)))
-        for one in ("orbax", "hub")
-    ]
-    runs = [(source, 2), (source / "checkpoints" / "1", 1)]
-    for given, step in [*runs, *((folder, 2) for folder in folders)]:
-        state = first_state(_experiment(text, training__init_from=str(given)))
-        expected = load_trained(source, step=step).params
-        jax.tree.map(np.testing.assert_array_equal, state.params, expected)
-        assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
-        where = given if given in folders else f"step {step} of {source}"
-        said = f"starting from the weights of {where}, with a fresh optimizer\ndevices"
-        assert said.split("\n")[0] in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "hub",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoints/1", "orbax")),
+    ],
+)
+def test_a_run_starts_from_a_checkpoint_or_an_export(
+    given, source, text, first_state, tmp_path, capsys
+):
+    folder, step = source / given, 1 if given == "checkpoints/1" else 2
+    where = f"step {step} of {source}"
+    if given in ("orbax", "hub"):
+        pytest.importorskip("safetensors")
+        options = ExportOptions(formats=(given,), output=str(tmp_path / given))
+        folder = where = export(source, options=options)
+    state = first_state(_experiment(text, training__init_from=str(folder)))
+    expected = load_trained(source, step=step).params
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+    assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
+    said = f"starting from the weights of {where}, with a fresh optimizer\n"
+    assert said in capsys.readouterr().out
 
 
 HUB = hub_folder.LLAMA | {
@@ -172,8 +180,15 @@ AS_HUB = {
 
 @pytest.mark.parametrize(
     "attention",
-    [{"variant": "softmax"}, {}, {"bias_kind": "table", "variant": "lazy_constant_offset"}],
-    ids=["softmax", "decay", "table"],
+    [
+        pytest.param({"variant": "softmax"}, marks=pytest.mark.slow, id="softmax"),
+        pytest.param({}, id="decay"),
+        pytest.param(
+            {"bias_kind": "table", "variant": "lazy_constant_offset"},
+            marks=pytest.mark.slow,
+            id="table",
+        ),
+    ],
 )
 def test_a_run_starts_as_the_model_of_a_hub(text, first_state, tmp_path, capsys, attention):
     pytest.importorskip("safetensors")
@@ -188,8 +203,8 @@ def test_a_run_starts_as_the_model_of_a_hub(text, first_state, tmp_path, capsys,
     assert (said in out) == (attention.get("variant") != "softmax")
     assert "rope_base" not in out and "scale_embedding" not in out
     theirs, tokens = load_model(tmp_path / "hub"), jnp.arange(48)[None] % 200
-    found = Transformer(experiment.model).apply({"params": params}, tokens)
-    expected = Transformer(theirs.config).apply({"params": theirs.params}, tokens)
+    found = jax.jit(Transformer(experiment.model).apply)({"params": params}, tokens)
+    expected = jax.jit(Transformer(theirs.config).apply)({"params": theirs.params}, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -222,7 +237,7 @@ def test_a_longer_context_is_the_same_function(source, text, first_state, capsys
     before = load_trained(source)
     tokens = jnp.arange(48)[None] % 200
     results = [
-        Transformer(model).apply({"params": values}, tokens)
+        jax.jit(Transformer(model).apply)({"params": values}, tokens)
         for model, values in ((before.experiment.model, before.params), (wide.model, params))
     ]
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ def _loss(args):
     "target, platform, kernel, launches",
     [
         ("v5e", "tpu", "tpu_custom_call", 2),
-        ("v6e", "tpu", "tpu_custom_call", 2),
+        pytest.param("v6e", "tpu", "tpu_custom_call", 2, marks=pytest.mark.slow),
         ("sm90", "cuda", "mosaic_gpu_v2", 3),
     ],
 )

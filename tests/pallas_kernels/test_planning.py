@@ -68,9 +68,7 @@ def _same(ours, expected, tolerance=0.0):
 @pytest.mark.parametrize(
     "case",
     [
-        case
-        if case.name in ("slope", "packed", "blind")
-        else pytest.param(case, marks=pytest.mark.slow)
+        case if case.name == "packed" else pytest.param(case, marks=pytest.mark.slow)
         for case in CASES
     ],
     ids=str,

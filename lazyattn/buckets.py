@@ -211,10 +211,8 @@ def remove(path: Path) -> None:
 def move(path: Path, target: Path) -> None:
     """Moves a folder; in a bucket each object is copied and then removed."""
     if is_bucket(path):
-        files, (start, end) = (
-            _file_system(path),
-            (str(each).split("://")[1] for each in (path, target)),
-        )
+        files = _file_system(path)
+        start, end = (str(each).partition("://")[2] for each in (path, target))
         for name in files.find(start):
             files.cp_file(name, end + name.removeprefix(start))
         files.rm(start, recursive=True)

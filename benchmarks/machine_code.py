@@ -1,13 +1,15 @@
-"""Whether operands of products in registers outlast the loops that read them.
+"""What ptxas may have done to the Hopper kernels that no warning tells of.
 
     python -m benchmarks.mosaic_gpu_static --head_dim=64 --sass --cuda_root=DIR > FILE
     python -m benchmarks.machine_code FILE ...
 
-ptxas sometimes takes a register that the next step's product reads for something else: no
-warning tells, and gradients are wrong from the second step on. Here each register operand of
-each product (HGMMA) is followed back to what may have written it last. What was loaded before a
-loop must not have been written, on some way through the loop, by anything that computes. Exits
-with status 1 if something is.
+ptxas sometimes takes a register that the next step's product reads for something else, and
+gradients are wrong from the second step on. Here each register operand of each product (HGMMA) is
+followed back to what may have written it last. What was loaded before a loop must not have been
+written, on some way through the loop, by anything that computes.
+
+And shared memory may be given back, to the copies that fill it, while loads from it are in
+flight: see `released_while_loading`. Exits with status 1 if either is found.
 """
 
 import re
@@ -75,6 +77,50 @@ def overwritten_operands(code: list[str]) -> list[str]:
     return found
 
 
+def released_while_loading(code: list[str]) -> list[str]:
+    """Returns a sentence for each load from SMEM that may be in flight at an arrival.
+
+    Threads arrive at a named barrier (BAR.ARV) to give a slot back to TMA, whose copies are not
+    ordered behind their loads. A load is done when something has used what it gives, when a
+    product issued after it has been waited for, or behind a fence.
+    """
+    after: list[list[int]] = [[] for _ in code]
+    for number, before in enumerate(_predecessors(code)):
+        for at in before:
+            after[at].append(number)
+    # Of each instruction, what may be in flight before it: loads, and products issued since.
+    flying: list[set[tuple[int, int]]] = [set() for _ in code]
+    ahead = list(range(len(code)))
+    while ahead:
+        at = ahead.pop()
+        always = _PREDICATE.sub("", code[at]) == code[at]
+        left = _in_flight_after(code, at, flying[at]) if always else set(flying[at])
+        for number in after[at]:
+            if not left <= flying[number]:
+                flying[number] |= left
+                ahead.append(number)
+    arrivals = [n for n, x in enumerate(code) if _PREDICATE.sub("", x).startswith("BAR.ARV")]
+    loads = {load: n for n in reversed(arrivals) for load, _ in flying[n]}
+    return [f"{code[n]}: {code[load]} may be in flight" for load, n in sorted(loads.items())]
+
+
+def _in_flight_after(
+    code: list[str], at: int, flying: set[tuple[int, int]]
+) -> set[tuple[int, int]]:
+    instruction = code[at]
+    if instruction.startswith(("FENCE.VIEW.ASYNC", "EXIT")):
+        return set()
+    if wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", instruction):
+        return {x for x in flying if x[1] <= int(wait.group(1))}
+    if instruction.startswith("HGMMA"):
+        # Two are the most that code leaves in flight.
+        issued = int("gsb0" in instruction)
+        return {(load, min(products + issued, 3)) for load, products in flying}
+    named = {int(x) for x in re.findall(r"\bR(\d+)", instruction)}
+    left = {x for x in flying if not named & set(_written(code[x[0]]))}
+    return left | {(at, 0)} if instruction.startswith(("LDS", "LDSM")) else left
+
+
 def _predecessors(code: list[str]) -> list[list[int]]:
     labels = {x: n for n, x in enumerate(code) if x.startswith(".")}
     before: list[list[int]] = [[] for _ in code]
@@ -120,10 +166,14 @@ def main(paths: list[str]) -> int:
             status = 1
         for name, code in found.items():
             overwritten = overwritten_operands(code)
-            print(f"{path}: {name}: {len(code)} lines, {len(overwritten)} operands overwritten")
-            for sentence in overwritten[:4]:
+            released = released_while_loading(code)
+            print(
+                f"{path}: {name}: {len(code)} lines, {len(overwritten)} operands overwritten,"
+                f" {len(released)} loads in flight"
+            )
+            for sentence in overwritten[:4] + released[:4]:
                 print(f"  {sentence}")
-            status = status or int(bool(overwritten))
+            status = status or int(bool(overwritten or released))
     return status
 
 

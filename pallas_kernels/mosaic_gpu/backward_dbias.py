@@ -203,7 +203,7 @@ class _WorkTile(launch.WorkTile):
         start, _ = plan.bias_of_tile(distance * BLOCK, BLOCK, none, rows_are_keys=False)
         table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
         bias = memory.gather(table, start, BLOCK, interpret=self.interpret)
-        self.tables.consumer_release(self.n)
+        self.tables.consumer_release(self.n, loading=True)
         zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), TILE)
         lag = behind - self.warpgroup
         both = ((self.queries, 0), (self.keys, lag))

@@ -207,7 +207,7 @@ class WorkTile(launch.WorkTile):
         if "value" in kernel.operands:
             self.value = self.own("value")
         if self.release_early:
-            self.keys.consumer_release(self.n)
+            self.keys.consumer_release(self.n, loading=True)
         # The step of this warpgroup's diagonal.
         self.begin = lax.select(self.exists, self.key_block - self.block0, jnp.int32(0))
         self.first_masked_step = None

@@ -237,7 +237,7 @@ class WorkTile(launch.WorkTile):
             self.segment_start = self.row.segment_start
         self.query, self.d_out = self.own("query"), self.own("d_out")
         if self.release_early:
-            self.queries.consumer_release(self.n)
+            self.queries.consumer_release(self.n, loading=True)
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
 
         pipeline.skip(0, self.begin, *self.both)

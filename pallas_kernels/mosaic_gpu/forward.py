@@ -259,7 +259,7 @@ class WorkTile(launch.WorkTile):
         self.queries.consumer_wait(self.n)
         self.query = self.own("query")
         if self.release_early:
-            self.queries.consumer_release(self.n)
+            self.queries.consumer_release(self.n, loading=True)
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
 
         two_sweeps = functools.partial(self.two_sweeps, no_overflow)

@@ -328,6 +328,19 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
     take(numbers, words, jnp.asarray(slot, jnp.int32))
 
 
+def finish_loads() -> None:
+    """Orders a thread's loads from SMEM before copies into it that wait for the thread.
+
+    Copies go another way to SMEM than loads, and may overtake those issued before.
+    """
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        mlir.run("fence.proxy.async.shared::cta;", "")
+
+    fence()
+
+
 def named_barrier(operation: str, number: Index, threads: int) -> None:
     """Arrives at ("arrive"), or waits at ("sync"), a hardware barrier of the CTA."""
 

@@ -123,20 +123,26 @@ class Pipeline:
         """Returns the slot of the tile before."""
         return lax.select(slot == 0, jnp.int32(self.stages), slot) - 1
 
-    def consumer_release(self, tile: Index) -> None:
+    def consumer_release(self, tile: Index, *, loading: bool = False) -> None:
         """Gives a tile's slot back, see `consumer_release_slot`."""
-        self.consumer_release_slot(self.slot(tile))
+        self.consumer_release_slot(self.slot(tile), loading=loading)
 
-    def consumer_release_slot(self, slot: Scalar) -> None:
-        """Gives a slot back, once nothing that reads it is in flight.
+    def consumer_release_slot(self, slot: Scalar, *, loading: bool = False) -> None:
+        """Gives a slot back, once no product that reads it is in flight.
 
-        On a GPU ordinary loads are done when the threads arrive, and the copy that writes
-        there next needs no fence; the race detector of interpret mode wants one.
+        Args:
+          slot: which.
+          loading: ordinary loads from it may be in flight: nothing has used yet what they
+            give, and no later product was waited for. Threads arrive at a barrier without
+            waiting for their loads, and the copy that writes there next is not ordered behind
+            them but by a fence. Interpret mode always has one.
         """
         if self.interpret:
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.empty.at[slot])
         else:
+            if loading:
+                memory.finish_loads()
             memory.named_barrier("arrive", self.number + slot, self.threads)
 
     def close(self, tiles: Scalar) -> None:

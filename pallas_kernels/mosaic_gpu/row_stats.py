@@ -111,7 +111,7 @@ def find(work_tile: "backward_dq.WorkTile", block: Scalar) -> RowStats:
         slot = work_tile.outs.consumer_wait(number)
         x = tile(ref["out_smem"].at[slot, work_tile.warpgroup])
         product = layout.lane_sums(d_out * x, False, interpret=interpret)
-        work_tile.outs.consumer_release(number)
+        work_tile.outs.consumer_release(number, loading=True)
         return product
 
     delta = layout.finish_sums(dot(0) + dot(1), interpret=interpret)

@@ -37,6 +37,39 @@ def test_a_product_may_overwrite_what_it_is_added_to():
     assert len(machine_code.overwritten_operands(code)) == 4
 
 
+_RELEASE = """
+.text.kernel:
+        /*0000*/                   LDS.64 R24, [R2] ;
+        /*0010*/                   {first} ;
+.L_x_1:
+        /*0020*/                   {second} ;
+        /*0030*/              @P1  BRA `(.L_x_1) ;
+        /*0040*/                   BAR.ARV R3, 0x1a0 ;
+        /*0050*/                   EXIT ;
+"""
+_PRODUCT = "HGMMA.64x64x16.F32.BF16 R56, gdesc[UR8], RZ, !UPT, gsb0"
+
+
+@pytest.mark.parametrize(
+    "first, second, loads",
+    [
+        ("NOP", "NOP", 1),
+        ("BAR.SYNC.DEFER_BLOCKING R7, 0x80", "NOP", 1),
+        ("FADD R4, R5, R25", "NOP", 0),
+        ("@P1 FADD R4, R5, R25", "NOP", 1),
+        ("FENCE.VIEW.ASYNC.S", "NOP", 0),
+        (_PRODUCT, "NOP", 1),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", _PRODUCT, 1),
+        (_PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x0", 0),
+        (_PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x1", 1),
+        ("NOP", "LDS R9, [R2+0x4]", 2),
+    ],
+)
+def test_slots_given_back_while_loads_are_in_flight(first, second, loads):
+    (code,) = machine_code.kernels(_RELEASE.format(first=first, second=second)).values()
+    assert len(machine_code.released_while_loading(code)) == loads
+
+
 def test_files_without_machine_code_are_refused(tmp_path, capsys):
     path = tmp_path / "empty"
     path.write_text("ptxas info\n")
@@ -58,10 +91,17 @@ def _cuda_root() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "head_dim, offset, packed", itertools.product((64, 96, 128, 256), (True, False), (True, False))
+    "head_dim, offset, packed, width",
+    [
+        *itertools.product((64, 96, 128, 256), (True, False), (True, False), (1024,)),
+        # The gradient of a wide table has a kernel of its own.
+        (64, True, False, 4096),
+        (64, False, False, 4096),
+    ],
 )
-def test_hopper_kernels_keep_their_operands(head_dim, offset, packed, tmp_path, capsys):
+def test_hopper_kernels_keep_their_operands(head_dim, offset, packed, width, tmp_path, capsys):
     flags = [f"--head_dim={head_dim}", f"--offset={offset}", f"--packed={packed}"]
+    flags += [f"--width={width}"]
     command = [sys.executable, "-m", "benchmarks.mosaic_gpu_static", *flags, "--sass"]
     path = tmp_path / "code"
     with path.open("w") as file:

@@ -22,8 +22,9 @@ MAX_TURNS = 32
 MAX_SPLITS = 256
 # Rows of queries of a program at most.
 MAX_ROWS = 32
-# Rows of queries of a head at most whose splits are added up by one program, one after the other.
-FINISHED_ROWS = 4
+# Rows of queries of a head at most whose splits the last of their programs adds up. 0, so that a
+# kernel of its own does, until the GPU tests that set it have run.
+FINISHED_ROWS = 0
 # Bytes of a tile of keys.
 TILE_BYTES = 16384
 

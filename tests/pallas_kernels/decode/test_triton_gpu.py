@@ -11,6 +11,7 @@ if _REASON is not None:
 
 import triton  # noqa: E402
 
+from pallas_kernels.decode import triton_plan  # noqa: E402
 from pallas_kernels.decode.triton_kernels import decode_scores  # noqa: E402
 from tests import oracle  # noqa: E402
 from tests.pallas_kernels.decode import append, dense, suite  # noqa: E402
@@ -48,6 +49,15 @@ HALF += [("float16", decode) for decode in LONG[:3]]
 @pytest.mark.parametrize("decode", [*QUICK, *LONG[:3]], ids=str)
 def test_float32(decode):
     suite.check("triton", decode)
+
+
+@pytest.mark.parametrize("decode", [*QUICK, *LONG[:3]], ids=str)
+def test_the_last_program_adds_up(decode, monkeypatch):
+    monkeypatch.setattr(triton_plan, "FINISHED_ROWS", 4)
+    jax.clear_caches()
+    for _ in range(3):  # Which program is the last one is another each time.
+        suite.check("triton", decode)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("dtype, decode", HALF, ids=str)

@@ -34,6 +34,9 @@ def set_up(monkeypatch):
     before = {name: getattr(jax.config, name) for name in _CHANGED}
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
+    # As the environment of the tests says, unless JAX was imported before it was set.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     def call(*arguments):
         said = compile_cache.set_up(_flags(*arguments))

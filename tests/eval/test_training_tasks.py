@@ -24,6 +24,7 @@ def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_figures_are_logged_and_the_training_is_the_same(tmp_path, capsys, monkeypatch):
     class Tasks:
         def __init__(self, experiment, mesh, tokenizer):
@@ -47,8 +48,8 @@ def test_figures_are_logged_and_the_training_is_the_same(tmp_path, capsys, monke
 def test_what_is_refused(monkeypatch):
     with pytest.raises(InputError, match=r"training\.tasks is '', but it must be names of tasks"):
         _experiment(tasks_every=2)
-    with pytest.raises(InputError, match=r"training\.tasks_dir is 's3://items', but it must be"):
-        _experiment(tasks_dir="s3://items")
+    with pytest.raises(InputError, match=r"training\.tasks_dir is 'az://items', but it must be"):
+        _experiment(tasks_dir="az://items")
     training = _experiment(tasks_every=2, tasks=" piqa, boolq,").training
     assert training.task_names == ("piqa", "boolq")
     monkeypatch.setitem(sys.modules, "lm_eval", None)

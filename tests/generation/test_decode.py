@@ -38,8 +38,11 @@ def _forced(config, params, tokens, segment_ids=None):
 VARIANTS = [
     # Greedy tokens below are those of its logits.
     pytest.param(CONFIG, marks=pytest.mark.slow),
-    make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
-    make_config("biased_softmax", lora_rank=2),
+    pytest.param(
+        make_config("lazy_length_offset", attention={"num_kv_heads": 1, "qk_norm": True}),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(make_config("biased_softmax", lora_rank=2), marks=pytest.mark.slow),
     # One that cannot decode: with a cache another takes its place.
     make_config(
         "softmax",

@@ -194,7 +194,7 @@ def test_best_lengths_hold_the_fewest_keys():
     assert spans.best_lengths([2000], 1024) == ()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_models_own_queries_and_keys_are_within_the_bound(dtype):
     """Rounding to bfloat16 makes some of them longer than the norms' scales allow."""
     config = make_config(attention=QK_NORM, compute_dtype=dtype, scan_layers=False)

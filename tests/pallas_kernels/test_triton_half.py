@@ -17,11 +17,10 @@ NAMED = {case.name: case for case in suite.CASES}
     ("name", "dtype"),
     [
         ("documents_grouped", "bfloat16"),
-        ("paper", "float16"),
         *(
             pytest.param(name, dtype, marks=pytest.mark.slow)
             for name, dtype in (
-                *(("documents_grouped", "float16"), ("paper", "bfloat16")),
+                *(("documents_grouped", "float16"), ("paper", "float16"), ("paper", "bfloat16")),
                 *(("no_offset", "bfloat16"), ("no_offset", "float16")),
                 *(("sharp_scores", "bfloat16"), ("sharp_scores", "float16")),
             )
@@ -64,6 +63,7 @@ def test_strict_settings_and_64_bits():
         suite.check_settings("bfloat16", "triton")
 
 
+@pytest.mark.slow
 def test_shard_map():
     # Callbacks of several CPU devices at once crash XLA; the types are those of any mesh.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))

@@ -281,6 +281,7 @@ def test_other_texts_are_named(trained, text, cache, tmp_path):
     assert _contents(folder) == before
 
 
+@pytest.mark.slow
 def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
     """Training may validate on a part of the split; `--mode=eval` never does."""
     partly = _experiment(text, training__steps=1, training__eval_batches=2)

@@ -140,6 +140,7 @@ def test_the_compiler_decides_and_the_step_is_the_same(text, monkeypatch):
         np.testing.assert_allclose(metrics["dots"][name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_chose_and_keeps_what_was_asked(text, tmp_path, capsys):
     experiment = _experiment(text, "auto", steps=1)
     assert tiny.train(experiment, tmp_path / "run", tmp_path / "cache", summary=False) == 0

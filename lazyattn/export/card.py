@@ -129,7 +129,7 @@ def _transformers(model: ModelConfig, tokenizer: bool) -> str:
     lines.append(f"model = {loading(model)}")
     if tokenizer:
         lines += [
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            f"tokenizer = {loading(model, 'AutoTokenizer')}",  # it reads config.json, too
             'ids = tokenizer(TEXT, return_tensors="pt").input_ids',
             "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
         ]

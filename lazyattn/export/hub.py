@@ -47,10 +47,10 @@ def write(folder: Path, model: ExportedModel, dtype: str) -> None:
     _write_json(folder / settings.FILE, content)
 
 
-def loading(config: ModelConfig) -> str:
-    """Returns the call with which transformers loads a model's folder."""
+def loading(config: ModelConfig, kind: str = "AutoModelForCausalLM") -> str:
+    """Returns the call with which transformers loads a model's folder, or a `kind` from it."""
     code = ", trust_remote_code=True" if hub.family_of(config) is None else ""
-    return f"AutoModelForCausalLM.from_pretrained(FOLDER{code})"
+    return f"{kind}.from_pretrained(FOLDER{code})"
 
 
 def _tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict[str, Any]:

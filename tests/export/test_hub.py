@@ -12,6 +12,7 @@ import tokenizers
 
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
+from lazyattn.export.card import model_card
 from lazyattn.export.flags import ExportOptions
 from lazyattn.export.hub import CODE, loading, write
 from lazyattn.export.main import export
@@ -104,6 +105,11 @@ def test_an_embedding_that_is_scaled_comes_out_scaled():
 def test_what_no_family_is_has_a_modeling_file(config):
     assert hub.family_of(config) is None
     assert loading(config) == "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
+    # Without it the tokenizer would ask at the terminal whether code may run.
+    tokenizer = "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)"
+    settings = {"dtype": "float32", "layout": "unsharded", "formats": ("hub",), "tokenizer": True}
+    card = model_card("it", Facts(config, 64), **settings)
+    assert f"tokenizer = {tokenizer}\n" in card
 
 
 # Settings that change nothing of the function, or that others follow from.

@@ -236,7 +236,7 @@ def test_sharded_by_the_command_line_and_read_without_the_trainer(run, tmp_path)
         stored = checkpointer.metadata(tmp_path / "mine" / "params").item_metadata.tree
     assert stored["embedding"].storage.write_shape == (280, 2)  # of 16 columns
     text = (ROOT / "docs" / "export.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in first.splitlines() if line.strip()]) == 5
     program = (first + second).replace("exports/mine", str(tmp_path / "mine"))
     program += """

@@ -131,7 +131,11 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
         tasks_every=min(experiment.training.tasks_every, 1),
         max_failed_saves=1,
     )
-    teaching = experiment.teaching
+    teaching = dataclasses.replace(
+        experiment.teaching,
+        offset_steps=min(experiment.teaching.offset_steps, 1),
+        bias_steps=min(experiment.teaching.bias_steps, 1),
+    )
     if resumes:  # what it started from need not be there any more
         training = dataclasses.replace(training, init_from=None)
         teaching = dataclasses.replace(teaching, offset_steps=0, bias_steps=0, distill=0.0)

@@ -118,6 +118,7 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
     lines = [f"starting from the weights of {name}, with a fresh optimizer"]
     before, now = (_flat(config) for config in (model, experiment.model))
     lines += _new_parts(model.attention, experiment.model.attention)
+    lines += _unfinished(experiment)
     lines += [
         f"  config.model.{key}: {before[key]!r} there, {value!r} here"
         for key, value in now.items()
@@ -160,6 +161,20 @@ def _new_parts(source: AttentionConfig, target: AttentionConfig) -> list[str]:
     bias, offset = _is_new(source, target)
     found = ["no distance bias"] * bias + ["offsets of 0"] * offset
     return [f"  it starts with {' and '.join(found)}, which is what they are"] if found else []
+
+
+def _unfinished(experiment: ExperimentConfig) -> list[str]:
+    """Returns a line for each ramp that the run does not take to its end."""
+    steps, teaching = experiment.training.steps, experiment.teaching
+    return [
+        f"  config.teaching.{name} is {ramp}, but training.steps {steps}:"
+        " this run ends before what rises is all there"
+        for name, ramp in (
+            ("offset_steps", teaching.offset_steps),
+            ("bias_steps", teaching.bias_steps),
+        )
+        if ramp > steps
+    ]
 
 
 def _is_new(source: AttentionConfig, target: AttentionConfig) -> tuple[bool, bool]:

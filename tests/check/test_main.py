@@ -68,6 +68,11 @@ def test_weights_that_a_run_began_with_need_not_be_there(text):
     assert module._one_step(experiment, resumes=False).training.init_from == "gone"
 
 
+def test_a_ramp_is_as_short_as_the_run(text):
+    experiment = _experiment(text, teaching__bias_steps=1000)
+    assert module._one_step(experiment, resumes=False).teaching.bias_steps == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

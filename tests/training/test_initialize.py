@@ -196,11 +196,17 @@ def test_a_run_starts_as_the_model_of_a_hub(text, first_state, tmp_path, capsys,
 
     hub_folder.write(tmp_path / "hub", HUB)
     changes = {f"model__attention__{name}": value for name, value in attention.items()}
-    experiment = _experiment(text, training__init_from=str(tmp_path / "hub"), **AS_HUB, **changes)
+    lazy = attention.get("variant") != "softmax"
+    ramp = {"teaching__offset_steps": 1000} if lazy else {}
+    experiment = _experiment(
+        text, training__init_from=str(tmp_path / "hub"), **AS_HUB, **changes, **ramp
+    )
     params = first_state(experiment).params
     said = "  it starts with no distance bias and offsets of 0, which is what they are\n"
     out = capsys.readouterr().out
-    assert (said in out) == (attention.get("variant") != "softmax")
+    assert (said in out) == lazy
+    assert ("  config.teaching.offset_steps is 1000, but training.steps " in out) == lazy
+    assert "teaching.bias_steps" not in out
     assert "rope_base" not in out and "scale_embedding" not in out
     theirs, tokens = load_model(tmp_path / "hub"), jnp.arange(48)[None] % 200
     found = jax.jit(Transformer(experiment.model).apply)({"params": params}, tokens)

@@ -30,6 +30,12 @@ from lazyattn.training.step import TrainStep
 _NUMBER = 8
 _VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "MOSAIC_", "NVIDIA_", "TF_", "TRITON_", "XLA_")
 
+# Programs that JAX has read from its own cache.
+_hits: list[str] = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: _hits.append(event) if event.endswith("/cache_hits") else None
+)
+
 Made = tuple[TrainStep, list[str]]
 
 
@@ -60,10 +66,13 @@ def read_or_make(
             return _read(path, mesh, abstract, batch)
         except Exception:  # Cut short, or of a machine that is like this one by name alone.
             path.unlink(missing_ok=True)
+    _hits.clear()
     step, said = make()
     if not isinstance(step.jitted, jax.stages.Compiled):
         step = TrainStep(step.lower(abstract, batch).compile(), mesh)
-    _write(path, step.jitted, said)
+    # A CPU's program that was read lacks functions when it is written again and read once more.
+    if not _hits or mesh.devices.flat[0].platform != "cpu":
+        _write(path, step.jitted, said)
     return step, said
 
 

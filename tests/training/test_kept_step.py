@@ -153,3 +153,16 @@ def test_the_oldest_goes_first(made, folder, monkeypatch):
 def test_without_a_folder_of_ours_nothing_is_kept(made, tmp_path):
     assert _read_or_make(made)[1] == 1 and _read_or_make(made)[1] == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cpu_s_program_that_jax_had_read_is_not_kept(made, folder):
+    experiment, mesh, factory, make, _ = made
+
+    def read():
+        jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+        return make()
+
+    kept_step.read_or_make(read, experiment, mesh, factory.abstract)
+    assert not list(folder.glob("*"))
+    kept_step.read_or_make(make, experiment, mesh, factory.abstract)
+    assert len(list(folder.glob("*"))) == 1

@@ -19,6 +19,8 @@ DOCUMENTS = ("*.md", "docs/**/*.md", "pallas_kernels/README.md")
 NOTEBOOKS = ("docs/*.ipynb",)
 
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
+_ROW = re.compile(r"^\|.*", re.M)
+_CODE = re.compile(r"`[^`]+`")
 _LANGUAGES = {".py": "python", ".toml": "toml"}
 # Code is found by its name; in the search it would bury the documents.
 _NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
@@ -69,6 +71,8 @@ class _Site:
         text = self.pages[page]
         if page not in self.code:
             text = _LINK.sub(lambda match: f"]({self._link(page, match[1])})", text)
+            # Within code GitHub wants a bar of a table's row escaped, and here that would be shown.
+            text = _ROW.sub(lambda row: _CODE.sub(lambda c: c[0].replace(r"\|", "|"), row[0]), text)
         target = self.folder / page.relative_to(self.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
@@ -110,17 +114,17 @@ class _Site:
         fence = "`" * (1 + max([2, *map(len, re.findall("`+", code))]))
         name = path.relative_to(self.root).as_posix()
         language = _LANGUAGES.get(path.suffix, "text")
-        return f"{_NOT_SEARCHED}# {name}\n\n{fence}{language}\n{code}{fence}\n"
+        return f"{_NOT_SEARCHED}# `{name}`\n\n{fence}{language}\n{code}{fence}\n"
 
     def _folder_page(self, path: Path) -> str:
         name = path.relative_to(self.root).as_posix()
-        lines = [f"{_NOT_SEARCHED}# {name}/\n", "| file | what |", "|---|---|"]
+        lines = [f"{_NOT_SEARCHED}# `{name}/`\n", "| file | what |", "|---|---|"]
         for file in sorted([*path.rglob("*.py"), *path.rglob("*.md")]):
             text = file.read_text(encoding="utf-8")
             first = re.match(r'"""(.*?)(?:"""|\n)|# (.*)', text)
             about = (first[1] or first[2]).replace("|", r"\|") if first else ""
             name = file.relative_to(path).as_posix()
-            lines.append(f"| [{name}]({name}) | {about} |")
+            lines.append(f"| [`{name}`]({name}) | {about} |")
         return "\n".join(lines) + "\n"
 
 

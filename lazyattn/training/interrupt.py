@@ -52,6 +52,8 @@ class StopSignal:
             if joined():
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            # Not print, whose buffer the signal may have come into.
+            os.write(2, f"{self.received.name}: stopped before a step was taken\n".encode())
             raise SystemExit(self.exit_status)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -17,10 +17,11 @@ def test_an_armed_stop_waits(number, status):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_before_it_is_armed_it_ends_the_program(number, status):
+def test_before_it_is_armed_it_ends_the_program(number, status, capfd):
     with StopSignal(), pytest.raises(SystemExit) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.code == status
+    assert capfd.readouterr().err == f"{number.name}: stopped before a step was taken\n"
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

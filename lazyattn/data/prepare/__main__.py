@@ -132,7 +132,10 @@ def _summary(prepared: Prepared) -> str:
         if source.error is not None:
             lines.append(f"{'damaged':<12}{source.file}: {source.error}")
     if not content.splits["validation"].documents:
-        lines.append("No document was held out for validation, which training needs.")
+        lines.append(
+            "No document was held out for validation, which training needs: prepare it anew with a"
+            " larger --validation_fraction or with --validation_input."
+        )
     if prepared.finished_before:
         lines.append("It had been prepared before; nothing was done.")
     elif prepared.bytes:

@@ -247,8 +247,8 @@ def _check_tasks(options: EvaluationOptions) -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise InputError(
-            "--tasks needs lm-evaluation-harness, which is not installed: pip install -r"
-            " requirements/evaluation.txt."
+            "--tasks needs lm-evaluation-harness, which is not installed: pip install"
+            " 'lazyattn[evaluation]'."
         ) from None
     from lazyattn.eval.benchmarks import find_tasks
 

@@ -70,8 +70,9 @@ def read_or_make(
     step, said = make()
     if not isinstance(step.jitted, jax.stages.Compiled):
         step = TrainStep(step.lower(abstract, batch).compile(), mesh)
-    # A CPU's program that was read lacks functions when it is written again and read once more.
-    if not _hits or mesh.devices.flat[0].platform != "cpu":
+    # A CPU's program that was read lacks functions when it is written again and read once more;
+    # other devices' were not tried.
+    if not _hits:
         _write(path, step.jitted, said)
     return step, said
 

@@ -153,7 +153,7 @@ def test_the_least_time_is_the_longer_of_bytes_and_products():
     ("arguments", "message"),
     [
         (["--steps=0"], "--steps is 0, but it must be at least 1"),
-        (["--attention=linear"], "--attention is 'linear', but it must be lazy, softmax"),
+        (["--attention=linear"], "--attention is 'linear', but it must be lazy, biased"),
         ([], "--compile_only is False, but it must be given without a GPU"),
     ],
 )

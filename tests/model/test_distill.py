@@ -66,16 +66,16 @@ def test_the_objective_is_a_mixture():
     assert twin == dataclasses.replace(
         config, attention=dataclasses.replace(attention, variant="softmax")
     )
-    plain = make_loss_fn(config)(params, batch)
+    plain = jax.jit(make_loss_fn(config))(params, batch)
     for teacher in (None, twin_params(other)):
-        found = make_loss_fn(config, distill=0.25)(params, batch, teacher=teacher)
+        found = jax.jit(make_loss_fn(config, distill=0.25))(params, batch, teacher=teacher)
         np.testing.assert_allclose(found.nll, plain.nll, rtol=1e-6)
         theirs = twin_params(params) if teacher is None else teacher
         rest = {name: batch[name] for name in ("segment_ids", "positions")}
         ours, follow = (
             jax.nn.log_softmax(
                 logits(
-                    Transformer(c).apply({"params": p}, batch["inputs"], **rest),
+                    jax.jit(Transformer(c).apply)({"params": p}, batch["inputs"], **rest),
                     output_embedding(p, c),
                 )
             )

@@ -1,6 +1,7 @@
 """LoRA: the same function at the start, after merging, and gradients for it alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ def _flat(params):
     }
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _apply(config, params):
     return Transformer(config).apply({"params": params}, TOKENS)
 
@@ -54,7 +56,7 @@ def test_it_starts_as_the_model_without(params):
     assert jax.tree.structure(partition_specs(CONFIG)) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_merged_it_is_the_same_function(scan):
     config = dataclasses.replace(CONFIG, scan_layers=scan)
     params = init_params(config, jax.random.key(0))
@@ -67,7 +69,7 @@ def test_merged_it_is_the_same_function(scan):
     np.testing.assert_allclose(_apply(config, params), _apply(plain, found), atol=1e-5)
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.5])
+@pytest.mark.parametrize("distill", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_frozen_weights_get_no_gradient(params, distill):
     params = jax.tree.map(lambda x: x + 0.1, params)
     batch = toy.batch(0)
@@ -75,7 +77,7 @@ def test_frozen_weights_get_no_gradient(params, distill):
         frozen: make_loss_fn(CONFIG, distill=distill, frozen=frozen) for frozen in (True, False)
     }
     found = {
-        frozen: _flat(jax.grad(lambda p, loss=loss: loss(p, batch).objective)(params))
+        frozen: _flat(jax.jit(jax.grad(lambda p, loss=loss: loss(p, batch).objective))(params))
         for frozen, loss in losses.items()
     }
     for path, gradient in found[True].items():

@@ -1,9 +1,9 @@
-"""A step of a few tokens in as few kernels as there can be: seven a layer.
+"""A step of a few tokens in few kernels on a GPU: eight a layer. Off unless `fused` asks for it.
 
-Beside what a step must read, every kernel costs microseconds, so on a GPU the layers are put
-together here from kernels that do several things at once; elsewhere `Transformer` does it. Norm
+The layers are put together here from kernels that do several things at once; else `Transformer`
+does the step, which was faster when both were timed (docs/log/2026-11-30-decoding-kernels.md). Norm
 and projections are one (`triton_dense`); norms, RoPE and writing to the cache (`enter`); attention
-two; its output with the residual stream; norm, SwiGLU's first half; and its second.
+three; its output with the residual stream; norm, SwiGLU's first half; and its second.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """The log of a run: one record a step, sent to wherever numbers go."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,6 +111,15 @@ class RunLog:
             self.goodput.lose(reason, seconds)
         if self.enabled:
             self._progress.pause(seconds)
+
+    @contextlib.contextmanager
+    def pausing(self, reason: str) -> Iterator[None]:
+        """Leaves the time spent within out of the rates, as `pause` does."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.pause(time.perf_counter() - begin, reason)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Logs a step.

@@ -1,7 +1,6 @@
 """A training run from its settings: check, prepare, resume, train, sum up."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -12,7 +11,7 @@ import jax
 
 from lazyattn import sharding
 from lazyattn.checkpoint import workdir as folders
-from lazyattn.checkpoint.manager import Checkpoints, Restored, SaveError
+from lazyattn.checkpoint.manager import Checkpoints, SaveError
 from lazyattn.checkpoint.state import Params, make_state_factory
 from lazyattn.data.pipeline import (
     BatchIterator,
@@ -23,13 +22,13 @@ from lazyattn.data.pipeline import (
 )
 from lazyattn.distributed import gather_rows, not_left_waiting
 from lazyattn.errors import InputError
-from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
+from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
-from lazyattn.training import balance, kept_step, remat, resume_data
+from lazyattn.training import balance, kept_step, remat
+from lazyattn.training.beginning import Beginning, going_on
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Finished, Hooks, Started
-from lazyattn.training.initialize import Weights, check_teaching, read_weights
 from lazyattn.training.interrupt import StopSignal
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import NonFiniteError, Run, fit
@@ -80,52 +79,33 @@ def train(
         checkpoints = stack.enter_context(_checkpoints(workdir, experiment))
 
         # What is wrong with settings and checkpoints comes out before data is prepared.
-        found = checkpoints.newest_experiment()
-        if found is not None and found[0] > steps:
-            _say(f"already at step {found[0]}, past training.steps = {steps}: nothing was done")
+        at, saved = checkpoints.newest_experiment() or (0, None)
+        if at > steps:
+            _say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
-        experiment, changes = _going_on(experiment, None if found is None else found[1])
+        experiment, changes = going_on(experiment, saved)
         optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
-        restored = checkpoints.restore(factory.abstract)
-        weights: Weights | None = None
-        if restored is None and experiment.training.init_from is None:
-            check_teaching(experiment, None)
-        elif restored is None:
-            weights = read_weights(experiment, mesh, factory.shardings.params)
+        beginning = Beginning(experiment, mesh, factory, checkpoints)
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)
 
         _say(_where_the_data_is(experiment))
-        prepared = prepare(experiment.data, cache_dir)
-        batches = _batches(prepared, experiment, mesh)
-        stack.callback(batches.close)
-        if restored is not None:
-            resume_data.resume(batches, restored.data, restored.experiment, experiment)
-        folders.check_vocabulary(prepared.tokenizer, experiment)
-        if weights is not None:
-            weights.check_tokenizer(prepared.tokenizer)
+        data = prepare(experiment.data, cache_dir)
+        batches = stack.enter_context(contextlib.closing(_batches(data, experiment, mesh)))
+        beginning.set_data(data, batches)
 
-        start = 0 if restored is None else int(restored.state.step)
-        shardings = factory.shardings.params
-        started = Started(path, workdir, experiment, mesh, shardings, prepared, start, _say)
+        start, shardings = beginning.step, factory.shardings.params
+        started = Started(path, workdir, experiment, mesh, shardings, data, start, _say)
         sample = stack.enter_context(hooks.sample(started))
         validate, inspect = hooks.validate(started), hooks.inspect(started)
         tasks = hooks.tasks(started)
-        if jax.process_index() == 0:
-            folders.keep_tokenizer(workdir, prepared.tokenizer)
-            if start < steps:
-                folders.write_experiment(workdir, experiment)
-        said = () if weights is None else weights.said
-        if restored is not None:
-            state = restored.state
-        else:
-            state = factory.create(None if weights is None else weights.params)
-            weights = None  # consumed
+        _keep_settings(started)
+        said = beginning.lines(changes)
+        state = beginning.take_state()
         for line in (
-            *_describe(experiment, mesh, factory.abstract.params, prepared),
+            *_describe(experiment, mesh, factory.abstract.params, data),
             *said,
-            *_where_from(restored, changes, steps),
             *balance.describe(experiment.model, mesh, length, state.params),
         ):
             _say(line)
@@ -133,16 +113,7 @@ def train(
         record: dict[str, Any] = {}
         spent: list[str] = []
         if start < steps:
-            log = RunLog(
-                workdir,
-                step=start,
-                steps=steps,
-                log_every=experiment.training.log_every,
-                flops_per_token=flops_per_token(experiment.model, length).training,
-                began=began,
-                curves=(curves,),
-            )
-            stack.enter_context(log)
+            log = stack.enter_context(_log(started, began, curves))
             make = functools.partial(
                 remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
@@ -168,6 +139,7 @@ def train(
             with not_left_waiting(InputError, NonFiniteError, SaveError):
                 state, record = fit(run, state)
             spent = log.goodput.lines()
+
         last = int(state.step)
         if last < steps:
             assert stop.received is not None
@@ -194,21 +166,25 @@ def _checkpoints(workdir: Path, experiment: ExperimentConfig) -> Checkpoints:
     )
 
 
-def _going_on(
-    experiment: ExperimentConfig, saved: dict[str, Any] | None
-) -> tuple[ExperimentConfig, dict[str, tuple[Any, Any]]]:
-    """Returns the settings of a run that goes on with a checkpoint's, and what differs.
+def _log(run: Started, began: float, curves: WeightsAndBiases) -> RunLog:
+    experiment = run.experiment
+    return RunLog(
+        run.workdir,
+        step=run.step,
+        steps=experiment.training.steps,
+        log_every=experiment.training.log_every,
+        flops_per_token=flops_per_token(experiment.model, experiment.data.sequence_length).training,
+        began=began,
+        curves=(curves,),
+    )
 
-    Raises:
-      InputError: if they can't.
-    """
-    if saved is None:
-        return experiment, {}
-    changes = resumption_changes(saved, experiment)
-    resume_data.require_same_kind(saved, experiment)
-    before = from_config_dict(saved).training.init_from
-    training = dataclasses.replace(experiment.training, init_from=before)
-    return dataclasses.replace(experiment, training=training), changes
+
+def _keep_settings(run: Started) -> None:
+    """Writes down what other modes need, on the first process."""
+    if jax.process_index() == 0:
+        folders.keep_tokenizer(run.workdir, run.data.tokenizer)
+        if run.step < run.experiment.training.steps:
+            folders.write_experiment(run.workdir, run.experiment)
 
 
 def _batches(
@@ -274,17 +250,3 @@ def _packing(experiment: ExperimentConfig, prepared: TrainingData) -> list[str]:
         f" {quantity(report.documents, 'document')} cut off"
         for name, report in zip(names, packing_report(prepared, data), strict=True)
     ]
-
-
-def _where_from(
-    restored: Restored | None, changes: dict[str, tuple[Any, Any]], steps: int
-) -> list[str]:
-    """Returns lines on where the run goes on."""
-    if restored is None:
-        return []
-    step = int(restored.state.step)
-    if step == steps:
-        return [f"already at step {step}, the last (training.steps): nothing is left to train"]
-    lines = [f"resuming after step {step}"]
-    lines += [f"  config.{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items()]
-    return lines

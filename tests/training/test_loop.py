@@ -46,13 +46,14 @@ def _train(workdir, toy_step, poison=(), stop_after=None, profile=None, **settin
         if restored is not None:
             batches.set_state(restored.data)
         state = factory.create() if restored is None else restored.state
-        with RunLog(
+        log = RunLog(
             workdir,
             step=int(state.step),
             steps=config.steps,
             log_every=config.log_every,
             flops_per_token=1.0,
-        ) as log:
+        )
+        with log, StepProfile(workdir, profile) as steps:
             run = Run(
                 config=config,
                 experiment={"training": {"steps": config.steps}},
@@ -63,9 +64,9 @@ def _train(workdir, toy_step, poison=(), stop_after=None, profile=None, **settin
                 log=log,
                 validate=lambda params: {"validation_loss": float(params["final_norm"][0])},
                 stop=stop,
+                profile=steps,
             )
-            with StepProfile(workdir, profile) as steps:
-                return fit(dataclasses.replace(run, profile=steps), state)
+            return fit(run, state)
 
 
 def _records(workdir):
@@ -197,6 +198,7 @@ def _validated(tmp_path, toy_step, losses, **settings):
             log=log,
             validate=lambda _: {"validation_loss": next(left)},
             stop=SimpleNamespace(received=None),
+            profile=StepProfile(tmp_path),
         )
         fit(run, factory.create())
 

@@ -16,14 +16,16 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from etils import epath
 
 from lazyattn.errors import InputError, bad_value
+from lazyattn.patience import no_answer, within
 
 # The package that fsspec needs, and the extra of ours that has it.
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -31,9 +33,11 @@ _SCHEME = re.compile(r"([a-z0-9]+)://")
 _PROBE = ".lazyattn-can-write"
 # Of a request to S3, a random time up to 1, 2, 4, ... s apart: two minutes, as a rule.
 _RETRIES = 8
-
-
+# Seconds until a bucket must have answered for the first time: as long as requests are tried again.
+_FIRST_ANSWER = 120
+_S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _AT_ONCE = 8  # requests
+_answered: set[tuple[str, ...]] = set()  # buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +109,13 @@ def check_writable(name: str, folder: Path) -> None:
       InputError: if that fails, saying why: no credentials, no such bucket, forbidden.
     """
     probe = folder / f"{_PROBE}.{uuid.uuid4().hex}"  # every process has its own
-    try:
+
+    def write() -> None:
         probe.write_text("")
         probe.unlink()
+
+    try:
+        _answer(name, folder, write)
     except Exception as error:  # each library has errors of its own
         raise InputError(
             f"{name} is {str(folder)!r}, but nothing can be written there ({_why(error)})."
@@ -127,7 +135,28 @@ def check_readable(name: str, path: str | os.PathLike[str]) -> None:
     if is_bucket(path):
         found = bucket_path(name, path)
         with _told(name, found):
-            found.exists()
+            _answer(name, found, found.exists)
+
+
+def _answer(name: str, path: Path, request: Callable[[], object]) -> None:
+    """Makes a first request of a bucket, which has its time, and says what it waits for."""
+
+    def what() -> str:
+        found = f"an answer of the bucket of {name}, {str(path)!r}"
+        endpoints = [os.environ[each] for each in _S3_ENDPOINTS if os.environ.get(each)]
+        if scheme(path) != "s3" or not endpoints:
+            return found
+        url = urlsplit(endpoints[0])
+        port = url.port or (443 if url.scheme == "https" else 80)
+        why = no_answer(url.hostname or "", port)
+        return f"{found} at {endpoints[0]}" + (f" ({why})" if why else "")
+
+    within(_FIRST_ANSWER, what, request)
+    _answered.add(_bucket(path))
+
+
+def _bucket(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    return epath.Path(path).parts[:3]
 
 
 def objects(name: str, path: Path) -> dict[str, Object]:
@@ -178,6 +207,8 @@ def download(name: str, path: Path, target: Path) -> None:
 def _told(name: str, path: Path) -> Iterator[None]:
     """Turns whatever a library raises when it reads into one sentence."""
     try:
+        if _bucket(path) not in _answered:
+            _answer(name, path, path.exists)
         yield
     except Exception as error:  # each library has errors of its own
         raise InputError(f"{name} is {str(path)!r}, but can't be read ({_why(error)}).") from None
@@ -193,6 +224,8 @@ def _why(error: BaseException) -> str:
         return f"there is no such bucket: {text}"
     if isinstance(error, PermissionError) or code == "403" or "Forbidden" in text:
         return f"it is forbidden: {text}"
+    if isinstance(error, TimeoutError) or "Connect" in kind or "Timeout" in kind:
+        return f"it does not answer: {text}"
     return f"{kind}: {text}"
 
 

@@ -15,6 +15,7 @@ Rows of arrays go by `multihost_utils`.
 import contextlib
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,10 +28,15 @@ from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Int32
 
-from lazyattn.errors import InputError, require
+from lazyattn.errors import InputError, bad_value, require
+from lazyattn.patience import no_answer, waiting
+from lazyattn.quantity import quantity
 
 # For processes that are slower at what all do; one that is gone is noticed sooner.
 _PATIENCE_MS = 3_600_000
+# Seconds for all processes to come. JAX's own limit ends a process with a native stack trace.
+_ALL_COME = 300
+_LATER = 60
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -114,17 +120,61 @@ def initialize(values: flags.FlagValues = flags.FLAGS, *, automatic: bool = True
         index,
         "at least 0 and below --process_count" + ("" if count is None else f" = {count}"),
     )
+    if index == 0 and coordinator != "auto":
+        _check_free(coordinator, int(port))
     jax.config.update("jax_enable_preemption_service", False)
+    address, devices = (None, _devices_of_slurm()) if coordinator == "auto" else (coordinator, None)
+    seconds = _ALL_COME + _LATER
     try:
-        if coordinator == "auto":
-            jax.distributed.initialize(None, count, index, _devices_of_slurm())
-        else:
-            jax.distributed.initialize(coordinator, count, index)
+        with waiting(_who_is_missing, _ALL_COME, _end_alone):
+            jax.distributed.initialize(
+                address, count, index, devices, initialization_timeout=seconds
+            )
     except ValueError as error:
         raise InputError(
             "--coordinator, --process_id and --process_count must all be given, since this"
             f" environment does not tell what is left out ({error})."
         ) from None
+
+
+def _check_free(coordinator: str, port: int) -> None:
+    """Checks that process 0 can listen there; JAX's own try may end it by a fault of memory.
+
+    Raises:
+      InputError: if it can't.
+    """
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise bad_value(
+            *("--coordinator", coordinator, f"HOST:PORT where process 0 can listen ({why})")
+        ) from None
+
+
+def _who_is_missing() -> str:
+    """Returns for whom this process waits while it joins the others."""
+    state = distributed.global_state
+    address = state.coordinator_address
+    if address is None:
+        return "what this environment tells of the other processes"
+    others = state.num_processes - 1
+    if state.process_id == 0:
+        return f"{quantity(others, 'other process', 'other processes')} to come to {address}"
+    host, _, port = address.rpartition(":")
+    if why := no_answer(host.strip("[]"), int(port)):
+        return f"process 0 at {address}, which does not answer process {state.process_id} ({why})"
+    return f"all {others + 1} processes at {address}, which process {state.process_id} has reached"
+
+
+def _end_alone(missing: str) -> None:
+    """Ends this process, for which the others have not come."""
+    text = (
+        f"Gave up waiting for {missing}, after {_ALL_COME} s. A process that is missing is one"
+        " that did not start, or can't reach process 0."
+    )
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def joined() -> bool:
@@ -209,7 +259,19 @@ def tell_all(what: str, text: str) -> list[str]:
     client: Any = distributed.global_state.client
     prefix = f"lazyattn/told/{what}/"
     client.key_value_set(f"{prefix}{jax.process_index():08d}", text)
-    client.wait_at_barrier(f"{prefix}all", _PATIENCE_MS)
+
+    def missing() -> str:
+        """Returns who is waited for; one process alone says it."""
+        here = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
+        absent = [n for n in range(jax.process_count()) if n not in here]
+        if not absent or jax.process_index() > min(here):
+            return ""
+        few = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+        who = f"process {few}" if len(absent) == 1 else f"processes {few}"
+        return f"{who}, behind process {jax.process_index()}"
+
+    with waiting(missing):
+        client.wait_at_barrier(f"{prefix}all", _PATIENCE_MS)
     return [found for _, found in sorted(client.key_value_dir_get(prefix))]
 
 

@@ -14,7 +14,7 @@ LAYERS = {
     "basics": (
         *("lazyattn.errors", "lazyattn.quantity", "lazyattn.identity", "lazyattn.paths"),
         *("lazyattn.file_lock", "lazyattn.distributed", "lazyattn.compile_cache"),
-        *("lazyattn.flag_help", "lazyattn.allowed", "lazyattn.buckets"),
+        *("lazyattn.flag_help", "lazyattn.allowed", "lazyattn.buckets", "lazyattn.patience"),
     ),
     "op": (
         *("lazyattn.reference", "lazyattn.call", "lazyattn.compile_target", "lazyattn.blocks"),

@@ -1,10 +1,11 @@
 """Paths in buckets, without a bucket: what they are called, and logs that grow in parts."""
 
 import importlib.util
+import threading
 
 import pytest
 
-from lazyattn import buckets, paths
+from lazyattn import buckets, paths, patience
 from lazyattn.errors import InputError
 from lazyattn.training import append_object
 from lazyattn.training.append_object import AppendedObject
@@ -61,6 +62,32 @@ def test_where_a_mode_writes(bucket):
     with buckets.written(paths.results(f"{URL}/b", "runs/a", "eval")) as work:
         (work / "x.md").write_text("x")
     assert list(bucket.store) == ["bucket/b/x.md"]
+
+
+def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, monkeypatch, capfd):
+    monkeypatch.setattr(patience, "NOTICE", 0.05)
+    monkeypatch.setattr(buckets, "_FIRST_ANSWER", 0.2)
+    monkeypatch.setattr(buckets, "_answered", set())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+
+    def wait(*_, **__):
+        threading.Event().wait()
+
+    for name in ("pipe_file", "open", "exists", "find", "glob"):
+        monkeypatch.setattr(bucket, name, wait)
+    run = paths.folder("--workdir", f"{URL}/run")
+    asks = (
+        lambda: buckets.check_writable("--workdir", run),
+        lambda: buckets.check_readable("--workdir", run),
+        lambda: buckets.objects("--workdir", run),
+        lambda: buckets.matches("--workdir", f"{URL}/run"),
+    )
+    for ask in asks:
+        with pytest.raises(InputError, match=r"\(it does not answer: no answer in 0.2 s\)\.$"):
+            ask()
+        said = capfd.readouterr().err
+        at = f"the bucket of --workdir, '{URL}/run' at http://127.0.0.1:1 (Connection refused)"
+        assert said == f"Waiting for an answer of {at}: 0 s so far, 0.2 s at most.\n"
 
 
 def test_a_folder_is_moved(bucket):

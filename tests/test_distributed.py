@@ -42,7 +42,7 @@ _SLURM = dict.fromkeys(("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"),
 )
 def test_what_the_environment_says(monkeypatch, variables, arguments, joins):
     joined = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: joined.append(a))
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **_: joined.append(a))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     values = _flags(*arguments)
@@ -156,3 +156,44 @@ def test_sigterm_ends_a_process_that_has_joined_others():
     joining = (f"--coordinator=localhost:{port}", "--process_id=0", "--process_count=1")
     ended = subprocess.run([sys.executable, "-c", _ASKED_TO_END, *joining], timeout=120)
     assert ended.returncode == -signal.SIGTERM
+
+
+_NOT_FOR_LONG = """
+import sys
+from absl import flags
+from lazyattn import distributed, patience
+
+patience.NOTICE, distributed._ALL_COME = 1, 2
+distributed.define(flags.FLAGS)
+flags.FLAGS(sys.argv)
+distributed.initialize()
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "missing"),
+    [
+        (0, "1 other process to come to localhost:{port}"),
+        (1, "process 0 at localhost:{port}, which does not answer process 1 (Connection refused)"),
+    ],
+)
+def test_a_process_whose_peer_is_missing_says_so_and_ends(process, missing):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    joining = (f"--coordinator=localhost:{port}", "--process_count=2", f"--process_id={process}")
+    ended = subprocess.run(
+        [sys.executable, "-c", _NOT_FOR_LONG, *joining], timeout=60, capture_output=True, text=True
+    )
+    missing = missing.format(port=port)
+    assert f"\nWaiting for {missing}: " in f"\n{ended.stderr}"
+    assert f"\nGave up waiting for {missing}, after 2 s. " in ended.stderr
+    assert ended.returncode == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence():
+    with socket.create_server(("", 0)) as server:
+        at = f"localhost:{server.getsockname()[1]}"
+        for where in (at, "localhost:99999"):
+            joining = (f"--coordinator={where}", "--process_count=2", "--process_id=0")
+            with pytest.raises(InputError, match=f"is '{where}', .* where process 0 can listen"):
+                distributed.initialize(_flags(*joining))

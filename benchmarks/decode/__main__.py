@@ -81,7 +81,6 @@ _SECONDS = flags.DEFINE_float("seconds", 190.0, "Begin nothing and end after so 
 _CALLS = flags.DEFINE_integer("calls", 50, "Tokens in a row.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Times each is timed; the median counts.")
 _PROFILE = paths.define("profile", None, "File for lines with the time of each kernel.")
-_FUSED = flags.DEFINE_boolean("fused", False, "Whole tokens by lazyattn/generation/step.py.")
 _OUTPUT = paths.define("output", "benchmarks/results/decode.jsonl", "File that lines are added to.")
 
 
@@ -150,8 +149,8 @@ class Run:
         plan = heads.plan(cache, point.context)
         batch = point.batch
         if batch is None:
-            ready = jax.eval_shape(lambda: token.model(heads))
-            batch = token.free_bytes(token.weight_bytes(ready)) // plan.row_bytes
+            weights = token.weight_bytes(token.shapes(heads))
+            batch = token.free_bytes(weights) // plan.row_bytes
         line = Line(implementation, attention, cache, heads.name, point.context, batch)
         job = Attention(line, heads, plan, calls=_CALLS.value)
         line.cache_bytes_share = job.held / job.whole
@@ -299,14 +298,12 @@ def main(argv: list[str]) -> None:
         trained = _trained(shape, waves)
     except InputError as error:
         sys.exit(str(error))
-    token.FUSED = _FUSED.value
     rate = copy_rate()
     about = {
         "copy_gb_s": round(rate / 1e9, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "jax_triton": importlib.metadata.version("jax-triton"),
-        "fused": _FUSED.value,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }

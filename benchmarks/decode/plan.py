@@ -125,7 +125,6 @@ class Line:
       read_share: what attention must read of all keys and values.
       score_bound: U of the spans, in nats: no score is above it before the bias.
       largest_batch: rows whose cache fits in memory beside the weights.
-      fused: whether whole tokens are done by `lazyattn.generation.step`.
       layers_timed: layers that attention was timed over.
       copy_gb_s: rate of the copy, bytes read and written, 1e9 a second.
       device, jax, jax_triton, commit, date: of the run.
@@ -148,7 +147,6 @@ class Line:
     read_share: float | None = None
     score_bound: float | None = None
     largest_batch: int | None = None
-    fused: bool = False
     layers_timed: int = 0
     copy_gb_s: float = 0.0
     device: str = ""

@@ -19,9 +19,6 @@ from lazyattn.generation.cache import CachePlan
 from lazyattn.generation.prepared import PreparedModel, prepare
 from lazyattn.model.parameters import init_params
 
-# Whether steps are `lazyattn.generation.step.forward`.
-FUSED = False
-
 
 @functools.cache
 def model(heads: Heads) -> PreparedModel:
@@ -34,8 +31,12 @@ def _model(heads: Heads) -> PreparedModel:
     attention = params["blocks"]["attention"]
     own = {k: jax.tree.map(jnp.asarray, x) for k, x in heads.attention.items() if k in attention}
     blocks = params["blocks"] | {"attention": attention | own}
-    ready = prepare(params | {"blocks": blocks}, heads.config)
-    return dataclasses.replace(ready, fused=FUSED)
+    return prepare(params | {"blocks": blocks}, heads.config)
+
+
+def shapes(heads: Heads) -> PreparedModel:
+    """Returns the shapes of that model's arrays."""
+    return jax.eval_shape(functools.partial(_model, heads))
 
 
 def weight_bytes(ready: Any) -> int:
@@ -74,7 +75,7 @@ class Token:
 
     def compile(self) -> None:
         """Compiles several tokens; raises MemoryError where the cache does not fit."""
-        ready = jax.eval_shape(functools.partial(_model, self.heads))
+        ready = shapes(self.heads)
         free = free_bytes(weight_bytes(ready))
         self.line.largest_batch = free // self.plan.row_bytes
         if self.line.batch > self.line.largest_batch:

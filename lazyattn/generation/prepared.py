@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lazyattn.generation import step as fused_step
 from lazyattn.generation.attend import Step, cached_attention
 from lazyattn.generation.cache import KVCache
 from lazyattn.model.config import ModelConfig
@@ -31,14 +30,11 @@ class PreparedModel:
         no unembedding.
       output: what hidden states are multiplied by for logits, compute dtype.
       config: of `params`.
-      fused: steps are `step.forward` where it can do them. Not the default: when it was timed it
-        was slower (docs/log/2026-11-30-decoding-kernels.md).
     """
 
     params: Mapping[str, Any]
     output: Float[Array, "vocab width"]
     config: ModelConfig = dataclasses.field(metadata={"static": True})
-    fused: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def prepare(params: "Mapping[str, Any] | PreparedModel", config: ModelConfig) -> PreparedModel:
@@ -111,9 +107,6 @@ def forward(
       step: what is known of them.
     """
     config = model.config
-    fused = model.fused and step is Step.STEP
-    if fused and fused_step.unsupported(config, cache, tokens.shape[1]) is None:
-        return fused_step.forward(model.params, config, tokens, cache, count)
     start = jnp.zeros_like(cache.lengths) if step is Step.START else cache.lengths
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     layers = list(cache.layers)

@@ -40,32 +40,6 @@ def append(
     return triton_append.append(held, heads, keys, values, start, count)
 
 
-def enter(
-    held: Sequence[Held],
-    heads: Sequence[Sequence[int]],
-    projected: Float[Array, "batch new all_heads d"],
-    scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None,
-    angles: tuple[Float[Array, "batch new half"], Float[Array, "batch new half"]],
-    start: Int[Array, " batch"],
-    count: Int[Array, " batch"],
-    epsilon: float,
-) -> tuple[Float[Array, "batch new heads d"], list[Held]]:
-    """Returns queries, normed and turned, and the caches with new positions.
-
-    One kernel of Triton, where `unsupported` says None.
-
-    Args:
-      held, heads, start, count: as of `append`.
-      projected: query heads, key heads and value heads of the new tokens, in the caches' dtype.
-      scales: of the RMS norms of queries and keys, float32; None: there is no norm.
-      angles: cosines and sines by which each token's heads are turned, float32.
-      epsilon: of the norms.
-    """
-    from pallas_kernels.decode import triton_append
-
-    return triton_append.enter(held, heads, projected, scales, angles, start, count, epsilon)
-
-
 def tpu_unsupported(held: Sequence[Held]) -> str | None:
     """Returns why the TPU's kernel can't do it, as the end of "... since ..."; None: it can."""
     for keys, _, _ in held:

@@ -6,9 +6,8 @@ all new queries, share what is loaded.
 
 With Elastic-Softmax, `decode_scores` reads the keys of the pages that are not negligible, keeps
 the scores, and notes each page's highest; `decode_values` then knows the log-sum-exp and reads
-the values of pages with a weight above 0, and the last program of a row adds up what its splits
-found. Softmax has no zeros: `decode_softmax` reads keys and values at once, and `decode_combine`
-adds up, as it does for both where a kernel can't write to its inputs.
+the values of pages with a weight above 0. Softmax has no zeros: `decode_softmax` reads keys and
+values at once. `decode_combine` adds up what the splits found.
 
 A call has one launch of each kernel, whatever the number of caches: programs of one cache follow
 those of the other, each compiled for its own sizes.
@@ -96,13 +95,12 @@ def _attention(call: Call) -> Float[Array, "batch new heads head_dim"]:
     pairs = static.batch * static.kv_heads
     found = floats(pairs, static.splits, static.rows)
     parts = floats(pairs, static.splits, static.rows, static.head_dim)
-    whole = jax.ShapeDtypeStruct(query.shape, query.dtype)
     grid = (static.parts[-1].stop,)
     block = Block(static.tile_rows, static.keys, WARPS, STAGES)
     if static.has_offset:
         last = static.parts[-1]
         own = static.batch * last.heads * static.rows
-        scores, highest, maximum, total, arrived = launch(
+        scores, highest, maximum, total = launch(
             decode_scores,
             (
                 *(query, lengths, layer, table, slope, offset, listed),
@@ -113,28 +111,23 @@ def _attention(call: Call) -> Float[Array, "batch new heads head_dim"]:
                 floats(last.first_page + own * last.splits * last.turns),
                 found,
                 found,
-                jax.ShapeDtypeStruct((pairs * static.rows,), jnp.int32),
             ),
             grid,
             block,
             static,
         )
-        arrays = [
-            *(query, lengths, layer, offset, listed),
-            *cached("value", "value_scales"),
-            *(scores, highest, maximum, total, arrived, head_sizes),
-        ]
-        part, weight, out, *_ = launch(
+        part, weight = launch(
             decode_values,
-            arrays,
-            (parts, found, whole if static.finishes else None),
+            (
+                *(query, lengths, layer, offset, listed),
+                *cached("value", "value_scales"),
+                *(scores, highest, maximum, total),
+            ),
+            (parts, found),
             grid,
             dataclasses.replace(block, stages=1),
             static,
-            in_place=[len(arrays) - 2] if static.finishes else [],
         )
-        if static.finishes:
-            return out
     else:
         names = ("key", "value", "key_norms", "key_scales", "value_scales")
         part, maximum, total = launch(
@@ -149,7 +142,7 @@ def _attention(call: Call) -> Float[Array, "batch new heads head_dim"]:
     (out,) = launch(
         decode_combine,
         (lengths, head_sizes, part, maximum, total, weight),
-        (whole,),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype),),
         (pairs * static.rows,),
         dataclasses.replace(block, stages=1),
         static,

@@ -33,7 +33,7 @@ def _keep_scores(
     key_ptr, norms_ptr, scales_ptr, shared, found, static: tl.constexpr, part: tl.constexpr
 ):
     """Does a program of `decode_scores`."""
-    scores_ptr, page_ptr, maximum_ptr, total_ptr, arrived_ptr = found
+    scores_ptr, page_ptr, maximum_ptr, total_ptr = found
     place, at, query, to_read, bias = begin(key_ptr, norms_ptr, scales_ptr, shared, static, part)
     row, own, split, pair, number, turn, _, real = place
     length, _, key, at_pages = at
@@ -62,8 +62,6 @@ def _keep_scores(
         page_maximum = tl.where((turns == mine)[:, None], page_maximum[None, :], MASKED)
         highest = tl.maximum(highest, page_maximum)
 
-    if split == 0:
-        tl.store(arrived_ptr + pair * static.rows + tl.min(number, 0), 0)
     at_found = place_found(pair, split, number, static)
     tl.store(maximum_ptr + at_found, maximum, mask=real)
     tl.store(total_ptr + at_found, total, mask=real)
@@ -100,12 +98,11 @@ def decode_scores(
     page_ptr,
     maximum_ptr,
     total_ptr,
-    arrived_ptr,
     static: tl.constexpr,
 ):
     """Scores of a program's pages; a program for each row, head, tile of rows and split."""
     shared = (query_ptr, length_ptr, layer_ptr, table_ptr, slope_ptr, offset_ptr, heads_ptr)
-    found = (scores_ptr, page_ptr, maximum_ptr, total_ptr, arrived_ptr)
+    found = (scores_ptr, page_ptr, maximum_ptr, total_ptr)
     keys = (key0_ptr, key1_ptr, key2_ptr, key3_ptr, key4_ptr)
     norms = (norms0_ptr, norms1_ptr, norms2_ptr, norms3_ptr, norms4_ptr)
     scales = (scales0_ptr, scales1_ptr, scales2_ptr, scales3_ptr, scales4_ptr)
@@ -116,67 +113,11 @@ def decode_scores(
 
 
 @triton.jit
-def _combine(arrays, at, static: tl.constexpr):
-    """Writes the output of one query of one head from what the splits found."""
-    length_ptr, sizes_ptr, part_ptr, maximum_ptr, total_ptr, weight_ptr, out_ptr = arrays
-    pair = at // static.rows
-    number = at % static.rows
-    row = pair // static.kv_heads
-    head = pair % static.kv_heads * static.group + number % static.group
-    turn = number // static.group
-    length = tl.load(length_ptr + row)
-    # Splits and slots of the head.
-    used = static.first_splits
-    slots = static.first_slots
-    if static.number > 1:
-        used = tl.load(sizes_ptr + pair % static.kv_heads * 2)
-        slots = tl.load(sizes_ptr + pair % static.kv_heads * 2 + 1)
-    splits = tl.arange(0, static.padded_splits)
-    inside = splits < used
-    at_found = (pair * static.splits + splits) * static.rows + number
-    maxima = tl.load(maximum_ptr + at_found, mask=inside, other=LOWEST)
-    totals = tl.load(total_ptr + at_found, mask=inside, other=0.0)
-    maximum = tl.max(maxima, 0)
-    total = tl.sum(totals * tl.exp2(maxima - maximum), 0)
-    dim = tl.arange(0, static.padded_dim)
-    out = tl.full((static.padded_dim,), 0, tl.float32)
-    for turn_start in tl.range(0, tl.cdiv(used, COMBINED_SPLITS)):
-        split = turn_start * COMBINED_SPLITS + tl.arange(0, COMBINED_SPLITS)
-        at_split = (pair * static.splits + split) * static.rows + number
-        mask = (split < used)[:, None] & (dim < static.head_dim)[None, :]
-        at_part = part_ptr + at_split[:, None] * static.head_dim + dim[None, :]
-        # Another program may have written it just now.
-        part = tl.load(at_part, mask=mask, other=0.0, cache_modifier=".cg")
-        if not static.has_offset:
-            own = tl.load(maximum_ptr + at_split, mask=split < used, other=LOWEST)
-            part *= tl.exp2(own - maximum)[:, None]
-        out += tl.sum(part, 0)
-    if static.renormalize:
-        at_found = weight_ptr + at_found
-        weights = tl.load(at_found, mask=inside, other=0.0, cache_modifier=".cg")
-        weight = tl.sum(weights, 0)
-        out = out / tl.where(weight == 0, 1.0, weight)
-    if not static.has_offset:
-        out = out / total
-    # No mass at all, or what is no number.
-    none = ~(total > 0)
-    if not static.ring:
-        none = none | (length > slots)
-    out = tl.where(none, float("nan"), out)
-    out = tl.where(length - static.new + turn >= 0, out, 0.0)
-    at_out = ((row * static.new + turn) * static.heads + head) * static.head_dim
-    tl.store(out_ptr + at_out + dim, out.to(out_ptr.dtype.element_ty), mask=dim < static.head_dim)
-
-
-@triton.jit
-def _add_values(
-    value_ptr, scales_ptr, shared, noted, found, static: tl.constexpr, part: tl.constexpr
-):
+def _add_values(value_ptr, scales_ptr, shared, found, static: tl.constexpr, part: tl.constexpr):
     """Does a program of `decode_values`."""
     tiles: tl.constexpr = static.tiles_a_page
     query_ptr, length_ptr, layer_ptr, offset_ptr, heads_ptr = shared
-    scores_ptr, page_ptr, maximum_ptr, total_ptr, arrived_ptr, sizes_ptr = noted
-    part_ptr, weight_ptr, out_ptr = found
+    scores_ptr, page_ptr, maximum_ptr, total_ptr, part_ptr, weight_ptr = found
     place = place_of(tl.program_id(0), heads_ptr, static, part)
     row, own, split, pair, number, turn, query_head, real = place
     length = tl.load(length_ptr + row)
@@ -234,17 +175,6 @@ def _add_values(
 
     store_part(part_ptr, out, pair, split, number, real, static)
     tl.store(weight_ptr + place_found(pair, split, number, static), weight, mask=real)
-    if static.finishes:
-        # The last of a row's programs adds up, in the splits' order, whichever that is.
-        tl.debug_barrier()
-        begin_at = tl.min(number, 0)
-        at = pair * static.rows + begin_at
-        if tl.atomic_add(arrived_ptr + at, 1, sem="acq_rel") == part.splits - 1:
-            tl.debug_barrier()
-            arrays = (length_ptr, sizes_ptr, part_ptr, maximum_ptr, total_ptr, weight_ptr, out_ptr)
-            stop_at = tl.minimum(begin_at + static.tile_rows, static.rows)
-            for one in tl.range(begin_at, stop_at):
-                _combine(arrays, pair * static.rows + one, static)
 
 
 @triton.jit
@@ -268,23 +198,19 @@ def decode_values(
     page_ptr,
     maximum_ptr,
     total_ptr,
-    arrived_ptr,
-    sizes_ptr,
     part_ptr,
     weight_ptr,
-    out_ptr,
     static: tl.constexpr,
 ):
     """Weighted values of a program's pages that have a weight; programs as `decode_scores`."""
     shared = (query_ptr, length_ptr, layer_ptr, offset_ptr, heads_ptr)
-    noted = (scores_ptr, page_ptr, maximum_ptr, total_ptr, arrived_ptr, sizes_ptr)
-    found = (part_ptr, weight_ptr, out_ptr)
+    found = (scores_ptr, page_ptr, maximum_ptr, total_ptr, part_ptr, weight_ptr)
     values = (value0_ptr, value1_ptr, value2_ptr, value3_ptr, value4_ptr)
     scales = (scales0_ptr, scales1_ptr, scales2_ptr, scales3_ptr, scales4_ptr)
     number: tl.constexpr = static.number
     for n in tl.static_range(number):
         if owns(tl.program_id(0), static.each[n]):
-            _add_values(values[n], scales[n], shared, noted, found, static, static.each[n])
+            _add_values(values[n], scales[n], shared, found, static, static.each[n])
 
 
 @triton.jit
@@ -407,5 +333,48 @@ def decode_combine(
     static: tl.constexpr,
 ):
     """One query of one head, from what the splits found; grid (batch * kv_heads * rows,)."""
-    arrays = (length_ptr, sizes_ptr, part_ptr, maximum_ptr, total_ptr, weight_ptr, out_ptr)
-    _combine(arrays, tl.program_id(0), static)
+    at = tl.program_id(0)
+    pair = at // static.rows
+    number = at % static.rows
+    row = pair // static.kv_heads
+    head = pair % static.kv_heads * static.group + number % static.group
+    turn = number // static.group
+    length = tl.load(length_ptr + row)
+    # Splits and slots of the head.
+    used = static.first_splits
+    slots = static.first_slots
+    if static.number > 1:
+        used = tl.load(sizes_ptr + pair % static.kv_heads * 2)
+        slots = tl.load(sizes_ptr + pair % static.kv_heads * 2 + 1)
+    splits = tl.arange(0, static.padded_splits)
+    inside = splits < used
+    at_found = (pair * static.splits + splits) * static.rows + number
+    maxima = tl.load(maximum_ptr + at_found, mask=inside, other=LOWEST)
+    totals = tl.load(total_ptr + at_found, mask=inside, other=0.0)
+    maximum = tl.max(maxima, 0)
+    total = tl.sum(totals * tl.exp2(maxima - maximum), 0)
+    dim = tl.arange(0, static.padded_dim)
+    out = tl.full((static.padded_dim,), 0, tl.float32)
+    for turn_start in tl.range(0, tl.cdiv(used, COMBINED_SPLITS)):
+        split = turn_start * COMBINED_SPLITS + tl.arange(0, COMBINED_SPLITS)
+        at_split = (pair * static.splits + split) * static.rows + number
+        mask = (split < used)[:, None] & (dim < static.head_dim)[None, :]
+        at_part = part_ptr + at_split[:, None] * static.head_dim + dim[None, :]
+        part = tl.load(at_part, mask=mask, other=0.0)
+        if not static.has_offset:
+            own = tl.load(maximum_ptr + at_split, mask=split < used, other=LOWEST)
+            part *= tl.exp2(own - maximum)[:, None]
+        out += tl.sum(part, 0)
+    if static.renormalize:
+        weight = tl.sum(tl.load(weight_ptr + at_found, mask=inside, other=0.0), 0)
+        out = out / tl.where(weight == 0, 1.0, weight)
+    if not static.has_offset:
+        out = out / total
+    # No mass at all, or what is no number.
+    none = ~(total > 0)
+    if not static.ring:
+        none = none | (length > slots)
+    out = tl.where(none, float("nan"), out)
+    out = tl.where(length - static.new + turn >= 0, out, 0.0)
+    at_out = ((row * static.new + turn) * static.heads + head) * static.head_dim
+    tl.store(out_ptr + at_out + dim, out.to(out_ptr.dtype.element_ty), mask=dim < static.head_dim)

@@ -7,7 +7,6 @@ from typing import Any
 from pallas_kernels.decode import pages as rule
 from pallas_kernels.decode import types
 from pallas_kernels.decode.types import Call
-from pallas_kernels.triton import support
 from pallas_kernels.triton.config import padded_head_dim, power_of_two
 from pallas_kernels.triton.tile import constant
 
@@ -22,9 +21,6 @@ MAX_TURNS = 32
 MAX_SPLITS = 256
 # Rows of queries of a program at most.
 MAX_ROWS = 32
-# Rows of queries of a head at most whose splits the last of their programs adds up. 0, so that a
-# kernel of its own does, until the GPU tests that set it have run.
-FINISHED_ROWS = 0
 # Bytes of a tile of keys.
 TILE_BYTES = 16384
 
@@ -124,7 +120,6 @@ class Static(Caches):
       scale: factor of the scores.
       quantized: the caches are of int8 numbers.
       renormalize, ring: see `types.Settings`.
-      finishes: `decode_values` adds up what splits found.
     """
 
     batch: int
@@ -141,7 +136,6 @@ class Static(Caches):
     quantized: bool
     renormalize: bool
     ring: bool
-    finishes: bool
 
     @property
     def group(self) -> int:
@@ -238,8 +232,6 @@ def make_static(call: Call) -> Static:
         start, first_head = part.stop, first_head + part.heads
         first_score += batch * part.heads * rows * part.padded_slots
         first_page += batch * part.heads * splits * own_turns * rows
-    finishes = call.offset is not None and rows <= FINISHED_ROWS
-    finishes = finishes and support.refuses_in_place() is None
     keys = TILE_BYTES // (padded_head_dim(head_dim) * call.query.dtype.itemsize)
     return Static(
         batch=batch,
@@ -258,5 +250,4 @@ def make_static(call: Call) -> Static:
         quantized=call.caches[0].key_scales is not None,
         renormalize=call.settings.renormalize,
         ring=call.settings.ring,
-        finishes=finishes,
     )

@@ -24,13 +24,13 @@ from triton.runtime import interpreter
 
 from pallas_kernels import gpu, problem
 from pallas_kernels.decode import triton as decode
-from pallas_kernels.decode import triton_append, triton_dense
+from pallas_kernels.decode import triton_append
 from pallas_kernels.mosaic_gpu.planning import gradients, key_ranges, order, table, visits
 from pallas_kernels.rotary import kernels
 from pallas_kernels.triton import backend, config
 
 # All that reads it is imported by now; the processes that other tests start need not.
-assert triton.experimental.gluon and backend and decode and triton_append and triton_dense
+assert triton.experimental.gluon and backend and decode and triton_append
 assert kernels
 assert gradients and key_ranges and order and table and visits
 del os.environ["TRITON_INTERPRET"]

@@ -31,13 +31,6 @@ def test_output(decode, interpreted):
     suite.check("triton", decode)
 
 
-@pytest.mark.parametrize("decode", suite.marked(suite.EVERY), ids=str)
-def test_the_last_program_adds_up(decode, interpreted, monkeypatch):
-    monkeypatch.setattr(triton_plan, "FINISHED_ROWS", 4)
-    interpreted(512)
-    suite.check("triton", decode)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", suite.EVERY, ids=str)
 def test_output_otherwise_shared_out(decode, interpreted):

@@ -15,12 +15,6 @@ def test_append(dtype):
         suite.check(dtype)
 
 
-@pytest.mark.parametrize("dtype, normed, group", [("bfloat16", True, 2), ("float32", False, 1)])
-def test_enter(dtype, normed, group):
-    with interpreter.interpreted(interpreter.blocks(64, 64)):
-        suite.check_enter(dtype, normed=normed, group=group)
-
-
 def test_rings_that_come_back_to_a_page_in_one_step_are_not_for_it():
     def held(slots):
         return [(jnp.zeros((1, slots, 1, 16)), jnp.zeros((1, slots, 1, 16)), None)]

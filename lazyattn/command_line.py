@@ -105,7 +105,6 @@ def _checked(arguments: list[str]) -> list[str]:
         following = arguments[index + 1] if index + 1 < len(arguments) else None
         if match := _CONFIG.fullmatch(argument):
             config = match["value"] if match["value"] is not None else following
-            check_local("--config", config or "")
             config = _config_file(*(config or "").partition(":")[::2])
             if match["value"] is not None:
                 found[index] = f"--config={config}"
@@ -149,6 +148,8 @@ def _config_file(path: str, kind: str) -> str:
     folder, _, ablation = name.partition("/")
     if folder == "ablations" and ablation in ABLATIONS:
         return f"{shipped['ablations']}:{ablation}{behind}"
+    # Only now: "hub:/a/folder" is no URL.
+    check_local("--config", f"{path}:{kind}" if kind else path)
     names = ", ".join([*shipped, *RUNS])
     raise bad_value("--config", path, f"a config file that exists, or one of {names}")
 

@@ -22,7 +22,14 @@ from lazyattn.data.prepare.hub import is_hub
 from lazyattn.data.prepare.inputs import HubOptions, Plan, make_plan
 from lazyattn.data.prepare.progress import ProgressLine
 from lazyattn.data.prepare.readers import read_unit
-from lazyattn.data.prepare.selection import LOW_SCORE, UNREADABLE, Selection, select
+from lazyattn.data.prepare.selection import (
+    LOW_SCORE,
+    MISSING_ID,
+    MISSING_TEXT,
+    UNREADABLE,
+    Selection,
+    select,
+)
 from lazyattn.data.prepare.unit import UnitResult
 from lazyattn.data.prepare.workers import process_all
 from lazyattn.data.shards import token_dtype
@@ -32,6 +39,11 @@ from lazyattn.paths import check_local, local_path
 from lazyattn.quantity import quantity
 
 TRAIN = "train"  # as a tokenizer: learn one
+# What to do where all documents are skipped for one reason.
+_HELP = {
+    MISSING_ID: "--id_field= goes by the hash of the text",
+    MISSING_TEXT: "--text_field names the field of the text",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +249,9 @@ def _prepare(
     ordered = [results[unit.index] for unit in plan.units]
     if not any("train" in result.shards for result in ordered):
         workspace.give_up(work)
-        raise InputError(
-            f"No training document is left; skipped: {assemble.total_skipped(ordered) or 'none'}."
-        )
+        skipped = assemble.total_skipped(ordered)
+        more = "".join(f"; {_HELP[reason]}" for reason in skipped if reason in _HELP)
+        raise InputError(f"No training document is left; skipped: {skipped or 'none'}{more}.")
     splits = assemble.name_shards(ordered, work, folder, preparation.shard_mb * 10**6, tokenizer)
     tokenizer.save_in(folder)
     content = Manifest(

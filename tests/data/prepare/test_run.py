@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import fcntl
 import json
+import re
 import resource
 
 import pytest
@@ -254,6 +255,22 @@ class TestFaults:
         selection = dataclasses.replace(SELECTION, min_int_score=9)
         with pytest.raises(InputError, match=r"No training document is left; skipped: .'low_score"):
             prepare_shards(_preparation(corpus, tmp_path / "out", selection=selection))
+
+    @pytest.mark.parametrize(
+        ("field", "message"),
+        [
+            (
+                {"id_field": "x"},
+                "{'missing_id': 300}; --id_field= goes by the hash of the text.",
+            ),
+            ({"text_field": "x"}, "{'missing_text': 300}; --text_field names the"),
+        ],
+    )
+    def test_a_field_that_none_has(self, tmp_path, field, message):
+        write_jsonl(tmp_path / "in" / "a.jsonl", CORPUS[0])
+        selection = Selection(**field)
+        with pytest.raises(InputError, match=re.escape(message)):
+            prepare_shards(_preparation(tmp_path / "in", tmp_path / "out", selection=selection))
 
 
 @pytest.mark.parametrize(

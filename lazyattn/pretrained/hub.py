@@ -50,6 +50,7 @@ _LLAMA3 = {
     "low_freq_factor": "rope_low",
     "high_freq_factor": "rope_high",
 }
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _MISTRAL_WINDOW = 4096  # where `sliding_window` is not given
 
 
@@ -72,8 +73,8 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
       InputError: naming the first key that is missing or that no model of ours can be.
     """
     family = settings.get("model_type")
-    if family not in FAMILIES:
-        because = f", since {_OTHERS[family]}" if family in _OTHERS else ""
+    if not isinstance(family, str) or family not in FAMILIES:
+        because = f", since {_OTHERS[str(family)]}" if str(family) in _OTHERS else ""
         raise bad_value(_key("model_type"), family, f"one of {', '.join(FAMILIES)}{because}")
     if settings.get("quantization_config"):
         method = settings["quantization_config"]
@@ -102,6 +103,9 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     elif family == "qwen3":
         attention["head_dim"] = 128  # its own default, whatever the width
     dtype = settings.get("dtype", settings.get("torch_dtype"))
+    if dtype not in (None, *_DTYPES):
+        words = f"one of {', '.join(_DTYPES)}, in which weights are that are not quantized"
+        raise bad_value(_key("dtype"), dtype, words)
     return model_from_dict(
         {
             "vocab_size": _whole(settings, "vocab_size"),
@@ -232,20 +236,24 @@ def _window(settings: Mapping[str, Any], family: str) -> int | None:
     window = settings.get("sliding_window", default)
     if family == "llama" or (family != "mistral" and not settings.get("use_sliding_window")):
         window = None
+    layers = _whole(settings, "num_hidden_layers")
     kinds = settings.get("layer_types")
     if kinds is not None:
-        found = sorted(set(kinds))
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise bad_value(_key("layer_types"), kinds, f"a list of {layers}, as num_hidden_layers")
+        found = sorted(set(map(str, kinds)))
         if len(found) > 1 or not set(found) <= {"full_attention", "sliding_attention"}:
             raise InputError(
-                f"{_key('layer_types')} has {', '.join(map(str, found))}, but all layers of ours"
-                " see as far: they must all be full_attention, or all sliding_attention."
+                f"{_key('layer_types')} has {', '.join(found)}, but all layers of ours see as far:"
+                " they must all be full_attention, or all sliding_attention."
             )
         if found == ["full_attention"]:
             window = None
     elif window is not None and family != "mistral":
         # The first of them see all.
         whole = settings.get("max_window_layers", 28)
-        layers = _whole(settings, "num_hidden_layers")
+        if type(whole) is not int:
+            raise bad_value(_key("max_window_layers"), whole, "a whole number")
         if whole >= layers:
             window = None
         elif whole > 0:

@@ -136,13 +136,17 @@ def _load_hub(
             f" vocab_size of {config.vocab_size:,}, which must be as many or more."
         )
     with tensor_files.opened(folder) as (shapes, read):
-        # Old folders have tables that follow from the settings.
-        shapes = {name: x for name, x in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        shapes = {name: x for name, x in shapes.items() if not tensor_files.is_old_table(name)}
         expected = names.tensor_shapes(config, naming)
         tied = naming.whole["embedding",]
         if config.tie_embeddings and names.OUTPUT in shapes:
             # Some write the one table twice.
             expected |= {names.OUTPUT: expected[tied]}
+        if not config.tie_embeddings and tied in shapes and names.OUTPUT not in shapes:
+            raise InputError(
+                f"{where} has no tensor {names.OUTPUT}, but the model needs one unless its"
+                " config.json says tie_word_embeddings = true."
+            )
         tensor_files.check_shapes(shapes, expected, where)
         if config.tie_embeddings and names.OUTPUT in shapes:
             _check_tied(read, tied, shapes[tied], where)

@@ -1,7 +1,9 @@
 """Tensors read straight to the devices that want them: a host never holds a whole model."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from lazyattn.pretrained.names import Naming, Tensor, tensors
 # Name and a slice of each axis -> that part of the tensor, which alone is read.
 Read = Callable[[str, tuple[slice, ...]], Float[np.ndarray, "..."]]
 
+_AT_ONCE = min(8, os.cpu_count() or 1)  # layers
+
 
 def read_params(
     read: Read, config: ModelConfig, naming: Naming, mesh: jax.sharding.Mesh | None
@@ -24,7 +28,7 @@ def read_params(
     """Returns a model's parameters on devices, float32.
 
     In the host's memory there is one device's part of one array at a time (of all layers, where
-    they are scanned), and the part of one tensor that it comes from.
+    they are scanned), and the parts of at most `_AT_ONCE` tensors that it comes from.
 
     Args:
       read: of tensors with the shapes of `names.tensor_shapes`.
@@ -61,13 +65,24 @@ def _array(read: Read, sources: Sequence[Tensor], stacked: bool, leaf: Any) -> j
             continue
         part = np.empty([s.stop - s.start for s in index], np.float32)
         if stacked:
-            for place, tensor in enumerate(sources[index[0]]):
-                part[place] = _part(read, tensor, index[1:])
+            _fill(read, sources[index[0]], index[1:], part)
         else:
             part[...] = _part(read, sources[0], index)
         before[index] = jax.device_put(part, device)
         parts.append(before[index])
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+
+def _fill(
+    read: Read, layers: Sequence[Tensor], index: tuple[slice, ...], found: Float[np.ndarray, "..."]
+) -> None:
+    """Reads a part of each layer's tensor, several at once: numpy lets others run meanwhile."""
+
+    def fill(layer: int) -> None:
+        found[layer] = _part(read, layers[layer], index)
+
+    with futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(fill, range(len(layers))))
 
 
 def _part(read: Read, tensor: Tensor, index: tuple[slice, ...]) -> Float[np.ndarray, "..."]:

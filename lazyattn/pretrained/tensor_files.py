@@ -126,7 +126,8 @@ def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Read]]:
     holds: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     with contextlib.ExitStack() as stack:
-        for file in _files(path):
+        files = _files(path)
+        for file, names in files.items():
             try:
                 held = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
                 listed = held.keys()
@@ -142,6 +143,11 @@ def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Read]]:
                 raise InputError(
                     f"{str(file)!r} can't be read as a safetensors file ({error})."
                 ) from None
+            if absent := [name for name in names if name not in found and not is_old_table(name)]:
+                raise InputError(
+                    f"{str(file)!r} has no tensor {absent[0]}, but {INDEX} there says so: it must"
+                    " be the file of the same model, so fetch both again."
+                )
             for name, one in headers.items():
                 if one.get_dtype() not in _DTYPES:
                     raise InputError(
@@ -159,13 +165,21 @@ def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Read]]:
         yield shapes, read
 
 
-def _files(path: Path) -> list[Path]:
+def is_old_table(name: str) -> bool:
+    """Returns whether a tensor is one of old folders that follows from the settings."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _files(path: Path) -> dict[Path, list[str]]:
+    """Returns the files, and the tensors that an index says are in each."""
     if path.is_file() and path.suffix == ".safetensors":
-        return [path]
+        return {path: []}
     if (path / ONE).is_file():
-        return [path / ONE]
+        return {path / ONE: []}
+    files: dict[Path, list[str]] = {}
     try:
-        names = json.loads((path / INDEX).read_text())["weight_map"].values()
+        for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
+            files.setdefault(path / str(file), []).append(name)
     except FileNotFoundError:
         pickled = any(path.glob("pytorch_model*.bin"))
         more = "; transformers' save_pretrained makes one of pytorch_model.bin" if pickled else ""
@@ -177,7 +191,6 @@ def _files(path: Path) -> list[Path]:
         raise InputError(
             f"{str(path / INDEX)!r} can't be read as the index of safetensors files ({error!r})."
         ) from None
-    files = [path / str(name) for name in dict.fromkeys(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -157,6 +157,13 @@ def test_settings(change, attention):
     [
         ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox', but it must be one of llama, mist"),
         ({"model_type": "olmo2"}, "model_type is 'olmo2', .* qwen3, since it norms what attention"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\], but it must be one of llama"),
+        (
+            {"torch_dtype": "float8_e4m3fn"},
+            "dtype is 'float8_e4m3fn', but it must be one of float3",
+        ),
+        ({"layer_types": 2}, "layer_types is 2, but it must be a list of 2, as num_hidden_layers"),
+        ({"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\], but it must"),
         ({"quantization_config": {"quant_method": "awq"}}, "says 'awq', but .* not be quantized"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but it must be 'swish'"),
         ({"attention_bias": True}, "attention_bias is True, but it must be False"),
@@ -175,6 +182,11 @@ def test_settings(change, attention):
             | {"max_window_layers": 1},
             "max_window_layers is 1, but it must be 0, or num_hidden_layers = 2",
         ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
+            | {"max_window_layers": None},
+            "max_window_layers is None, but it must be a whole number",
+        ),
     ],
 )
 def test_what_ours_can_not_be_is_named_without_any_tensor(tmp_path, change, message):
@@ -190,7 +202,11 @@ def _changed(**changes):
 @pytest.mark.parametrize(
     ("settings", "tensors", "message"),
     [
-        (LLAMA, hub_folder.make_tensors(LLAMA | TIED), "has no tensor lm_head.weight, but the mo"),
+        (
+            LLAMA,
+            hub_folder.make_tensors(LLAMA | TIED),
+            "has no tensor lm_head.weight, but the model needs one unless",
+        ),
         (LLAMA | TIED, _changed(), "has a lm_head.weight that is not its model.embed_tokens.weig"),
         (
             LLAMA,
@@ -230,6 +246,16 @@ def test_a_missing_file(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     said = f"{str(tmp_path)!r} has no model-00002-of-00003.safetensors, but model.safetensors.index"
     with pytest.raises(InputError, match=re.escape(said) + ".* names 3 files"):
+        load_model(tmp_path)
+
+
+def test_a_file_of_another_model(tmp_path):
+    hub_folder.write(tmp_path, LLAMA, files=3)
+    (tmp_path / "model-00002-of-00003.safetensors").write_bytes(
+        (tmp_path / "model-00001-of-00003.safetensors").read_bytes()
+    )
+    said = r"model-00002-of-00003.safetensors' has no tensor .*, but model.safetensors.index.json"
+    with pytest.raises(InputError, match=said):
         load_model(tmp_path)
 
 

@@ -75,122 +75,51 @@ class Chip:
         return self.name == CPU
 
 
-# A TPU's link is its stated bidirectional bandwidth over links and both ways: six
-# links in a 3D torus, four in a 2D one. A 3D slice is a torus if each axis is a multiple
-# of 4 chips; an axis of a 2D slice is a ring if it spans the pod's 16.
+_SOURCES = {
+    "v4": "cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433, table 4",
+    "v5e": "cloud.google.com/tpu/docs/v5e: 400 GB/s ICI a chip, 6.4 Tb/s DCN a pod",
+    "v5p": "cloud.google.com/tpu/docs/v5p: 1200 GB/s ICI and 50 Gb/s DCN a chip",
+    "v6e": "cloud.google.com/tpu/docs/v6e: 800 GB/s ICI a chip, 25.6 Tb/s DCN a pod",
+    "tpu7x": "docs.cloud.google.com/tpu/docs/tpu7x: 1200 GB/s ICI, 100 Gb/s DCN a chip",
+    "h100": "NVIDIA H100 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H100",
+    "h200": "NVIDIA H200 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H200",
+    "b200": "NVIDIA DGX B200 data sheet, an eighth; network: 400 Gb/s a GPU, as there",
+    "a100": "NVIDIA A100 SXM 80 GB data sheet; network: 200 Gb/s a GPU, as in a DGX A100",
+    CPU: "this machine, whose memory all devices share",
+}
+_Rates = tuple[float, float, float, float]  # flops, hbm_bytes, hbm_bandwidth, link_bandwidth
+
+
+def _tpu(
+    name: str, rates: _Rates, axes: int, network: float | None, largest: int, devices: int = 1
+) -> Chip:
+    # A link is the stated bidirectional bandwidth over links and both ways: six links in a 3D
+    # torus, four in a 2D one. A 3D slice is a torus if each axis is a multiple of 4 chips; an
+    # axis of a 2D slice is a ring if it spans the pod's 16.
+    wrap = {3: 4, 2: 16}[axes]
+    return Chip(name, *rates, axes, wrap, network, devices, largest, 4, _SOURCES[name])
+
+
+def _gpu(name: str, rates: _Rates, network: float) -> Chip:
+    return Chip(name, *rates, 0, 0, network, 1, 2**20, 8, _SOURCES[name])
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4",
-            *(275e12, 32 * GIB, 1200e9, 50e9),
-            axes=3,
-            wrap=4,
-            network_bandwidth=None,
-            devices=1,
-            largest=4096,
-            host_chips=4,
-            sources="cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433, table 4",
-        ),
-        Chip(
-            "v5e",
-            *(197e12, 16 * GIB, 819e9, 50e9),
-            axes=2,
-            wrap=16,
-            network_bandwidth=6.4e12 / 8 / 256,
-            devices=1,
-            largest=256,
-            host_chips=4,
-            sources="cloud.google.com/tpu/docs/v5e: 400 GB/s ICI a chip, 6.4 Tb/s DCN a pod",
-        ),
-        Chip(
-            "v5p",
-            *(459e12, 95 * GIB, 2765e9, 100e9),
-            axes=3,
-            wrap=4,
-            network_bandwidth=50e9 / 8,
-            devices=1,
-            largest=6144,
-            host_chips=4,
-            sources="cloud.google.com/tpu/docs/v5p: 1200 GB/s ICI and 50 Gb/s DCN a chip",
-        ),
-        Chip(
-            "v6e",
-            *(918e12, 32 * GIB, 1638e9, 100e9),
-            axes=2,
-            wrap=16,
-            network_bandwidth=25.6e12 / 8 / 256,
-            devices=1,
-            largest=256,
-            host_chips=4,
-            sources="cloud.google.com/tpu/docs/v6e: 800 GB/s ICI a chip, 25.6 Tb/s DCN a pod",
-        ),
-        Chip(
-            "tpu7x",
-            *(2307e12, 192 * GIB, 7380e9, 100e9),
-            axes=3,
-            wrap=4,
-            network_bandwidth=100e9 / 8,
-            devices=2,
-            largest=9216,
-            host_chips=4,
-            sources="docs.cloud.google.com/tpu/docs/tpu7x: 1200 GB/s ICI, 100 Gb/s DCN a chip",
-        ),
-        Chip(
-            "h100",
-            *(989e12, 80e9, 3350e9, 450e9),
-            axes=0,
-            wrap=0,
-            network_bandwidth=400e9 / 8,
-            devices=1,
-            largest=2**20,
-            host_chips=8,
-            sources="NVIDIA H100 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H100",
-        ),
-        Chip(
-            "h200",
-            *(989e12, 141e9, 4800e9, 450e9),
-            axes=0,
-            wrap=0,
-            network_bandwidth=400e9 / 8,
-            devices=1,
-            largest=2**20,
-            host_chips=8,
-            sources="NVIDIA H200 SXM data sheet; network: 400 Gb/s a GPU, as in a DGX H200",
-        ),
-        Chip(
-            "b200",
-            *(2250e12, 180e9, 8000e9, 900e9),
-            axes=0,
-            wrap=0,
-            network_bandwidth=400e9 / 8,
-            devices=1,
-            largest=2**20,
-            host_chips=8,
-            sources="NVIDIA DGX B200 data sheet, an eighth; network: 400 Gb/s a GPU, as there",
-        ),
-        Chip(
-            "a100",
-            *(312e12, 80e9, 2039e9, 300e9),
-            axes=0,
-            wrap=0,
-            network_bandwidth=200e9 / 8,
-            devices=1,
-            largest=2**20,
-            host_chips=8,
-            sources="NVIDIA A100 SXM 80 GB data sheet; network: 200 Gb/s a GPU, as in a DGX A100",
-        ),
+        _tpu("v4", (275e12, 32 * GIB, 1200e9, 50e9), 3, None, 4096),
+        _tpu("v5e", (197e12, 16 * GIB, 819e9, 50e9), 2, 6.4e12 / 8 / 256, 256),
+        _tpu("v5p", (459e12, 95 * GIB, 2765e9, 100e9), 3, 50e9 / 8, 6144),
+        _tpu("v6e", (918e12, 32 * GIB, 1638e9, 100e9), 2, 25.6e12 / 8 / 256, 256),
+        _tpu("tpu7x", (2307e12, 192 * GIB, 7380e9, 100e9), 3, 100e9 / 8, 9216, devices=2),
+        _gpu("h100", (989e12, 80e9, 3350e9, 450e9), 400e9 / 8),
+        _gpu("h200", (989e12, 141e9, 4800e9, 450e9), 400e9 / 8),
+        _gpu("b200", (2250e12, 180e9, 8000e9, 900e9), 400e9 / 8),
+        _gpu("a100", (312e12, 80e9, 2039e9, 300e9), 200e9 / 8),
         # For a check of settings and mesh: its times are not told, so it has no rates.
         Chip(
-            CPU,
-            *(math.nan, _host_memory(), math.nan, math.nan),
-            axes=0,
-            wrap=0,
-            network_bandwidth=None,
-            devices=1,
-            largest=1024,
-            host_chips=1024,
-            sources="this machine, whose memory all devices share",
+            *(CPU, math.nan, _host_memory(), math.nan, math.nan),
+            *(0, 0, None, 1, 1024, 1024, _SOURCES[CPU]),
         ),
     )
 }

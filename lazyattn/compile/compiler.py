@@ -11,10 +11,7 @@ import jax
 from lazyattn.checkpoint.state import StateFactory, make_state_factory
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.model.objective import make_loss_fn
-from lazyattn.training.optimizer import make_schedule
-from lazyattn.training.remat import abstract_batch
-from lazyattn.training.step import make_train_step
+from lazyattn.training.remat import abstract_batch, step_of
 from lazyattn.training.teaching import make_run_optimizer
 from pallas_kernels.tpu import support
 
@@ -157,21 +154,7 @@ def _with_implementation(experiment: ExperimentConfig, name: str) -> ExperimentC
 def _traced(
     experiment: ExperimentConfig, mesh: jax.sharding.Mesh, factory: StateFactory
 ) -> jax.stages.Lowered:
-    training = experiment.training
-    step = make_train_step(
-        make_loss_fn(
-            experiment.model,
-            training.z_loss,
-            distill=experiment.teaching.distill,
-            frozen=experiment.teaching.frozen,
-        ),
-        make_run_optimizer(experiment),
-        make_schedule(experiment.optimizer, training.steps),
-        mesh=mesh,
-        shardings=factory.shardings,
-        microbatches=training.microbatches,
-        ema_decay=experiment.optimizer.ema_decay,
-    )
+    step = step_of(experiment, mesh, make_run_optimizer(experiment), factory.shardings)
     return step.lower(factory.abstract, abstract_batch(experiment, mesh))
 
 

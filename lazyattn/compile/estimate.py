@@ -114,14 +114,11 @@ def _traffic(
         + parts * model.num_layers * layer * 2 * (1 + again)
     )
     found = _collectives(experiment, where.chip, sizes, blocks, passes, tokens)
-    seconds: dict[str, float] = {}
-    for each in found:
-        seconds[each.axes] = seconds.get(each.axes, 0.0) + each.seconds
     roof = roofline(
         where.chip,
         flops=(weights + attention) * tokens,
         hbm_bytes=hbm,
-        network=seconds,
+        network=found,
         model_flops=per_token.training * tokens,
     )
     return Traffic(weights * tokens, attention * tokens, hbm, tuple(found), roof)

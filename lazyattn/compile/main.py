@@ -142,15 +142,12 @@ def _traffic(
     length = experiment.data.sequence_length
     done = work.count(module, length)
     found = collectives.collect(module, Network.of(mesh, where.shape, where.chip))
-    seconds: dict[str, float] = {}
-    for each in found.collectives:
-        seconds[each.axes] = seconds.get(each.axes, 0.0) + each.seconds
     model_flops = flops_per_token(experiment.model, length).training * tokens / where.devices
     roof = roofline(
         where.chip,
         flops=done.flops,
         hbm_bytes=done.hbm_bytes,
-        network=seconds,
+        network=found.collectives,
         model_flops=model_flops,
     )
     return Traffic(

@@ -1,9 +1,10 @@
 """How long a step takes at the rates that chips' makers state, and what that assumes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lazyattn.compile.chips import Chip
+from lazyattn.compile.collectives import Collective
 
 ASSUMPTIONS = (
     "products of any shape at the chip's peak rate, memory and links at theirs, no latency",
@@ -62,7 +63,7 @@ def roofline(
     *,
     flops: float,
     hbm_bytes: float,
-    network: Mapping[str, float],
+    network: Iterable[Collective],
     model_flops: float,
 ) -> Roofline:
     """Returns a step's times on one device.
@@ -71,13 +72,16 @@ def roofline(
       chip: which; a device of it is `1 / chip.devices` of one.
       flops: of products a device, recomputation included.
       hbm_bytes: to and from HBM a device.
-      network: mesh axes -> seconds.
+      network: its collectives.
       model_flops: of the model a device, as MFU counts them.
     """
     peak = chip.flops / chip.devices
+    seconds: dict[str, float] = {}
+    for each in network:
+        seconds[each.axes] = seconds.get(each.axes, 0.0) + each.seconds
     return Roofline(
         flops / peak,
         hbm_bytes / (chip.hbm_bandwidth / chip.devices),
-        dict(network),
+        seconds,
         model_flops / peak,
     )

@@ -5,7 +5,6 @@ far too large; what the compiler says of the step decides.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -154,6 +153,27 @@ def available_bytes(mesh: jax.sharding.Mesh) -> float | None:
     return float(min(told)) if min(told) > 0 else None
 
 
+def step_of(
+    experiment: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+) -> TrainStep:
+    """Returns the step of an experiment whose `model.remat` is a policy; arguments as below."""
+    training, teaching = experiment.training, experiment.teaching
+    return make_train_step(
+        make_loss_fn(
+            experiment.model, training.z_loss, distill=teaching.distill, frozen=teaching.frozen
+        ),
+        optimizer,
+        make_schedule(experiment.optimizer, training.steps),
+        mesh=mesh,
+        shardings=shardings,
+        microbatches=training.microbatches,
+        ema_decay=experiment.optimizer.ema_decay,
+    )
+
+
 def make_step(
     experiment: ExperimentConfig,
     mesh: jax.sharding.Mesh,
@@ -174,20 +194,7 @@ def make_step(
     """
 
     def step_with(policy: Remat) -> TrainStep:
-        return make_train_step(
-            make_loss_fn(
-                with_remat(experiment, policy).model,
-                experiment.training.z_loss,
-                distill=experiment.teaching.distill,
-                frozen=experiment.teaching.frozen,
-            ),
-            optimizer,
-            make_schedule(experiment.optimizer, experiment.training.steps),
-            mesh=mesh,
-            shardings=shardings,
-            microbatches=experiment.training.microbatches,
-            ema_decay=experiment.optimizer.ema_decay,
-        )
+        return step_of(with_remat(experiment, policy), mesh, optimizer, shardings)
 
     if experiment.model.remat != AUTO:
         return step_with(experiment.model.remat), []
@@ -213,12 +220,8 @@ def _need(step: TrainStep, state: TrainState, batch: Batch) -> Need:
             raise
         return Need(float("inf"), step)
     memory = compiled.memory_analysis()
-    text = functools.partial(_text, compiled)
-    return Need(compiled_bytes(memory), TrainStep(compiled, step.mesh), text)
-
-
-def _text(compiled: jax.stages.Compiled) -> str:
-    return compiled.as_text() or ""
+    made = TrainStep(compiled, step.mesh)
+    return Need(compiled_bytes(memory), made, lambda: compiled.as_text() or "")
 
 
 def compiled_bytes(memory: Any) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from lazyattn.compile import compiler, estimate, main, report, topology
 from lazyattn.compile.chips import CHIPS
+from lazyattn.compile.collectives import Collective
 from lazyattn.compile.roofline import roofline
 from lazyattn.compile.suggestions import suggest
 from lazyattn.errors import InputError
@@ -166,13 +167,16 @@ def test_the_roofline_between_full_overlap_and_none():
         CHIPS["v5p"],
         flops=459e12,
         hbm_bytes=2765e9 / 2,
-        network={"fsdp": 0.25, "data": 0.5},
+        network=[
+            Collective("all-gather", axes, 8, 1, 0, seconds)
+            for axes, seconds in (("fsdp", 0.25), ("data", 0.375), ("data", 0.125))
+        ],
         model_flops=0.6 * 459e12,
     )
     assert (found.compute, found.memory, found.bound) == (1.0, 0.5, "compute")
     assert found.overlapped == 1.0 and found.serial == 2.25
     assert math.isclose(found.mfu(found.overlapped), 0.6)
-    half = roofline(CHIPS["tpu7x"], flops=2307e12, hbm_bytes=0, network={}, model_flops=0)
+    half = roofline(CHIPS["tpu7x"], flops=2307e12, hbm_bytes=0, network=[], model_flops=0)
     assert half.compute == 2.0  # a device is half a chip
 
 

@@ -22,6 +22,7 @@ from lazyattn import blocks, explicit_mesh, reference
 from lazyattn.call import (
     Call,
     check_arrays,
+    check_settings,
     checked_window,
     document_starts,
     is_known,
@@ -190,13 +191,7 @@ def lazy_attention(
         wanted = query.shape[:2]
         require(divisor.shape == wanted, "offset_divisor.shape", divisor.shape, f"{wanted}")
     scalar: Any = offset_divisor
-    _check_settings(scalar, renormalize, offset, scale)
-    require(
-        is_number(skip_mass) and 0 <= skip_mass < 1,
-        "skip_mass",
-        skip_mass,
-        "a number of at least 0 and below 1",
-    )
+    check_settings(scalar, renormalize, offset, scale, skip_mass, arrays=" or an array of them")
     call = Call(
         query,
         key,
@@ -277,7 +272,7 @@ def cross_attention(
     check_arrays(query[:, :1], key, value, None, None, offset, None, start, None)
     _check_variants(query.shape[2], sink, soft_cap)
     scalar: Any = offset_divisor
-    _check_settings(scalar, renormalize, offset, scale)
+    check_settings(scalar, renormalize, offset, scale, skip_mass=0.0)
     batch, key_length = key.shape[:2]
     lengths: Any = key_lengths
     if lengths is not None:
@@ -310,19 +305,6 @@ def _check_variants(heads: int, sink: Array | None, soft_cap: Any) -> None:
         require(floating, "sink.dtype", str(sink.dtype), "floating")
     capped = soft_cap is None or (is_number(soft_cap) and soft_cap > 0)
     require(capped, "soft_cap", soft_cap, "None or a positive number")
-
-
-def _check_settings(divisor: Any, renormalize: bool, offset: Any, scale: Any) -> None:
-    require(
-        (isinstance(divisor, str) and divisor == "visible") or (is_number(divisor) and divisor > 0),
-        "offset_divisor",
-        divisor,
-        '"visible", a positive number or an array of them',
-    )
-    require(
-        not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
-    )
-    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
 
 
 @dataclasses.dataclass(frozen=True)

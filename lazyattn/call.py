@@ -246,29 +246,7 @@ def check_arrays(
         value.shape,
         f"({batch}, {key_length}, {kv_heads}, value_dim) to go with key",
     )
-    if distance_bias is not None:
-        require(
-            jnp.ndim(distance_bias) == 2
-            and distance_bias.shape[0] == heads
-            and distance_bias.shape[1] >= 1,
-            "distance_bias.shape",
-            jnp.shape(distance_bias),
-            f"({heads}, width) with width at least 1",
-        )
-    elif distance_slope is not None:
-        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
-    for name, x in (("distance_slope", distance_slope), ("offset", offset)):
-        if x is not None:
-            require(jnp.shape(x) == (heads,), f"{name}.shape", jnp.shape(x), f"({heads},)")
-    for name, x in (
-        ("distance_bias", distance_bias),
-        ("distance_slope", distance_slope),
-        ("offset", offset),
-    ):
-        if x is not None:
-            require(
-                jnp.issubdtype(x.dtype, jnp.floating), f"{name}.dtype", str(x.dtype), "floating"
-            )
+    check_parameters(heads, distance_bias, distance_slope, offset)
     for name, x, shape in (
         ("segment_ids", segment_ids, (batch, key_length)),
         ("query_start", query_start, (batch,)),
@@ -310,6 +288,44 @@ def check_arrays(
             key_length,
             f"the query length {length} where query_start and chunk_starts are None",
         )
+
+
+def check_parameters(
+    heads: int, distance_bias: Array | None, distance_slope: Array | None, offset: Array | None
+) -> None:
+    """Raises InputError unless shapes and dtypes of the learned arguments fit so many heads."""
+    if distance_bias is not None:
+        shape = jnp.shape(distance_bias)
+        fits = len(shape) == 2 and shape[0] == heads and shape[1] >= 1
+        allowed = f"({heads}, width) with width at least 1"
+        require(fits, "distance_bias.shape", shape, allowed)
+    elif distance_slope is not None:
+        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
+    for name, x in (("distance_slope", distance_slope), ("offset", offset)):
+        if x is not None:
+            require(jnp.shape(x) == (heads,), f"{name}.shape", jnp.shape(x), f"({heads},)")
+    learned = {"distance_bias": distance_bias, "distance_slope": distance_slope, "offset": offset}
+    for name, x in learned.items():
+        if x is not None:
+            floating = jnp.issubdtype(x.dtype, jnp.floating)
+            require(floating, f"{name}.dtype", str(x.dtype), "floating")
+
+
+def check_settings(
+    divisor: Any, renormalize: bool, offset: Any, scale: Any, skip_mass: Any, arrays: str = ""
+) -> None:
+    """Raises InputError unless each value is allowed; `arrays`: what a divisor may be, too."""
+    visible = isinstance(divisor, str) and divisor == "visible"
+    allowed = (
+        f'"visible", a positive number{arrays}' if arrays else '"visible" or a positive number'
+    )
+    positive = is_number(divisor) and divisor > 0
+    require(visible or positive, "offset_divisor", divisor, allowed)
+    offsets = not renormalize or offset is not None
+    require(offsets, "renormalize", renormalize, "False without an offset")
+    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
+    share = is_number(skip_mass) and 0 <= skip_mass < 1
+    require(share, "skip_mass", skip_mass, "a number of at least 0 and below 1")
 
 
 def _check_places(name: str, starts: Int[Array | np.ndarray, " n"], last: int) -> None:

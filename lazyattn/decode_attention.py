@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lazyattn.call import is_number
+from lazyattn.call import check_parameters, check_settings
 from lazyattn.errors import InputError, bad_value, require
 from pallas_kernels.decode import op
 from pallas_kernels.decode.types import PAGE, Cache, Call, Settings
@@ -138,23 +138,7 @@ def decode_attention(
         dtype = groups[0]["key_cache"].dtype
         found = one["key_cache"].dtype
         require(found == dtype, "key_cache.dtype", str(found), f"{dtype} in all groups")
-    require(
-        (isinstance(offset_divisor, str) and offset_divisor == "visible")
-        or (is_number(offset_divisor) and offset_divisor > 0),
-        "offset_divisor",
-        offset_divisor,
-        '"visible" or a positive number',
-    )
-    require(
-        not renormalize or offset is not None, "renormalize", renormalize, "False without an offset"
-    )
-    require(scale is None or is_number(scale), "scale", scale, "None or a finite number")
-    require(
-        is_number(skip_mass) and 0 <= skip_mass < 1,
-        "skip_mass",
-        skip_mass,
-        "a number of at least 0 and below 1",
-    )
+    check_settings(offset_divisor, renormalize, offset, scale, skip_mass)
     with own_settings():
         caches = tuple(
             Cache(
@@ -231,14 +215,7 @@ def _heads(head_groups: Sequence[Sequence[int]] | None, key: Array) -> list[list
     return heads
 
 
-def _check_shared(
-    query: Array,
-    lengths: Any,
-    *,
-    distance_bias: Array | None,
-    distance_slope: Array | None,
-    offset: Array | None,
-) -> None:
+def _check_shared(query: Array, lengths: Any, **parameters: Array | None) -> None:
     """Raises InputError unless what all heads share fits together."""
     if query.ndim != 4 or 0 in query.shape or query.shape[1] > MAX_NEW:
         axes = f"[batch, new, heads, head_dim], none of them 0 and new at most {MAX_NEW}"
@@ -246,31 +223,8 @@ def _check_shared(
     batch, _, heads, _ = query.shape
     names = ", ".join(_DTYPES)
     require(str(query.dtype) in _DTYPES, "query.dtype", str(query.dtype), f"one of {names}")
-    if distance_bias is not None:
-        table = distance_bias.ndim == 2 and distance_bias.shape[0] == heads
-        require(
-            table and distance_bias.shape[1] >= 1,
-            "distance_bias.shape",
-            distance_bias.shape,
-            f"({heads}, width) with width at least 1",
-        )
-    elif distance_slope is not None:
-        raise InputError("distance_slope is given without distance_bias, whose tail it is.")
-    for name, x, shape in (
-        ("lengths", lengths, (batch,)),
-        ("distance_slope", distance_slope, (heads,)),
-        ("offset", offset, (heads,)),
-    ):
-        if x is not None:
-            require(jnp.shape(x) == shape, f"{name}.shape", jnp.shape(x), str(shape))
-    for name, x in (
-        ("distance_bias", distance_bias),
-        ("distance_slope", distance_slope),
-        ("offset", offset),
-    ):
-        if x is not None:
-            floating = jnp.issubdtype(x.dtype, jnp.floating)
-            require(floating, f"{name}.dtype", str(x.dtype), "floating")
+    check_parameters(heads, **parameters)
+    require(jnp.shape(lengths) == (batch,), "lengths.shape", jnp.shape(lengths), f"({batch},)")
     integer = jnp.issubdtype(lengths.dtype, jnp.integer)
     require(integer, "lengths.dtype", str(lengths.dtype), "integer")
 

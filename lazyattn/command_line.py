@@ -6,9 +6,11 @@ a program gets a say; so the overrides are checked here first, against the same
 dataclasses that define the settings.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from absl import flags
 
@@ -74,6 +76,37 @@ def step(values: flags.FlagValues = flags.FLAGS) -> int | str | None:
     if not text.isascii() or not text.isdecimal():
         raise bad_value("--step", text, "the step of a checkpoint, or best")
     return int(text)
+
+
+def settings[Settings](
+    kind: type[Settings], values: flags.FlagValues = flags.FLAGS, **made: Any
+) -> Settings:
+    """Returns settings made of the flags that are called as their fields are.
+
+    Args:
+      kind: a dataclass of settings.
+      values: where the flags are.
+      made: fields whose flags have another name or form.
+
+    Raises:
+      InputError: for a value out of range, or flags that do not go together.
+    """
+    names = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    return kind(**{name: made[name] if name in made else values[name].value for name in names})
+
+
+def whole_numbers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
+    """Returns the numbers of a flag that is a list; () if it is not given.
+
+    Raises:
+      InputError: if there is anything else in it.
+    """
+    given: list[str] = values[name].value or []
+    try:
+        return tuple(int(text) for text in given)
+    except ValueError:
+        allowed = "whole numbers with commas between them"
+        raise bad_value(f"--{name}", ",".join(given), allowed) from None
 
 
 def experiment(values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig | None:

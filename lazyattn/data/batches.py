@@ -65,15 +65,20 @@ class StreamDataset(grain.IterDataset):
           cursors: where each stream stands in each source.
         """
         super().__init__()
+        self.mixture = mixture
+        self.format = format
+        self.rows = rows
+        self.turns = turns
         self._sources = tuple(sources)
-        self._mixture = mixture
-        self._format = format
         self._seed = seed
-        self._rows = rows
-        self._turns = turns
         self._first = first
         self._step = step
         self._cursors = cursors
+
+    @property
+    def next_row(self) -> int:
+        """The next batch's first row here, counted over all batches."""
+        return self._step * self.rows + self._first
 
     def set_slice(self, part: slice, sequential_slice: bool = False) -> None:
         """Keeps a worker's share of the rows; Grain's `mp_prefetch` calls it.
@@ -84,80 +89,55 @@ class StreamDataset(grain.IterDataset):
           sequential_slice: what Grain passes; rows know no other way.
         """
         del sequential_slice
-        bounds = np.arange(part.step + 1) * (len(self._cursors) // self._turns) // part.step
+        bounds = np.arange(part.step + 1) * (len(self._cursors) // self.turns) // part.step
         begin, end = bounds[part.start : part.start + 2].tolist()
         self._first += begin
-        self._cursors = self._cursors[begin * self._turns : end * self._turns]
+        self._cursors = self._cursors[begin * self.turns : end * self.turns]
 
     def __iter__(self) -> "StreamIterator":
+        return StreamIterator(self)
+
+    def streams(self) -> list[list[Stream]]:
+        """Returns the streams one after the other, each in each source."""
         orders = [
             DocumentOrder(len(documents), self._seed, source)
             for source, documents in enumerate(self._sources)
         ]
-        streams = [
+        return [
             [
                 Stream(
                     documents,
                     order,
-                    self._format,
-                    stream=self._first * self._turns + number,
-                    streams=self._rows * self._turns,
+                    self.format,
+                    stream=self._first * self.turns + number,
+                    streams=self.rows * self.turns,
                     cursor=tuple(cursor.tolist()),
                 )
                 for documents, order, cursor in zip(self._sources, orders, cursors, strict=True)
             ]
             for number, cursors in enumerate(self._cursors)
         ]
-        return StreamIterator(
-            streams,
-            self._mixture,
-            self._format,
-            turns=self._turns,
-            next_row=self._step * self._rows + self._first,
-            stride=self._rows,
-        )
 
 
 class StreamIterator(grain.DatasetIterator):
     """Iterates over a `StreamDataset`."""
 
-    def __init__(
-        self,
-        streams: Sequence[Sequence[Stream]],
-        mixture: Mixture,
-        format: Format,
-        *,
-        turns: int,
-        next_row: int,
-        stride: int,
-    ):
-        """Made by `StreamDataset`.
-
-        Args:
-          streams: one after the other, each in each source.
-          mixture: which source a row comes from.
-          format: how documents become rows.
-          turns: streams of a row.
-          next_row: the next batch's first row here, counted over all batches.
-          stride: rows of a batch over all processes.
-        """
+    def __init__(self, dataset: StreamDataset):
+        """Stands where the dataset does."""
         super().__init__()
-        self._streams = streams
-        self._mixture = mixture
-        self._format = format
-        self._turns = turns
-        self._next_row = next_row
-        self._stride = stride
+        self._dataset = dataset
+        self._streams = dataset.streams()
+        self._next_row = dataset.next_row
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = len(self._streams) // self._turns
-        turn = self._next_row // self._stride % self._turns
+        turns, stride = self._dataset.turns, self._dataset.rows
+        rows = len(self._streams) // turns
         batch: dict[str, np.ndarray] = {
-            name: np.empty((rows, self._format.length), np.int32) for name in FIELDS
+            name: np.empty((rows, self._dataset.format.length), np.int32) for name in FIELDS
         }
-        for row, streams in enumerate(self._streams[turn :: self._turns]):
-            streams[self._mixture[self._next_row + row]].fill(batch, row)
-        self._next_row += self._stride
+        for row, streams in enumerate(self._streams[self._next_row // stride % turns :: turns]):
+            streams[self._dataset.mixture[self._next_row + row]].fill(batch, row)
+        self._next_row += stride
         return batch | {_CURSORS: self._cursors()}
 
     def get_state(self) -> dict[str, Any]:

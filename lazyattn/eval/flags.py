@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from absl import flags
 
-from lazyattn import paths
+from lazyattn import command_line, paths
 from lazyattn.allowed import at_least, check_settings, one_of
 from lazyattn.errors import InputError, require
 from lazyattn.eval.retrieval import DISTANCES, ROWS, SPAN
@@ -142,33 +142,11 @@ def options(values: flags.FlagValues = flags.FLAGS) -> EvaluationOptions:
     Raises:
       InputError: for a value out of range, or flags that do not go together.
     """
-    return EvaluationOptions(
+    return command_line.settings(
+        EvaluationOptions,
+        values,
         tasks=tuple(name.strip() for name in values.tasks if name.strip()),
-        tasks_dir=values.tasks_dir,
-        num_fewshot=values.num_fewshot,
-        limit=values.limit,
-        contexts=_numbers(values, "contexts"),
-        stride=values.stride,
+        contexts=command_line.whole_numbers(values, "contexts"),
         texts=tuple(values.text),
-        lambada=values.lambada,
-        output=values.output,
-        precision=values.precision,
-        batch_tokens=values.batch_tokens,
-        beyond_table=values.beyond_table,
-        retrieval=values.retrieval,
-        retrieval_distances=_numbers(values, "retrieval_distances"),
-        retrieval_span=values.retrieval_span,
-        retrieval_rows=values.retrieval_rows,
-        seed=values.seed,
+        retrieval_distances=command_line.whole_numbers(values, "retrieval_distances"),
     )
-
-
-def _numbers(values: flags.FlagValues, name: str) -> tuple[int, ...]:
-    given: list[str] = getattr(values, name)
-    try:
-        return tuple(int(text) for text in given)
-    except ValueError:
-        raise InputError(
-            f"--{name} is {','.join(given)!r}, but it must be whole numbers with"
-            " commas between them."
-        ) from None

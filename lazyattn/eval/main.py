@@ -28,6 +28,7 @@ from lazyattn.eval.flags import EvaluationOptions
 from lazyattn.eval.lambada import Passage, read_lambada, tokenize_passages
 from lazyattn.eval.perplexity import Evaluator, coverage, validation_rows
 from lazyattn.eval.scoring import Scorer
+from lazyattn.eval.training_tasks import check_known
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.generation.cache import check_context
 from lazyattn.paths import results
@@ -73,7 +74,7 @@ def evaluate(
             ",".join(options.tasks),
             "left out where several processes evaluate: the harness runs in one",
         )
-        _check_tasks(options)
+        check_known("--tasks", options.tasks, options.tasks_dir)
     written = bool(options.texts or passages or options.tasks or options.contexts)
     folder = results(options.output, path, _FOLDER, writes=written or options.retrieval)
     check_tokenizer(path)
@@ -237,23 +238,6 @@ def _write(folder: Path, name: str, table: str, data: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(table + "\n")
     (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _check_tasks(options: EvaluationOptions) -> None:
-    """Checks the tasks before a checkpoint is read, let alone compiled for."""
-    import tempfile
-
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "--tasks needs lm-evaluation-harness, which is not installed: pip install"
-            " 'lazyattn[evaluation]'."
-        ) from None
-    from lazyattn.eval.benchmarks import find_tasks
-
-    with tempfile.TemporaryDirectory() as work:
-        find_tasks(options.tasks, options.tasks_dir, Path(work))
 
 
 def _print_tasks(

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness while a run trains: their figures, every so many steps."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,20 +31,34 @@ def check_tasks(training: TrainingConfig) -> None:
             f"training.tasks_every is {training.tasks_every}, but it must be 0 where several"
             " processes train, since none of them holds the model."
         )
+    check_known("training.tasks_every", training.task_names, training.tasks_dir)
+
+
+def check_known(asked_by: str, names: Sequence[str], folder: str | None) -> None:
+    """Checks that there is a harness that knows some tasks, before anything takes long.
+
+    Args:
+      asked_by: the flag or setting that names the tasks, for errors.
+      names, folder: as in `benchmarks.find_tasks`.
+
+    Raises:
+      InputError: if there is none, or it does not know a task or has no items for it.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         raise InputError(
-            "training.tasks_every needs lm-evaluation-harness, which is not installed: pip"
-            " install 'lm-eval>=0.4.13'."
+            f"{asked_by} needs lm-evaluation-harness, which is not installed: pip install"
+            " 'lazyattn[evaluation]'."
         ) from None
     from lazyattn.eval.benchmarks import find_tasks
 
     with tempfile.TemporaryDirectory() as work:
         try:
-            find_tasks(training.task_names, training.tasks_dir, Path(work))
+            find_tasks(names, folder, Path(work))
         except InputError as error:  # which names the flags of --mode=eval
-            raise InputError(str(error).replace("--tasks", "training.tasks")) from None
+            named = asked_by.removesuffix("_every")
+            raise InputError(str(error).replace("--tasks", named)) from None
 
 
 class Tasks:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from absl import flags
 
-from lazyattn import paths
+from lazyattn import command_line, paths
 from lazyattn.allowed import at_least, check_settings
 from lazyattn.errors import InputError, require
 
@@ -77,11 +77,5 @@ def options(values: flags.FlagValues = flags.FLAGS) -> ExportOptions:
     Raises:
       InputError: for a value out of range, or flags that do not go together.
     """
-    return ExportOptions(
-        formats=tuple(dict.fromkeys(name.strip() for name in values.formats)),
-        dtype=values.dtype,
-        layout=values.layout,
-        bias_length=values.bias_length,
-        import_from=values.import_from,
-        output=values.output,
-    )
+    formats = tuple(dict.fromkeys(name.strip() for name in values.formats))
+    return command_line.settings(ExportOptions, values, formats=formats)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from absl import flags
 
-from lazyattn import paths
+from lazyattn import command_line, paths
 from lazyattn.allowed import Allowed, at_least, check_settings
 from lazyattn.errors import InputError
 
@@ -67,15 +67,9 @@ def options(values: flags.FlagValues = flags.FLAGS) -> InspectionOptions:
         raise InputError(
             f"--text is given {len(texts)} times, but --mode=inspect looks at one text."
         )
-    return InspectionOptions(
-        against=values.against,
-        text=texts[0] if texts else None,
-        length=values.length,
-        rows=values.rows,
-        heads=tuple(_head(name) for name in values.heads if name.strip()),
-        output=values.output,
-        beyond_table=values.beyond_table,
-    )
+    heads = tuple(_head(name) for name in values.heads if name.strip())
+    text = texts[0] if texts else None
+    return command_line.settings(InspectionOptions, values, text=text, heads=heads)
 
 
 def _head(name: str) -> tuple[int, int]:

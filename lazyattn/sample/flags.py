@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from lazyattn.errors import InputError
+from lazyattn import command_line
 from lazyattn.generation.cache import CacheOptions
 from lazyattn.generation.sampling import SamplingConfig
 
@@ -58,14 +58,7 @@ def sampling_config(values: flags.FlagValues = flags.FLAGS) -> SamplingConfig:
     Raises:
       InputError: for a value out of range.
     """
-    return SamplingConfig(
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        top_p=values.top_p,
-        top_k=values.top_k,
-        min_p=values.min_p,
-        repetition_penalty=values.repetition_penalty,
-    )
+    return command_line.settings(SamplingConfig, values)
 
 
 def cache_options(values: flags.FlagValues = flags.FLAGS) -> CacheOptions:
@@ -74,12 +67,6 @@ def cache_options(values: flags.FlagValues = flags.FLAGS) -> CacheOptions:
     Raises:
       InputError: for a value out of range.
     """
-    given: list[str] | None = values.cache_buckets
-    try:
-        buckets = None if given is None else tuple(int(length) for length in given)
-    except ValueError:
-        raise InputError(
-            f"--cache_buckets is {','.join(given or [])!r}, but it must be whole numbers"
-            " with commas between them."
-        ) from None
+    lengths = command_line.whole_numbers(values, "cache_buckets")
+    buckets = None if values.cache_buckets is None else lengths
     return CacheOptions(values.cache, values.cache_dtype, buckets)

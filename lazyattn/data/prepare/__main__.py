@@ -38,41 +38,39 @@ _VALIDATION_INPUT = paths.define_list(
     buckets=True,
     allowed=SCHEME,
 )
-_HUB_CONFIG = flags.DEFINE_string(
+flags.DEFINE_string(
     "hub_config",
     None,
     "Configuration of datasets of the hub, such as a language; default: the only one.",
     flag_values=FLAGS,
 )
-_HUB_SPLIT = flags.DEFINE_string(
+flags.DEFINE_string(
     "hub_split", None, "Split of them that --input reads; default: train.", flag_values=FLAGS
 )
-_HUB_VALIDATION_SPLIT = flags.DEFINE_string(
+flags.DEFINE_string(
     "hub_validation_split",
     None,
     "Split of them that --validation_input reads; default: validation.",
     flag_values=FLAGS,
 )
-_OUTPUT = paths.define("output", "", "Folder of the shards.", FLAGS, buckets=True)
-_TOKENIZER = paths.define(
+paths.define("output", "", "Folder of the shards.", FLAGS, buckets=True)
+paths.define(
     "tokenizer",
     "",
     "A tokenizer.json, a SentencePiece model, a folder with one, or 'train': learn one here.",
     FLAGS,
     buckets=True,
 )
-_EOS_TOKEN = flags.DEFINE_string(
+flags.DEFINE_string(
     "eos_token",
     None,
     "Name of the tokenizer's special token that ends a document; default: what its"
     " tokenizer_config.json says, or one of the usual names.",
     flag_values=FLAGS,
 )
-_VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 32000, "Entries of a tokenizer trained here.", flag_values=FLAGS
-)
-_SAMPLE_MB = flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.", flag_values=FLAGS)
-_MIN_INT_SCORE = flags.DEFINE_integer(
+flags.DEFINE_integer("vocab_size", 32000, "Entries of a tokenizer trained here.", flag_values=FLAGS)
+flags.DEFINE_integer("sample_mb", 256, "MB of text to train it on.", flag_values=FLAGS)
+flags.DEFINE_integer(
     "min_int_score",
     None,
     "Lowest score of a document that is kept; default: all are.",
@@ -84,9 +82,7 @@ _VALIDATION_FRACTION = flags.DEFINE_float(
     "Share of the documents held out, by the hash of their id.",
     flag_values=FLAGS,
 )
-_TEXT_FIELD = flags.DEFINE_string(
-    "text_field", "text", "Column or key of the text.", flag_values=FLAGS
-)
+flags.DEFINE_string("text_field", "text", "Column or key of the text.", flag_values=FLAGS)
 _CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template",
     None,
@@ -94,22 +90,16 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
     " list of messages. \\n is a line end.",
     flag_values=FLAGS,
 )
-_ID_FIELD = flags.DEFINE_string(
+flags.DEFINE_string(
     "id_field",
     "id",
     "Column or key of the id; empty: the hash of the text is the id.",
     flag_values=FLAGS,
 )
-_SCORE_FIELD = flags.DEFINE_string(
-    "score_field", "int_score", "Column or key of the score.", flag_values=FLAGS
-)
-_SHARD_MB = flags.DEFINE_integer(
-    "shard_mb", 512, "MB of text a shard has at most.", flag_values=FLAGS
-)
-_NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", 0, "Processes; 0: one for each core.", flag_values=FLAGS
-)
-_ON_FAULT = flags.DEFINE_string(
+flags.DEFINE_string("score_field", "int_score", "Column or key of the score.", flag_values=FLAGS)
+flags.DEFINE_integer("shard_mb", 512, "MB of text a shard has at most.", flag_values=FLAGS)
+flags.DEFINE_integer("num_workers", 0, "Processes; 0: one for each core.", flag_values=FLAGS)
+flags.DEFINE_string(
     "on_fault",
     "skip",
     "Damaged files and documents: 'skip' and count them, or 'fail'.",
@@ -155,28 +145,13 @@ def _prepare() -> int:
             f"--validation_fraction is {_VALIDATION_FRACTION.value}, but --validation_input says"
             " what is held out; give one of them."
         )
-    preparation = Preparation(
+    template = _CHAT_TEMPLATE.value and _CHAT_TEMPLATE.value.replace("\\n", "\n")
+    preparation = command_line.settings(
+        Preparation,
+        FLAGS,
         inputs=tuple(_INPUT.value),
-        output=_OUTPUT.value,
-        tokenizer=_TOKENIZER.value,
-        eos_token=_EOS_TOKEN.value,
-        hub_config=_HUB_CONFIG.value,
-        hub_split=_HUB_SPLIT.value,
-        hub_validation_split=_HUB_VALIDATION_SPLIT.value,
-        vocab_size=_VOCAB_SIZE.value,
-        sample_mb=_SAMPLE_MB.value,
-        selection=Selection(
-            text_field=_TEXT_FIELD.value,
-            id_field=_ID_FIELD.value,
-            score_field=_SCORE_FIELD.value,
-            min_int_score=_MIN_INT_SCORE.value,
-            validation_fraction=_VALIDATION_FRACTION.value,
-            chat_template=_CHAT_TEMPLATE.value and _CHAT_TEMPLATE.value.replace("\\n", "\n"),
-        ),
-        shard_mb=_SHARD_MB.value,
-        num_workers=_NUM_WORKERS.value,
-        on_fault=_ON_FAULT.value,
         validation_inputs=tuple(_VALIDATION_INPUT.value),
+        selection=command_line.settings(Selection, FLAGS, chat_template=template),
     )
     print(_summary(prepare_shards(preparation)))
     return 0

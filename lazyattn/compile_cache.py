@@ -30,7 +30,7 @@ from jax._src import compiler
 from jax._src import distributed as jax_distributed
 
 from lazyattn import buckets, paths
-from lazyattn.distributed import tell_all
+from lazyattn.distributed import joined, tell_all
 from lazyattn.errors import require
 
 _GIB = 2**30
@@ -85,7 +85,7 @@ def set_up(values: flags.FlagValues = flags.FLAGS) -> str | None:
         return None
     if not jax.config.jax_enable_compilation_cache:
         return None
-    if jax_distributed.global_state.num_processes > 1:
+    if joined():
         _together()
     named = values.compile_cache_dir
     if named is None and jax.config.jax_compilation_cache_dir:

@@ -19,7 +19,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -179,7 +179,18 @@ def _end_alone(missing: str) -> None:
 
 def joined() -> bool:
     """Returns whether JAX waits for other processes before this one ends."""
-    return distributed.global_state.client is not None
+    return jax.distributed.is_initialized()
+
+
+def client() -> Any:
+    """Returns JAX's client of the coordinator; None: there is one process."""
+    return distributed.global_state.client if jax.process_count() > 1 else None
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, file=file, flush=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -22,7 +22,7 @@ from lazyattn import buckets, sharding
 from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import make_state_factory
-from lazyattn.distributed import tell_all
+from lazyattn.distributed import say, tell_all
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig, resumption_changes
 from lazyattn.quantity import quantity
@@ -64,7 +64,7 @@ def check(
     began = time.perf_counter()
     hooks = dataclasses.replace(hooks or Hooks(), summary=None)
     for line in _hosts(experiment):
-        _say(line)
+        say(line)
     with claimed(path, keep=False) as workdir:
         reached = _read_newest(workdir, experiment)
         trial = workdir / _TRIAL
@@ -79,32 +79,26 @@ def check(
         finally:
             _remove(trial)
     training = experiment.training
-    _say(
+    say(
         f"checkpoint  {_bytes(size)}, written and removed;"
         + ("" if free is None else f" {_bytes(free)} free")
         + f" in {workdir}, for training.keep = {training.keep} and the best"
     )
     if free is not None and size * (training.keep + 2) > free:  # one more while it is being written
-        _say(
+        say(
             f"  too little: {quantity(training.keep + 2, 'checkpoint')} need"
             f" {_bytes(size * (training.keep + 2))}"
         )
     if skipped:
-        _say(
+        say(
             "The loss of the first step or its gradient is not finite; a run would skip that step.",
             sys.stderr,
         )
         return 1
     goes_on = "start" if reached is None else f"resume after step {reached}"
     seconds = time.perf_counter() - began
-    _say(f"checked in {seconds:.0f} s: --mode=train would {goes_on}; nothing of this is kept")
+    say(f"checked in {seconds:.0f} s: --mode=train would {goes_on}; nothing of this is kept")
     return 0
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Prints on the first process."""
-    if jax.process_index() == 0:
-        print(text, file=file, flush=True)
 
 
 def _remove(trial: Path) -> None:

@@ -3,7 +3,6 @@
 Orbax lets processes wait for one another while a save is under way, but one whose disk
 is full leaves the others waiting until their patience ends. Here it joins them, having
 told that it failed; so all of them learn of it at once, and none commits the checkpoint.
-They talk by JAX's client of the coordinator, which has no public name.
 """
 
 import errno
@@ -12,7 +11,8 @@ import sys
 import threading
 
 import jax
-from jax._src import distributed
+
+from lazyattn.distributed import client
 
 # What all processes must have got to before any goes on.
 _STAGES = ("written", "committed", "over")
@@ -32,8 +32,7 @@ class SaveAgreement:
     _count = 0  # of saves in this process, over all managers: keys are never used again
 
     def __init__(self) -> None:
-        several = jax.process_count() > 1
-        self._client = distributed.global_state.client if several else None
+        self._client = client()
         self._key = ""
         self._seen = 0
         self._met: set[str] = set()

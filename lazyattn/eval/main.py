@@ -22,6 +22,7 @@ from lazyattn.data.documents import (
 )
 from lazyattn.data.pipeline import prepare, unigram_entropy
 from lazyattn.data.read_ahead import read_together
+from lazyattn.distributed import say
 from lazyattn.errors import InputError, require
 from lazyattn.eval import extrapolation, reach
 from lazyattn.eval.flags import EvaluationOptions
@@ -111,7 +112,7 @@ def evaluate(
                 reach.check_corpus(corpus, plan, contexts)
     if alone and not rows:
         trained.require_data("--text")
-    _say(f"checkpoint       {trained.checkpoint}")
+    say(f"checkpoint       {trained.checkpoint}")
     all_measured = not options.tasks or _print_tasks(trained, options, contexts[0], folder)
     if rows:
         scorer = Scorer(
@@ -128,12 +129,6 @@ def evaluate(
     elif alone:
         _print_validation(trained, cache_dir)
     return 0 if all_measured else 1
-
-
-def _say(text: str) -> None:
-    """Prints on the first process."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def _compiled(scorer: Scorer) -> str:
@@ -160,12 +155,12 @@ def _print_validation(trained: TrainedModel, cache_dir: str | os.PathLike[str] |
     )
     rows = read_together(validation_rows(experiment, prepared, trained.mesh), "evaluation, batch")
     found = evaluator(trained.params, rows)
-    _say(
+    say(
         f"validation loss  {found.loss:.4f} nats a token {coverage(found.tokens)}"
         f" (unigram entropy {unigram_entropy(prepared):.4f})"
     )
-    _say(f"perplexity       {found.perplexity:.3f}")
-    _say(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
+    say(f"perplexity       {found.perplexity:.3f}")
+    say(f"bits per byte    {found.bits_per_byte:.4f} over {found.bytes:,} bytes")
 
 
 def _corpus(
@@ -197,7 +192,7 @@ def _print_texts(
     texts, lambada = extrapolation.extrapolate(scorer, corpora, passages, contexts, options.stride)
     length = trained.experiment.data.sequence_length
     table = extrapolation.as_table(texts, lambada, length)
-    _say(f"\n{table}\n\n{_compiled(scorer)}")
+    say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
         return
     data = extrapolation.as_data(texts, lambada, length)
@@ -205,7 +200,7 @@ def _print_texts(
         _write(work, "contexts", table, data | {"checkpoint": str(trained.checkpoint)})
         drawn = extrapolation.draw(texts, lambada, length, work / "contexts.png")
     more = "" if drawn else " There is no picture: matplotlib is not installed."
-    _say(f"Written to {folder}.{more}")
+    say(f"Written to {folder}.{more}")
 
 
 def _print_retrieval(
@@ -225,13 +220,13 @@ def _print_retrieval(
     ]
     length = trained.experiment.data.sequence_length
     table = reach.as_table(found, plan, length)
-    _say(f"\n{table}\n\n{_compiled(scorer)}")
+    say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
         return
     data = reach.as_data(found, plan, length)
     with buckets.written(folder) as work:
         _write(work, "retrieval", table, data | {"checkpoint": str(trained.checkpoint)})
-    _say(f"Written to {folder}: retrieval.md, retrieval.json.")
+    say(f"Written to {folder}: retrieval.md, retrieval.json.")
 
 
 def _write(folder: Path, name: str, table: str, data: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from lazyattn.data.pipeline import (
     prepare,
     train_iterator,
 )
-from lazyattn.distributed import gather_rows, not_left_waiting
+from lazyattn.distributed import gather_rows, not_left_waiting, say
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
@@ -81,7 +81,7 @@ def train(
         # What is wrong with settings and checkpoints comes out before data is prepared.
         at, saved = checkpoints.newest_experiment() or (0, None)
         if at > steps:
-            _say(f"already at step {at}, past training.steps = {steps}: nothing was done")
+            say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
         experiment, changes = going_on(experiment, saved)
         optimizer = make_run_optimizer(experiment)
@@ -90,13 +90,13 @@ def train(
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)
 
-        _say(_where_the_data_is(experiment))
+        say(_where_the_data_is(experiment))
         data = prepare(experiment.data, cache_dir)
         batches = stack.enter_context(contextlib.closing(_batches(data, experiment, mesh)))
         beginning.set_data(data, batches)
 
         start, shardings = beginning.step, factory.shardings.params
-        started = Started(path, workdir, experiment, mesh, shardings, data, start, _say)
+        started = Started(path, workdir, experiment, mesh, shardings, data, start, say)
         sample = stack.enter_context(hooks.sample(started))
         validate, inspect = hooks.validate(started), hooks.inspect(started)
         tasks = hooks.tasks(started)
@@ -108,7 +108,7 @@ def train(
             *said,
             *balance.describe(experiment.model, mesh, length, state.params),
         ):
-            _say(line)
+            say(line)
 
         record: dict[str, Any] = {}
         spent: list[str] = []
@@ -119,7 +119,7 @@ def train(
             )
             step_fn, policy = kept_step.read_or_make(make, experiment, mesh, factory.abstract)
             for line in policy:
-                _say(line)
+                say(line)
             run = Run(
                 config=experiment.training,
                 experiment=experiment.to_dict(),
@@ -143,7 +143,7 @@ def train(
         last = int(state.step)
         if last < steps:
             assert stop.received is not None
-            _say(
+            say(
                 f"{stop.received.name}: stopped after step {last}, which is saved; run the same"
                 " command to go on"
             )
@@ -199,12 +199,6 @@ def _batches(
         process_count=share.count,
         gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
     )
-
-
-def _say(text: str) -> None:
-    """Prints on the first process."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def _describe(

@@ -24,9 +24,9 @@ from lazyattn.checkpoint.manager import FOLDER, Checkpoints
 from lazyattn.checkpoint.state import make_state_factory
 from lazyattn.distributed import say, tell_all
 from lazyattn.errors import InputError
-from lazyattn.experiment import ExperimentConfig, resumption_changes
+from lazyattn.experiment import ExperimentConfig
 from lazyattn.quantity import quantity
-from lazyattn.training import resume_data
+from lazyattn.training.beginning import going_on
 from lazyattn.training.claim import claimed
 from lazyattn.training.goodput import device_memory
 from lazyattn.training.hooks import Hooks
@@ -154,8 +154,7 @@ def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
                 f"training.steps is {steps}, but the run in {workdir} is at step {found[0]}"
                 " already: nothing is left to train."
             )
-        resumption_changes(found[1], experiment)
-        resume_data.require_same_kind(found[1], experiment)
+        going_on(experiment, found[1])
         mesh = sharding.make_mesh(experiment.mesh)
         optimizer = make_run_optimizer(experiment)
         restored = checkpoints.restore(make_state_factory(experiment, mesh, optimizer).abstract)

@@ -7,16 +7,16 @@ benchmarks of lm-evaluation-harness.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
+from tqdm import tqdm
 
 from lazyattn import sharding
 from lazyattn.errors import require
-from lazyattn.eval.progress import Progress
 from lazyattn.generation.cache import trained_cache_length
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.transformer import Transformer, logits, output_embedding
@@ -145,13 +145,13 @@ class Scorer:
         self._check(arrays, context)
         order = sorted(range(len(arrays)), key=lambda i: -arrays[i].size)
         found: dict[int, Scores] = {}
-        progress = Progress(label, sum(array.size - 1 for array in arrays))
-        for members, nll, greedy in _one_ahead(self._batches(arrays, order, context), self._run):
-            for row, index in enumerate(members):
-                targets = arrays[index].size - 1
-                found[index] = Scores(nll[row, :targets], greedy[row, :targets])
-            progress.advance(sum(arrays[index].size - 1 for index in members))
-        progress.close()
+        with progress(label, sum(array.size - 1 for array in arrays)) as bar:
+            batches = self._batches(arrays, order, context)
+            for members, nll, greedy in _one_ahead(batches, self._run):
+                for row, index in enumerate(members):
+                    targets = arrays[index].size - 1
+                    found[index] = Scores(nll[row, :targets], greedy[row, :targets])
+                bar.update(sum(arrays[index].size - 1 for index in members))
         return [found[index] for index in range(len(arrays))]
 
     def score_rows(
@@ -208,6 +208,18 @@ class Scorer:
             rows = jax.sharding.NamedSharding(self._mesh, sharding.spec("batch", None))
             tokens = jax.make_array_from_callback(batch.shape, rows, lambda part: batch[part])
             return self._score(self._params, tokens)
+
+
+def progress(label: str, tokens: int, file: TextIO | None = None) -> tqdm:
+    """Returns a bar for people who watch a terminal; without a label there is none.
+
+    Args:
+      label: what is going on.
+      tokens: what there is to do.
+      file: where to draw; None: standard error.
+    """
+    how: dict[str, Any] = {"leave": False, "disable": None if label else True, "file": file}
+    return tqdm(desc=label, total=tokens, unit=" tokens", unit_scale=True, **how)
 
 
 def _one_ahead(

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.eval.progress import Progress
-from lazyattn.eval.scoring import Scorer, full_precision, row_lengths
+from lazyattn.eval.scoring import Scorer, full_precision, progress, row_lengths
 from lazyattn.model.transformer import Transformer, logits, output_embedding
 from lazyattn.sharding import MeshConfig, make_mesh
 from tests.model.tiny import VOCAB, make_config, make_params
@@ -142,8 +141,8 @@ def test_a_bar_on_a_terminal_and_nowhere_else():
         (io.StringIO(), "text", False),
         (_Terminal(), "", False),
     ):
-        progress = Progress(label, 10, stream)
-        progress.advance(5)
-        progress.close()
-        assert ("[############            ]  50%" in stream.getvalue()) is shown
+        with progress(label, 10, stream) as bar:
+            bar.update(5)
+            bar.refresh()
+        assert ("text:  50%|" in stream.getvalue()) is shown
     assert "\n" not in stream.getvalue()

@@ -1,14 +1,9 @@
 """Arrays on a mesh of Explicit axes, which is what `jax.make_mesh` makes."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from tests import explicit_mesh_program as program
+from tests.sharding.processes import report_of
 
 pytestmark = pytest.mark.slow
 
@@ -16,20 +11,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def report():
     """What the program found; devices are fixed when a process starts."""
-    flags = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", program.__name__],
-        cwd=pathlib.Path(__file__).parents[1],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return report_of(program.__name__)
 
 
 @pytest.mark.parametrize("name", [*program.CALLS, "definition", "masks", "blocks"])

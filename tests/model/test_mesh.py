@@ -1,12 +1,6 @@
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.sharding.processes import report_of
 
 # `tests/sharding` holds a whole step on a mesh to one device's in the default suite.
 pytestmark = pytest.mark.slow
@@ -15,22 +9,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def report():
     """What tests/model/mesh_program.py found; devices are fixed when a process starts."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.mesh_program"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    return json.loads(done.stdout)
+    return report_of("tests.model.mesh_program")
 
 
 def test_a_mesh_gives_one_device_s_loss_and_gradients(report):

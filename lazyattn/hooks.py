@@ -8,7 +8,6 @@ from lazyattn.data.pipeline import validation_batches
 from lazyattn.data.read_ahead import read_together
 from lazyattn.eval.perplexity import Evaluator, validation_rows
 from lazyattn.eval.training_tasks import Tasks, check_tasks
-from lazyattn.experiment import ExperimentConfig
 from lazyattn.inspect.probe import AttentionProbe
 from lazyattn.sample.samples import Samples
 from lazyattn.summary import print_summary
@@ -47,19 +46,11 @@ def _inspect(run: Started) -> Callable[[Params], Scalars]:
     return inspect
 
 
-def _check(experiment: ExperimentConfig) -> None:
-    check_tasks(experiment.training)
-
-
-def _tasks(run: Started) -> Callable[[Params], Scalars]:
-    return Tasks(run.experiment, run.mesh, run.data.tokenizer)
-
-
 HOOKS = Hooks(
-    check=_check,
+    check=lambda experiment: check_tasks(experiment.training),
     validate=_validate,
     inspect=_inspect,
     sample=Samples,
-    tasks=_tasks,
+    tasks=lambda run: Tasks(run.experiment, run.mesh, run.data.tokenizer),
     summary=print_summary,
 )

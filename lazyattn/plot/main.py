@@ -11,7 +11,7 @@ from lazyattn import buckets
 from lazyattn.errors import InputError, bad_value
 from lazyattn.paths import results
 from lazyattn.plot.curves import Curves, names, read
-from lazyattn.training.metrics import duration
+from lazyattn.quantity import duration
 
 _FORMATS = ("svg", "png")
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import jax
 
 from lazyattn.checkpoint.workdir import METRICS, TENSORBOARD
+from lazyattn.quantity import duration
 from lazyattn.training.goodput import Goodput
-from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard, duration
+from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard
 
 
 class Curves(Protocol):

@@ -13,6 +13,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from lazyattn import buckets
+from lazyattn.quantity import duration
 from lazyattn.training.append import AppendedFile
 from lazyattn.training.append_object import AppendedObject
 
@@ -51,18 +52,6 @@ def utilisation(
     """
     peak = PEAK_FLOPS.get(device_kind)
     return None if peak is None else tokens_per_second * flops_per_token / (peak * devices)
-
-
-def duration(seconds: float) -> str:
-    """Returns a time for people, such as "3m05s", "2h03m" or "4d05h"."""
-    whole = max(round(seconds), 0)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
 
 
 class JsonLines:

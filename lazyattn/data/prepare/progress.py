@@ -5,7 +5,7 @@ import time
 from typing import TextIO
 
 from lazyattn.data.prepare.unit import Progress
-from lazyattn.quantity import quantity
+from lazyattn.quantity import duration, quantity
 
 _WIDTH = 24
 _SECONDS_ON_TERMINAL = 0.2
@@ -66,7 +66,7 @@ class ProgressLine:
             f"prepare  [{bar}] {share:4.0%}  {self.done.bytes / 1e6 / seconds:.1f} MB/s"
             f"  {self.done.tokens / seconds:,.0f} tokens/s"
             f"  {quantity(self.done.documents, 'document')}"
-            f"  {_duration(left / rate) if rate else '?'} left"
+            f"  {duration(left / rate) if rate else '?'} left"
         )
 
     def line(self, text: str) -> None:
@@ -79,13 +79,3 @@ class ProgressLine:
         if self._terminal:
             self._stream.write("\r\033[K")
             self._stream.flush()
-
-
-def _duration(seconds: float) -> str:
-    """Returns a time as people say it: 42 s, 5 min 10 s, 3 h 20 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

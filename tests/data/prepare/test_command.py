@@ -151,7 +151,7 @@ def test_the_progress_line(monkeypatch):
             line.add(Progress(100, 5, 10**6, 7000))
         assert line.text() == (
             "prepare  [############            ]  50%  1.5 MB/s  10,500 tokens/s  15 documents"
-            "  3 s left"
+            "  3s left"
         )
         line.line("skipped  something")
         line.close()
@@ -161,4 +161,4 @@ def test_the_progress_line(monkeypatch):
     lines[1].show()
     assert file.getvalue().count("\n") == 2
     lines[1].add(Progress())
-    assert lines[1].text().endswith("1 min 7 s left")
+    assert lines[1].text().endswith("1m07s left")

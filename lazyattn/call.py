@@ -197,6 +197,12 @@ def document_starts(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batc
     return jax.lax.cummax(starts, axis=1)
 
 
+def document_positions(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Returns each token's place in its document: 0, 1, ... from every change of id."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    return index - document_starts(segment_ids)
+
+
 def is_number(x: Any) -> bool:
     """Returns whether x is a finite number of Python's or numpy's, not a traced array."""
     return isinstance(x, numbers.Real) and math.isfinite(x)

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx as flax_nnx
 
 from lazyattn import InputError, linen, nnx
+from lazyattn.call import document_positions
 from lazyattn.layer import AttentionLayer
 from lazyattn.model.attention_layer import Attention
-from lazyattn.model.rope import document_positions
 from tests.model.tiny import make_config
 
 SETTINGS = {"num_heads": 4, "num_kv_heads": 2, "bias_width": 6, "implementation": "xla"}

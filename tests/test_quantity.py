@@ -1,4 +1,4 @@
-from lazyattn.quantity import quantity
+from lazyattn.quantity import duration, quantity
 
 
 def test_one_and_several():
@@ -7,3 +7,9 @@ def test_one_and_several():
     ]
     assert quantity(1, "batch", "batches") == "1 batch"
     assert quantity(3, "batch", "batches") == "3 batches"
+
+
+def test_durations():
+    assert [duration(s) for s in (-1, 0, 59.6, 185, 7380, 363_600)] == [
+        *("0s", "0s", "1m00s", "3m05s", "2h03m", "4d05h")
+    ]

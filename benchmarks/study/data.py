@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, UInt16
 
+from lazyattn.call import document_positions
 from lazyattn.errors import InputError, require
 from lazyattn.model.objective import Batch
-from lazyattn.model.rope import document_positions
 
 SETS = ("rfc", "code", "books")
 

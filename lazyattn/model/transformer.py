@@ -10,12 +10,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lazyattn import sharding
+from lazyattn.call import document_positions
 from lazyattn.errors import InputError, require
 from lazyattn.model import attention_layer
 from lazyattn.model.config import ModelConfig
 from lazyattn.model.embedding import look_up
 from lazyattn.model.layers import RMSNorm, SwiGLU, matrix_init, parameter
-from lazyattn.model.rope import document_positions
 from pallas_kernels.attention import KEPT
 
 # An `attention_layer.Attend` of all layers, whose first argument is the layer's number.

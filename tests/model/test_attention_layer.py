@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lazyattn import lazy_attention
+from lazyattn.call import document_positions
 from lazyattn.model import attention_layer, sharded_attention
 from lazyattn.model.attention_layer import Attention, rope_scaling, variant_arguments
 from lazyattn.model.config import VARIANTS, AttentionConfig
@@ -13,7 +14,6 @@ from lazyattn.model.distance_bias import NAMES, bias_arguments
 from lazyattn.model.heads import global_heads, head_windows, initial_slopes
 from lazyattn.model.layers import RMSNorm
 from lazyattn.model.parameters import parameter_shapes
-from lazyattn.model.rope import document_positions
 from lazyattn.model.transformer import attention_weights
 from lazyattn.rotary import RopeScaling, rotate
 from tests.model.tiny import make_batch, make_config, make_params

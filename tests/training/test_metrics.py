@@ -11,7 +11,6 @@ from lazyattn.training.metrics import (
     JsonLines,
     MeanLoss,
     Progress,
-    duration,
     utilisation,
 )
 
@@ -25,12 +24,6 @@ def _progress(out, **settings):
 
 def _steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-def test_durations():
-    assert [duration(s) for s in (-1, 0, 59.6, 185, 7380, 363_600)] == [
-        *("0s", "0s", "1m00s", "3m05s", "2h03m", "4d05h")
-    ]
 
 
 def test_utilisation_needs_a_known_peak():

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lazyattn.model.rope import document_positions
+from lazyattn.call import document_positions
 
 
 def test_document_positions_restart_with_every_run():

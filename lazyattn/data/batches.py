@@ -163,10 +163,10 @@ class BatchIterator(grain.DatasetIterator):
     Its state is plain data that says how many steps were taken, of which data, and
     where every stream stands: two integers a source. It doesn't depend on the number of
     processes, workers and prefetched batches: it belongs to the batches taken, not to
-    those read ahead. With `gather` it has the streams of all processes; without, only
-    this one's, and `merge_states` joins them. Any number of processes can resume from
-    all of them. Grain's own checkpointing (Orbax's `StatefulCheckpointable`, or
-    `grain.checkpoint.CheckpointSave`) works with it, as does JSON.
+    those read ahead. With `gather` it has the streams of all processes, from which any
+    number of processes can resume; without, only this one's. Grain's own checkpointing
+    (Orbax's `StatefulCheckpointable`, or `grain.checkpoint.CheckpointSave`) works with it,
+    as does JSON.
     """
 
     def __init__(
@@ -344,26 +344,6 @@ class BatchIterator(grain.DatasetIterator):
         if reader is not None:
             reader.close()
         self._reader = None
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the states of all processes, taken without `gather` after the same step.
-
-    Raises:
-      InputError: if they are of different steps or data, or some are missing.
-    """
-    states = sorted(states, key=lambda state: state[_FIRST])
-    cursors: list[Any] = []
-    for state in states:
-        if state[_FIRST] != len(cursors) or any(
-            state[name] != states[0][name] for name in ("step", "data")
-        ):
-            raise InputError(
-                "The data states of the processes don't belong together: they are of different"
-                " steps or data, or one is missing."
-            )
-        cursors += state[_CURSORS]
-    return states[0] | {_CURSORS: cursors}
 
 
 def validation_batches(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
-from jaxtyping import Float
 
 from lazyattn.errors import require
 
@@ -60,11 +59,6 @@ class Mixture:
         """
         bounds = np.cumsum(np.asarray(weights, np.float64))
         self._bounds = bounds / bounds[-1]
-
-    @property
-    def shares(self) -> Float[np.ndarray, " sources"]:
-        """Each source's share of the rows; they add up to 1."""
-        return np.diff(self._bounds, prepend=0.0)
 
     def __getitem__(self, row: int) -> int:
         """Returns the source of a row, from 0 on."""

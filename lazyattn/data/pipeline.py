@@ -16,7 +16,6 @@ from lazyattn.data.batches import (
     Gather,
     OtherDataError,
     local_batch_size,
-    merge_states,
 )
 from lazyattn.data.config import DataConfig
 from lazyattn.data.folders import TrainingData, open_folders
@@ -30,7 +29,6 @@ __all__ = [
     "BatchIterator",
     "OtherDataError",
     "TrainingData",
-    "merge_states",
     "packing_report",
     "prepare",
     "train_iterator",
@@ -84,8 +82,7 @@ def train_iterator(
       process_count: all processes, as `jax.process_count()`.
       gather: from an int32 array [rows, columns] of each process to the rows of all of
         them; called by all processes when the state is asked for.
-        None: the state tells where this process's rows stand, and `merge_states` makes
-        one of several.
+        None: the state tells where this process's rows stand.
 
     Returns:
       A Grain iterator over dicts of `inputs`, `targets`, `segment_ids` and

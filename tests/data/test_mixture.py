@@ -35,7 +35,6 @@ def test_no_documents():
 def test_shares_hold_in_every_stretch_of_rows(weights):
     mixture = Mixture(weights)
     shares = np.asarray(weights) / sum(weights)
-    np.testing.assert_allclose(mixture.shares, shares)
     picked = np.asarray([mixture[row] for row in range(20_000)])
     for start in (0, 777, 10_000):
         for number in (64, 1000, 8192):

@@ -119,7 +119,13 @@ CHIPS = {
         # For a check of settings and mesh: its times are not told, so it has no rates.
         Chip(
             *(CPU, math.nan, _host_memory(), math.nan, math.nan),
-            *(0, 0, None, 1, 1024, 1024, _SOURCES[CPU]),
+            axes=0,
+            wrap=0,
+            network_bandwidth=None,
+            devices=1,
+            largest=1024,
+            host_chips=1024,
+            sources=_SOURCES[CPU],
         ),
     )
 }

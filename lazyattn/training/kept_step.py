@@ -13,6 +13,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 
 import jax
 from jax.experimental import serialize_executable
@@ -30,10 +31,10 @@ from lazyattn.training.step import TrainStep
 _NUMBER = 8
 _VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "MOSAIC_", "NVIDIA_", "TF_", "TRITON_", "XLA_")
 
-# Programs that JAX has read from its own cache.
-_hits: list[str] = []
+# Threads by which JAX has read a program from its own cache.
+_hits: list[int] = []
 jax.monitoring.register_event_listener(
-    lambda event, **_: _hits.append(event) if event.endswith("/cache_hits") else None
+    lambda event, **_: _hits.append(get_ident()) if event.endswith("/cache_hits") else None
 )
 
 Made = tuple[TrainStep, list[str]]
@@ -72,7 +73,7 @@ def read_or_make(
         step = TrainStep(step.lower(abstract, batch).compile(), mesh)
     # A CPU's program that was read lacks functions when it is written again and read once more;
     # other devices' were not tried.
-    if not _hits:
+    if get_ident() not in _hits:
         _write(path, step.jitted, said)
     return step, said
 

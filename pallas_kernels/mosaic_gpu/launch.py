@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import (
     bias_table,
+    compile_ahead,
     config,
     dump_names,
+    equal_variables,
     layout,
     pipeline,
     scheduler,
@@ -100,6 +102,8 @@ class Kernel:
             shape = (self.tuning.warpgroups, ROWS, BLOCK)
             scratch["spare_smem"] = pipeline.tiled(shape, self.dtype)
         dump_names.make_stable()
+        compile_ahead.switch_on()
+        equal_variables.keep_order()
         found = plgpu.kernel(
             body,
             out_type=tuple(results.values()),

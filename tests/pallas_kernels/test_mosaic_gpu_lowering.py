@@ -4,9 +4,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import constraints
 
 from lazyattn import lazy_attention
 from pallas_kernels import gpu
+from pallas_kernels.mosaic_gpu import compile_ahead, equal_variables
+
+_HASH = re.compile(r'kernel_hash = "[^"]*"')
 
 
 def test_layers_that_call_alike_share_one_lowering():
@@ -35,7 +39,49 @@ def test_a_kernel_is_the_same_whatever_was_lowered_before():
 
         with gpu.pretend_capability(90):
             lowered = jax.jit(once).trace(shape).lower(lowering_platforms=("cuda",))
-        return re.findall(r'kernel_hash = "[^"]*"', lowered.as_text())
+        return _HASH.findall(lowered.as_text())
 
     first = hashes()
     assert len(first) == 1 and hashes() == first
+
+
+def test_kernels_are_compiled_ahead_once_each(monkeypatch):
+    begun = []
+    monkeypatch.setattr(compile_ahead, "_begun", set())
+    monkeypatch.setattr(compile_ahead, "_device", lambda ctx: jax.devices()[0])
+    monkeypatch.setattr(compile_ahead, "_compile", lambda *program: begun.append(program))
+    shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    jax.clear_caches()
+
+    def loss(x):
+        for _ in range(3):
+            x = lazy_attention(x, x, x, implementation="mosaic_gpu")
+        return x.astype(jnp.float32).sum()
+
+    def text(function, *arguments):
+        traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    with gpu.pretend_capability(90):
+        whole = text(jax.grad(loss), shape)
+    compile_ahead._pool().submit(int).result()
+    # A layer's forward pass and both of its backward kernels, however many layers there are.
+    assert len(begun) == len(set(_HASH.findall(whole))) == 3
+    for kernel, arguments in begun:
+        config = re.search(r"\{kernel_hash = .*?\}", text(kernel, *arguments)).group()
+        assert config in whole
+
+
+def test_equal_variables_are_those_that_jax_finds():
+    a, b, c, d, e, f = map(constraints.Variable, "abcdef")
+    pairs = [(d, c), (a, b), (f, f), (b, c), (d, a)]
+    system = constraints.ConstraintSystem(
+        constraints=[*(constraints.Equals(x, y) for x, y in pairs), constraints.Divides(e, (8,))]
+    )
+    expected = equal_variables.by_jax(system)
+    found = equal_variables.equal_variables(system)
+    assert {v: set(equal) for v, equal in found.items()} == {
+        v: set(equal) for v, equal in expected.items()
+    }
+    # In an order of the constraints, not of a set.
+    assert found[a] == [b, d, c]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from flax import traverse_util
 
 from lazyattn.data.config import DataConfig
 from lazyattn.errors import InputError, bad_value, require
@@ -86,11 +87,13 @@ class ExperimentConfig:
         """Returns nested plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Returns `to_dict` by dotted keys."""
+        return traverse_util.flatten_dict(self.to_dict(), sep=".")
+
     def as_text(self) -> str:
         """Returns one line `config.KEY = VALUE` for each setting."""
-        return "".join(
-            f"config.{key} = {value!r}\n" for key, value in _flat(self.to_dict()).items()
-        )
+        return "".join(f"config.{key} = {value!r}\n" for key, value in self.to_flat_dict().items())
 
 
 # What a resumed run may do differently; all else decides what has been learned so
@@ -128,7 +131,7 @@ def resumption_changes(
     Raises:
       InputError: naming the first key that may not.
     """
-    before, now = _flat(from_config_dict(saved).to_dict()), _flat(experiment.to_dict())
+    before, now = from_config_dict(saved).to_flat_dict(), experiment.to_flat_dict()
     # Without a distance bias its settings say nothing; their defaults have changed before.
     unused = () if experiment.model.attention.has_bias else ("model.attention.bias_",)
     changes = {
@@ -149,17 +152,6 @@ def resumption_changes(
                 f" {old!r}; set it back or choose another --workdir."
             )
     return changes
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested dict's leaves by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= _flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
-    return leaves
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -322,18 +314,8 @@ def check_override(key: str, text: str) -> None:
 def _reads_as(text: str, kind: type) -> bool:
     if kind is bool:
         return text.lower() in ("true", "false", "t", "f", "1", "0")
-    if kind is tuple:
-        return _reads_as_tuple(text)
     try:
-        kind(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _reads_as_tuple(text: str) -> bool:
-    try:
-        return isinstance(ast.literal_eval(text), tuple)
+        return isinstance(ast.literal_eval(text) if kind is tuple else kind(text), kind)
     except (ValueError, SyntaxError):
         return False
 

@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from lazyattn import __version__, buckets
+from lazyattn.allowed import at_least, check_settings
 from lazyattn.data import copies, manifest
 from lazyattn.data.manifest import Manifest, SourceFile, TokenizerRecord
 from lazyattn.data.parquet import DamagedFileError
@@ -35,7 +36,7 @@ from lazyattn.data.prepare.workers import process_all
 from lazyattn.data.shards import token_dtype
 from lazyattn.data.tokenizer import EOS, Tokenizer
 from lazyattn.errors import InputError, require
-from lazyattn.paths import check_local, local_path
+from lazyattn.paths import ANYWHERE, check_local, local_path
 from lazyattn.quantity import quantity
 
 TRAIN = "train"  # as a tokenizer: learn one
@@ -73,14 +74,14 @@ class Preparation:
     """
 
     inputs: tuple[str, ...]
-    output: str
-    tokenizer: str
-    vocab_size: int = 32000
-    sample_mb: int = 256
+    output: Annotated[str, ANYWHERE]
+    tokenizer: Annotated[str, ANYWHERE]
+    vocab_size: Annotated[int, at_least(260)] = 32000
+    sample_mb: Annotated[int, at_least(1)] = 256
     selection: Selection = dataclasses.field(default_factory=Selection)
-    shard_mb: int = 512
-    num_workers: int = 0
-    on_fault: str = "skip"
+    shard_mb: Annotated[int, at_least(1)] = 512
+    num_workers: Annotated[int, at_least(0)] = 0
+    on_fault: Literal["skip", "fail"] = "skip"
     validation_inputs: tuple[str, ...] = ()
     eos_token: str | None = None
     hub_config: str | None = None
@@ -89,12 +90,10 @@ class Preparation:
 
     def __post_init__(self):
         require(bool(self.inputs), "--input", ",".join(self.inputs), "files to prepare")
-        for path in self.inputs:
-            if not is_hub(path):
-                check_local("--input", path, buckets=True)
-        for path in self.validation_inputs:
-            if not is_hub(path):
-                check_local("--validation_input", path, buckets=True)
+        for flag, paths in (("input", self.inputs), ("validation_input", self.validation_inputs)):
+            for path in paths:
+                if not is_hub(path):
+                    check_local(f"--{flag}", path, buckets=True)
         for name, inputs in (
             ("hub_config", (*self.inputs, *self.validation_inputs)),
             ("hub_split", self.inputs),
@@ -106,8 +105,7 @@ class Preparation:
                     f"--{name} is {getattr(self, name)!r}, but {flag} has no dataset of the"
                     " Hugging Face hub, hf://datasets/OWNER/NAME; leave it out."
                 )
-        check_local("--output", self.output, buckets=True)
-        check_local("--tokenizer", self.tokenizer, buckets=True)
+        check_settings(self, "--")
         require(bool(self.output), "--output", self.output, "the folder of the shards to be")
         require(
             bool(self.tokenizer),
@@ -120,11 +118,6 @@ class Preparation:
                 f"--eos_token is {self.eos_token!r}, but --tokenizer=train learns one that ends"
                 f" documents with {EOS}; leave --eos_token out."
             )
-        require(self.vocab_size >= 260, "--vocab_size", self.vocab_size, "at least 260")
-        for name in ("sample_mb", "shard_mb"):
-            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
-        require(self.num_workers >= 0, "--num_workers", self.num_workers, "at least 0")
-        require(self.on_fault in ("skip", "fail"), "--on_fault", self.on_fault, "'skip' or 'fail'")
 
 
 @dataclasses.dataclass(frozen=True)

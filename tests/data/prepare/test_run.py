@@ -283,7 +283,7 @@ class TestFaults:
         ({"vocab_size": 5}, "--vocab_size is 5, but it must be at least 260"),
         ({"shard_mb": 0}, "--shard_mb is 0, but it must be at least 1"),
         ({"num_workers": -1}, "--num_workers is -1, but it must be at least 0"),
-        ({"on_fault": "cry"}, "--on_fault is 'cry', but it must be 'skip' or 'fail'"),
+        ({"on_fault": "cry"}, "--on_fault is 'cry', but it must be skip or fail"),
     ],
     ids=str,
 )

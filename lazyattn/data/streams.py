@@ -110,20 +110,17 @@ class PackingReport:
     cut_off: float
 
 
-def measure_packing(
-    documents: Documents, order: DocumentOrder, format: Format, windows: int = 2
-) -> PackingReport:
+def measure_packing(documents: Documents, order: DocumentOrder, format: Format) -> PackingReport:
     """Packs the first documents of an order and says how well that went.
 
     Args:
       documents: where to read.
       order: their order.
       format: how they become rows.
-      windows: how many times `WINDOW` rows to pack.
     """
     reader = _Reader(documents, order, format, stream=0, streams=1)
     cursor, rows, filled = (0, 0), 0, 0
-    for _ in range(windows):
+    for _ in range(2):  # enough to tell
         window = reader.window(cursor, WINDOW[format.packing])
         rows += len(window.plan)
         filled += int(window.plan.sizes.sum())

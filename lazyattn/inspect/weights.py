@@ -53,9 +53,9 @@ def block_size(length: int) -> int:
     return 64 if length <= 64 else max(128, cell_size(length))
 
 
-def cell_size(length: int, cells: int = 128) -> int:
-    """Returns the smallest power of two that cuts a length into `cells` cells or fewer."""
-    return 1 << max(0, (-(-length // cells) - 1).bit_length())
+def cell_size(length: int) -> int:
+    """Returns the smallest power of two that cuts a length into 128 cells or fewer."""
+    return 1 << max(0, (-(-length // 128) - 1).bit_length())
 
 
 def map_heads(

@@ -59,12 +59,7 @@ class Collected:
 
 
 def collect(module: Module, network: Network) -> Collected:
-    """Returns the collectives of a module.
-
-    Args:
-      module: compiled.
-      network: the devices it was compiled for.
-    """
+    """Returns the collectives of a module."""
     found: dict[tuple[str, str, int, bool, bool], list[float]] = collections.defaultdict(
         lambda: [0, 0.0, 0.0]
     )

@@ -73,11 +73,6 @@ def compile_step(
 ) -> Compiled | TooLarge:
     """Compiles the train step.
 
-    Args:
-      experiment: the settings.
-      mesh: of compile-only devices.
-      factory: of the experiment's state on that mesh.
-
     Raises:
       InputError: if the settings and the mesh do not go together.
     """

@@ -26,10 +26,6 @@ from lazyattn.training import step_memory
 def estimate(experiment: ExperimentConfig, where: Topology) -> Report:
     """Returns the report of a step on GPUs.
 
-    Args:
-      experiment: the settings.
-      where: how many GPUs.
-
     Raises:
       InputError: if the settings and the number of GPUs don't go together.
     """

@@ -59,9 +59,6 @@ def first_group(rest: str, devices: int) -> list[int]:
 def transfer(rest: str) -> tuple[str, list[int]] | None:
     """Returns what a `send` to MegaScale asks for, None where that can't be read.
 
-    Args:
-      rest: the attributes of the `send`.
-
     Returns:
       The kind of collective and the devices of its first group, each as `SLICE` times
       its slice, from one, and its place in the slice.

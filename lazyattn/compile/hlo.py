@@ -210,12 +210,7 @@ class Module:
         return 1 if rounds is None else rounds
 
     def rounds(self, loop: Instruction, owner: Computation) -> int | None:
-        """Returns how often a loop's body runs; None where that can't be read.
-
-        Args:
-          loop: a `while`.
-          owner: the computation it is in.
-        """
+        """Returns how often a loop's body runs; None where that can't be read."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known is not None:
             return int(known[1])

@@ -20,10 +20,6 @@ from lazyattn.training import remat, step_memory
 def compile_report(experiment: ExperimentConfig, name: str) -> int:
     """Prints the report of an experiment's train step on a topology.
 
-    Args:
-      experiment: the settings.
-      name: as `--topology` says it.
-
     Returns:
       0, or 1 if the step does not fit.
 
@@ -42,10 +38,6 @@ def examine(experiment: ExperimentConfig, where: topology.Topology) -> Report:
     """Returns the report: compiled for TPUs and CPUs, estimated for GPUs.
 
     With `model.remat="auto"` it is that of the policy which training would choose.
-
-    Args:
-      experiment: the settings.
-      where: the chips.
     """
     if experiment.model.remat != AUTO:
         return _examine(experiment, where)

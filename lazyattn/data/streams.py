@@ -53,16 +53,7 @@ class Stream:
         streams: int,
         cursor: Cursor = (0, 0),
     ):
-        """Stands at a cursor; nothing is read yet.
-
-        Args:
-          documents: where to read.
-          order: their order.
-          format: how they become rows.
-          stream: this stream.
-          streams: how many there are.
-          cursor: what `cursor` was.
-        """
+        """Stands at a cursor; nothing is read yet."""
         self._format = format
         self._share = (stream + 1) / streams
         self._reader = _Reader(documents, order, format, stream, streams)
@@ -111,13 +102,7 @@ class PackingReport:
 
 
 def measure_packing(documents: Documents, order: DocumentOrder, format: Format) -> PackingReport:
-    """Packs the first documents of an order and says how well that went.
-
-    Args:
-      documents: where to read.
-      order: their order.
-      format: how they become rows.
-    """
+    """Packs the first documents of an order and says how well that went."""
     reader = _Reader(documents, order, format, stream=0, streams=1)
     cursor, rows, filled = (0, 0), 0, 0
     for _ in range(2):  # enough to tell

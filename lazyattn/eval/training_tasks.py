@@ -69,13 +69,7 @@ class Tasks:
     """
 
     def __init__(self, experiment: ExperimentConfig, mesh: jax.sharding.Mesh, tokenizer: Tokenizer):
-        """Does nothing yet.
-
-        Args:
-          experiment: the settings, checked by `check_tasks`.
-          mesh: where the parameters are.
-          tokenizer: of the data.
-        """
+        """Does nothing yet."""
         self._experiment, self._mesh, self._tokenizer = experiment, mesh, tokenizer
         self._lm: LazyAttentionLM | None = None
 
@@ -83,9 +77,6 @@ class Tasks:
         """Returns the tasks' figures, as "tasks_piqa_acc".
 
         One that can't be measured is warned of and left out.
-
-        Args:
-          params: of the model.
         """
         from lazyattn.eval import benchmarks, harness, tasks
 

@@ -16,16 +16,7 @@ FILE = "README.md"
 def model_card(
     name: str, facts: Facts, *, dtype: str, layout: str, formats: Sequence[str], tokenizer: bool
 ) -> str:
-    """Returns the card, Markdown with the header that model hubs read.
-
-    Args:
-      name: of the model.
-      facts: what is known of it.
-      dtype: of its matrices.
-      layout: of the Orbax checkpoint.
-      formats: that it is written in.
-      tokenizer: whether one is with it.
-    """
+    """Returns the card, Markdown with the header that model hubs read."""
     model, attention = facts.model, facts.model.attention
     counts = parameter_counts(stored_dtypes(model, dtype))
     rows = [

@@ -116,10 +116,6 @@ def model_data(
 def head_matrices(measured: Measured, has_offset: bool) -> dict[str, _ByHead]:
     """Returns the numbers that every layer and head has one of.
 
-    Args:
-      measured: sums over queries.
-      has_offset: whether the model has an offset.
-
     Returns:
       zeros (share of visible pairs), silent (share of queries that attend to nothing),
       mass (mean sum of a query's weights), first_token (mean weight, of later queries),

@@ -27,10 +27,6 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
     Values do not depend on sharding, so under `jax.jit` with `out_shardings` from
     `partition_specs` no device need hold more than its part.
-
-    Args:
-      config: the model.
-      key: a PRNG key.
     """
     params = nn.meta.unbox(_boxed(config, key))
     return params if config.scan_layers else unstack_blocks(params)

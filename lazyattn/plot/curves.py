@@ -43,10 +43,6 @@ def read(path: str | os.PathLike[str], name: str) -> Curves:
     Time is that of the steps: what a run waited between an interruption and its
     resumption, and validations and checkpoints, are left out.
 
-    Args:
-      path: the run's folder.
-      name: for the legend.
-
     Raises:
       InputError: if there are no metrics.
     """

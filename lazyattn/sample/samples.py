@@ -31,9 +31,6 @@ class Samples:
     def __init__(self, run: Started):
         """Checks that the model can say so much; opens the file when it is first needed.
 
-        Args:
-          run: that samples.
-
         Raises:
           InputError: if prompt and continuation would go past what the model can take, or
             several processes hold the model.
@@ -73,12 +70,7 @@ class Samples:
             self._file.close()
 
     def __call__(self, step: int, params: Params) -> None:
-        """Prints a continuation and writes it down.
-
-        Args:
-          step: steps taken.
-          params: of the model then.
-        """
+        """Prints a continuation and writes it down."""
         run, training = self._run, self._run.experiment.training
         with jax.set_mesh(run.mesh):
             text = continuation(
@@ -105,16 +97,7 @@ def continuation(
     sampling: SamplingConfig,
     key: jax.Array,
 ) -> str:
-    """Returns what a model says after a prompt, shorter where its cache is.
-
-    Args:
-      params: of the model.
-      experiment: the settings.
-      tokenizer: of its data.
-      prompt: a text.
-      sampling: how to draw, and how many tokens.
-      key: of the draws.
-    """
+    """Returns what a model says after a prompt, shorter where its cache is."""
     room = trained_cache_length(experiment.model, experiment.data.sequence_length)
     if room is not None:
         taken = len(tokenizer.encode(prompt)) + 1

@@ -51,12 +51,6 @@ class Beginning:
     ):
         """Reads the newest checkpoint, or else the weights in `training.init_from`.
 
-        Args:
-          experiment: all settings.
-          mesh: where the state will live.
-          factory: of the state.
-          checkpoints: of the run.
-
         Raises:
           InputError: if there are some and they can't be read, or they don't fit the settings.
         """

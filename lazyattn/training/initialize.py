@@ -82,11 +82,6 @@ def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, sharding
     or kind comes out as the same function of the distance. Where they have no distance bias or
     no offset and this run's model has, it starts as if it had none.
 
-    Args:
-      experiment: of the run that starts.
-      mesh: its devices.
-      shardings: of its parameters.
-
     Raises:
       InputError: if there are no weights, or they are not of this model; the first parameter
         that does not fit is named.

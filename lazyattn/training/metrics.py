@@ -169,16 +169,7 @@ class Progress:
         device_kind: str,
         devices: int,
     ):
-        """Starts the clock.
-
-        Args:
-          out: where to print.
-          step: steps taken before.
-          steps: steps in all.
-          flops_per_token: of a training step.
-          device_kind: `jax.Device.device_kind`.
-          devices: how many there are.
-        """
+        """Starts the clock."""
         self._out = out
         self._steps = steps
         self._flops_per_token = flops_per_token

@@ -87,10 +87,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     `final_fraction` of the peak at update `steps`; "wsd" stays at the peak and
     falls to it linearly over the last `decay_fraction` of all steps; "constant"
     stays. A run shorter than its warm-up ends inside it.
-
-    Args:
-      config: the optimiser's settings.
-      steps: updates in all.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = config.warmup_steps
@@ -158,10 +154,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     The state has the same structure whatever the settings but `name`, so that a run may be
     resumed with other ones.
-
-    Args:
-      config: the optimiser's settings.
-      steps: updates in all, for the schedule.
     """
     direction = _scale_by_adam(config)
     if config.name == "muon":

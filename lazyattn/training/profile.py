@@ -62,10 +62,6 @@ class StepProfile:
     def before(self, step: int, earlier: Any) -> float:
         """Starts the trace if it begins with this step, when the step before is done.
 
-        Args:
-          step: about to be dispatched.
-          earlier: arrays of the step before.
-
         Returns:
           Seconds that starting took.
         """
@@ -81,10 +77,6 @@ class StepProfile:
 
     def after(self, step: int, arrays: Any) -> float:
         """Ends the trace if this step is its last, when the step is done.
-
-        Args:
-          step: just dispatched.
-          arrays: of its results.
 
         Returns:
           Seconds that writing took.

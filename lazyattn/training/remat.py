@@ -123,13 +123,7 @@ def estimates(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     abstract: TrainState,
 ) -> dict[Remat, float]:
-    """Returns about how many bytes a device each policy's step needs at least.
-
-    Args:
-      experiment: the settings.
-      mesh: where it runs.
-      abstract: the state, with shardings.
-    """
+    """Returns about how many bytes a device each policy's step needs at least."""
     state = step_memory.state_bytes(abstract)
     counts = parameter_counts(abstract.params)
     share = _LEAST_SCANNED if experiment.model.scan_layers else _LEAST_UNROLLED
@@ -159,7 +153,7 @@ def step_of(
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
 ) -> TrainStep:
-    """Returns the step of an experiment whose `model.remat` is a policy; arguments as below."""
+    """Returns the step of an experiment whose `model.remat` is a policy."""
     training, teaching = experiment.training, experiment.teaching
     return make_train_step(
         make_loss_fn(
@@ -185,12 +179,6 @@ def make_step(
 
     With `model.remat="auto"` it is compiled already, unless the devices do not say what memory
     they have. All processes choose the same.
-
-    Args:
-      experiment: the settings.
-      mesh: where everything lives.
-      optimizer: of the experiment.
-      shardings, abstract: of the state.
     """
 
     def step_with(policy: Remat) -> TrainStep:

@@ -1,7 +1,10 @@
 """`--mode=eval`: a run's checkpoint, measured as the flags say."""
 
+import contextlib
+import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +65,14 @@ def evaluate(
         or something asked for is wrong, all before anything is compiled.
     """
     options = EvaluationOptions() if options is None else options
+    wanted = _wanted(options)
     texts = {
         name: read_texts(name)[: options.limit]
         for name in options.texts
         if name != VALIDATION and not is_prepared(name)
     }
     passages = [] if options.lambada is None else read_lambada(options.lambada)[: options.limit]
-    if options.tasks:
+    if "tasks" in wanted:
         require(
             jax.process_count() == 1,
             "--tasks",
@@ -76,59 +80,79 @@ def evaluate(
             "left out where several processes evaluate: the harness runs in one",
         )
         check_known("--tasks", options.tasks, options.tasks_dir)
-    written = bool(options.texts or passages or options.tasks or options.contexts)
-    folder = results(options.output, path, _FOLDER, writes=written or options.retrieval)
+    folder = results(options.output, path, _FOLDER, writes=wanted != {"validation"})
     check_tokenizer(path)
     trained = load_trained(path, experiment, step)
-    contexts = options.contexts or (trained.experiment.data.sequence_length,)
+    contexts = _contexts(trained, options)
+
+    @functools.cache
+    def corpus(name: str) -> Corpus:
+        return _corpus(trained, name, texts, options.limit)
+
+    # What is wrong with the text comes out before anything is measured.
+    if "validation" in wanted:
+        trained.require_data("--text")
+    if "texts" in wanted:
+        names = options.texts if options.texts or passages else [VALIDATION]
+        corpora = list(map(corpus, names))
+        tokens = tokenize_passages(passages, trained.tokenizer)
+        extrapolation.check(tokens, contexts, options.stride)
+    if "retrieval" in wanted:
+        plan = reach.Plan(
+            tuple(sorted(set(options.retrieval_distances))),
+            options.retrieval_span,
+            options.retrieval_rows,
+            options.seed,
+        )
+        reach.check_plan(plan, contexts)
+        sources = list(map(corpus, options.texts or [VALIDATION]))
+        for source in sources:
+            reach.check_corpus(source, plan, contexts)
+
+    say(f"checkpoint       {trained.checkpoint}")
+    all_measured = "tasks" not in wanted or _print_tasks(trained, options, contexts[0], folder)
+    scorer = Scorer(
+        trained.params,
+        trained.experiment.model,
+        trained.mesh,
+        batch_tokens=options.batch_tokens,
+        exact=options.precision == "float32",
+    )
+    if "texts" in wanted:
+        _print_texts(trained, scorer, corpora, tokens, contexts, options.stride, folder)
+    if "retrieval" in wanted:
+        _print_retrieval(trained, scorer, sources, plan, contexts, folder)
+    if "validation" in wanted:
+        _print_validation(trained, cache_dir)
+    return 0 if all_measured else 1
+
+
+def _wanted(options: EvaluationOptions) -> set[str]:
+    """Returns what is asked for: "tasks", "retrieval", "texts"; or else "validation"."""
+    found = {name for name in ("tasks", "retrieval") if getattr(options, name)}
+    # A list of contexts alone is a question about the run's own text.
+    if options.texts or options.lambada is not None or (options.contexts and not found):
+        found.add("texts")
+    return found or {"validation"}
+
+
+def _contexts(trained: TrainedModel, options: EvaluationOptions) -> tuple[int, ...]:
+    """Returns the context lengths, which the model must know.
+
+    Raises:
+      InputError: if it does not.
+    """
+    length = trained.experiment.data.sequence_length
+    contexts = options.contexts or (length,)
     for context in contexts:
         check_context(
             context,
             trained.experiment.model,
-            trained.experiment.data.sequence_length,
+            length,
             name="--contexts" if options.contexts else "the context",
             beyond_table=options.beyond_table,
         )
-    plan = reach.Plan(
-        tuple(sorted(set(options.retrieval_distances))),
-        options.retrieval_span,
-        options.retrieval_rows,
-        options.seed,
-    )
-    if options.retrieval:
-        reach.check_plan(plan, contexts)
-    # A list of contexts alone is a question about the run's own text.
-    about_text = bool(options.texts or passages)
-    alone = not options.tasks and not options.retrieval
-    rows = about_text or options.retrieval or (options.contexts and alone)
-    if rows:
-        names = options.texts if about_text else (VALIDATION,)
-        corpora = [_corpus(trained, name, texts, options.limit) for name in names]
-        tokens = tokenize_passages(passages, trained.tokenizer)
-        extrapolation.check(tokens, contexts, options.stride)
-        if options.retrieval:
-            sources = corpora or [_corpus(trained, VALIDATION, texts, options.limit)]
-            for corpus in sources:
-                reach.check_corpus(corpus, plan, contexts)
-    if alone and not rows:
-        trained.require_data("--text")
-    say(f"checkpoint       {trained.checkpoint}")
-    all_measured = not options.tasks or _print_tasks(trained, options, contexts[0], folder)
-    if rows:
-        scorer = Scorer(
-            trained.params,
-            trained.experiment.model,
-            trained.mesh,
-            batch_tokens=options.batch_tokens,
-            exact=options.precision == "float32",
-        )
-        if about_text or not options.retrieval:
-            _print_texts(trained, options, scorer, corpora, tokens, contexts, folder)
-        if options.retrieval:
-            _print_retrieval(trained, scorer, sources, plan, contexts, folder)
-    elif alone:
-        _print_validation(trained, cache_dir)
-    return 0 if all_measured else 1
+    return contexts
 
 
 def _compiled(scorer: Scorer) -> str:
@@ -181,26 +205,20 @@ def _corpus(
 
 def _print_texts(
     trained: TrainedModel,
-    options: EvaluationOptions,
     scorer: Scorer,
     corpora: list[Corpus],
     passages: list[Passage],
     contexts: tuple[int, ...],
+    stride: int | None,
     folder: Path,
 ) -> None:
     """Measures texts at every context; prints a table and writes it, data and plot."""
-    texts, lambada = extrapolation.extrapolate(scorer, corpora, passages, contexts, options.stride)
+    found = extrapolation.extrapolate(scorer, corpora, passages, contexts, stride)
     length = trained.experiment.data.sequence_length
-    table = extrapolation.as_table(texts, lambada, length)
-    say(f"\n{table}\n\n{_compiled(scorer)}")
-    if jax.process_index() > 0:
-        return
-    data = extrapolation.as_data(texts, lambada, length)
-    with buckets.written(folder) as work:
-        _write(work, "contexts", table, data | {"checkpoint": str(trained.checkpoint)})
-        drawn = extrapolation.draw(texts, lambada, length, work / "contexts.png")
-    more = "" if drawn else " There is no picture: matplotlib is not installed."
-    say(f"Written to {folder}.{more}")
+    table, data = extrapolation.as_table(*found, length), extrapolation.as_data(*found, length)
+    with _written(trained, scorer, folder, "contexts", table, data) as work:
+        if work is not None and not extrapolation.draw(*found, length, work / "contexts.png"):
+            say("There is no picture: matplotlib is not installed.")
 
 
 def _print_retrieval(
@@ -219,20 +237,32 @@ def _print_retrieval(
         for context in sorted(set(contexts))
     ]
     length = trained.experiment.data.sequence_length
-    table = reach.as_table(found, plan, length)
+    table, data = reach.as_table(found, plan, length), reach.as_data(found, plan, length)
+    with _written(trained, scorer, folder, "retrieval", table, data):
+        pass
+
+
+@contextlib.contextmanager
+def _written(
+    trained: TrainedModel,
+    scorer: Scorer,
+    folder: Path,
+    name: str,
+    table: str,
+    data: dict[str, Any],
+) -> Iterator[Path | None]:
+    """Prints a table; yields the folder it was written to with its data, on the first process."""
     say(f"\n{table}\n\n{_compiled(scorer)}")
     if jax.process_index() > 0:
+        yield None
         return
-    data = reach.as_data(found, plan, length)
     with buckets.written(folder) as work:
-        _write(work, "retrieval", table, data | {"checkpoint": str(trained.checkpoint)})
-    say(f"Written to {folder}: retrieval.md, retrieval.json.")
-
-
-def _write(folder: Path, name: str, table: str, data: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(table + "\n")
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
+        work.mkdir(parents=True, exist_ok=True)
+        (work / f"{name}.md").write_text(table + "\n")
+        content = json.dumps(data | {"checkpoint": str(trained.checkpoint)}, indent=2)
+        (work / f"{name}.json").write_text(content + "\n")
+        yield work
+    say(f"Written to {folder}: {name}.md, {name}.json.")
 
 
 def _print_tasks(

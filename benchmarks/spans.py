@@ -7,7 +7,10 @@ prompts are cut from, or an .npy of token ids. Rows are prompts of `--context` l
 tokens, continued greedily with the cache of spans and with that of every key. Printed are
 
 - the share of bytes that spans take at contexts from 4,096 to 131,072;
-- tokens that are the same, over all rows, and the first position where a row differs, if any;
+- tokens that differ, over all rows, and the first position where a row does, if any, and how much
+  likelier the full cache finds its own token there than the next (`margins`, in logits). As a
+  measure of what rounding does alone, the same for the full cache where half of the rows are drawn
+  at a time: a batch of another size adds up in another order;
 - the largest difference of logits after each `--chunk` tokens of a prompt, and at how many of these
   positions the likeliest token is the same. As a measure of what rounding does alone, the same for
   the full cache that has read the prompt in chunks of half the size.
@@ -78,23 +81,41 @@ def compare(
     rows, length = prompts.shape
     model, context = prepare(params, config), length + new
     full, spans = full_plan(config, context), plan_cache(params, config, context)
-    drawn, seconds = {}, {}
-    for name, plan in {"full": full, "spans": spans}.items():
-        run = lambda plan=plan: generate(  # noqa: E731
+
+    def draw(plan: CachePlan, prompts: np.ndarray) -> np.ndarray:
+        found = generate(
             model,
             config,
             prompts,
-            np.full(rows, length),
+            np.full(len(prompts), length),
             sampling=SamplingConfig(max_new_tokens=new, temperature=0.0),
             key=jax.random.key(0),
             plan=plan,
         )
-        drawn[name] = np.asarray(run().tokens)
+        return np.asarray(found.tokens)
+
+    drawn, seconds = {}, {}
+    for name, plan in {"full": full, "spans": spans}.items():
+        drawn[name] = draw(plan, prompts)
         start = time.perf_counter()
-        np.asarray(run().tokens)
+        draw(plan, prompts)
         seconds[name] = time.perf_counter() - start
-    differ = drawn["full"] != drawn["spans"]
-    firsts = [int(row.argmax()) for row in differ if row.any()]
+    half = rows // 2 or 1
+    parts = [draw(full, prompts[start : start + half]) for start in range(0, rows, half)]
+    drawn["halves"] = np.concatenate(parts)
+
+    def differences(name: str) -> dict[str, Any]:
+        differ = drawn["full"] != drawn[name]
+        ends = np.where(differ.any(axis=1), differ.argmax(axis=1), 0)
+        margins = margin(model, full, prompts, drawn["full"], ends, chunk)
+        parted = differ.any(axis=1)
+        return {
+            "tokens_differ": int(differ.sum()),
+            "rows_differ": int(parted.sum()),
+            "first_difference": min(ends[parted].tolist(), default=None),
+            "margins": [round(x, 4) for x in margins[parted].tolist()],
+        }
+
     logits = {
         "full": read(model, full, prompts, chunk, chunk),
         "spans": read(model, spans, prompts, chunk, chunk),
@@ -107,14 +128,11 @@ def compare(
         return {"logits_off": float(off), "likeliest_same": float(same.mean())}
 
     return {
-        "tokens": int(differ.size),
-        "tokens_differ": int(differ.sum()),
-        "rows_differ": len(firsts),
-        "first_difference": min(firsts, default=None),
+        "tokens": int(drawn["full"].size),
         "distinct_tokens": len(np.unique(drawn["full"])),
         "seconds": {name: round(time_, 3) for name, time_ in seconds.items()},
-        "spans": beside_full("spans"),
-        "rounding": beside_full("halves"),
+        "spans": differences("spans") | beside_full("spans"),
+        "rounding": differences("halves") | beside_full("halves"),
     }
 
 
@@ -141,6 +159,34 @@ def read(
         if end % every == 0:
             found.append(np.asarray(logits, np.float32))
     return np.stack(found, axis=1)
+
+
+def margin(
+    model: PreparedModel,
+    plan: CachePlan,
+    prompts: np.ndarray,
+    drawn: np.ndarray,
+    ends: np.ndarray,
+    chunk: int,
+) -> np.ndarray:
+    """Returns by how much the likeliest token leads at one position of each row, in logits.
+
+    Args:
+      model, plan, prompts, chunk: as of `read`.
+      drawn: [rows, new], what came after the prompts.
+      ends: which of these tokens is asked for, of each row.
+    """
+    rows, length = prompts.shape
+    cache = init_cache(plan, rows)
+    whole = np.concatenate([prompts, drawn], axis=1)
+    whole = np.pad(whole, ((0, 0), (0, -whole.shape[1] % chunk)))
+    last = np.zeros((rows, 2), np.float32)
+    for start in range(0, int(length + ends.max()), chunk):
+        counts = np.clip(length + ends - start, 0, chunk)
+        logits, cache = extend(model, cache, whole[:, start : start + chunk], counts)
+        best = np.sort(np.asarray(logits, np.float32), axis=-1)[:, -2:]
+        last = np.where((counts > 0)[:, None], best, last)
+    return last[:, 1] - last[:, 0]
 
 
 def bytes_by_context(params: Any, config: ModelConfig) -> dict[str, float]:

@@ -11,6 +11,8 @@ The shape is that of the 340M model: 24 layers, 16 heads of 64, bfloat16. Cases 
   trained-full, trained-spans   the same with the slopes and offsets of a trained model
   cudnn          plain softmax by jax.nn.dot_product_attention with lengths
   torch          plain softmax by torch's scaled_dot_product_attention, where torch is installed
+  pallas         plain softmax by jax.experimental.pallas.ops.gpu.decode_attention, which comes with
+                 jax; a head's keys side by side
   today          Elastic-Softmax by lazy_attention with query_start, what decoding was before
 
 Queries and keys are random, of the norm that `qk_norm` gives them at initialization. Every row

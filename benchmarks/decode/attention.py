@@ -166,7 +166,8 @@ class Attention:
         def attend(n: int, given: dict[str, Any]) -> Array:
             if self._is_ours:
                 return self._attend(n, given)
-            return {"cudnn": _cudnn, "today": self._today}[self.line.implementation](given)
+            others = {"cudnn": _cudnn, "pallas": _pallas, "today": self._today}
+            return others[self.line.implementation](given)
 
         def token(_: Array, queries: list[Array]) -> list[Array]:
             # As many layers as a token has: the host takes longer to start a loop's turn than a
@@ -280,6 +281,19 @@ def _cudnn(given: dict[str, Any]) -> Array:
         key_value_seq_lengths=given["lengths"],
         query_seq_lengths=jnp.ones_like(given["lengths"]),
         implementation="cudnn",
+    )
+
+
+def _pallas(given: dict[str, Any]) -> Array:
+    from jax.experimental.pallas.ops.gpu.decode_attention import mqa  # Of GPUs alone.
+
+    (cache,), query = given["caches"], given["query"]
+    batch, slots, heads, dim = cache.keys.shape
+    # Its own order of keys, read from the same memory: they are random.
+    keys, values = (x.reshape(batch * heads, slots, dim) for x in (cache.keys, cache.values))
+    lengths = jnp.repeat(given["lengths"], heads)
+    return mqa(query.reshape(batch * heads, 1, dim), keys, values, kv_seq_len=lengths).reshape(
+        query.shape
     )
 
 

@@ -14,6 +14,7 @@ CASES = {
     "trained-spans": ("lazy", "spans", "lazyattn"),
     "cudnn": ("softmax", "full", "cudnn"),
     "torch": ("softmax", "full", "torch"),
+    "pallas": ("softmax", "full", "pallas"),
     "today": ("lazy", "full", "today"),
 }
 # Of most points.

@@ -97,7 +97,7 @@ def counts(case: str, shape: cases.Shape, block: TileSizes) -> Counts:
         jnp.zeros((shape.batch, shape.length), jnp.int32),
         scale=shape.head_dim**-0.5,
         skip_mass=1e-6,
-        tiles=block.tiles,
+        tiles=block,
     )
     ratio = block.queries // block.keys
     diagonal = np.arange(ranges.first.shape[-1]) * ratio

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import cases, tpu_static
 from lazyattn import InputError, attention, lazy_attention
 from lazyattn.compile.libtpu import library
 from pallas_kernels.tpu import config, support
+from pallas_kernels.visit import TileSizes
 from tests import oracle
 from tests.pallas_kernels.problems import problem
 
@@ -143,6 +145,14 @@ def test_compiles_for_every_tpu(generation):
         "--lengths=4096,32768",
         "--head_dims=64,128",
     )
+
+
+@pytest.mark.slow
+def test_the_report_counts_tiles():
+    """Tiles left of the diagonal's, of four query tiles of two key tiles each."""
+    found = tpu_static.counts("dense", cases.Shape(1, 1, 1024, 64, 1), TileSizes(256, 128))
+    np.testing.assert_array_equal(found.visited, [[0, 2, 4, 6]])
+    np.testing.assert_array_equal(found.live, found.visited)
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ dtau takes, on the way. Where no exponential is too large, all of this is summed
 exponentials for P, and divided by their sum at the end.
 
 Tiles past the bias table also add to the gradient of its tail, to which what the forward pass
-has summed there adds the dead ones. Without an offset delta is known before, dO . O, and
+has summed there adds the dead ones. Without an offset delta is known before, dO . O: dO is there
+in any case, and the output is fetched while the work tile before is in work. Then
 dS = P (dP - delta).
 """
 
@@ -31,19 +32,22 @@ from pallas_kernels.mosaic_gpu import (
     launch,
     layout,
     mean_k,
+    memory,
     pipeline,
-    row_stats,
     weight_sums,
 )
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesConsumed
-from pallas_kernels.mosaic_gpu.mlir import ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
 from pallas_kernels.mosaic_gpu.pipeline import Slots
-from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED
+from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, UNREACHABLE, RowStat, threshold
 from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.problem import Residuals
+
+# What delta is found from without an offset, in the order it is fetched in.
+_OUTPUTS = ("out", "rounding")
 
 
 def backward_dq(
@@ -105,7 +109,10 @@ class _Kernel(launch.Kernel):
         self.want_tail = plan.has_tail(self.length)
         of_blocks = (self.batch, self.heads, self.blocks)
         self.results = {"d_query": jax.ShapeDtypeStruct(call.query.shape, self.dtype)}
-        self.results |= row_stats.outputs(plan, of_blocks)
+        kinds = 4 if plan.packed else 3
+        self.results["rows"] = jax.ShapeDtypeStruct((*of_blocks, kinds, BLOCK), jnp.float32)
+        if plan.has_offset:
+            self.results["of_offset"] = jax.ShapeDtypeStruct((*of_blocks, BLOCK), jnp.float32)
         if self.want_tail:
             self.results["tail_sums"] = jax.ShapeDtypeStruct((*of_blocks, 2, BLOCK), jnp.float32)
 
@@ -136,6 +143,26 @@ class _Kernel(launch.Kernel):
         keys, values = tiles_consumed
         tiles = {"key": keys, "value": values, "query": work_tiles, "table": work_tiles}
         return tiles | ({"out": 2 * work_tiles} if self.out_stages else {})
+
+
+class RowStats(NamedTuple):
+    """What is known of 64 queries before their tiles, see `RowStat`.
+
+    Attributes:
+      lse: of the scores.
+      delta: None with an offset.
+      threshold: None without an offset, like the next.
+      offset_scale: factor of tau.
+      segment_start: first key in sight; None unless rows hold several documents.
+      last_segment_start: the last query's; None where `segment_start` is.
+    """
+
+    lse: Array
+    delta: Array | None
+    threshold: Array | None
+    offset_scale: Array | None
+    segment_start: Array | None
+    last_segment_start: Array | None
 
 
 class _Sums(NamedTuple):
@@ -197,11 +224,11 @@ class WorkTile(launch.WorkTile):
             self.load_own(self.queries, ("query", "d_out"), h)
             self.load_table(self.tables, self.n, h)
             if self.kernel.out_stages:
-                row_stats.fetch(self)
+                self.load_outputs()
 
-        row_stats.prefetch(self)
+        self.prefetch_row_stats()
         if self.plan.has_offset:
-            mean_k.prefetch(self)
+            self.prefetch_mean_k()
         # What is read here takes time, so it comes after the first copies.
         steps = self.count_steps()
 
@@ -232,7 +259,7 @@ class WorkTile(launch.WorkTile):
         if plan.has_offset:
             self.offset = ref["offset"][h]
         self.queries.consumer_wait(self.n)
-        self.row = row_stats.find(self, self.block)
+        self.row = self.find_row_stats()
         if self.row.segment_start is not None:
             self.segment_start = self.row.segment_start
         self.query, self.d_out = self.own("query"), self.own("d_out")
@@ -296,7 +323,7 @@ class WorkTile(launch.WorkTile):
             delta = finish(sums.delta)
             # The mean of the keys times what the tensor cores took for the weights' sum.
             of_mean = weight_sums.total(accs[1], interpret=self.interpret)
-            y = mean_k.load(self, self.block)
+            y = self.load_mean_k()
             d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
         if not divided:
             factor = jnp.exp2(-self.row.lse)
@@ -329,9 +356,91 @@ class WorkTile(launch.WorkTile):
             plgpu.copy_smem_to_gmem(smem, ref["d_query"].at[b, pl.ds(self.query0, ROWS), h])
             for n, x in enumerate(past):
                 ref["tail_sums"][b, h, self.block, n] = x
-            row_stats.write(self, self.row, self.block, found.delta, of_offset)
+            self.write_row_stats(found.delta, of_offset)
 
         self.release_own(self.queries)
+
+    def load_outputs(self) -> None:
+        """Fetches the output and its rounding; in the warp that fetches."""
+        for number, name in enumerate(_OUTPUTS):
+            slot = self.outs.producer_acquire(number)
+            for n in range(self.tuning.warpgroups):
+                source = self.ref[name].at[self.batch, self.own_rows(n), self.head]
+                target = self.ref["out_smem"].at[slot, n]
+                plgpu.copy_gmem_to_smem(source, target, self.outs.full.at[slot])
+
+    def prefetch_row_stats(self) -> None:
+        """Brings what `find_row_stats` loads into the first cache; in all that fetch."""
+        found = [self.ref["lse"].at[self.batch, self.head]]
+        if self.plan.has_offset:
+            found.append(self.ref["offset_scale"].at[self.batch])
+        if self.plan.packed:
+            found.append(self.ref["segment_start"].at[self.batch])
+        for x in found:
+            memory.prefetch(x, self.block0 * BLOCK, self.tuning.rows, interpret=self.interpret)
+
+    def find_row_stats(self) -> RowStats:
+        """Returns what is known of the queries, once the CTA's own operands have arrived."""
+        ref, plan, b, h = self.ref, self.plan, self.batch, self.head
+
+        def row(x: Ref) -> Array:
+            return self.load_row(x.at[pl.ds(self.block * BLOCK, BLOCK)])
+
+        lse = row(ref["lse"].at[b, h])
+        # Rows without mass, whose output is NaN, have no part in any gradient.
+        massless = lse == UNREACHABLE
+        segment_start = last_segment_start = None
+        if plan.packed:
+            segment_start = row(ref["segment_start"].at[b])
+            # Documents and windows begin later and later: the last query's masks the most.
+            last_segment_start = ref["segment_start"][b, self.block * BLOCK + BLOCK - 1]
+        if plan.has_offset:
+            offset_scale = row(ref["offset_scale"].at[b])
+            limit = jnp.where(massless, UNREACHABLE, threshold(ref["offset"][h], offset_scale))
+            return RowStats(lse, None, limit, offset_scale, segment_start, last_segment_start)
+
+        def tile(x: Ref) -> Array:
+            x = x[...] if self.interpret else plgpu.load(x, layout=TILE, optimized=False)
+            return x.astype(jnp.float32)
+
+        d_out = tile(ref["d_out_smem"].at[self.warpgroup])
+
+        def dot(number: int) -> Array:
+            slot = self.outs.consumer_wait(number)
+            x = tile(ref["out_smem"].at[slot, self.warpgroup])
+            product = self.lane_sums(d_out * x)
+            self.outs.consumer_release(number, loading=True)
+            return product
+
+        delta = layout.finish_sums(dot(0) + dot(1), interpret=self.interpret)
+        delta = jnp.where(massless, 0.0, delta)
+        return RowStats(lse, delta, None, None, segment_start, last_segment_start)
+
+    def write_row_stats(self, delta: Array, of_offset: Array | None) -> None:
+        """Writes down what the other kernels want to know of each query."""
+        b, h, row = self.batch, self.head, self.row
+        rows = self.ref["rows"].at[b, h, self.block]
+        rows[RowStat.LSE] = row.lse
+        rows[RowStat.DELTA] = delta
+        rows[RowStat.THRESHOLD] = delta * 0.0 if row.threshold is None else row.threshold
+        if row.segment_start is not None:
+            rows[RowStat.SEGMENT_START] = row.segment_start.astype(jnp.float32)
+        if of_offset is not None:
+            self.ref["of_offset"][b, h, self.block] = of_offset
+
+    def prefetch_mean_k(self) -> None:
+        """Brings the mean of the work tile's keys into L2; in all that fetch."""
+        for n in range(self.tuning.warpgroups):
+            block = lax.min(self.block0 + n, jnp.int32(self.kernel.blocks - 1))
+            for name in mean_k.NAMES:
+                half = self.ref[name].at[self.batch, self.head, block]
+                words = ROWS * self.kernel.head_dim // 2
+                memory.prefetch_tile(half, words, interpret=self.interpret)
+
+    def load_mean_k(self) -> Float[Array, "64 head_dim"]:
+        """Returns the mean of the keys."""
+        halves = [self.ref[name].at[self.batch, self.head, self.block] for name in mean_k.NAMES]
+        return memory.load_registers(halves, interpret=self.interpret)
 
     def own_rows(self, n: int) -> pl.Slice:
         """Returns the queries of warpgroup n."""

@@ -13,16 +13,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weight_sums
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
-from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.plan import BLOCK, reachable
 
-if TYPE_CHECKING:  # These import this.
-    from pallas_kernels.mosaic_gpu import backward_dq, forward
+if TYPE_CHECKING:  # It imports this.
+    from pallas_kernels.mosaic_gpu import forward
 
 # The left half of its columns and the right one: each is as large as an array of queries, so
 # that the gradients, which come later, can have their memory.
@@ -117,19 +116,3 @@ def find(work_tile: "forward.WorkTile", lse: Array) -> None:
         store(work_tile, accs, past)
 
     pl.run_scoped(run, work_tile.kernel.sums, weight_sums.ACC)
-
-
-def prefetch(work_tile: "backward_dq.WorkTile") -> None:
-    """Brings the mean of a work tile's keys, of dQ's kernel, into L2; in all that fetch."""
-    for n in range(work_tile.tuning.warpgroups):
-        block = lax.min(work_tile.block0 + n, jnp.int32(work_tile.kernel.blocks - 1))
-        for name in NAMES:
-            half = work_tile.ref[name].at[work_tile.batch, work_tile.head, block]
-            words = ROWS * work_tile.kernel.head_dim // 2
-            memory.prefetch_tile(half, words, interpret=work_tile.interpret)
-
-
-def load(work_tile: "backward_dq.WorkTile", block: Scalar) -> Float[Array, "64 head_dim"]:
-    """Returns the mean of one block's keys, in dQ's kernel."""
-    halves = [work_tile.ref[name].at[work_tile.batch, work_tile.head, block] for name in NAMES]
-    return memory.load_registers(halves, interpret=work_tile.interpret)

@@ -44,6 +44,9 @@ class AppendedFile:
         self._waiting.clear()
         self._warned = False
 
+    def sync(self) -> None:
+        """As `append_object.AppendedObject`: nothing is left to do."""
+
     def close(self) -> None:
         """Appends what is waiting, if it can, and closes the file."""
         if self._file.closed:

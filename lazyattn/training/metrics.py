@@ -75,10 +75,7 @@ class JsonLines:
           step: lines of later steps, and a last line cut short, are dropped.
         """
         self.tokens, self.last = _cut_back(path, step)
-        in_bucket = buckets.is_bucket(path)
-        self._file: AppendedFile | AppendedObject = (
-            AppendedObject(path) if in_bucket else AppendedFile(path)
-        )
+        self._file = AppendedObject(path) if buckets.is_bucket(path) else AppendedFile(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a line; where the disk is full it waits for the next."""
@@ -88,8 +85,7 @@ class JsonLines:
 
     def sync(self) -> None:
         """Writes what waits for its turn, as it does in a bucket."""
-        if isinstance(self._file, AppendedObject):
-            self._file.sync()
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""

@@ -60,8 +60,17 @@ BLIND = {
     "later": (oracle.Case("", _FEW, 64, "alibi", True, (-1.0, 0.5), (150, 97, 53)), 2),
 }
 
-# As long as to have all kinds of tiles on a device, with a window; the table ends within it.
-LONG_WINDOWED = [
+# As long as to have all kinds of tiles on a device.
+LONG = [
+    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
+    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
+    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
+    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
+    oracle.Case(
+        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
+    ),
+    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
+    # With a window, within which the table ends.
     oracle.Case(
         "long_window", (1, 2100, 4, 2, 64), 256, "alibi", True, (-1.0, -0.5),
         settings=(("window", 600),),

@@ -18,21 +18,13 @@ from tests.pallas_kernels import kernel_suite as suite  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 HEAD_SIZES = suite.HEAD_SIZES
-# As long as to have all kinds of tiles.
 LONG = [
-    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
-    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
+    *suite.LONG,
     # Past its table the bias is 0, not its first entry.
     oracle.Case("long_no_tail", (1, 1100, 4, 2, 64), 200, "bumpy"),
-    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
-    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
     # A table that leaves dK's kernel no room for the bias's gradient.
     oracle.Case("long_table", (1, 1700, 2, 1, 128), 1600, "alibi", True),
     oracle.Case("long_96", (1, 1500, 4, 2, 96), 512, "alibi", True, documents=(900, 77)),
-    oracle.Case(
-        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
-    ),
-    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
     oracle.Case("packed_softmax", (1, 1500, 4, 2, 64), 512, tau=None, documents=(900, 77)),
     oracle.Case("wide_softmax", (1, 1500, 2, 2, 128), 512, "alibi", True, None),
     oracle.Case("long_256", (1, 1500, 4, 2, 256), 512, "alibi", True, documents=(900, 77)),
@@ -51,7 +43,6 @@ LONG = [
     oracle.Case(
         "window_256", (1, 1100, 4, 2, 256), 256, "alibi", True, settings=(("window", 400),)
     ),
-    *suite.LONG_WINDOWED,
 ]  # fmt: skip
 
 

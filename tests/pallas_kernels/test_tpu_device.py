@@ -10,18 +10,6 @@ if jax.default_backend() != "tpu":
 from tests import oracle
 from tests.pallas_kernels import kernel_suite as suite
 
-LONG = [
-    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
-    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
-    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
-    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
-    oracle.Case(
-        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
-    ),
-    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
-    *suite.LONG_WINDOWED,
-]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
@@ -43,13 +31,13 @@ def truth_from_the_cpu(monkeypatch):
     monkeypatch.setattr(oracle, "out_and_gradients", on_cpu)
 
 
-@pytest.mark.parametrize("case", suite.CASES + suite.HEAD_SIZES + LONG, ids=str)
+@pytest.mark.parametrize("case", suite.CASES + suite.HEAD_SIZES + suite.LONG, ids=str)
 def test_bfloat16(case):
     factor = suite.HALF_PRECISION_FACTOR.get(case.name, 1.2)
     oracle.check_half_precision("tpu", case, "bfloat16", factor=factor)
 
 
-@pytest.mark.parametrize("case", [*suite.CASES, *suite.HEAD_SIZES, *LONG], ids=str)
+@pytest.mark.parametrize("case", [*suite.CASES, *suite.HEAD_SIZES, *suite.LONG], ids=str)
 def test_float32(case):
     # How well a TPU's own exponentials do is not known here; its products are as good as float32.
     oracle.check("tpu", case, tolerance=1e-4)

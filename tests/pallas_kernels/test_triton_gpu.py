@@ -22,19 +22,6 @@ if not isinstance(lazy_forward, triton.JITFunction):
 
 pytestmark = pytest.mark.gpu
 
-# As long as to have all kinds of tiles at the block sizes in use.
-LONG = [
-    oracle.Case("long", (1, 2100, 4, 2, 64), 512, "alibi", True, (-1.0, -0.5)),
-    oracle.Case("long_dense", (2, 1024, 2, 2, 64), 512),
-    oracle.Case("long_softmax", (1, 1500, 2, 2, 64), 512, "alibi", True, None),
-    oracle.Case("long_wide", (1, 2048, 2, 2, 128), 1024, "alibi", True),
-    oracle.Case(
-        "long_packed", (2, 2048, 4, 4, 64), 256, "alibi", True, documents=(700, 90, 1, 1000)
-    ),
-    oracle.Case("long_positive", (1, 1100, 2, 1, 128), 256, "alibi", True, (0.3, -1.0)),
-    *suite.LONG_WINDOWED,
-]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
@@ -42,13 +29,15 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("case", suite.HALF_PRECISION_CASES + suite.HEAD_SIZES + LONG, ids=str)
+@pytest.mark.parametrize(
+    "case", suite.HALF_PRECISION_CASES + suite.HEAD_SIZES + suite.LONG, ids=str
+)
 def test_bfloat16(case):
     suite.check_half_precision(case, "bfloat16")
 
 
 @pytest.mark.parametrize(
-    "case", suite.CASES[:3] + suite.CASES[14:18] + suite.HEAD_SIZES + LONG[:1], ids=str
+    "case", suite.CASES[:3] + suite.CASES[14:18] + suite.HEAD_SIZES + suite.LONG[:1], ids=str
 )
 def test_float16(case):
     suite.check_half_precision(case, "float16")
@@ -61,12 +50,12 @@ def test_float32(case):
     oracle.check("triton", case)
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[::2]], ids=str)
+@pytest.mark.parametrize("case", [suite.SPARSE, *suite.LONG[::2]], ids=str)
 def test_same_bits_every_time(case):
     suite.check_same_bits_every_time(case, "bfloat16")
 
 
-@pytest.mark.parametrize("case", [suite.SPARSE, *LONG[:1]], ids=str)
+@pytest.mark.parametrize("case", [suite.SPARSE, *suite.LONG[:1]], ids=str)
 def test_dead_tiles_do_not_matter(case):
     suite.check_dead_tiles_do_not_matter(case, "bfloat16", 2**-8)
 

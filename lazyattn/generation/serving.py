@@ -7,7 +7,8 @@
     cache = free(cache, row)
 
 Each function takes the cache it is given as its own (donation): the arrays of the old cache are
-gone, and no key is copied. Nothing here waits for the device. docs/decoding.md has a whole loop.
+gone, and no key is copied. Nothing here waits for the device: ids and lengths that are handed in
+from the host are checked, those on the device are not. docs/decoding.md has a whole loop.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from lazyattn.decode_attention import MAX_NEW
 from lazyattn.errors import InputError, require
 from lazyattn.generation import rings
 from lazyattn.generation.attend import Step
-from lazyattn.generation.cache import CachePlan, KVCache
+from lazyattn.generation.cache import SPARE, CachePlan, KVCache
 from lazyattn.generation.prepared import PreparedModel, forward, last_logits
 from lazyattn.model.transformer import logits
 
@@ -55,10 +56,10 @@ def prefill(
       float32 logits of the token after each prompt, and the cache.
 
     Raises:
-      InputError: for an empty prompt, one longer than the cache, rows that don't exist or
-        come twice, or shapes that don't fit.
+      InputError: for an empty prompt, one longer than the cache, ids that are no tokens, rows
+        that don't exist or come twice, or shapes that don't fit.
     """
-    tokens = _tokens(tokens, 2)
+    tokens = _tokens(tokens, 2, model)
     batch = cache.lengths.shape[0]
     if rows is None:
         require(tokens.shape[0] == batch, "the number of prompts", tokens.shape[0], f"{batch}")
@@ -99,9 +100,10 @@ def extend(
       they were.
 
     Raises:
-      InputError: for shapes that don't fit, or more tokens than a row has room for.
+      InputError: for shapes that don't fit, ids that are no tokens, or more of them than a row
+        has room for.
     """
-    tokens = _tokens(tokens, 2)
+    tokens = _tokens(tokens, 2, model)
     _check_rows(tokens, cache)
     lengths = _counts(lengths, tokens, 0)
     if isinstance(lengths, np.ndarray):
@@ -127,9 +129,9 @@ def decode_step(
       there is no token, and in rows that have no room, which stay as they were.
 
     Raises:
-      InputError: for shapes that don't fit, or more than 8 tokens a row.
+      InputError: for shapes that don't fit, ids that are no tokens, or more than 8 a row.
     """
-    tokens = _tokens(tokens, np.ndim(tokens) if np.ndim(tokens) == 1 else 2)
+    tokens = _tokens(tokens, 1 if np.ndim(tokens) == 1 else 2, model, least=NO_TOKEN)
     _check_rows(tokens, cache)
     several = tokens if tokens.ndim == 2 else tokens[:, None]
     longest = min(MAX_NEW, cache.plan.length)
@@ -140,7 +142,15 @@ def decode_step(
 
 
 def free(cache: KVCache, rows: int | Sequence[int] | Array) -> KVCache:
-    """Returns the cache with rows that hold nothing; the old one is used up."""
+    """Returns the cache with rows that hold nothing; the old one is used up.
+
+    Raises:
+      InputError: for rows that don't exist.
+    """
+    if not isinstance(rows, jax.Array):
+        last, given = cache.lengths.shape[0] - 1, np.asarray(rows)
+        there = bool(((given >= 0) & (given <= last)).all())
+        require(there, "rows", given.tolist(), f"from 0 to {last}")
     return _free(cache, jnp.atleast_1d(jnp.asarray(rows, jnp.int32)))
 
 
@@ -149,7 +159,16 @@ def rewind(cache: KVCache, count: Int[np.ndarray | Array, " batch"] | Sequence[i
 
     For tokens of one `decode_step` that a check turned down, so that no span of a head is cut
     short: at most 7.
+
+    Raises:
+      InputError: for more, fewer than none, or counts that are not one for each row.
     """
+    if not isinstance(count, jax.Array):
+        count = np.asarray(count)
+        allowed = bool(((count >= 0) & (count <= SPARE)).all())
+        require(allowed, "count", count.tolist(), f"from 0 to {SPARE}")
+    shape = cache.lengths.shape
+    require(count.shape == shape, "count's shape", count.shape, f"{shape}, one for each row")
     return _rewind(cache, jnp.asarray(count, jnp.int32))
 
 
@@ -167,13 +186,17 @@ def check_prompt(longest: int, plan: CachePlan) -> None:
     )
 
 
-def _tokens(tokens: Any, ndim: int) -> Any:
+def _tokens(tokens: Any, ndim: int, model: PreparedModel, *, least: int = 0) -> Any:
     if not isinstance(tokens, jax.Array):
         tokens = np.asarray(tokens)
     axes = "[batch]" if ndim == 1 else "[batch, length]"
     require(tokens.ndim == ndim and tokens.size > 0, "tokens' shape", tokens.shape, axes)
     integer = jnp.issubdtype(tokens.dtype, jnp.integer)
     require(integer, "tokens' dtype", str(tokens.dtype), "an integer")
+    if isinstance(tokens, np.ndarray):
+        most = model.config.vocab_size - 1
+        for worst in (int(tokens.min()), int(tokens.max())):
+            require(least <= worst <= most, "a token", worst, f"from {least} to {most}")
     return tokens.astype(np.int32)
 
 

@@ -221,6 +221,17 @@ def test_greedy_tokens_with_spans_are_those_of_one_pass():
             r"cache of 1,000,000,000 rows of 160 tokens takes .* TB, .* at most 1 GB, the memory",
         ),
         (
+            lambda m, c: prefill(m, c, np.full((3, 2), -1), [2, 2, 2]),
+            "a token is -1, but it must be from 0 to 30",
+        ),
+        (
+            lambda m, c: decode_step(m, c, np.full(3, 99)),
+            "a token is 99, but it must be from -1 to 30",
+        ),
+        (lambda m, c: free(c, [0, 3]), r"rows is \[0, 3\], but it must be from 0 to 2"),
+        (lambda m, c: rewind(c, [1, 8, 0]), r"count is \[1, 8, 0\], but it must be from 0 to 7"),
+        (lambda m, c: rewind(c, [1]), r"count's shape is \(1,\), but it must be \(3,\), one for"),
+        (
             lambda m, c: full_plan(make_config(), 9, dtype="int4"),
             "the cache's dtype is 'int4', but it must be compute or int8",
         ),

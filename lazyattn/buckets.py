@@ -134,7 +134,7 @@ def check_readable(name: str, path: str | os.PathLike[str]) -> None:
     """
     if is_bucket(path):
         found = bucket_path(name, path)
-        with _told(name, found):
+        with told(name, found):
             _answer(name, found, found.exists)
 
 
@@ -166,7 +166,7 @@ def objects(name: str, path: Path) -> dict[str, Object]:
       InputError: if they can't be listed, saying why.
     """
     start = str(path).partition("://")[2].rstrip("/")
-    with _told(name, path):
+    with told(name, path):
         found = _file_system(path).find(str(path), detail=True)
     made = {}
     for each, about in found.items():
@@ -189,8 +189,16 @@ def matches(name: str, pattern: str) -> list[str]:
       InputError: as `objects`.
     """
     path = bucket_path(name, pattern)
-    with _told(name, path):
+    with told(name, path):
         return [f"{scheme(pattern)}://{each}" for each in _file_system(path).glob(pattern)]
+
+
+def read(path: Path) -> bytes | None:
+    """Returns what an object holds now, by one request; None: there is none."""
+    try:
+        return bytes(_file_system(path).cat_file(str(path)))
+    except FileNotFoundError:
+        return None
 
 
 def download(name: str, path: Path, target: Path) -> None:
@@ -199,13 +207,21 @@ def download(name: str, path: Path, target: Path) -> None:
     Raises:
       InputError: if it can't be read, saying why.
     """
-    with _told(name, path):
+    with told(name, path):
         _file_system(path).get_file(str(path), str(target))
 
 
 @contextlib.contextmanager
-def _told(name: str, path: Path) -> Iterator[None]:
-    """Turns whatever a library raises when it reads into one sentence."""
+def told(name: str, path: Path) -> Iterator[None]:
+    """Turns whatever a library raises when it reads into one sentence.
+
+    Args:
+      name: the flag or setting that has the path.
+      path: what is read.
+
+    Raises:
+      InputError: that sentence.
+    """
     try:
         if _bucket(path) not in _answered:
             _answer(name, path, path.exists)

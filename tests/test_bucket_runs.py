@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyattn.training.claim import LOCK
 from tests.training import tiny
 
 pytestmark = [
@@ -233,7 +235,7 @@ def test_a_run_that_is_killed_in_a_save_resumes_bit_exactly(buckets, whole, stor
     lines = buckets.read(f"{story.run}/metrics.jsonl")
     assert _records(lines) == _records((whole / "metrics.jsonl").read_text())
     assert "can't be written" not in err and "could not be written" not in err
-    assert "buckets have no locks" in err
+    assert "30 s will show whether it is still at work" in err
 
 
 def test_what_is_in_the_bucket_afterwards(buckets, story):
@@ -308,6 +310,21 @@ def test_two_processes_one_killed_in_a_save_resume_bit_exactly(buckets, whole_of
     assert "resuming after step 8\n" in out and "step" not in silent
     lines = buckets.read(f"{run}/metrics.jsonl")
     assert _records(lines) == _records((whole_of_two / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_training_is_refused_while_the_first_is_at_work(buckets, kind):
+    run = f"{kind}://bucket/runs/twice"
+    first = buckets.train(run, "--config.training.steps=2000", "--config.training.keep=1")
+    lock = f"bucket/runs/twice/{LOCK}"
+    deadline = time.monotonic() + 200
+    while lock not in buckets.objects(run) and time.monotonic() < deadline:
+        time.sleep(1)
+    status, _, err = finish(buckets.train(run))
+    assert status == 2 and f"(process {first.pid} on " in err, err
+    first.send_signal(signal.SIGTERM)
+    assert finish(first)[0] == 143
+    assert lock not in buckets.objects(run)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from absl import logging
 
 from lazyattn import buckets
 from lazyattn.checkpoint.manager import FOLDER
@@ -24,6 +23,7 @@ from lazyattn.distributed import tell_all
 from lazyattn.errors import InputError
 from lazyattn.file_lock import LockedError, locked
 from lazyattn.paths import folder
+from lazyattn.training import claim_object
 from lazyattn.training.profile import FOLDER as PROFILE
 from lazyattn.training.weights_and_biases import FOLDER as WANDB
 
@@ -63,14 +63,8 @@ def claimed(path: str | os.PathLike[str], *, keep: bool = True) -> Iterator[Path
             try:
                 open_workdir(path)
                 before = buckets.names(workdir)
-                if in_bucket:
-                    logging.warning(
-                        "%s can't be locked, as buckets have no locks: a second training there"
-                        " would not be noticed",
-                        workdir,
-                    )
-                else:
-                    stack.enter_context(locked(workdir / LOCK))
+                lock = claim_object.held if in_bucket else locked
+                stack.enter_context(lock(workdir / LOCK))
             except InputError as error:
                 problem = str(error)
             except LockedError as who:

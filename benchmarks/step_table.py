@@ -5,7 +5,8 @@
     python -m benchmarks.step_table --runs=46m/lazy/none,46m/cudnn/none,340m/jla/none
     python -m benchmarks.step_table --runs=340m/lazy/none,46m/lazy/none --parts
 
-A run is MODEL/ATTENTION/REMAT, and /LENGTH or /scan behind it where they are not the default:
+A run is MODEL/ATTENTION/REMAT, and /LENGTH, /scan or /fp8 behind it where they are not the
+default:
 
 - models: 46m is that of the study, 340m and 1300m are the recipes, all of 4,096 tokens a row and
   without a scan over layers, which on a GPU costs time and memory (/scan has it);
@@ -13,7 +14,9 @@ A run is MODEL/ATTENTION/REMAT, and /LENGTH or /scan behind it where they are no
   jla_fp8: the same model in jax-linear-attention, at the best settings that its configuration names
   (memory lean VJPs, its own cross entropy with the gradient in the forward pass), softmax attention
   by whatever it chooses;
-- remat: none, dots, attention, full or auto.
+- remat: none, dots, attention, full or auto;
+- fp8: ours with `training.quantization=fp8`. Its line says how many products the compiled program
+  has in float8 by cuBLASLt (`__cublas$lt$matmul$f8`) and how many by Triton.
 
 A run is a process that compiles with an empty cache and times the step, then one that compiles
 again with what the first kept, unless --nowarm is given. Seconds of the two count from calling
@@ -61,6 +64,8 @@ _EVENTS = {
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
     "/jax/core/compile/backend_compile_duration": "backend",
 }
+# What may stand behind a run's name, in this order.
+_SWITCHES = ("scan", "fp8")
 _GRAPHS_OFF = "--xla_gpu_enable_command_buffer="
 
 
@@ -73,6 +78,7 @@ class Run:
     remat: str
     length: int = LENGTH
     scan: bool = False
+    fp8: bool = False
 
     @property
     def seconds(self) -> float:
@@ -87,10 +93,9 @@ class Run:
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        length = [] if self.length == LENGTH else [str(self.length)]
-        return "/".join(
-            [self.model, self.attention, self.remat, *length, *(["scan"] if self.scan else [])]
-        )
+        more = [] if self.length == LENGTH else [str(self.length)]
+        more += [name for name in _SWITCHES if getattr(self, name)]
+        return "/".join([self.model, self.attention, self.remat, *more])
 
 
 def parse(text: str) -> Run:
@@ -102,8 +107,9 @@ def parse(text: str) -> Run:
     from benchmarks.train_step import KINDS
 
     parts = text.split("/")
-    scan = parts[-1] == "scan"
-    parts = parts[:-1] if scan else parts
+    given = [name for name in _SWITCHES if name in parts]
+    if given and parts[-len(given) :] == given:
+        parts = parts[: -len(given)]
     length = int(parts.pop()) if parts and parts[-1].isdecimal() else LENGTH
     fine = (
         len(parts) == 3
@@ -111,13 +117,14 @@ def parse(text: str) -> Run:
         and parts[1] in (*KINDS, *PEERS)
         and parts[2] in REMATS
         and length >= 2
+        and not (parts[1] in PEERS and "fp8" in given)
     )
     if not fine:
         raise InputError(
             f"--runs has {text!r}, but a run must be MODEL/ATTENTION/REMAT with"
             f" {', '.join(MODELS)}; {', '.join((*KINDS, *PEERS))}; {', '.join(REMATS)}."
         )
-    return Run(*parts, length=length, scan=scan)
+    return Run(*parts, length=length, **dict.fromkeys(given, True))
 
 
 def experiment_of(run: Run) -> Any:
@@ -136,6 +143,9 @@ def experiment_of(run: Run) -> Any:
         experiment,
         model=dataclasses.replace(experiment.model, remat=run.remat, scan_layers=run.scan),
         data=dataclasses.replace(experiment.data, batch_size=run.batch, sequence_length=run.length),
+        training=dataclasses.replace(
+            experiment.training, quantization="fp8" if run.fp8 else "none"
+        ),
         mesh=MeshConfig(data=1, fsdp=1),
     )
 
@@ -207,6 +217,8 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
     found |= _facts(experiment, ms, memory)
     found["parameters"] = parameter_counts(state.params)["total"]
     found["loss"] = float(metrics["loss"])
+    if run.fp8:
+        found["fp8_products"] = fp8_products(Module.parse(compiled.as_text() or ""))
     if parts:
 
         def steps() -> Any:
@@ -220,6 +232,23 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
         found["rates"] = dataclasses.asdict(rates)
         found["parts"] = {name: dataclasses.asdict(part) for name, part in work.items()}
         found["unknown_ms"] = dict(sorted(unknown.items(), key=lambda item: -item[1])[:10])
+    return found
+
+
+def fp8_products(module: Any) -> dict[str, int]:
+    """Returns how many products of a compiled program are in float8, by who computes them.
+
+    Args:
+      module: a `lazyattn.compile.hlo.Module`; what is in a loop counts once.
+    """
+    found = {"cublaslt": 0, "triton": 0}
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            if '"__cublas$lt$matmul$f8"' in instruction.rest:
+                found["cublaslt"] += 1
+            elif instruction.opcode == "dot":
+                both = [computation.instructions[name] for name in instruction.operands]
+                found["triton"] += all(one.arrays[0].dtype.startswith("f8") for one in both)
     return found
 
 
@@ -432,7 +461,7 @@ def _run(options: flags.FlagValues) -> None:
         line = {
             "run": run.name,
             "program": "jla 0.1.0" if run.attention in PEERS else "lazyattn",
-            **{name: getattr(run, name) for name in ("model", "attention", "remat", "scan")},
+            **{name: getattr(run, name) for name in ("model", "attention", "remat", "scan", "fp8")},
             **{"length": run.length, "batch": run.batch, "command_buffers": not options.parts},
             **found,
             "commit": commit,

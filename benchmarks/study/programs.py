@@ -192,7 +192,7 @@ class Programs:
         def make() -> Any:
             training = experiment.training
             step = make_train_step(
-                make_loss_fn(experiment.model, training.z_loss),
+                make_loss_fn(experiment.model, training.z_loss, quantization=training.quantization),
                 self._optimizer,
                 make_schedule(optimizer.with_peak_of_one(experiment.optimizer), training.steps),
                 mesh=self._mesh,

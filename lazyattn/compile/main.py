@@ -11,6 +11,7 @@ from lazyattn.compile.network import Network
 from lazyattn.compile.report import Report, Traffic, lines
 from lazyattn.compile.roofline import roofline
 from lazyattn.compile.suggestions import suggest
+from lazyattn.errors import require
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.model.config import AUTO, Remat
@@ -28,6 +29,13 @@ def compile_report(experiment: ExperimentConfig, name: str) -> int:
         a missing compiler.
     """
     where = topology.parse(name)
+    quantization = experiment.training.quantization
+    require(
+        quantization == "none",
+        "training.quantization",
+        quantization,
+        "'none' with --mode=compile, which knows products in the compute dtype alone",
+    )
     jax.config.update("jax_platforms", "cpu")  # chips that are here are left alone
     report = examine(experiment, where)
     print("\n".join(lines(report)))

@@ -77,6 +77,10 @@ class TrainingConfig:
       init_from: folder of a run, of one of its checkpoints or of an export whose weights
         the run starts from (`--init_from`); None: fresh ones. A resumed run need not name it.
       microbatches: parts a batch is split into, gradients accumulated exactly.
+      quantization: of the step's products with matrices of the blocks, forward and backward:
+        "none": in the compute dtype; "fp8": in float8 (`lazyattn.model.fp8`), on NVIDIA GPUs of
+        compute capability 8.9 or more, and slowly on CPUs. All else that reads the model
+        multiplies in the compute dtype: validation, samples, evaluation, exports.
       z_loss: weight of log(Z)^2 in the loss.
       max_nonfinite_steps: steps in a row with a non-finite loss or gradient that
         are skipped before the run stops.
@@ -108,6 +112,7 @@ class TrainingConfig:
     seed: int = 0
     init_from: Annotated[str, ANYWHERE] | None = None
     microbatches: Annotated[int, at_least(1)] = 1
+    quantization: Literal["none", "fp8"] = "none"
     z_loss: Annotated[float, at_least(0)] = 0.0
     max_nonfinite_steps: Annotated[int, at_least(1)] = 10
     log_every: Annotated[int, at_least(1)] = 10

@@ -19,6 +19,7 @@ from lazyattn.model.layers import (
     low_rank_change,
     matrix_init,
     parameter,
+    product,
     residual_variance,
 )
 from lazyattn.model.query_key_norm import RotatedNorm, score_bound
@@ -75,10 +76,12 @@ class Attention(nn.Module):
       config: the model.
       sequence_shards: devices that share every row, whose tokens are then in the order
         of `sharding.deal_sequence`.
+      quantization: of products with matrices, as `layers.product` takes it.
     """
 
     config: ModelConfig
     sequence_shards: int = 1
+    quantization: str = "none"
 
     @nn.compact
     def __call__(
@@ -102,7 +105,7 @@ class Attention(nn.Module):
             shape = (cfg.width, heads, cfg.head_dim)
             axes = ("embed", axis, "head_dim")
             kernel = parameter(self, name, matrix_init(0, (1, 2)), shape, axes)
-            heads_out = jnp.einsum("blw,whd->blhd", x, kernel.astype(x.dtype))
+            heads_out = product(x, kernel, self.quantization)
             if cfg.lora_rank:
                 heads_out += low_rank_change(self, cfg, name, x, shape, axes)
             if att.qkv_bias and name in ("query", "key", "value"):
@@ -143,7 +146,7 @@ class Attention(nn.Module):
         back = (att.num_heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
         init = matrix_init((0, 1), 2, residual_variance(cfg))
         kernel = parameter(self, "output", init, *back)
-        update = jnp.einsum("blhd,hdw->blw", out, kernel.astype(x.dtype))
+        update = product(out, kernel, self.quantization, inputs=2)
         if cfg.lora_rank:
             update += low_rank_change(self, cfg, "output", out, *back, inputs=2)
         return update

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lazyattn import sharding
-from lazyattn.model import lora
+from lazyattn.model import fp8, lora
 from lazyattn.model.config import ModelConfig
 
 
@@ -45,6 +45,22 @@ def parameter(
     boxed = nn.with_logical_partitioning(init, axes)
     value: Any = module.param(name, boxed, shape, jnp.float32)
     return value
+
+
+def product(
+    x: Float[Array, "..."], matrix: Float[Array, "..."], quantization: str, inputs: int = 1
+) -> Float[Array, "..."]:
+    """Returns the product of activations and a matrix, in `x`'s dtype.
+
+    Args:
+      x: activations; their last `inputs` axes are summed over.
+      matrix: float32; its first `inputs` axes are those.
+      quantization: "none": in `x`'s dtype; "fp8": `lazyattn.model.fp8`.
+      inputs: how many axes.
+    """
+    if quantization == "fp8":
+        return fp8.product(x, matrix, inputs)
+    return jnp.tensordot(x, matrix.astype(x.dtype), inputs)
 
 
 def low_rank_change(
@@ -98,9 +114,14 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6.
+
+    Attributes:
+      config: the model.
+      quantization: of its products, as `product` takes it.
     """
 
     config: ModelConfig
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
@@ -117,13 +138,13 @@ class SwiGLU(nn.Module):
         down = parameter(self, "down", matrix_init(0, 1, residual_variance(cfg)), *back)
 
         # One product, so that the backward pass goes over all that is as wide as `hidden` once.
-        both = jnp.einsum("...w,wch->...ch", x, stacked.astype(x.dtype))
+        both = product(x, stacked, self.quantization)
         if cfg.lora_rank:
             changes = [low_rank_change(self, cfg, name, x, *into) for name in ("gate", "up")]
             both += jnp.stack(changes, axis=-2)
         hidden = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
         hidden = sharding.constrain(hidden, "batch", "length", "mlp")
-        out = hidden @ down.astype(x.dtype)
+        out = product(hidden, down, self.quantization)
         if cfg.lora_rank:
             out += low_rank_change(self, cfg, "down", hidden, *back)
         return out

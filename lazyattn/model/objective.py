@@ -26,7 +26,12 @@ def counted(batch: Batch) -> Bool[Array, "batch length"]:
 
 
 def make_loss_fn(
-    config: ModelConfig, z_loss: float = 0.0, *, distill: float = 0.0, frozen: bool = False
+    config: ModelConfig,
+    z_loss: float = 0.0,
+    *,
+    distill: float = 0.0,
+    frozen: bool = False,
+    quantization: str = "none",
 ) -> LossFn:
     """Returns the model's next-token loss, summed over counted targets.
 
@@ -36,11 +41,13 @@ def make_loss_fn(
       distill: share that the divergence from the softmax twin has in that sum. The function
         then takes the twin's parameters, too; None: they are among the model's own.
       frozen: only what the twin has not gets gradients.
+      quantization: of the model's products with matrices, as `Transformer` takes it; the twin's
+        have none.
     """
     twin = softmax_twin(config)
 
-    def hidden_of(config: ModelConfig, params: Params, batch: Batch) -> Any:
-        return Transformer(config).apply(
+    def hidden_of(model: Transformer, params: Params, batch: Batch) -> Any:
+        return model.apply(
             {"params": params},
             batch["inputs"],
             segment_ids=batch["segment_ids"],
@@ -50,7 +57,7 @@ def make_loss_fn(
     def next_token(params: Params, batch: Batch) -> tuple[LossSums, Any]:
         if frozen:
             params = frozen_twin(params)
-        hidden = hidden_of(config, params, batch)
+        hidden = hidden_of(Transformer(config, quantization), params, batch)
         # Profiles find it by this name.
         with jax.named_scope("loss"):
             sums = cross_entropy(
@@ -71,7 +78,7 @@ def make_loss_fn(
             apart = divergence(
                 hidden,
                 jax.lax.stop_gradient(table) if frozen else table,
-                hidden_of(twin, theirs, batch),
+                hidden_of(Transformer(twin), theirs, batch),
                 output_embedding(theirs, twin),
                 counted(batch).astype(jnp.float32),
                 chunk=config.loss_positions,

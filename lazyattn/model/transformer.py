@@ -38,6 +38,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     sequence_shards: int = 1
+    quantization: str = "none"
 
     @nn.compact
     def __call__(
@@ -49,11 +50,13 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "batch length width"], None]:
         """Returns the residual stream after the layer, and nothing besides, as a scan wants."""
         cfg = self.config
-        update = attention_layer.Attention(cfg, self.sequence_shards, name="attention")(
-            RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segment_ids, attend
-        )
+        update = attention_layer.Attention(
+            cfg, self.sequence_shards, self.quantization, name="attention"
+        )(RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segment_ids, attend)
         x = sharding.constrain(x + update, "batch", "length", None)
-        update = SwiGLU(cfg, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
+        update = SwiGLU(cfg, self.quantization, name="mlp")(
+            RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
+        )
         return sharding.constrain(x + update, "batch", "length", None), None
 
 
@@ -66,9 +69,14 @@ class Transformer(nn.Module):
     deviation width^-1/2 and are multiplied by width^1/2 on the way in (Vaswani et
     al. 2017, section 3.4), so that the residual stream starts at scale 1 and tied
     logits do too; `scale_embedding` can turn that off.
+
+    Attributes:
+      config: the model.
+      quantization: of the blocks' products with matrices, as `layers.product` takes it.
     """
 
     config: ModelConfig
+    quantization: str = "none"
 
     @nn.compact
     def __call__(
@@ -154,11 +162,13 @@ class Transformer(nn.Module):
             )
             if attend is not None:
                 raise InputError("attend is given, but scan_layers must be False then.")
-            x, _ = scanned(cfg, shards, name="blocks")(x, positions, segment_ids)
+            x, _ = scanned(cfg, shards, self.quantization, name="blocks")(x, positions, segment_ids)
             return x
         for i in range(cfg.num_layers):
             own = None if attend is None else functools.partial(attend, i)
-            x, _ = block(cfg, shards, name=f"blocks_{i}")(x, positions, segment_ids, own)
+            x, _ = block(cfg, shards, self.quantization, name=f"blocks_{i}")(
+                x, positions, segment_ids, own
+            )
         return x
 
 

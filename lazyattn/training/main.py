@@ -23,6 +23,7 @@ from lazyattn.data.pipeline import (
 from lazyattn.distributed import gather_rows, not_left_waiting, say
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
+from lazyattn.model import fp8
 from lazyattn.model.accounting import flops_per_token, parameter_counts
 from lazyattn.quantity import quantity
 from lazyattn.training import balance, kept_step, remat
@@ -72,6 +73,7 @@ def train(
     mesh = sharding.make_mesh(experiment.mesh)
     microbatches = experiment.training.microbatches
     sharding.check_batch(mesh, experiment.data.batch_size, microbatches, length)
+    fp8.check_devices(experiment.training.quantization, mesh)
     hooks.check(experiment)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

@@ -157,7 +157,11 @@ def step_of(
     training, teaching = experiment.training, experiment.teaching
     return make_train_step(
         make_loss_fn(
-            experiment.model, training.z_loss, distill=teaching.distill, frozen=teaching.frozen
+            experiment.model,
+            training.z_loss,
+            distill=teaching.distill,
+            frozen=teaching.frozen,
+            quantization=training.quantization,
         ),
         optimizer,
         make_schedule(experiment.optimizer, training.steps),

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from benchmarks import step_table
+from lazyattn.compile.hlo import Module
 from lazyattn.errors import InputError
 
 
@@ -17,6 +18,8 @@ from lazyattn.errors import InputError
         ("340m/lazy/none", 8, {"width": 1024, "scan_layers": False, "remat": "none"}),
         ("340m/jla_fp8/full/16384", 2, {"width": 1024, "remat": "full"}),
         ("46m/cudnn/dots/scan", 16, {"width": 512, "scan_layers": True, "remat": "dots"}),
+        ("340m/lazy/none/fp8", 8, {"width": 1024, "scan_layers": False, "remat": "none"}),
+        ("1300m/lazy/none/8192/scan/fp8", 2, {"width": 2048, "scan_layers": True}),
     ],
 )
 def test_names_of_runs(name, batch, experiment_has):
@@ -25,11 +28,14 @@ def test_names_of_runs(name, batch, experiment_has):
     experiment = step_table.experiment_of(run)
     assert experiment.data.batch_size == batch
     assert experiment.data.sequence_length == run.length
+    assert experiment.training.quantization == ("fp8" if "/fp8" in name else "none")
     for key, value in experiment_has.items():
         assert getattr(experiment.model, key) == value
 
 
-@pytest.mark.parametrize("name", ["340m", "340m/lazy", "340m/linear/none", "1b/lazy/none", "scan"])
+@pytest.mark.parametrize(
+    "name", ["340m", "340m/lazy", "340m/linear/none", "1b/lazy/none", "scan", "340m/jla/none/fp8"]
+)
 def test_other_names_are_refused(name):
     with pytest.raises(InputError, match=f"^--runs has '{name}', but a run must be MODEL/"):
         step_table.parse(name)
@@ -105,3 +111,26 @@ def test_parts_leave_graphs_out_and_the_peer_comes_from_its_folder(started, tmp_
     assert started[0][2].endswith("--xla_gpu_enable_command_buffer=")
     step_table._run(_options(tmp_path, "--runs=340m/jla/none", f"--peer={tmp_path}"))
     assert started[2][3].endswith(str(tmp_path)) and "command_buffer" not in started[2][2]
+
+
+def test_products_in_float8_are_counted_by_who_computes_them():
+    text = """HloModule step
+
+%gemm (a: f8e4m3fn[32,64], b: f8e5m2[64,16]) -> bf16[32,16] {
+  %a = f8e4m3fn[32,64]{1,0} parameter(0)
+  %b = f8e5m2[64,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[32,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f8e4m3fn[32,64], y: f8e5m2[64,16], z: bf16[64,16]) -> bf16[32,16] {
+  %x = f8e4m3fn[32,64]{1,0} parameter(0)
+  %y = f8e5m2[64,16]{1,0} parameter(1)
+  %z = bf16[64,16]{1,0} parameter(2)
+  %one = f32[] constant(1)
+  %fusion = bf16[32,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%gemm
+  %other = bf16[32,16]{1,0} dot(%fusion, %z), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %cublas = (bf16[32,16]{1,0}, s8[64]{0}) custom-call(%x, %y, %one, %one), TARGET
+}
+""".replace("TARGET", 'custom_call_target="__cublas$lt$matmul$f8"')
+    found = step_table.fp8_products(Module.parse(text))
+    assert found == {"cublaslt": 1, "triton": 1}

@@ -113,6 +113,11 @@ def test_what_goes_between_slices_is_marked(small):
     assert [line for line in told if line.endswith("(between slices)")]
 
 
+def test_products_in_float8_are_refused():
+    with pytest.raises(InputError, match=r"^training.quantization is 'fp8', but it must be 'none'"):
+        main.compile_report(_experiment(training__quantization="fp8"), "h100:8")
+
+
 def test_the_exit_status(monkeypatch, capsys):
     before = jax.config.jax_platforms
     try:

@@ -1,6 +1,6 @@
 """Run by test_sameness.py in a process of its own, with eight simulated devices.
 
-    python -m tests.sharding.sameness_program VARIANT[+muon|+qk_norm] STEPS MESH...
+    python -m tests.sharding.sameness_program VARIANT[+muon|+qk_norm|+fp8] STEPS MESH...
 
 Prints one JSON object: for each mesh the largest relative difference from one device of
 the loss and the gradients of the first step, and of the losses of STEPS steps.
@@ -24,9 +24,9 @@ from tests.sharding import cases
 Z_LOSS = 1e-3
 
 
-def run(config, mesh, steps, settings=cases.OPTIMIZER):
+def run(config, mesh, steps, settings=cases.OPTIMIZER, quantization="none"):
     """Returns (loss, gradients, losses of the steps) as numpy arrays."""
-    loss_fn = make_loss_fn(config, Z_LOSS)
+    loss_fn = make_loss_fn(config, Z_LOSS, quantization=quantization)
     optimizer = make_optimizer(settings, steps)
     factory = StateFactory(
         lambda key: init_params(config, key), partition_specs(config), optimizer, mesh, 0
@@ -73,14 +73,15 @@ def main() -> None:
         config = dataclasses.replace(config, attention=attention)
     name = "muon" if more == "muon" else "adamw"
     settings = dataclasses.replace(cases.OPTIMIZER, name=name)
+    quantization = "fp8" if more == "fp8" else "none"
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    expected = run(config, one, int(steps), settings)
+    expected = run(config, one, int(steps), settings, quantization)
     report = {}
     for name in names:
         mesh_config = cases.MESHES[name]
         devices = 4 if name == "tensor" else 8
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-        found = run(config, mesh, int(steps), settings)
+        found = run(config, mesh, int(steps), settings, quantization)
         report[name] = {
             "loss": difference(found[0], expected[0]),
             "gradients": difference(found[1], expected[1]),

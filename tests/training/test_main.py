@@ -70,6 +70,17 @@ def test_a_mesh_that_does_not_fit(text, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_long")
+def test_devices_without_products_in_float8(text, tmp_path, monkeypatch):
+    def refuse(quantization, mesh):
+        assert mesh.size >= 1
+        raise InputError(f"no {quantization} here")
+
+    monkeypatch.setattr(run.fp8, "check_devices", refuse)
+    with pytest.raises(InputError, match="no fp8 here"):
+        tiny.train(_experiment(text, training__quantization="fp8"), tmp_path)
+
+
+@pytest.mark.usefixtures("nothing_long")
 def test_an_unwritable_workdir(text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--workdir is '.*/file/run', .* can be written to \(Not"):

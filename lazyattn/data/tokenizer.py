@@ -4,7 +4,6 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jaxtyping import Int32
 from lazyattn import buckets
 from lazyattn.data.codecs import Codec, SentencePiece, TokenizerJson, read_codec
 from lazyattn.data.coverage import coverage
+from lazyattn.data.manifest import write_whole
 from lazyattn.data.text_files import check_unicode
 from lazyattn.errors import InputError, require
 
@@ -203,12 +203,8 @@ class Tokenizer:
         path = folder / (name or self.file_name)
         if self.eos_token is not None:
             text = json.dumps({"eos_token": self.eos_token}, indent=2) + "\n"
-            temporary = folder / f".tmp.{CONFIG_NAME}"
-            temporary.write_text(text)
-            os.replace(temporary, folder / CONFIG_NAME)
-        temporary = folder / f".tmp.{path.name}"
-        self.save(temporary)
-        os.replace(temporary, path)
+            write_whole(folder / CONFIG_NAME, text.encode())
+        write_whole(path, self._codec.content)
         return path
 
     def name_of(self, special_id: int) -> str:

@@ -44,6 +44,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Float, Shaped
 
 from lazyattn.errors import InputError
@@ -79,7 +80,7 @@ _LAYER: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("mlp", "down"): ("mlp.down_proj.weight", 1),
 }
 _WHOLE = {
-    ("embedding",): INPUT,
+    _EMBEDDING: INPUT,
     ("final_norm", "scale"): "model.norm.weight",
     ("unembedding",): OUTPUT,
 }
@@ -120,7 +121,7 @@ HUB = Naming(
         for path, (name, axes) in _LAYER.items()
         if not path[-1].startswith(("distance", "offset", "output_gate"))
     },
-    _WHOLE | {("embedding",): "model.embed_tokens.weight"},
+    _WHOLE | {_EMBEDDING: "model.embed_tokens.weight"},
 )
 _LEARNED = ("distance_delta", "distance_log_slope", "distance_bias", "distance_slope", "offset")
 OURS = Naming(
@@ -221,8 +222,9 @@ def to_torch(
     scale = np.float32(1 if naming.as_here else config.embedding_factor)
     if not naming.as_here:
         params, config = as_table(params, config)
+    arrays = traverse_util.flatten_dict(params)
     for tensor in tensors(config, naming):
-        array = tensor.to_torch(_gathered(_find(params, tensor)))
+        array = tensor.to_torch(_gathered(_find(arrays, tensor)))
         # What is not contiguous, safetensors would write in the order it has in memory.
         yield (
             tensor.name,
@@ -246,7 +248,7 @@ def from_torch(
       InputError: if the embeddings of a tied model are two.
     """
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
-    params: Params = {}
+    found: dict[tuple[str, ...], np.ndarray] = {}
     for tensor in tensors(config):
         name = OUTPUT if tensor.name == INPUT and config.tie_embeddings else tensor.name
         array = np.asarray(read(name), np.float32)
@@ -254,42 +256,40 @@ def from_torch(
             array = _unscaled(array, np.float32(config.embedding_factor))
         array = np.ascontiguousarray(tensor.from_torch(array))
         if tensor.layer is None:
-            _put(params, tensor.path, array)
+            found[tensor.path] = array
         else:
             layers.setdefault(tensor.path, []).append(array)
     for path, arrays in layers.items():
         if config.scan_layers:
-            _put(params, ("blocks", *path), np.stack(arrays))
+            found["blocks", *path] = np.stack(arrays)
         else:
-            for layer, array in enumerate(arrays):
-                _put(params, (f"blocks_{layer}", *path), array)
+            found |= {(f"blocks_{layer}", *path): array for layer, array in enumerate(arrays)}
     if config.tie_embeddings:
-        expected = params["embedding"] * np.float32(config.embedding_factor)
+        expected = found[_EMBEDDING] * np.float32(config.embedding_factor)
         # Both may have been rounded to bfloat16, which has 8 bits.
         if not np.allclose(np.asarray(read(INPUT), np.float32), expected, rtol=2**-7, atol=0):
             raise InputError(
                 f"{where} has a {INPUT} that is not {OUTPUT} times"
                 f" {config.embedding_factor:g}, so that the model is not tied, as its settings say."
             )
-    return params
+    return traverse_util.unflatten_dict(found)
 
 
 @functools.cache
 def tensors(config: ModelConfig, naming: Naming = AUTHORS) -> tuple[Tensor, ...]:
     """Returns a model's tensors, but for the second copy of a tied embedding."""
     config = config if naming.as_here else table_config(config)
-    shapes = parameter_shapes(config)
-    stacked = shapes["blocks"] if config.scan_layers else shapes["blocks_0"]
+    leaves = traverse_util.flatten_dict(parameter_shapes(config))
+    block, stacked = ("blocks", 1) if config.scan_layers else ("blocks_0", 0)
 
     def whole(path: tuple[str, ...]) -> Tensor:
-        return Tensor(naming.whole[path], path, _leaf(shapes, path).shape)
+        return Tensor(naming.whole[path], path, leaves[path].shape)
 
-    found = [whole(("embedding",))]
+    found = [whole(_EMBEDDING)]
     for layer in range(config.num_layers):
         for path, (name, axes_in) in naming.layer.items():
-            leaf = _leaf(stacked, path)
-            if leaf is not None:
-                shape = leaf.shape[1:] if config.scan_layers else leaf.shape
+            if (block, *path) in leaves:
+                shape = leaves[block, *path].shape[stacked:]
                 theirs = f"model.layers.{layer}.{name}"
                 found.append(Tensor(theirs, path, shape, layer, axes_in))
     found.append(whole(("final_norm", "scale")))
@@ -298,29 +298,13 @@ def tensors(config: ModelConfig, naming: Naming = AUTHORS) -> tuple[Tensor, ...]
     return tuple(found)
 
 
-def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """Returns the array at a path, or None where the model has none."""
-    node: Any = tree
-    for name in path:
-        if name not in node:
-            return None
-        node = node[name]
-    return node
-
-
-def _find(params: Mapping[str, Any], tensor: Tensor) -> Any:
+def _find(arrays: Mapping[tuple[str, ...], Any], tensor: Tensor) -> Any:
     if tensor.layer is None:
-        return _leaf(params, tensor.path)
-    if "blocks" in params:
-        return _leaf(params["blocks"], tensor.path)[tensor.layer]
-    return _leaf(params[f"blocks_{tensor.layer}"], tensor.path)
-
-
-def _put(params: Params, path: tuple[str, ...], array: Float[np.ndarray, "..."]) -> None:
-    node = params
-    for name in path[:-1]:
-        node = node.setdefault(name, {})
-    node[path[-1]] = array
+        return arrays[tensor.path]
+    stacked = arrays.get(("blocks", *tensor.path))
+    return (
+        arrays[f"blocks_{tensor.layer}", *tensor.path] if stacked is None else stacked[tensor.layer]
+    )
 
 
 def _gathered(array: Any) -> Float[np.ndarray, "..."]:

@@ -22,6 +22,7 @@ import lazyattn
 import pallas_kernels
 from lazyattn import compile_cache
 from lazyattn.checkpoint.state import TrainState
+from lazyattn.data.manifest import write_whole
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.objective import Batch
 from lazyattn.training.remat import abstract_batch
@@ -114,9 +115,7 @@ def _write(path: Path, compiled: jax.stages.Compiled, said: list[str]) -> None:
         program, _, out = serialize_executable.serialize(compiled)
         _, metrics = jax.tree.unflatten(out, range(out.num_leaves))
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(pickle.dumps((program, sorted(metrics), said)))
-        part.replace(path)
+        write_whole(path, pickle.dumps((program, sorted(metrics), said)))
         kept = sorted(path.parent.glob("[!.]*"), key=lambda each: each.stat().st_mtime)
         for old in kept[:-_NUMBER]:
             old.unlink(missing_ok=True)

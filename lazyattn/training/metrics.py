@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from lazyattn import buckets
+from lazyattn.data.manifest import write_whole
 from lazyattn.quantity import duration
 from lazyattn.training.append import AppendedFile
 from lazyattn.training.append_object import AppendedObject
@@ -123,12 +123,8 @@ def _cut_back(path: Path, step: int) -> tuple[int | None, dict[str, Any]]:
             else:
                 tokens = None if before is None else before + record.get("tokens", 0)
             last, newest = record["step"], record
-    if buckets.is_bucket(path):
-        buckets.write_log(path, "".join(kept).encode())
-        return (tokens if last == step else None), newest
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write = buckets.write_log if buckets.is_bucket(path) else write_whole
+    write(path, "".join(kept).encode())
     return (tokens if last == step else None), newest
 
 

@@ -35,8 +35,9 @@ check: setup
 	@$(PYTHON_BIN) -m mypy
 
 # In the order of their names, files end with short ones, so that no worker waits for another.
-TESTS := $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
-  -p tests.cpu_seconds
+# Bytecode is kept, also where it usually is not: making it takes a worker four seconds.
+TESTS := PYTHONDONTWRITEBYTECODE= $(PYTHON_BIN) -m pytest -n $(TEST_WORKERS) --dist loadfile \
+  --no-loadscope-reorder -p tests.cpu_seconds
 
 test: check
 	@$(TESTS) -m "not slow"

@@ -10,7 +10,8 @@ IMPORTED = sorted(
     {
         f"{node.module}.{name.name}".replace(".", "/") + ".py"
         for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        if "from benchmarks" in (text := path.read_text())
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks")
         for name in node.names
     }

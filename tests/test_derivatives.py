@@ -1,5 +1,7 @@
 """Derivatives beyond the first, forward mode, symbolic shapes: done, or refused in one sentence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,15 +41,21 @@ DERIVATIVES = {
 }  # fmt: skip
 
 
+def _compiled(name):
+    """Returns the derivative, most of them as one program: step by step takes seconds."""
+    derivative = DERIVATIVES[name]
+    return derivative if name in ("jvp", "jacfwd") else jax.jit(derivative, static_argnums=0)
+
+
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_the_definition_has_all(name):
-    assert np.all(np.isfinite(DERIVATIVES[name](lambda x: _loss(x, "xla"), QUERY)))
+    assert np.all(np.isfinite(_compiled(name)(lambda x: _loss(x, "xla"), QUERY)))
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_others_name_the_definition(name):
     with pytest.raises(InputError) as error:
-        jax.block_until_ready(DERIVATIVES[name](_loss, QUERY))
+        jax.block_until_ready(_compiled(name)(_loss, QUERY))
     message = str(error.value)
     assert "'xla_chunked'" in message and 'implementation="xla"' in message
     assert "reverse mode only" in message and "\n" not in message
@@ -61,7 +69,7 @@ def test_forward_mode_is_the_slope():
             return lazy_attention(**args | {"query": query}, implementation="xla")
 
         direction = np.random.default_rng(0).standard_normal(QUERY.shape)
-        _, tangent = jax.jvp(call, (jnp.asarray(args["query"]),), (jnp.asarray(direction),))
+        _, tangent = jax.jit(functools.partial(jax.jvp, call))((args["query"],), (direction,))
         step = 1e-6
         ahead, behind = (
             naive_attention(**args | {"query": args["query"] + sign * step * direction})[0]
@@ -98,7 +106,7 @@ def test_export_with_symbolic_shapes(shape, window):
         return lazy_attention(**args, window=window)
 
     exported = export.export(jax.jit(call))({name: symbolic(name, x) for name, x in args.items()})
-    true = lazy_attention(**args, window=window, implementation="xla")
+    true = jax.jit(lambda: lazy_attention(**args, window=window, implementation="xla"))()
     np.testing.assert_allclose(exported.call(args), true, atol=2e-6)
 
 

@@ -31,13 +31,14 @@ IDS = jnp.asarray([[1] * 9 + [2] * 11, [1] * 20])
 )
 def test_it_is_the_model_s_layer(variant, settings, ours):
     layer = AttentionLayer(**SETTINGS | settings)
-    parameters = layer.init(jax.random.key(0), 16)
+    parameters = jax.jit(layer.init, static_argnums=1)(jax.random.key(0), 16)
     noise = np.random.default_rng(1)
     parameters = {k: x + 0.1 * noise.standard_normal(x.shape) for k, x in parameters.items()}
     model = Attention(make_config(variant, attention=ours))
-    true = model.apply({"params": parameters}, X, document_positions(IDS), IDS)
-    assert set(parameters) == set(model.init(jax.random.key(0), X, IDS, IDS)["params"])
-    np.testing.assert_allclose(layer.apply(parameters, X, IDS), true, atol=1e-6)
+    true = jax.jit(model.apply)({"params": parameters}, X, document_positions(IDS), IDS)
+    theirs = jax.eval_shape(lambda: model.init(jax.random.key(0), X, IDS, IDS)["params"])
+    assert set(parameters) == set(theirs)
+    np.testing.assert_allclose(jax.jit(layer.apply)(parameters, X, IDS), true, atol=1e-6)
 
 
 def test_the_modules_are_the_layer():
@@ -46,12 +47,12 @@ def test_the_modules_are_the_layer():
     assert all(getattr(module, f.name) == f.default for f in fields if f.name != "num_heads")
 
     layer, module = AttentionLayer(**SETTINGS), linen.LazyAttention(**SETTINGS)
-    parameters = module.init(jax.random.key(0), X)["params"]
-    true = layer.apply(parameters, X, IDS)
+    parameters = jax.jit(module.init)(jax.random.key(0), X)["params"]
+    true = jax.jit(layer.apply)(parameters, X, IDS)
     assert {k: (x.shape, x.dtype) for k, x in parameters.items()} == {
         k: (shape, jnp.float32) for k, (_, shape) in layer.parameters(16).items()
     }
-    np.testing.assert_array_equal(module.apply({"params": parameters}, X, IDS), true)
+    np.testing.assert_array_equal(jax.jit(module.apply)({"params": parameters}, X, IDS), true)
 
     module = nnx.LazyAttention(16, **SETTINGS, rngs=flax_nnx.Rngs(0))
     _, state = flax_nnx.split(module)
@@ -59,7 +60,7 @@ def test_the_modules_are_the_layer():
     for name, x in parameters.items():
         getattr(module, name)[...] = x
     np.testing.assert_array_equal(flax_nnx.jit(lambda m: m(X, IDS))(module), true)
-    gradients = flax_nnx.grad(lambda m: (m(X, IDS) ** 2).sum())(module)
+    gradients = flax_nnx.jit(flax_nnx.grad(lambda m: (m(X, IDS) ** 2).sum()))(module)
     assert all(np.any(x != 0) for x in jax.tree.leaves(gradients))
 
 

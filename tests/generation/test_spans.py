@@ -1,8 +1,10 @@
 """Spans: what they leave out, on keys that make the most of it."""
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -200,7 +202,8 @@ def test_a_models_own_queries_and_keys_are_within_the_bound(dtype):
     config = make_config(attention=QK_NORM, compute_dtype=dtype, scan_layers=False)
     params = make_params(config, 2)
     inputs = jnp.asarray(np.random.default_rng(0).integers(31, size=(2, 40)))
-    _, state = Transformer(config).apply({"params": params}, inputs, mutable=[OPERANDS])
+    apply = jax.jit(functools.partial(Transformer(config).apply, mutable=[OPERANDS]))
+    _, state = apply({"params": params}, inputs)
     for layer, own in enumerate(spans._layers(params, config)):
         operands = state[OPERANDS][f"blocks_{layer}"]["attention"]["operands"]
         query, key = (np.asarray(operands[n], np.float64) for n in ("query", "key"))

@@ -3,6 +3,8 @@ what plain JAX does."""
 
 from tests.pallas_kernels import triton_interpreter as interpreter  # isort: skip
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,11 @@ def _inputs(query, key, segment_start, distance_bias, distance_slope, offset):
 def _both(function, *args, **settings):
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         ours = jax.jit(lambda: getattr(by_triton, function)(*args, **settings))()
-    return ours, getattr(by_xla, function)(*args, **settings)
+    return ours, jax.jit(lambda: getattr(by_xla, function)(*args, **settings))()
+
+
+def _visits_by_xla(plan, call, table):
+    return jax.jit(functools.partial(by_xla.visits, plan))(call, table)
 
 
 def _same(ours, expected, tolerance=0.0):
@@ -88,14 +94,14 @@ def test_tables_and_visits(case, skip_mass):
     call = _inputs(args["query"], args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(plan, call, ours))()
-    wanted = by_xla.visits(plan, call, expected)
+    wanted = _visits_by_xla(plan, call, expected)
     _same(found.first, wanted.first)
     _same(found.no_overflow, wanted.no_overflow)
     _same(found.work.sum(axis=-1), wanted.work[:, :, 0])
     large = _inputs(40 * args["query"], 40 * args["key"], segment_start, *parameters)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         found = jax.jit(lambda: by_triton.visits(plan, large, ours))()
-    _same(found.no_overflow, by_xla.visits(plan, large, expected).no_overflow)
+    _same(found.no_overflow, _visits_by_xla(plan, large, expected).no_overflow)
     assert not np.asarray(found.no_overflow).any()
 
 
@@ -113,7 +119,7 @@ def test_a_block_visits_what_any_of_its_queries_sees():
         table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 2, 300))()
         found = jax.jit(lambda: by_triton.visits(plan, call, table))()
     assert found.first[0, 0].tolist() == [0, 1, 2, 0, 1]
-    _same(found.first, by_xla.visits(plan, call, table).first)
+    _same(found.first, _visits_by_xla(plan, call, table).first)
 
 
 def test_a_number_that_is_none_is_visited():
@@ -133,7 +139,7 @@ def test_a_number_that_is_none_is_visited():
     assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
     largest = table.maxima[:, : -(-length // 64)]
     assert not np.isnan(largest).any() and np.isinf(largest[1, 1])
-    _same(found.first, by_xla.visits(plan, call, table).first)
+    _same(found.first, _visits_by_xla(plan, call, table).first)
     assert (np.asarray(found.first)[0, :, 1:] <= 1).all() and not np.asarray(found.no_overflow)[
         0
     ].any()

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -27,17 +28,21 @@ def test_tiles_are_those_that_a_call_with_such_queries_visits(kind):
     # Queries and keys at right angles: their scores are 0, and their norms the bound.
     query, key = np.zeros((2, 1, length, heads, 2), np.float32)
     query[..., 0] = key[..., 1] = bound**0.5
-    ranges = visit_ranges(
-        query,
-        key,
-        bias.astype(np.float32),
-        None,
-        np.zeros((1, length), np.int32),
-        scale=1.0,
-        skip_mass=1e-6,
-        tiles=TileSizes(64, 64),
-    )
-    np.testing.assert_array_equal(_visited(bias, bound, tile=64), ranges.visited[0])
+
+    @jax.jit
+    def visited():
+        return visit_ranges(
+            query,
+            key,
+            bias.astype(np.float32),
+            None,
+            np.zeros((1, length), np.int32),
+            scale=1.0,
+            skip_mass=1e-6,
+            tiles=TileSizes(64, 64),
+        ).visited
+
+    np.testing.assert_array_equal(_visited(bias, bound, tile=64), visited()[0])
 
 
 def test_heads_that_skip_nothing():

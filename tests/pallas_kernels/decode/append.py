@@ -40,7 +40,7 @@ def check(dtype, slots=SLOTS):
     real = jnp.arange(8) < count[:, None]
     for cache, own, mine in zip(held, HEADS, found, strict=True):
         new = (x[:, :, list(own)] for x in (keys, values))
-        true = rings.append(GroupCache(*cache), *new, start, real)
+        true = jax.jit(rings.append)(GroupCache(*cache), *new, start, real)
         np.testing.assert_array_equal(mine[0].astype("float32"), true.keys.astype("float32"))
         np.testing.assert_array_equal(mine[1].astype("float32"), true.values.astype("float32"))
         np.testing.assert_allclose(mine[2], true.key_norms, rtol=1e-6)

@@ -348,7 +348,8 @@ def check_unread_pages_do_not_matter(
     """
     args, true = arrays(decode)
     batch, slots, kv_heads, _ = args["key_cache"].shape
-    visited = np.asarray(rule.visited(inputs_of(args), settings_of(args)))
+    visited = jax.jit(rule.visited, static_argnums=1)(inputs_of(args), settings_of(args))
+    visited = np.asarray(visited)
     keys, values = args["key_cache"].copy(), args["value_cache"].copy()
     weights = live_slots(decode)
     if rows_together:
@@ -376,9 +377,14 @@ def live_slots(decode: Decode) -> np.ndarray:
     start = decode.lengths - decode.new
     rows = np.arange(batch)[:, None]
     source["query"] = source["query"][rows, start[:, None] + np.arange(decode.new)]
-    _, weights = lazy_attention(
-        **source, query_start=start, implementation="xla", return_weights=True
-    )
+
+    @jax.jit
+    def weights_of():
+        return lazy_attention(
+            **source, query_start=start, implementation="xla", return_weights=True
+        )[1]
+
+    weights = weights_of()
     live = np.asarray(weights > 0).reshape(batch, kv_heads, -1, weights.shape[-1]).any(axis=2)
     return np.pad(live, ((0, 0), (0, 0), (0, slots - live.shape[-1])))
 

@@ -1,5 +1,6 @@
 """Pages that are not read hold no more mass than allowed, whatever the keys."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ STEEP = oracle.Case("", (1, 1500, 4, 2, 16), 256, "alibi", True, (-1.0, -0.5))
 def _mass_left_out(args, skip_mass):
     """Returns the share of pages left out, and the largest mass they hold for a query."""
     inputs, settings = suite.inputs_of(args), suite.settings_of(args, skip_mass)
-    visited = np.asarray(pages.visited(inputs, settings))
+    visited = np.asarray(jax.jit(pages.visited, static_argnums=1)(inputs, settings))
     left_out, most = [], 0.0
     length, new = int(args["lengths"][0]), args["query"].shape[1]
     j = np.arange(length)

@@ -20,15 +20,16 @@ Source: docs/lazy_attention.md, sections "Definition" and "Gradients".
 import dataclasses
 import functools
 import importlib
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from pallas_kernels import placement
-from pallas_kernels.batching import over_batch
+from pallas_kernels.batching import Run, over_batch
 from pallas_kernels.own_settings import own_settings
 from pallas_kernels.problem import Gradients, Inputs, Problem
 from pallas_kernels.varying import vary_alike
@@ -45,7 +46,7 @@ _MODULES = {
 }
 
 
-def backend(name: str) -> Any:
+def backend(name: str) -> ModuleType:
     """Returns the module of that name; Pallas and Triton take a second to import."""
     return importlib.import_module(_MODULES[name])
 
@@ -55,7 +56,7 @@ def attention(
     problem: Problem,
     inputs: Inputs,
     *,
-    chunk_starts: list[Any] | None = None,
+    chunk_starts: list[Int[Array, ""]] | None = None,
     renormalize: bool = False,
 ) -> Float[Array, "batch length heads value_dim"]:
     """Returns Lazy Attention's output.
@@ -88,7 +89,7 @@ def attention(
 
 
 def _renormalized(
-    name: str, problem: Problem, inputs: Inputs, chunk_starts: list[Any] | None
+    name: str, problem: Problem, inputs: Inputs, chunk_starts: list[Int[Array, ""]] | None
 ) -> Float[Array, "batch length heads value_dim"]:
     # A column of ones makes the sum of each row's weights an output like others. Weights
     # may be small: float16 has no small numbers, and half precision few digits.
@@ -139,15 +140,15 @@ def _attention(
     return _forward(name, plan, inputs, training=False)[0]
 
 
-def _attention_fwd(name: str, plan: Problem, inputs: Inputs) -> tuple[Array, Any]:
+def _attention_fwd(name: str, plan: Problem, inputs: Inputs) -> tuple[Array, PyTree]:
     out, *saved = checkpoint_name(_forward(name, plan, inputs, training=True), KEPT)
     return out, (inputs, *saved)
 
 
-def _attention_bwd(name: str, plan: Problem, saved: Any, d_out: Array) -> tuple[Inputs]:
+def _attention_bwd(name: str, plan: Problem, saved: PyTree, d_out: Array) -> tuple[Inputs]:
     inputs, table, ranges, residuals = saved
 
-    def run(groups: int, rows: Any, shared: Any) -> Gradients:
+    def run(groups: int, rows: PyTree, shared: PyTree) -> Gradients:
         arrays, ranges, residuals, d_out = rows
         parameters, table = shared
         inputs = Inputs(**arrays, **parameters)
@@ -171,15 +172,15 @@ _shared_attention = jax.jit(_attention, static_argnums=(0, 1))
 
 def _forward(
     name: str, plan: Problem, inputs: Inputs, *, training: bool
-) -> tuple[Array, Any, Any, Any]:
+) -> tuple[Array, PyTree, PyTree, PyTree]:
     """Returns the output, and what the backward pass wants: table, ranges, residuals."""
     length = inputs.key.shape[1]
 
-    def make_table(groups: int, rows: Any, shared: Any) -> Any:
+    def make_table(groups: int, rows: PyTree, shared: PyTree) -> PyTree:
         del groups, rows
         return backend(name).table(plan, *shared, length)
 
-    def run(groups: int, rows: Any, shared: Any) -> Any:
+    def run(groups: int, rows: PyTree, shared: PyTree) -> PyTree:
         del groups
         parameters, table = shared
         inputs = Inputs(**rows, **parameters)
@@ -194,7 +195,7 @@ def _forward(
     return out, table, ranges, residuals
 
 
-def _batched(name: str, run: Any, rows: Any, shared: Any) -> Any:
+def _batched(name: str, run: Run, rows: PyTree, shared: PyTree) -> PyTree:
     if backend(name).PLAIN_JAX:
         return run(1, rows, shared)
     return over_batch(run, rows, shared)

@@ -1,17 +1,19 @@
 """vmap for kernels that know one batch axis: the mapped axis becomes part of it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from pallas_kernels.own_settings import traced_by_own_settings
 from pallas_kernels.varying import vary_alike
 
+# Called as run(groups, rows, shared), see `over_batch`.
+Run = Callable[[int, PyTree, PyTree], PyTree]
 
-def over_batch(run: Callable[[int, Any, Any], Any], rows: Any, shared: Any) -> Any:
+
+def over_batch(run: Run, rows: PyTree, shared: PyTree) -> PyTree:
     """Returns run(1, rows, shared), in a form that can be vmapped.
 
     Args:
@@ -50,15 +52,15 @@ def _over_batch(
 
     @jax.custom_batching.custom_vmap
     @traced_by_own_settings(narrow=True)
-    def call(*arrays: Array) -> Any:
+    def call(*arrays: Array) -> list[Array]:
         return run(groups, *arrays)
 
     @call.def_vmap
     @traced_by_own_settings(narrow=True)
-    def _rule(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
+    def _rule(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[list[Array], list[bool]]:
         if any(is_mapped and shared for is_mapped, shared in zip(mapped, parameters, strict=True)):
             # Parameters differ from one to the next.
-            def one(rows: list[Array]) -> Any:
+            def one(rows: list[Array]) -> list[Array]:
                 left = iter(rows)
                 return call(*(next(left) if own else x for x, own in each))
 

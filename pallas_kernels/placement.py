@@ -7,7 +7,6 @@ its output is dropped.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def move(inputs: Inputs, start: Int[Array, ""], tile: int) -> Inputs:
     )
 
 
-def fill(inputs: Inputs, starts: list[Any]) -> Inputs:
+def fill(inputs: Inputs, starts: list[Int[Array, ""]]) -> Inputs:
     """Returns queries for all keys; chunk c stands at key `starts[c]` and on."""
     batch, length = inputs.key.shape[:2]
     query, scale = inputs.query, inputs.offset_scale
@@ -63,7 +62,7 @@ def fill(inputs: Inputs, starts: list[Any]) -> Inputs:
 
 
 def take(
-    out: Float[Array, "batch key_length heads value_dim"], length: int, starts: list[Any]
+    out: Float[Array, "batch key_length heads value_dim"], length: int, starts: list[Int[Array, ""]]
 ) -> Float[Array, "batch length heads value_dim"]:
     """Returns the outputs of the chunks, of `length` queries in all."""
     size = length // len(starts)
@@ -74,7 +73,7 @@ def take(
 def _put(
     whole: Shaped[Array, "batch key_length *rest"],
     x: Shaped[Array, "batch length *rest"],
-    starts: list[Any],
+    starts: list[Int[Array, ""]],
 ) -> Shaped[Array, "batch key_length *rest"]:
     """Returns `whole` with the chunks of `x` where they stand."""
     parts = jnp.split(x, len(starts), axis=1)

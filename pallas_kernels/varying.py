@@ -1,7 +1,6 @@
 """What varies over a mesh, for kernels inside `jax.shard_map`."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 from jaxtyping import Array
@@ -14,7 +13,7 @@ def vary_alike(*arrays: Array, like: Sequence[Array] = ()) -> list[Array]:
     parameters are the same on all shards, the gradients that the backward pass gives them
     are not: this function's transpose sums them.
     """
-    axes: set[Any] = set()
+    axes: set[Hashable] = set()
     for array in (*arrays, *like):
         axes |= _mesh_axes(array)
 
@@ -25,5 +24,5 @@ def vary_alike(*arrays: Array, like: Sequence[Array] = ()) -> list[Array]:
     return [vary(array) for array in arrays]
 
 
-def _mesh_axes(array: Array) -> set[Any]:
+def _mesh_axes(array: Array) -> set[Hashable]:
     return set(jax.typeof(array).manual_axis_type.varying)

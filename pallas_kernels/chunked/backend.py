@@ -5,7 +5,6 @@ own span. Where keys are more than queries, the queries stand at the last ones.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +143,9 @@ def backward(
     )
 
 
-def _visit_ranges(plan: Problem, inputs: Inputs, table: Any) -> VisitRanges:
+def _visit_ranges(
+    plan: Problem, inputs: Inputs, table: Float[Array, "heads key_length"] | None
+) -> VisitRanges:
     """Returns the ranges of the query tiles there are, in tiles of `key`."""
     query, key, start = inputs.query, inputs.key, inputs.segment_start
     size = tile_size(query.shape[1])
@@ -168,7 +169,12 @@ def _visit_ranges(plan: Problem, inputs: Inputs, table: Any) -> VisitRanges:
 class _Heads:
     """A call cut into tiles, from which each query head takes its part."""
 
-    def __init__(self, inputs: Inputs, table: Any, span: Any):
+    def __init__(
+        self,
+        inputs: Inputs,
+        table: Float[Array, "heads key_length"] | None,
+        span: Int[Array, " heads"],
+    ):
         self.length, self.num_heads = inputs.query.shape[1:3]
         self.key_length = inputs.key.shape[1]
         self.size = tile_size(self.length)

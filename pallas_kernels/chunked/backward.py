@@ -9,11 +9,10 @@ Source: docs/lazy_attention.md, "Gradients".
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from pallas_kernels.chunked.forward import HeadInputs, elastic_softmax, masked_scores, matmul
 from pallas_kernels.chunked.tiling import Diagonal, drop_lead, over_diagonals, pad_lead
@@ -64,7 +63,7 @@ def backward(
         delta = delta + head.threshold * pull
         d_offset = jnp.sum(head.offset_scale * pull)
 
-    def step(diagonal: Diagonal, state: Any) -> Any:
+    def step(diagonal: Diagonal, state: PyTree) -> PyTree:
         d_query, d_key, d_value, d_bias = state
         scores, visible = masked_scores(head, key, diagonal, scale)
         # A row that sees no mass is no number: that must not reach keys that it does not see.

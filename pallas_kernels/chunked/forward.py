@@ -5,11 +5,10 @@ Arrays are cut into tiles along the length and keep the batch behind it:
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pallas_kernels.chunked.tiling import Diagonal, over_diagonals, pad_lead
 from pallas_kernels.varying import vary_alike
@@ -119,7 +118,7 @@ def forward(
     # Loops want what goes in to be as varied as what comes out.
     maximum, total, out, live = vary_alike(maximum, total, out, live, like=(head.query,))
 
-    def accumulate(diagonal: Diagonal, state: Any, *, with_values: bool) -> Any:
+    def accumulate(diagonal: Diagonal, state: PyTree, *, with_values: bool) -> PyTree:
         maximum, total, out, live = state
         scores, _ = masked_scores(head, key, diagonal, scale)
         row_maximum = scores.max(axis=-1)
@@ -172,7 +171,7 @@ def forward(
     lse = maximum + jnp.log(total)
     live_v = jnp.zeros_like(out) if want_live_v else None
 
-    def add_values(diagonal: Diagonal, state: Any) -> Any:
+    def add_values(diagonal: Diagonal, state: PyTree) -> PyTree:
         out, live_v = state
         scores, visible = masked_scores(head, key, diagonal, scale)
         softmax = jnp.exp(scores - diagonal.queries(lse)[..., None])

@@ -11,11 +11,10 @@ coming before the first of them.
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from pallas_kernels import bias as bias_lib
 
@@ -151,9 +150,9 @@ def over_diagonals(
     tiles: int,
     ahead: int,
     size: int,
-    body: Callable[[Diagonal, Any], Any],
-    state: Any,
-) -> Any:
+    body: Callable[[Diagonal, PyTree], PyTree],
+    state: PyTree,
+) -> PyTree:
     """Runs `state = body(diagonal, state)` for offsets 0 to `span`, nearest first."""
     bounds = _part_bounds(tiles + ahead)
     for start, stop in itertools.pairwise(bounds):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 # A reference to memory, or a part of it by `at`. JAX has no public type for both.
 Ref = Any
@@ -11,7 +11,7 @@ Refs = dict[str, Ref]
 # The types of SMEM buffers and barriers, by name. JAX's types for them have no common base.
 Scratch = dict[str, Any]
 # What goes around a loop: any tree of arrays.
-Carry = Any
+Carry = PyTree
 
 # A number that is known when the kernel runs; and one that may be known before.
 Scalar = Int[Array, ""]

@@ -158,13 +158,15 @@ def _launch(
         aliases = {"no_d_query": "d_query"}
         scratch["before"] = pltpu.VMEM((dim, queries), float32)
     if plan.half:
+        assert residuals.rounding is not None
         operands.append(Operand("rounding", residuals.rounding, tile, own))
     if plan.packed:
         segment_start = plan.rows(inputs.segment_start, mode="edge")
         operands.append(Operand("segment_start", segment_start, (1, 1, block), row))
     scalars = {"first": ranges.reshape(-1)}
     if plan.has_offset:
-        assert residuals.live is not None and inputs.offset is not None
+        assert residuals.live is not None and residuals.live_v is not None
+        assert inputs.offset is not None
         scalars |= {"live": residuals.live.reshape(-1), "tau": inputs.offset}
         operands.append(Operand("scale", plan.rows(inputs.offset_scale), (1, 1, block), row))
         operands.append(Operand("live_v_mean", residuals.live_v, tile, own))

@@ -1,7 +1,7 @@
 """One way to launch a kernel, by names rather than positions."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.tpu import config
-from pallas_kernels.tpu.kernel_types import Refs, Scratch
+from pallas_kernels.tpu.kernel_types import Index, Refs, Scratch
 from pallas_kernels.tpu.support import generation
 
 
@@ -27,9 +27,9 @@ class Operand:
     """
 
     name: str
-    array: Any
+    array: Array | jax.ShapeDtypeStruct
     block: tuple[int, ...] | None
-    index: Callable[..., tuple[Any, ...]] | None = None
+    index: Callable[..., tuple[Index, ...]] | None = None
     scalars: bool = False
 
     @property
@@ -70,7 +70,7 @@ def launch(
     """
     names = [*scalars, *(x.name for x in inputs), *(x.name for x in outputs), *scratch]
     arrays = [*scalars.values(), *(x.array for x in inputs)]
-    varying: frozenset[Any] = frozenset()
+    varying: frozenset[Hashable] = frozenset()
     for array in arrays:
         varying |= jax.typeof(array).manual_axis_type.varying
     over = jax.sharding.ManualAxisType(varying=varying)

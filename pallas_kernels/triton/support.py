@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import importlib.util
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from pallas_kernels import target
 from pallas_kernels.gpu import compute_capability
@@ -17,7 +18,7 @@ def unsupported(problem: Problem, batch: int) -> str | None:
     return refusal(problem.head_dim, problem.value_dim, problem.dtype)
 
 
-def refusal(head_dim: int, value_dim: int, dtype: Any) -> str | None:
+def refusal(head_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
     """Returns why kernels can't do these sizes here, like `unsupported`."""
     capability = compute_capability()
     if capability is None:

@@ -38,16 +38,9 @@ _TILES_A_PROGRAM = 8
 
 @triton.jit
 def _add_scores_gradient(
-    start,
-    stop,
-    total,
-    bias,
-    inputs,
-    row_stats,
-    tile_distance,
-    static: tl.constexpr,
-    LIVE: tl.constexpr,
-):
+    start, stop, total, bias, inputs, row_stats, tile_distance,
+    static: tl.constexpr, LIVE: tl.constexpr,
+):  # fmt: skip
     """Adds dS of the tiles at query tiles start, ..., stop-1.
 
     bias: of these tiles, with causality. inputs: queries, d_out, keys, values. row_stats:
@@ -84,20 +77,11 @@ def _add_scores_gradient(
 
 @triton.jit
 def lazy_backward_bias(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    segment_start_ptr,
-    first_ptr,
-    live_ptr,
-    lse_ptr,
-    delta_ptr,
-    threshold_ptr,
-    d_out_ptr,
+    query_ptr, key_ptr, value_ptr, table_ptr, segment_start_ptr,
+    first_ptr, live_ptr, lse_ptr, delta_ptr, threshold_ptr, d_out_ptr,
     d_bias_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """One distance of one head; grid (distances * heads, parts).
 
     A part is static.batches rows of the batch, or one of the static.chunks runs of query
@@ -200,16 +184,10 @@ def backward_dbias(
     (sums,) = launch(
         lazy_backward_bias,
         (
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            table.values,
-            plan.segment_start(inputs),
-            first,
-            first if live is None else live,
-            residuals.lse,
-            *row_stats,
-            d_out,
+            *(inputs.query, inputs.key, inputs.value),
+            *(table.values, plan.segment_start(inputs)),
+            *(first, first if live is None else live, residuals.lse),
+            *(*row_stats, d_out),
         ),
         (jax.ShapeDtypeStruct(shape, jnp.float32),),
         (heads * distances, parts),

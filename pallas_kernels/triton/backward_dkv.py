@@ -27,24 +27,16 @@ from pallas_kernels.triton.tile import (
 
 @triton.jit
 def _add_key_gradients(
-    start,
-    stop,
-    state,
-    tiles,
-    inputs,
-    row_stats,
-    column0,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    LIVE: tl.constexpr,
-):
+    start, stop, state, known,
+    static: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, LIVE: tl.constexpr,
+):  # fmt: skip
     """Adds the part of query tiles start, ..., stop-1; tiles are [keys, queries] here.
 
-    state: d_key and d_value. tiles: of keys and values. inputs: queries, d_out, bias.
-    row_stats: where log-sum-exp, delta, threshold and first key seen stand.
+    state: d_key and d_value. known: tiles of keys and values; queries, d_out, bias; where
+    log-sum-exp, delta, threshold and first key seen stand; the tile's first key.
     """
     d_key, d_value = state
+    tiles, inputs, row_stats, column0 = known
     keys, values = tiles
     query, d_out, bias = inputs
     lses, deltas, thresholds_, segment_starts = row_stats
@@ -97,22 +89,11 @@ def _last_query(first, column_stop, static: tl.constexpr):
 
 @triton.jit
 def lazy_backward_key(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    slope_ptr,
-    segment_start_ptr,
-    first_ptr,
-    live_ptr,
-    lse_ptr,
-    delta_ptr,
-    threshold_ptr,
-    d_out_ptr,
-    d_key_ptr,
-    d_value_ptr,
+    query_ptr, key_ptr, value_ptr, table_ptr, slope_ptr, segment_start_ptr,
+    first_ptr, live_ptr, lse_ptr, delta_ptr, threshold_ptr, d_out_ptr,
+    d_key_ptr, d_value_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of keys of one key head; grid (batch * key heads, key tiles), longest first."""
     near: tl.constexpr = static.near_bias
     far: tl.constexpr = static.far_bias
@@ -157,33 +138,24 @@ def lazy_backward_key(
             live_end = _last_query(live_ptr + at_forward, column_stop, static)
             live = tl.maximum(tl.cdiv(live_end, static.queries), diagonal)
 
-        tiles = (keys, values)
-        state = _add_key_gradients(
-            start, diagonal, state, tiles, inputs, row_stats, column0, static, True, near, True
-        )
+        known = ((keys, values), inputs, row_stats, column0)
+        state = _add_key_gradients(start, diagonal, state, known, static, True, near, True)
         if static.has_bias:
             near_stop = tl.minimum(far_start, live)
-            state = _add_key_gradients(
-                diagonal, near_stop, state, tiles, inputs, row_stats, column0, static,
-                False, near, True,
-            )  # fmt: skip
+            state = _add_key_gradients(diagonal, near_stop, state, known, static, False, near, True)
         if static.has_far:
-            state = _add_key_gradients(
-                far_start, live, state, tiles, inputs, row_stats, column0, static, False, far, True
-            )
+            state = _add_key_gradients(far_start, live, state, known, static, False, far, True)
         if static.has_offset:
             if static.has_bias:
                 near_stop = tl.minimum(far_start, stop)
                 state = _add_key_gradients(
-                    live, near_stop, state, tiles, inputs, row_stats, column0, static,
-                    False, near, False,
-                )  # fmt: skip
+                    live, near_stop, state, known, static, False, near, False
+                )
             if static.has_far:
                 dead_start = tl.maximum(far_start, live)
                 state = _add_key_gradients(
-                    dead_start, stop, state, tiles, inputs, row_stats, column0, static,
-                    False, far, False,
-                )  # fmt: skip
+                    dead_start, stop, state, known, static, False, far, False
+                )
     d_key, d_value = state
     d_key *= static.scale
     store_tile(d_key_ptr + at_key, column0, d_key, static.keys, static.key_stride, static)
@@ -209,16 +181,10 @@ def backward_dkv(
     d_key, d_value = launch(
         lazy_backward_key,
         (
-            inputs.query,
-            key,
-            inputs.value,
-            *plan.bias(table),
-            plan.segment_start(inputs),
-            first,
-            first if live is None else live,
-            residuals.lse,
-            *row_stats,
-            d_out,
+            *(inputs.query, key, inputs.value),
+            *(*plan.bias(table), plan.segment_start(inputs)),
+            *(first, first if live is None else live, residuals.lse),
+            *(*row_stats, d_out),
         ),
         (gradient, gradient),
         (key.shape[0] * key.shape[2], static.key_tiles),

@@ -36,23 +36,16 @@ from pallas_kernels.triton.tile import (
 
 @triton.jit
 def _add_query_gradient(
-    start,
-    stop,
-    state,
-    inputs,
-    row_stats,
-    row0,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    LIVE: tl.constexpr,
-):
+    start, stop, state, known,
+    static: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, LIVE: tl.constexpr,
+):  # fmt: skip
     """Adds the part of key tiles start, ..., stop-1.
 
-    state: d_query, and the sums of dS past the table. inputs: tiles of query and d_out,
-    keys, values, bias. row_stats: log-sum-exp, delta, threshold, first key seen.
+    state: d_query, and the sums of dS past the table. known: tiles of query and d_out, keys,
+    values, bias; log-sum-exp, delta, threshold, first key seen; the tile's first query.
     """
     d_query, past_sum, past_moment = state
+    inputs, row_stats, row0 = known
     query, d_out, key, value, bias = inputs
     lse, delta, threshold, segment_start = row_stats
     rows = tl.arange(0, static.queries)
@@ -89,28 +82,12 @@ def _add_query_gradient(
 
 @triton.jit
 def lazy_backward_query(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    slope_ptr,
-    offset_ptr,
-    offset_scale_ptr,
-    segment_start_ptr,
-    first_ptr,
-    live_ptr,
-    lse_ptr,
-    out_ptr,
-    live_v_mean_ptr,
-    rounding_ptr,
-    d_out_ptr,
-    d_query_ptr,
-    delta_ptr,
-    threshold_ptr,
-    d_offset_ptr,
-    past_ptr,
+    query_ptr, key_ptr, value_ptr,
+    table_ptr, slope_ptr, offset_ptr, offset_scale_ptr, segment_start_ptr,
+    first_ptr, live_ptr, lse_ptr, out_ptr, live_v_mean_ptr, rounding_ptr, d_out_ptr,
+    d_query_ptr, delta_ptr, threshold_ptr, d_offset_ptr, past_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of queries of one head; grid (batch * heads, query tiles), longest first.
 
     Also leaves delta and the thresholds for the other kernels, this tile's part of the
@@ -164,7 +141,7 @@ def lazy_backward_query(
     bias = (table_ptr + head * static.pitch + static.lead, slope)
     query = load_queries(query_ptr + at_query, row0, static)
     inputs = (query, d_out, key_ptr + at_key, value_ptr + at_key, bias)
-    row_stats = (lse, delta, threshold, segment_start)
+    known = (inputs, (lse, delta, threshold, segment_start), row0)
 
     at_forward = row * static.forward_tiles + row0 // static.forward_queries
     first = tl.load(first_ptr + at_forward) * static.forward_keys // static.keys
@@ -184,25 +161,16 @@ def lazy_backward_query(
     if static.has_offset:
         if static.has_far:
             dead_stop = tl.minimum(far_stop, live)
-            state = _add_query_gradient(
-                first, dead_stop, state, inputs, row_stats, row0, static, False, far, False
-            )
+            state = _add_query_gradient(first, dead_stop, state, known, static, False, far, False)
         if static.has_bias:
-            state = _add_query_gradient(
-                far_stop, live, state, inputs, row_stats, row0, static, False, near, False
-            )
+            state = _add_query_gradient(far_stop, live, state, known, static, False, near, False)
     if static.has_far:
-        state = _add_query_gradient(
-            live, far_stop, state, inputs, row_stats, row0, static, False, far, True
-        )
+        state = _add_query_gradient(live, far_stop, state, known, static, False, far, True)
     if static.has_bias:
         start = tl.maximum(far_stop, live)
-        state = _add_query_gradient(
-            start, diagonal, state, inputs, row_stats, row0, static, False, near, True
-        )
-    d_query, past_sum, past_moment = _add_query_gradient(
-        diagonal, stop, state, inputs, row_stats, row0, static, True, near, True
-    )
+        state = _add_query_gradient(start, diagonal, state, known, static, False, near, True)
+    state = _add_query_gradient(diagonal, stop, state, known, static, True, near, True)
+    d_query, past_sum, past_moment = state
     store_queries(d_query_ptr + at_query, row0, d_query * static.scale, static)
     if static.has_slope:
         tl.store(past_ptr + at_tile * 2, tl.sum(past_sum, 0))
@@ -242,28 +210,18 @@ def backward_dq(
     """
     block = plan.blocks.backward_query
     static = plan.static(block)
-    query, live = inputs.query, residuals.live
-    batch, length, heads, _ = query.shape
+    batch, length, heads, _ = inputs.query.shape
     tiles = static.query_tiles
     rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     d_query, delta, threshold, d_offset, past = launch(
         lazy_backward_query,
         (
-            query,
-            inputs.key,
-            inputs.value,
-            *plan.parameters(inputs, table),
-            plan.segment_start(inputs),
-            first,
-            first if live is None else live,
-            residuals.lse,
-            residuals.out,
-            residuals.live_v,
-            residuals.rounding,
-            d_out,
+            *plan.arrays(inputs, table),
+            *(first, first if residuals.live is None else residuals.live, residuals.lse),
+            *(residuals.out, residuals.live_v, residuals.rounding, d_out),
         ),
         (
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),
             rows,
             rows if plan.has_offset else None,
             jax.ShapeDtypeStruct((batch, heads, tiles), jnp.float32),

@@ -36,15 +36,9 @@ from pallas_kernels.triton.tile import (
 
 @triton.jit
 def _scores(
-    query,
-    key,
-    column0,
-    row0,
-    bias,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-):
+    query, key, column0, row0, bias,
+    static: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Returns a tile's scores and what is still to be added to each row."""
     keys = load_keys(key, column0, static, CAUSAL)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * static.score_scale
@@ -60,16 +54,9 @@ def _visible(column0, row0, segment_start, static: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def _sum_exponentials(
-    start,
-    stop,
-    state,
-    inputs,
-    bar,
-    row0,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-):
+    start, stop, state, inputs, bar, row0,
+    static: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """First sweep, over key tiles stop-1, ..., start; without an offset the only one.
 
     state: maximum and sum of each row; its farthest live tile, or without an offset its sum of
@@ -108,23 +95,17 @@ def _sum_exponentials(
 
 @triton.jit
 def _add_values(
-    start,
-    stop,
-    state,
-    inputs,
-    lse,
-    threshold,
-    row0,
-    static: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-):
+    start, stop, state, inputs, row_stats, row0,
+    static: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Second sweep, over key tiles start, ..., stop-1.
 
     state: sum of weighted values, and of the values of live entries. inputs: as above.
+    row_stats: log-sum-exp and threshold.
     """
     out, live_v_sum = state
     query, key, value, segment_start, bias = inputs
+    lse, threshold = row_stats
     for step in tl.range(0, stop - start):
         column0 = (start + step) * static.keys
         scores, rest = _scores(query, key, column0, row0, bias, static, CAUSAL, BIAS)
@@ -145,22 +126,11 @@ def _add_values(
 
 @triton.jit
 def lazy_forward(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    slope_ptr,
-    offset_ptr,
-    offset_scale_ptr,
-    segment_start_ptr,
-    first_ptr,
-    out_ptr,
-    live_v_mean_ptr,
-    rounding_ptr,
-    lse_ptr,
-    live_ptr,
+    query_ptr, key_ptr, value_ptr,
+    table_ptr, slope_ptr, offset_ptr, offset_scale_ptr, segment_start_ptr, first_ptr,
+    out_ptr, live_v_mean_ptr, rounding_ptr, lse_ptr, live_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of queries of one head; grid (batch * heads, query tiles), longest first."""
     near: tl.constexpr = static.near_bias
     far: tl.constexpr = static.far_bias
@@ -219,20 +189,15 @@ def lazy_forward(
         live = first
         if static.skip_dead:
             live = tl.min(found, 0)
-        sums = (zeros, zeros)
+        sums, stats = (zeros, zeros), (lse, threshold)
         if static.has_far:
-            sums = _add_values(
-                live, far_stop, sums, inputs, lse, threshold, row0, static, False, far
-            )
+            sums = _add_values(live, far_stop, sums, inputs, stats, row0, static, False, far)
         if static.has_bias:
             start = tl.maximum(far_stop, live)
-            sums = _add_values(
-                start, diagonal, sums, inputs, lse, threshold, row0, static, False, near
-            )
+            sums = _add_values(start, diagonal, sums, inputs, stats, row0, static, False, near)
         start = tl.maximum(diagonal, live)
-        out, live_v_sum = _add_values(
-            start, stop, sums, inputs, lse, threshold, row0, static, True, near
-        )
+        sums = _add_values(start, stop, sums, inputs, stats, row0, static, True, near)
+        out, live_v_sum = sums
         if static.training:
             # Not the sum, which float16 may be too small for.
             visible = (rows - segment_start + 1).to(tl.float32)
@@ -282,14 +247,7 @@ def forward(
     with_offset = training and plan.has_offset
     out, live_v, rounding, lse, live = launch(
         lazy_forward,
-        (
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            *plan.parameters(inputs, table),
-            plan.segment_start(inputs),
-            first,
-        ),
+        (*plan.arrays(inputs, table), first),
         (
             same,
             same if with_offset else None,

@@ -154,16 +154,15 @@ class Plan(Problem):
         values = _LOG2_E * jnp.pad(values, ((0, 0), (self.lead, 0)))
         return Table(values, None if distance_slope is None else _LOG2_E * distance_slope)
 
-    # What kernels read after queries, keys and values, in their order.
-
     def bias(self, table: Table | None) -> tuple[Array | None, Array | None]:
         """Returns the table and the slopes."""
         return (None, None) if table is None else table
 
-    def parameters(self, inputs: Inputs, table: Table | None) -> tuple[Array | None, ...]:
-        """Returns the table, the slopes, tau and its factors."""
+    def arrays(self, inputs: Inputs, table: Table | None) -> tuple[Array | None, ...]:
+        """Returns what kernels for queries read first, in their order."""
         scale = inputs.offset_scale if self.has_offset else None
-        return *self.bias(table), inputs.offset, scale
+        of_heads = (*self.bias(table), inputs.offset, scale)
+        return inputs.query, inputs.key, inputs.value, *of_heads, self.segment_start(inputs)
 
     def segment_start(self, inputs: Inputs) -> Array | None:
         """Returns the first key that each query sees, unless that is the first of all."""

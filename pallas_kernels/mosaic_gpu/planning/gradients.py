@@ -69,14 +69,10 @@ def _total(numbers_ptr, head, batch0, kind, kinds: tl.constexpr, static: tl.cons
 
 @triton.jit
 def lazy_gradients(
-    of_offset_ptr,
-    sums_ptr,
-    tail_sums_ptr,
-    d_bias_ptr,
-    d_slope_ptr,
-    d_offset_ptr,
+    of_offset_ptr, sums_ptr, tail_sums_ptr,
+    d_bias_ptr, d_slope_ptr, d_offset_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of one head's parameters; grid (heads, groups of the batch, parts of them).
 
     The first part is the offset's, the others are of the table, the last one also the slope's.

@@ -15,17 +15,10 @@ def _last(first, queries, keys):
 
 @triton.jit
 def lazy_key_ranges(
-    first_ptr,
-    live_ptr,
-    work_ptr,
-    last_ptr,
-    last_live_ptr,
-    distances_ptr,
-    of_queries_ptr,
-    of_keys_ptr,
-    of_bias_ptr,
+    first_ptr, live_ptr, work_ptr,
+    last_ptr, last_live_ptr, distances_ptr, of_queries_ptr, of_keys_ptr, of_bias_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """See `by_xla.key_ranges`; grid (programs or parts, heads, batch)."""
     number = tl.program_id(0)
     if (number == 0) & (tl.program_id(1) % static.group == 0):

@@ -99,16 +99,10 @@ def lazy_norms(
 
 @triton.jit
 def lazy_visits(
-    norms_ptr,
-    visible_ptr,
-    bias_ptr,
-    maxima_ptr,
-    offset_ptr,
-    first_ptr,
-    no_overflow_ptr,
-    work_ptr,
+    norms_ptr, visible_ptr, bias_ptr, maxima_ptr, offset_ptr,
+    first_ptr, no_overflow_ptr, work_ptr,
     static: tl.constexpr,
-):
+):  # fmt: skip
     """First block of keys that some blocks of queries visit; grid (programs, heads, batch).
 
     The rule is that of pallas_kernels/visit.py.

@@ -284,10 +284,12 @@ def test_weights_to_start_from(buckets, story, tmp_path):
         assert "starting from the weights of " in out
 
 
-def _start_two(buckets, workdir):
+def _start_two(buckets, workdir, **settings):
     """Returns the two processes of one run."""
     flags = (f"--coordinator=127.0.0.1:{_free_port()}", "--process_count=2")
-    return [buckets.train(workdir, *flags, f"--process_id={number}") for number in range(2)]
+    return [
+        buckets.train(workdir, *flags, f"--process_id={number}", **settings) for number in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +312,47 @@ def test_two_processes_one_killed_in_a_save_resume_bit_exactly(buckets, whole_of
     assert "resuming after step 8\n" in out and "step" not in silent
     lines = buckets.read(f"{run}/metrics.jsonl")
     assert _records(lines) == _records((whole_of_two / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_two_processes_can_not_write_a_checkpoint(buckets, whole_of_two, kind):
+    run = f"{kind}://bucket/runs/full"
+    program = ("-m", "tests.training.faulty_program")
+    processes = _start_two(buckets, run, program=program, FAULT="full,12,1")
+    (status, _, err), (other, _, silent) = map(finish, processes)
+    assert (status, other) == (0, 0), err
+    why = (
+        "could not be written (process 1: No space left on device); the last good one is of step 8"
+    )
+    assert err.count(why) == 1 and why not in silent
+    steps = {name.split("/")[4] for name in buckets.objects(run) if "/checkpoints/" in name}
+    assert {"20", "24"} <= steps and "12" not in steps
+    lines = buckets.read(f"{run}/metrics.jsonl")
+    assert _records(lines) == _records((whole_of_two / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigterm_to_one_of_two_processes_saves_and_one_goes_on(buckets, whole_of_two, kind):
+    run = f"{kind}://bucket/runs/preempted"
+    processes = _start_two(buckets, run)
+    assert any(line.startswith("first step") for line in iter(processes[0].stdout.readline, ""))
+    processes[1].send_signal(signal.SIGTERM)
+    (status, out, err), (other, _, _) = map(finish, processes)
+    assert (status, other) == (143, 143), err
+    assert "SIGTERM: stopped after step " in out
+    assert f"{run}/{LOCK}".partition("://")[2] not in buckets.objects(run)
+    last = out.partition("stopped after step ")[2].partition(",")[0]
+    status, out, err = finish(buckets.train(run))
+    assert status == 0 and f"resuming after step {last}\n" in out, err
+    found, wanted = (
+        {record["step"]: record["loss"] for record in _records(text)}
+        for text in (
+            buckets.read(f"{run}/metrics.jsonl"),
+            (whole_of_two / "metrics.jsonl").read_text(),
+        )
+    )
+    assert found.keys() == wanted.keys()
+    assert max(abs(found[step] / wanted[step] - 1) for step in wanted) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

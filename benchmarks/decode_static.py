@@ -27,7 +27,7 @@ from absl import app, flags
 from benchmarks import triton_static
 from benchmarks.tpu_compiler import TOPOLOGIES, Compiler, Part, Schedule
 from benchmarks.tpu_estimate import BYTES_A_BUNDLE
-from lazyattn import decode_attention
+from lazyattn import InputError, decode_attention
 from lazyattn.decode_attention import PAGE
 from pallas_kernels.decode.tpu import CHUNK_PAGES
 
@@ -149,7 +149,10 @@ def tpu_line(compiler: Compiler, generation: str, name: str) -> str:
 
 def of_tpus(generations: list[str], only: list[str]) -> bool:
     """Prints the TPU's table; returns whether all compiles."""
-    compiler, good = Compiler(), True
+    try:
+        compiler, good = Compiler(), True
+    except InputError as error:
+        sys.exit(str(error))
     print("| TPU | call | keys | values | marks | besides | memory | its share | spills", end="")
     print(" | keys and values | HBM temporaries |")
     print("|" + "---|" * 11)

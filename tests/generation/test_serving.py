@@ -255,3 +255,24 @@ def test_a_model_is_prepared_once():
     assert half.output.dtype == jnp.bfloat16
     assert block["attention"]["distance_bias"].dtype == jnp.float32
     assert half.params["embedding"].dtype == jnp.float32
+
+
+def test_steps_within_a_program_are_those_of_generate():
+    config = SPANS["spans"]
+    model, new = prepare(_params(config), config), 8
+    plan, prompts, lengths = _spans(config), TOKENS[:, :9], np.array([9, 4, 1])
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def several(model, cache, tokens):
+        def one(state, _):
+            logits, cache = decode_step(model, state[0], state[1])
+            return (cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)), state[1]
+
+        return jax.lax.scan(one, (cache, tokens), length=new)
+
+    logits, cache = prefill(model, init_cache(plan, 3), prompts, lengths)
+    _, drawn = several(model, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    greedy = SamplingConfig(max_new_tokens=new, temperature=0.0)
+    how = {"sampling": greedy, "key": jax.random.key(0), "plan": plan}
+    true = generate(model, config, prompts, lengths, **how)
+    np.testing.assert_array_equal(drawn.T, true.tokens)

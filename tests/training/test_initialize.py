@@ -13,7 +13,6 @@ import pytest
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.errors import InputError
-from lazyattn.experiment import from_config_dict
 from lazyattn.export.flags import ExportOptions
 from lazyattn.export.main import export
 from lazyattn.model.config import AttentionConfig
@@ -96,19 +95,9 @@ def test_a_slope_that_rises_can_not_become_a_decay():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def source(text, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    experiment = _experiment(text, training__steps=2, training__checkpoint_every=1)
+    experiment = tiny.experiment(text, training__steps=2, training__checkpoint_every=1)
     assert tiny.train(experiment, folder, cache) == 0
     return folder
 
@@ -136,12 +125,6 @@ def first_state(monkeypatch, cache, tmp_path):
     return start
 
 
-def _experiment(text, **changes):
-    config = tiny.get_config(text)
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return from_config_dict(config)
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -159,7 +142,7 @@ def test_a_run_starts_from_a_checkpoint_or_an_export(
         pytest.importorskip("safetensors")
         options = ExportOptions(formats=(given,), output=str(tmp_path / given))
         folder = where = export(source, options=options)
-    state = first_state(_experiment(text, training__init_from=str(folder)))
+    state = first_state(tiny.experiment(text, training__init_from=str(folder)))
     expected = load_trained(source, step=step).params
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     assert int(state.step) == 0 and not np.any(state.opt_state[1].mu["embedding"])
@@ -198,7 +181,7 @@ def test_a_run_starts_as_the_model_of_a_hub(text, first_state, tmp_path, capsys,
     changes = {f"model__attention__{name}": value for name, value in attention.items()}
     lazy = attention.get("variant") != "softmax"
     ramp = {"teaching__offset_steps": 1000} if lazy else {}
-    experiment = _experiment(
+    experiment = tiny.experiment(
         text, training__init_from=str(tmp_path / "hub"), **AS_HUB, **changes, **ramp
     )
     params = first_state(experiment).params
@@ -221,7 +204,7 @@ def test_another_model_than_the_hub_s_is_refused_before_it_is_read(text, tmp_pat
         ({"model__attention__qkv_bias": True}, "blocks/attention/key_bias is missing there"),
         ({"model__scale_embedding": True}, "scale_embedding is True, but it must be False, as"),
     ):
-        experiment = _experiment(
+        experiment = tiny.experiment(
             text, training__init_from=str(tmp_path / "hub"), **(AS_HUB | change)
         )
         with pytest.raises(InputError, match=message):
@@ -231,7 +214,7 @@ def test_another_model_than_the_hub_s_is_refused_before_it_is_read(text, tmp_pat
 def test_a_longer_context_is_the_same_function(source, text, first_state, capsys):
     from lazyattn.model.transformer import Transformer
 
-    wide = _experiment(
+    wide = tiny.experiment(
         text,
         training__init_from=str(source),
         data__sequence_length=32,
@@ -273,7 +256,7 @@ def test_weights_of_another_model_are_refused(
     source, text, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr(main, "prepare", lambda *_: pytest.fail("too late"))
-    experiment = _experiment(text, **({"training__init_from": str(source)} | changes))
+    experiment = tiny.experiment(text, **({"training__init_from": str(source)} | changes))
     with pytest.raises(InputError, match=message):
         tiny.train(experiment, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -283,18 +266,18 @@ def test_weights_of_another_tokenizer_are_refused(source, text, cache, tmp_path)
     folder = shutil.copytree(source, tmp_path / "run")
     Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
     with pytest.raises(InputError, match="--init_from has another tokenizer than this run's data"):
-        tiny.train(_experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
+        tiny.train(tiny.experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
 
 
 @pytest.mark.slow
 def test_a_resumed_run_does_not_start_again(source, text, cache, tmp_path, capsys):
     from_ = shutil.copytree(source, tmp_path / "from")
     new, changes = tmp_path / "new", {"training__checkpoint_every": 1}
-    first = _experiment(text, training__steps=1, training__init_from=str(from_), **changes)
+    first = tiny.experiment(text, training__steps=1, training__init_from=str(from_), **changes)
     assert tiny.train(first, new, cache) == 0
     shutil.rmtree(from_)
     assert "starting from the weights" in capsys.readouterr().out
-    assert tiny.train(_experiment(text, training__steps=2, **changes), new, cache) == 0
+    assert tiny.train(tiny.experiment(text, training__steps=2, **changes), new, cache) == 0
     out = capsys.readouterr().out
     assert "resuming after step 1" in out and "starting from" not in out and "init_from" not in out
     assert json.loads((new / "config.json").read_text())["training"]["init_from"] == str(from_)

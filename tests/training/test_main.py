@@ -28,20 +28,10 @@ from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def trained(text, cache, tmp_path_factory):
     """A folder of a run of 2 steps."""
     folder = tmp_path_factory.mktemp("trained")
-    assert tiny.train(_experiment(text, training__steps=2), folder, cache) == 0
+    assert tiny.train(tiny.experiment(text, training__steps=2), folder, cache) == 0
     return folder
 
 
@@ -56,15 +46,9 @@ def nothing_long(monkeypatch):
     monkeypatch.setattr(run.remat, "make_step", too_late)
 
 
-def _experiment(text, **changes):
-    config = tiny.get_config(text)
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return from_config_dict(config)
-
-
 @pytest.mark.usefixtures("nothing_long")
 def test_a_mesh_that_does_not_fit(text, tmp_path):
-    experiment = dataclasses.replace(_experiment(text), mesh=MeshConfig(data=1, tensor=3))
+    experiment = dataclasses.replace(tiny.experiment(text), mesh=MeshConfig(data=1, tensor=3))
     with pytest.raises(InputError, match=r"mesh is .* number of devices"):
         tiny.train(experiment, tmp_path)
 
@@ -77,26 +61,26 @@ def test_devices_without_products_in_float8(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.fp8, "check_devices", refuse)
     with pytest.raises(InputError, match="no fp8 here"):
-        tiny.train(_experiment(text, training__quantization="fp8"), tmp_path)
+        tiny.train(tiny.experiment(text, training__quantization="fp8"), tmp_path)
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_an_unwritable_workdir(text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--workdir is '.*/file/run', .* can be written to \(Not"):
-        tiny.train(_experiment(text), tmp_path / "file" / "run")
+        tiny.train(tiny.experiment(text), tmp_path / "file" / "run")
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_resuming_with_a_different_model(text, trained):
     with pytest.raises(InputError, match=r"config.model.width is 32, but the checkpoints .* 16"):
-        tiny.train(_experiment(text, model__width=32), trained)
+        tiny.train(tiny.experiment(text, model__width=32), trained)
 
 
 @pytest.mark.usefixtures("nothing_long")
 def test_resuming_with_other_data(text, trained):
     with pytest.raises(InputError, match=r"config.data.batch_size is 8, but the checkpoints"):
-        tiny.train(_experiment(text, data__batch_size=8), trained)
+        tiny.train(tiny.experiment(text, data__batch_size=8), trained)
 
 
 @pytest.mark.usefixtures("nothing_long")
@@ -105,22 +89,22 @@ def test_no_checkpoint_of_this_run_can_be_read(text, trained, tmp_path):
     for path in (folder / "checkpoints").glob("*/experiment/metadata"):
         path.write_text("{")
     with pytest.raises(InputError, match=r"none of the checkpoints in .* can be read"):
-        tiny.train(_experiment(text), folder)
+        tiny.train(tiny.experiment(text), folder)
 
 
 def test_missing_data(tmp_path, cache):
     with pytest.raises(InputError, match=r"data\.source"):
-        tiny.train(_experiment(tmp_path / "nowhere"), tmp_path / "run", cache)
+        tiny.train(tiny.experiment(tmp_path / "nowhere"), tmp_path / "run", cache)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"data\.source"):
-        tiny.train(_experiment(tmp_path / "empty"), tmp_path / "run", cache)
+        tiny.train(tiny.experiment(tmp_path / "empty"), tmp_path / "run", cache)
 
 
 def test_a_tokenizer_bigger_than_the_vocabulary(text, tmp_path, cache):
     big = Tokenizer.train([tiny.TEXT * 5, "some other words, too"], 320)
     big.save(tmp_path / "big.json")
     assert big.vocab_size > 280
-    experiment = _experiment(text, data__tokenizer=str(tmp_path / "big.json"))
+    experiment = tiny.experiment(text, data__tokenizer=str(tmp_path / "big.json"))
     message = rf"model.vocab_size is 280, but it must be at least {big.vocab_size}"
     with pytest.raises(InputError, match=message):
         tiny.train(experiment, tmp_path / "run", cache)
@@ -130,7 +114,7 @@ def test_another_tokenizer_than_the_one_in_the_workdir(text, trained, cache, tmp
     folder = shutil.copytree(trained, tmp_path / "run")
     Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
     with pytest.raises(InputError, match=r"tokenizer.json is not the tokenizer of this data"):
-        tiny.train(_experiment(text, training__steps=3), folder, cache)
+        tiny.train(tiny.experiment(text, training__steps=3), folder, cache)
     with pytest.raises(InputError, match="another tokenizer than the run was trained with"):
         evaluate(folder, cache_dir=cache)
 
@@ -147,7 +131,7 @@ def test_no_checkpoint_to_evaluate_or_sample_from(tmp_path, make):
 def test_a_model_of_fixed_context_is_sampled_with_a_cache_of_that_length(
     text, cache, tmp_path, capsys
 ):
-    experiment = _experiment(
+    experiment = tiny.experiment(
         text, training__steps=1, model__attention__variant="lazy_length_offset"
     )
     length = experiment.data.sequence_length
@@ -172,7 +156,7 @@ def test_several_samples_are_told_apart(trained, capsys):
 
 def test_evaluating_another_model(text, trained, cache):
     with pytest.raises(InputError, match=r"config.model.num_layers is 3, but the checkpoints"):
-        evaluate(trained, _experiment(text, model__num_layers=3), cache)
+        evaluate(trained, tiny.experiment(text, model__num_layers=3), cache)
 
 
 def test_what_a_workdir_holds(trained, text):
@@ -181,13 +165,13 @@ def test_what_a_workdir_holds(trained, text):
         *("checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json", ".lock")
     }
     saved = json.loads((trained / "config.json").read_text())
-    assert from_config_dict(saved) == _experiment(text, training__steps=2)
+    assert from_config_dict(saved) == tiny.experiment(text, training__steps=2)
 
 
 def test_a_trained_model_comes_back(trained, text):
     found = load_trained(trained)
     assert found.step == 2
-    assert found.experiment == _experiment(text, training__steps=2)
+    assert found.experiment == tiny.experiment(text, training__steps=2)
     assert found.checkpoint == trained / "checkpoints" / "2"
     assert found.tokenizer.decode(found.tokenizer.encode("may look")) == "may look"
     settings = found.experiment
@@ -201,7 +185,7 @@ def test_a_trained_model_comes_back(trained, text):
 
 @pytest.mark.slow
 def test_a_step_is_chosen_in_every_mode(text, cache, tmp_path, capsys):
-    experiment = _experiment(text, training__steps=3, training__checkpoint_every=1)
+    experiment = tiny.experiment(text, training__steps=3, training__checkpoint_every=1)
     assert tiny.train(experiment, tmp_path, cache) == 0
     best = tmp_path / "checkpoints" / "3"
     assert f"best checkpoint            {best} (validation loss" in capsys.readouterr().out
@@ -230,7 +214,7 @@ def _contents(folder):
 
 def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, capsys):
     before = _contents(trained)
-    changed = _experiment(text, training__steps=2, optimizer__learning_rate=1.0)
+    changed = tiny.experiment(text, training__steps=2, optimizer__learning_rate=1.0)
     assert tiny.train(changed, trained, cache) == 0
     assert _contents(trained) == before
     out = capsys.readouterr().out
@@ -241,7 +225,7 @@ def test_a_finished_run_trains_no_more_and_sums_up_again(trained, text, cache, c
 @pytest.mark.usefixtures("nothing_long")
 def test_fewer_steps_than_were_done_change_nothing(trained, text, cache, capsys):
     before = _contents(trained)
-    assert tiny.train(_experiment(text, training__steps=1), trained, cache) == 0
+    assert tiny.train(tiny.experiment(text, training__steps=1), trained, cache) == 0
     assert _contents(trained) == before
     said = "already at step 2, past training.steps = 1: nothing was done\n"
     assert capsys.readouterr().out == said
@@ -262,7 +246,7 @@ def test_a_run_refused_for_its_data_leaves_nothing(text, cache, tmp_path, folder
         {"data__tokenizer": str(tmp_path / "big.json")},
     ):
         with pytest.raises(InputError):
-            tiny.train(_experiment(text, **changes), tmp_path / folder, cache)
+            tiny.train(tiny.experiment(text, **changes), tmp_path / folder, cache)
         assert sorted(path for path in tmp_path.rglob("*")) == before, changes
 
 
@@ -274,14 +258,14 @@ def test_data_that_can_not_be_read_at_the_first_step_leaves_nothing(
 
     monkeypatch.setattr(run, "fit", unreadable)  # its files are open by then
     with pytest.raises(InputError, match="it can't be read"):
-        tiny.train(_experiment(text), tmp_path / "run", cache)
+        tiny.train(tiny.experiment(text), tmp_path / "run", cache)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_texts_are_named(trained, text, cache, tmp_path):
     other = shutil.copytree(text, tmp_path / "text")
     folder = shutil.copytree(trained, tmp_path / "run")
-    experiment = _experiment(other, training__steps=3)
+    experiment = tiny.experiment(other, training__steps=3)
     saved = next((folder / "checkpoints" / "2" / "experiment").glob("metadata"))
     saved.write_text(saved.read_text().replace(str(text), str(other)))
     (other / "000.txt").write_text("attention may look at nothing. " * 9)
@@ -295,7 +279,7 @@ def test_other_texts_are_named(trained, text, cache, tmp_path):
 @pytest.mark.slow
 def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
     """Training may validate on a part of the split; `--mode=eval` never does."""
-    partly = _experiment(text, training__steps=1, training__eval_batches=2)
+    partly = tiny.experiment(text, training__steps=1, training__eval_batches=2)
     assert tiny.train(partly, tmp_path, cache) == 0
     batch = partly.data.batch_size * partly.data.sequence_length
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -313,7 +297,7 @@ def test_validation_figures_say_what_they_cover(text, cache, tmp_path, capsys):
     assert int(whole.replace(",", "")) == split > 2 * tokens
     # As many batches as there are, or more, are the whole split.
     wide = tmp_path / "wide"
-    experiment = _experiment(text, training__steps=1, training__eval_batches=99)
+    experiment = tiny.experiment(text, training__steps=1, training__eval_batches=99)
     assert tiny.train(experiment, wide, cache) == 0
     assert f"over {split:,} tokens, the whole validation split" in capsys.readouterr().out
 
@@ -323,7 +307,7 @@ def test_every_parameter_of_the_model_is_in_a_decay_group(text):
     from lazyattn.training.optimizer import decay_mask
 
     for variant in ("lazy", "softmax"):
-        experiment = _experiment(text, model__attention__variant=variant)
+        experiment = tiny.experiment(text, model__attention__variant=variant)
         model = dataclasses.replace(
             experiment.model,
             tie_embeddings=False,

@@ -84,11 +84,6 @@ def test_clones_of_custom_calls_are_found_and_others_are_not():
     assert not remat._CLONE.search(CLONE.replace("custom-call(%a)", "fusion(%custom-call.remat)"))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def _experiment(text, policy, **training):
     config = tiny.get_config(text)
     config.model.num_layers = 2

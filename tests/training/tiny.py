@@ -5,7 +5,7 @@ import random
 
 import ml_collections
 
-from lazyattn.experiment import defaults
+from lazyattn.experiment import ExperimentConfig, defaults, from_config_dict
 
 TEXT = "attention may look at nothing when no word is worth the weight of a glance"
 
@@ -42,6 +42,13 @@ def get_config(source="") -> ml_collections.ConfigDict:
     config.training.log_every = 10
     config.training.checkpoint_every = 4
     return config
+
+
+def experiment(source="", **changes) -> ExperimentConfig:
+    """Returns the settings of `get_config`, some changed: training__steps=2."""
+    config = get_config(source)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(config)
 
 
 def train(*arguments, summary=True, **settings):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import constraints
 
 from lazyattn import lazy_attention
-from pallas_kernels import gpu
-from pallas_kernels.mosaic_gpu import compile_ahead, equal_variables
+from pallas_kernels import compile_ahead, gpu
+from pallas_kernels.mosaic_gpu import compile_ahead as of_mosaic
+from pallas_kernels.mosaic_gpu import equal_variables
 
 _HASH = re.compile(r'kernel_hash = "[^"]*"')
 
@@ -48,7 +49,7 @@ def test_a_kernel_is_the_same_whatever_was_lowered_before():
 def test_kernels_are_compiled_ahead_once_each(monkeypatch):
     begun = []
     monkeypatch.setattr(compile_ahead, "_begun", set())
-    monkeypatch.setattr(compile_ahead, "_device", lambda ctx: jax.devices()[0])
+    monkeypatch.setattr(of_mosaic, "_device", lambda ctx: jax.devices()[0])
     monkeypatch.setattr(compile_ahead, "_compile", lambda *program: begun.append(program))
     shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     jax.clear_caches()

@@ -7,6 +7,7 @@ versions, and what the environment says to JAX and XLA. Only steps of one proces
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import pickle
@@ -14,8 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import get_ident
+from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
+from jax._src import compiler
 from jax.experimental import serialize_executable
 
 import lazyattn
@@ -31,6 +36,8 @@ from lazyattn.training.step import TrainStep
 # Steps in the folder; the one used longest ago goes first.
 _NUMBER = 8
 _VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "MOSAIC_", "NVIDIA_", "TF_", "TRITON_", "XLA_")
+# Set by JAX when Mosaic is imported: a program started by one that has it would find nothing.
+_SET_BY_JAX = ("MOSAIC_GPU_CUDA_ROOT", "MOSAIC_GPU_RUNTIME_", "MOSAIC_GPU_NVSHMEM_")
 
 # Threads by which JAX has read a program from its own cache.
 _hits: list[int] = []
@@ -66,7 +73,8 @@ def read_or_make(
     if path.exists():
         try:
             return _read(path, mesh, abstract, batch)
-        except Exception:  # Cut short, or of a machine that is like this one by name alone.
+        except Exception as error:  # Cut short, or of a machine like this one by name alone.
+            logging.warning("a kept step could not be read: %s", error)
             path.unlink(missing_ok=True)
     _hits.clear()
     step, said = make()
@@ -88,7 +96,11 @@ def _key(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> st
         "mesh": [dict(mesh.shape), [(device.id, device.device_kind) for device in devices]],
         "platform": [devices[0].client.platform_version, sys.version],
         "versions": sorted((d.name, d.version) for d in importlib.metadata.distributions()),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_VARIABLES) and not name.startswith(_SET_BY_JAX)
+        },
         "jax": {k: v for k, v in jax.config.values.items() if "cache" not in k},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
@@ -101,13 +113,35 @@ def _key(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> st
 def _read(path: Path, mesh: jax.sharding.Mesh, abstract: TrainState, batch: Batch) -> Made:
     program, names, said = pickle.loads(path.read_bytes())
     os.utime(path)
-    into = jax.tree.structure(((abstract, batch), {}))
+    into: Any = jax.tree.structure(((abstract, batch), {}))
     out = jax.tree.structure((abstract, dict.fromkeys(names, 0)))
     devices = list(mesh.devices.flat)
-    compiled = serialize_executable.deserialize_and_load(
-        program, into, out, devices[0].client, devices
-    )
+    client = devices[0].client
+    try:
+        compiled = serialize_executable.deserialize_and_load(program, into, out, client, devices)
+    except Exception as error:
+        logging.warning("a kept step is read with options, since it wasn't without: %s", error)
+        load, facts, no_kwargs = _WithOptions(io.BytesIO(program), client, devices).load()
+        compiled = jax.stages.Compiled(
+            load.load(), [], into.unflatten(facts), out, no_kwargs=no_kwargs
+        )
     return TrainStep(compiled, mesh), said
+
+
+class _WithOptions(serialize_executable._JaxPjrtUnpickler):
+    """Reads a program with options of compilation, as JAX's cache does; JAX reads without."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] != "exec":
+            return super().persistent_load(pid)
+        ids = np.array([[device.id for device in self.execution_devices]])
+        options = compiler.get_compile_options(
+            num_replicas=1,
+            num_partitions=ids.size,
+            device_assignment=ids,
+            backend=self.backend,
+        )
+        return self.backend.deserialize_executable(pid[1], self.execution_devices, options)
 
 
 def _write(path: Path, compiled: jax.stages.Compiled, said: list[str]) -> None:
@@ -119,5 +153,5 @@ def _write(path: Path, compiled: jax.stages.Compiled, said: list[str]) -> None:
         kept = sorted(path.parent.glob("[!.]*"), key=lambda each: each.stat().st_mtime)
         for old in kept[:-_NUMBER]:
             old.unlink(missing_ok=True)
-    except Exception:  # The run has its step; a platform that can't hand it out, or a full disk.
-        return
+    except Exception as error:  # A platform that can't hand it out, or a full disk.
+        logging.warning("the compiled step is not kept: %s", error)

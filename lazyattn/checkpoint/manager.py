@@ -37,6 +37,7 @@ from lazyattn.checkpoint.state import TrainState
 from lazyattn.distributed import wait_for_all
 from lazyattn.errors import InputError
 from lazyattn.paths import folder
+from lazyattn.patience import waiting
 
 FOLDER = "checkpoints"
 BEST = "best"
@@ -240,11 +241,13 @@ class Checkpoints:
             return None
         self._remove_leftovers()
         error: Exception | None = None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as caught:
-            error = caught
-        why = self._agreement.end(error)
+        what = f"the checkpoint of step {step} to be written" if jax.process_index() == 0 else ""
+        with waiting(lambda: what):
+            try:
+                self._manager.wait_until_finished()
+            except Exception as caught:
+                error = caught
+            why = self._agreement.end(error)
         if error is not None:
             error.__traceback__ = None
             gc.collect()  # what it leaves half done would complain when the program ends

@@ -1,12 +1,14 @@
 import dataclasses
 import os
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lazyattn import patience
 from lazyattn.checkpoint.manager import Checkpoints
 from lazyattn.checkpoint.state import TrainState
 from lazyattn.errors import InputError
@@ -70,6 +72,21 @@ def test_round_trip(two_steps):
         assert checkpoints.steps() == [2, 1]
         _assert_is(checkpoints.restore(_abstract(_state(0))), 2)
         assert checkpoints.newest_experiment() == (2, {"training": {"steps": 9}})
+
+
+def test_a_save_that_is_waited_for_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(patience, "NOTICE", 0.1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _state(1), {}, {})
+        finish = checkpoints._manager.wait_until_finished
+        slow = [lambda: time.sleep(0.4), finish]
+        monkeypatch.setattr(
+            checkpoints._manager, "wait_until_finished", lambda: [each() for each in slow]
+        )
+        assert checkpoints.wait() is None
+    assert (
+        "Waiting for the checkpoint of step 1 to be written: 0 s so far." in capfd.readouterr().err
+    )
 
 
 def test_part_of_a_state(two_steps):

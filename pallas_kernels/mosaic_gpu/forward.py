@@ -41,6 +41,9 @@ from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, re
 from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
+# Weights of `find_mean_k` are computed 2^10 times as large, for float16 has no small numbers.
+_SHIFT = 10
+
 # Of a warpgroup's queries with one block of keys.
 _SCORES = plgpu.ACC((ROWS, BLOCK), jnp.float32)
 
@@ -313,7 +316,7 @@ class WorkTile(launch.WorkTile):
             return pl.run_scoped(self.sum_exponentials, self.kernel.sums, weight_sums.ACC)
         lse, farthest = self.sum_exponentials()
         if self.kernel.want_keys:
-            mean_k.find(self, lse)
+            self.find_mean_k(lse)
         return lse, farthest
 
     def sum_exponentials(self, *key_accs: Ref) -> tuple[Array, Array]:
@@ -356,7 +359,7 @@ class WorkTile(launch.WorkTile):
 
         zero = self.per_row(0.0)
         diagonal = self.per_row(lax.div(self.query0, jnp.int32(BLOCK)), jnp.int32)
-        start = (zero, diagonal, zero, zero, mean_k.no_past(self))
+        start = (zero, diagonal, zero, zero, self.no_past())
         carry = self.steps(self.end, step, start, (self.keys, 0))
         total, farthest, lane_sums, bound, past = carry
         others = layout.of_neighbours(lane_sums, interpret=self.interpret)
@@ -389,8 +392,39 @@ class WorkTile(launch.WorkTile):
         maximum, total, farthest = carry
         lse = maximum + jnp.log2(total)
         if self.kernel.want_keys:
-            mean_k.find(self, lse)
+            self.find_mean_k(lse)
         return lse, self.clip_blocks(farthest)
+
+    def find_mean_k(self, lse: Array) -> None:
+        """Finds and stores the mean of the keys in a sweep of its own.
+
+        For sums with a running maximum, and for float16, which takes no large exponentials.
+        """
+        lse = reachable(lse)
+        again = (self.keys, self.total_steps)
+        pipeline.skip(self.end, self.total_steps, (self.keys, 0))
+        pipeline.skip(0, self.begin, again)
+
+        def run(*accs):
+            def step(kind, n, slots, wait, past):
+                (slot,) = slots
+                x, rest, key0 = self.scores(kind, n, slot, wait, keep=True)
+                x = self.hide_segments(x, key0, kind)
+                p = jnp.exp2(x - self.spread(lse - (rest + _SHIFT)))
+                mean_k.add(self, accs, p, slot)
+                past = mean_k.add_past(self, past, p, key0, kind)
+                plgpu.wgmma_wait(0)
+                self.keys.consumer_release_slot(slot)
+                return past
+
+            past = self.steps(self.end, step, self.no_past(), again, by_distance=False)
+            mean_k.store(self, accs, past)
+
+        pl.run_scoped(run, self.kernel.sums, weight_sums.ACC)
+
+    def no_past(self) -> tuple[Array, ...]:
+        """Returns sums over tiles past the table before the first, or () if none are wanted."""
+        return (self.per_row(0.0),) * 2 if self.kernel.want_tail else ()
 
     def add_values(self, lse, end, both, no_overflow: bool, acc: Ref) -> Array:
         """Second sweep: the output.
@@ -594,7 +628,7 @@ class WorkTile(launch.WorkTile):
         return self.last - functools.reduce(lax.min, words) + 1
 
     def sum_sweeps(self) -> Index:
-        """Returns how often all tiles are visited before the live ones: see `mean_k.find`."""
+        """Returns how often all tiles are visited before the live ones: see `find_mean_k`."""
         if not self.kernel.want_keys:
             return 1
         if not self.kernel.keys_at_once:

@@ -180,6 +180,7 @@ class WorkTile:
       pipelines: by name.
       query0: first query of this warpgroup, where rows are queries; like the rest set by
         `compute_warpgroup`.
+      exists: whether this warpgroup has rows, rather than ones past the end.
       table: the head's bias table in SMEM.
       bias_tail: value and slope of what follows it, see `Plan.table`.
       segment_start: first key that each query sees, where some don't see their row's first.
@@ -187,6 +188,7 @@ class WorkTile:
 
     kernel: Kernel
     query0: Scalar
+    exists: Array
     table: Ref
     bias_tail: tuple[Scalar, Scalar]
     segment_start: Int[Array, "64"]

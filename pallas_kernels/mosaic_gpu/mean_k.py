@@ -6,28 +6,20 @@ With it, dQ's kernel needs neither delta before its end nor any dead tile. Besid
 what the gradient of the bias's tail takes of dead tiles: sums over those past the table.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu import bias_table, layout, memory, pipeline, weight_sums
+from pallas_kernels.mosaic_gpu import bias_table, launch, layout, memory, pipeline, weight_sums
 from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar
-from pallas_kernels.mosaic_gpu.plan import BLOCK, reachable
-
-if TYPE_CHECKING:  # It imports this.
-    from pallas_kernels.mosaic_gpu import forward
+from pallas_kernels.mosaic_gpu.plan import BLOCK
 
 # The left half of its columns and the right one: each is as large as an array of queries, so
 # that the gradients, which come later, can have their memory.
 NAMES = ("mean_k_left", "mean_k_right")
-# Weights of `find` are computed 2^10 times as large, for float16 has no small numbers.
-_SHIFT = 10
 
 
 def outputs(head_dim: int, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -36,7 +28,7 @@ def outputs(head_dim: int, of_blocks: tuple[int, ...]) -> dict[str, jax.ShapeDty
     return dict.fromkeys(NAMES, jax.ShapeDtypeStruct(half, jnp.float32))
 
 
-def add(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], weights: Array, slot: Scalar) -> None:
+def add(work_tile: launch.WorkTile, accs: tuple[Ref, ...], weights: Array, slot: Scalar) -> None:
     """Issues the products of weights with the keys in a slot, and with ones.
 
     All weights of a row may be times any one factor. `accs` are of sums of keys, and of weights.
@@ -49,13 +41,8 @@ def add(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], weights: Array, sl
     weight_sums.add(accs[1], weights, work_tile.ref, spare)
 
 
-def no_past(work_tile: "forward.WorkTile") -> tuple[Array, ...]:
-    """Returns sums over tiles past the table before the first, or () if none are wanted."""
-    return (work_tile.per_row(0.0),) * 2 if work_tile.kernel.want_tail else ()
-
-
 def add_past(
-    work_tile: "forward.WorkTile",
+    work_tile: launch.WorkTile,
     past: tuple[Array, ...],
     weights: Array,
     key0: Scalar,
@@ -70,7 +57,7 @@ def add_past(
     )
 
 
-def store(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], past: tuple[Array, ...]) -> None:
+def store(work_tile: launch.WorkTile, accs: tuple[Ref, ...], past: tuple[Array, ...]) -> None:
     """Stores the mean of the keys, and what is past the table, of sums not divided yet."""
     ref, b, h = work_tile.ref, work_tile.batch, work_tile.head
     block = lax.div(work_tile.query0, jnp.int32(BLOCK))
@@ -87,32 +74,3 @@ def store(work_tile: "forward.WorkTile", accs: tuple[Ref, ...], past: tuple[Arra
         for n, x in enumerate(past):
             whole = layout.finish_sums(x, interpret=work_tile.interpret)
             ref["past"][b, h, block, n] = whole * factor
-
-
-def find(work_tile: "forward.WorkTile", lse: Array) -> None:
-    """Finds and stores the mean in a sweep of its own.
-
-    For sums with a running maximum, and for float16, which takes no large exponentials.
-    """
-    lse = reachable(lse)
-    again = (work_tile.keys, work_tile.total_steps)
-    pipeline.skip(work_tile.end, work_tile.total_steps, (work_tile.keys, 0))
-    pipeline.skip(0, work_tile.begin, again)
-
-    def run(*accs):
-        def step(kind, n, slots, wait, past):
-            (slot,) = slots
-            x, rest, key0 = work_tile.scores(kind, n, slot, wait, keep=True)
-            x = work_tile.hide_segments(x, key0, kind)
-            p = jnp.exp2(x - work_tile.spread(lse - (rest + _SHIFT)))
-            add(work_tile, accs, p, slot)
-            past = add_past(work_tile, past, p, key0, kind)
-            plgpu.wgmma_wait(0)
-            work_tile.keys.consumer_release_slot(slot)
-            return past
-
-        past = no_past(work_tile)
-        past = work_tile.steps(work_tile.end, step, past, again, by_distance=False)
-        store(work_tile, accs, past)
-
-    pl.run_scoped(run, work_tile.kernel.sums, weight_sums.ACC)

@@ -89,7 +89,7 @@ class Problem(Options):
     out_dtype: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Returns what is known of the call itself, by name: to make a plan of."""
+        """Returns the fields of `Problem` by name, to make a plan of."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Problem)}
 
     @property

@@ -25,7 +25,7 @@ PLAIN_JAX = True
 
 
 def plan(problem: Problem, inputs: Inputs) -> Problem:
-    """Returns what is static: what is known of the call."""
+    """Returns the problem: nothing more is static here."""
     del inputs
     return problem
 

@@ -52,7 +52,8 @@ def loops(
     """Runs one loop over steps start, ..., stop-1 as several that know more of their tiles.
 
     Args:
-      plan, length: of the call, and of its rows.
+      plan: the call, and how it is done.
+      length: of a row.
       diagonal: step of the tile on the diagonal, from which steps lead away.
       start, stop: first step, and after the last one.
       loop: called as loop(kind, start, stop, carry), with a static `TileKind`; returns the next

@@ -96,7 +96,7 @@ def lazy_backward_key(
 ):  # fmt: skip
     """One tile of keys of one key head; grid (batch * key heads, key tiles), longest first."""
     near: tl.constexpr = static.near_bias
-    far: tl.constexpr = static.far_bias
+    past: tl.constexpr = static.past_bias
     row = tl.program_id(0)
     batch = (row // static.key_heads).to(tl.int64)
     key_head = row % static.key_heads
@@ -109,9 +109,9 @@ def lazy_backward_key(
     start = column0 // static.queries
     diagonal_end = tl.minimum(column0 + static.keys - 1, static.length)
     diagonal = tl.cdiv(diagonal_end, static.queries)
-    far_start = diagonal
+    past_start = diagonal
     if static.has_bias:
-        far_start = tl.cdiv(static.width + column0 + static.keys - 1, static.queries)
+        past_start = tl.cdiv(static.width + column0 + static.keys - 1, static.queries)
     zeros = tl.full((static.keys, static.padded_dim), 0, tl.float32)
     state = (zeros, zeros)
     for member in tl.range(0, static.group):
@@ -141,20 +141,20 @@ def lazy_backward_key(
         known = ((keys, values), inputs, row_stats, column0)
         state = _add_key_gradients(start, diagonal, state, known, static, True, near, True)
         if static.has_bias:
-            near_stop = tl.minimum(far_start, live)
+            near_stop = tl.minimum(past_start, live)
             state = _add_key_gradients(diagonal, near_stop, state, known, static, False, near, True)
-        if static.has_far:
-            state = _add_key_gradients(far_start, live, state, known, static, False, far, True)
+        if static.has_past:
+            state = _add_key_gradients(past_start, live, state, known, static, False, past, True)
         if static.has_offset:
             if static.has_bias:
-                near_stop = tl.minimum(far_start, stop)
+                near_stop = tl.minimum(past_start, stop)
                 state = _add_key_gradients(
                     live, near_stop, state, known, static, False, near, False
                 )
-            if static.has_far:
-                dead_start = tl.maximum(far_start, live)
+            if static.has_past:
+                dead_start = tl.maximum(past_start, live)
                 state = _add_key_gradients(
-                    dead_start, stop, state, known, static, False, far, False
+                    dead_start, stop, state, known, static, False, past, False
                 )
     d_key, d_value = state
     d_key *= static.scale

@@ -95,7 +95,7 @@ def lazy_backward_query(
     the table.
     """
     near: tl.constexpr = static.near_bias
-    far: tl.constexpr = static.far_bias
+    past: tl.constexpr = static.past_bias
     row = tl.program_id(0)
     batch = (row // static.heads).to(tl.int64)
     head = row % static.heads
@@ -151,23 +151,23 @@ def lazy_backward_query(
     if static.has_offset:
         live = tl.load(live_ptr + at_forward) * static.forward_keys // static.keys
         live = tl.minimum(live, diagonal)
-    far_stop = diagonal
+    past_stop = diagonal
     if static.has_bias:
-        far_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
+        past_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
 
     d_query = tl.full((static.queries, static.padded_dim), 0, tl.float32)
     zeros = tl.full((static.queries,), 0, tl.float32)
     state = (d_query, zeros, zeros)
     if static.has_offset:
-        if static.has_far:
-            dead_stop = tl.minimum(far_stop, live)
-            state = _add_query_gradient(first, dead_stop, state, known, static, False, far, False)
+        if static.has_past:
+            dead_stop = tl.minimum(past_stop, live)
+            state = _add_query_gradient(first, dead_stop, state, known, static, False, past, False)
         if static.has_bias:
-            state = _add_query_gradient(far_stop, live, state, known, static, False, near, False)
-    if static.has_far:
-        state = _add_query_gradient(live, far_stop, state, known, static, False, far, True)
+            state = _add_query_gradient(past_stop, live, state, known, static, False, near, False)
+    if static.has_past:
+        state = _add_query_gradient(live, past_stop, state, known, static, False, past, True)
     if static.has_bias:
-        start = tl.maximum(far_stop, live)
+        start = tl.maximum(past_stop, live)
         state = _add_query_gradient(start, diagonal, state, known, static, False, near, True)
     state = _add_query_gradient(diagonal, stop, state, known, static, True, near, True)
     d_query, past_sum, past_moment = state

@@ -133,7 +133,7 @@ def lazy_forward(
 ):  # fmt: skip
     """One tile of queries of one head; grid (batch * heads, query tiles), longest first."""
     near: tl.constexpr = static.near_bias
-    far: tl.constexpr = static.far_bias
+    past: tl.constexpr = static.past_bias
     row = tl.program_id(0)
     batch = (row // static.heads).to(tl.int64)
     head = row % static.heads
@@ -154,14 +154,14 @@ def lazy_forward(
     query = load_queries(query_ptr + at_query, row0, static)
     inputs = (query, key_ptr + at_key, value_ptr + at_key, segment_start, bias)
 
-    # Key tiles first..stop: past the table up to far_stop, below the diagonal up to
+    # Key tiles first..stop: past the table up to past_stop, below the diagonal up to
     # diagonal, the rest across it.
     first = tl.load(first_ptr + at_tile)
     stop = tl.cdiv(tl.minimum(row0 + static.queries, static.length), static.keys)
     diagonal = tl.maximum((row0 + 1) // static.keys, first)
-    far_stop = diagonal
+    past_stop = diagonal
     if static.has_bias:
-        far_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
+        past_stop = tl.maximum(tl.maximum(row0 + 1 - static.width, 0) // static.keys, first)
 
     rows = row0 + tl.arange(0, static.queries)
     inside = rows < static.length
@@ -180,9 +180,11 @@ def lazy_forward(
     state = (maximum, total, found)
     state = _sum_exponentials(diagonal, stop, state, inputs, bar, row0, static, True, near)
     if static.has_bias:
-        state = _sum_exponentials(far_stop, diagonal, state, inputs, bar, row0, static, False, near)
-    if static.has_far:
-        state = _sum_exponentials(first, far_stop, state, inputs, bar, row0, static, False, far)
+        state = _sum_exponentials(
+            past_stop, diagonal, state, inputs, bar, row0, static, False, near
+        )
+    if static.has_past:
+        state = _sum_exponentials(first, past_stop, state, inputs, bar, row0, static, False, past)
     maximum, total, found = state
     lse = maximum + tl.log2(total)
     if static.has_offset:
@@ -190,10 +192,10 @@ def lazy_forward(
         if static.skip_dead:
             live = tl.min(found, 0)
         sums, stats = (zeros, zeros), (lse, threshold)
-        if static.has_far:
-            sums = _add_values(live, far_stop, sums, inputs, stats, row0, static, False, far)
+        if static.has_past:
+            sums = _add_values(live, past_stop, sums, inputs, stats, row0, static, False, past)
         if static.has_bias:
-            start = tl.maximum(far_stop, live)
+            start = tl.maximum(past_stop, live)
             sums = _add_values(start, diagonal, sums, inputs, stats, row0, static, False, near)
         start = tl.maximum(diagonal, live)
         sums = _add_values(start, stop, sums, inputs, stats, row0, static, True, near)

@@ -65,12 +65,12 @@ class Static(Problem):
         return TABLE if self.has_bias else NONE
 
     @property
-    def far_bias(self) -> int:
+    def past_bias(self) -> int:
         """Returns the form of the bias in tiles past the table."""
         return TAIL if self.has_slope else NONE
 
     @property
-    def has_far(self) -> bool:
+    def has_past(self) -> bool:
         """Returns whether some tile may lie past the table, or there is no table."""
         return self.width < self.length
 

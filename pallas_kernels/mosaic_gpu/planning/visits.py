@@ -84,12 +84,12 @@ def lazy_norms(
         means_ptr = maxima_ptr + head * static.maxima_row + static.blocks
         near = _near_means(query, key, means_ptr, first, block, 0, static)
         key = _rows(key_ptr, block - 1, batch, kv_heads, head // static.group, static)
-        far = _near_means(query, key, means_ptr, first, block, 1, static)
-        largest = tl.maximum(own, tl.maximum(tl.max(near, 1), tl.max(far, 1)))
+        before = _near_means(query, key, means_ptr, first, block, 1, static)
+        largest = tl.maximum(own, tl.maximum(tl.max(near, 1), tl.max(before, 1)))
         # Without any score that is more than -inf the sum stays 0.
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         total = _add_exp(tl.exp(own - largest), near, largest, static)
-        log_sum = largest + tl.log(_add_exp(total, far, largest, static))
+        log_sum = largest + tl.log(_add_exp(total, before, largest, static))
         log_sum = -_or_infinite(-log_sum)
         log_sum = tl.where(
             block * static.block + tl.arange(0, static.block) < static.length, log_sum, float("inf")

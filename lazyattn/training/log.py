@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from lazyattn.checkpoint.workdir import METRICS, TENSORBOARD
+from lazyattn.patience import waiting
 from lazyattn.quantity import duration
 from lazyattn.training.goodput import Goodput
 from lazyattn.training.metrics import JsonLines, MeanLoss, Progress, TensorBoard
@@ -51,6 +52,7 @@ class RunLog:
           curves: where curves go besides TensorBoard.
         """
         self.enabled = jax.process_index() == 0
+        self._workdir = workdir
         self._log_every = log_every
         self._steps = steps
         self._opened = self._last = time.perf_counter()
@@ -79,14 +81,19 @@ class RunLog:
 
     def __exit__(self, *_: Any) -> None:
         if self.enabled:
-            self._lines.close()
-            self._tensorboard.close()
+            with waiting(self._written):
+                self._lines.close()
+                self._tensorboard.close()
 
     def sync(self) -> None:
         """Writes what waits, as it does in a bucket; before a checkpoint of the last step."""
         if self.enabled:
-            self._lines.sync()
-            self._tensorboard.sync()
+            with waiting(self._written):
+                self._lines.sync()
+                self._tensorboard.sync()
+
+    def _written(self) -> str:
+        return f"the logs in {self._workdir} to be written"
 
     def line(self, text: str) -> None:
         """Prints a line for people."""

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from lazyattn import patience
 from lazyattn.training.log import RunLog
 from lazyattn.training.metrics import (
     PEAK_FLOPS,
@@ -152,3 +153,12 @@ def test_a_whole_line_without_its_end_is_not_glued_to_the_next(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}')
     JsonLines(path, 5).write({"step": 2})
     assert _steps(path) == [1, 2]
+
+
+def test_logs_that_are_waited_for_are_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(patience, "NOTICE", 0.1)
+    with RunLog(tmp_path, step=0, steps=6, log_every=3, flops_per_token=1.0) as log:
+        monkeypatch.setattr(log._lines, "sync", lambda: time.sleep(0.4))
+        log.sync()
+    said = capfd.readouterr().err
+    assert f"Waiting for the logs in {tmp_path} to be written: 0 s so far." in said

@@ -67,7 +67,8 @@ class UptrainOptions(Options):
     def base(self, seed: int) -> Spec:
         """Returns the softmax run that runs of a seed start from."""
         shape = self.batch, self.length
-        return Spec(BASE, seed, self.kept_tokens, self.kept_rate, None, *shape, self.overrides)
+        own = tuple((key, text) for key, text in self.overrides if not key.startswith("teaching."))
+        return Spec(BASE, seed, self.kept_tokens, self.kept_rate, None, *shape, own)
 
     def folder(self, seed: int) -> Path:
         """Returns its folder."""

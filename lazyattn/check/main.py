@@ -132,7 +132,9 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
     )
     if resumes:  # what it started from need not be there any more
         training = dataclasses.replace(training, init_from=None)
-        teaching = dataclasses.replace(teaching, offset_steps=0, bias_steps=0, distill=0.0)
+        teaching = dataclasses.replace(
+            teaching, offset_steps=0, bias_steps=0, slope_share=1.0, distill=0.0
+        )
     return dataclasses.replace(experiment, training=training, teaching=teaching)
 
 

@@ -1,10 +1,10 @@
 """The optimizer of a run that teaches a softmax model to be lazy.
 
 Offsets and slopes of a model that was taken over are 0, which is softmax attention. A ramp
-brings each to where a fresh model starts: update n adds what its line rises from n - 1 to n, on
-top of what the optimizer does. So a ramp moves the parameters themselves. A checkpoint in
-mid-ramp is an ordinary model that every mode reads, and its count is all that a resumed run
-needs.
+brings each to where a fresh model starts, slopes to a share of that: update n adds what its line
+rises from n - 1 to n, on top of what the optimizer does. So a ramp moves the parameters
+themselves. A checkpoint in mid-ramp is an ordinary model that every mode reads, and its count is
+all that a resumed run needs.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def lines(config: AttentionConfig, teaching: TeachingConfig) -> dict[str, tuple[
         found["offset"] = teaching.offset_steps, lambda share: share * config.offset_init
     if not config.has_bias or not teaching.bias_steps:
         return found
-    slopes = initial_slopes(config)
+    slopes = teaching.slope_share * initial_slopes(config)
     table_name, slope_name = NAMES[config.bias_kind]
     if config.bias_kind == "decay":
         least, start = LOG_SLOPE_RANGE[0], np.log(np.where(slopes > 0, slopes, 1))

@@ -71,6 +71,11 @@ def test_a_ramp_ends_where_a_fresh_model_starts(kind):
         for name, value in bias_arguments(found, config).items():
             expected = bias_arguments(fresh, config)[name]
             np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-7)
+    third = dataclasses.replace(TeachingConfig(STEPS, STEPS), slope_share=1 / 3)
+    third = _taken(start, with_ramps(optax.sgd(0.1), config, third), STEPS)
+    for name, value in bias_arguments(third, config).items():
+        expected = bias_arguments(fresh, config)[name] / 3
+        np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-7)
     half = bias_arguments(_taken(start, ramped, (STEPS + 2) // 2), config)
     expected = np.broadcast_to(-initial_slopes(config) / 2, (2, 4))
     np.testing.assert_allclose(half["distance_bias"][..., 1], expected, rtol=2e-5, atol=1e-7)
@@ -193,6 +198,11 @@ def _state(workdir, experiment):
             {"teaching.frozen": True, "optimizer.name": "muon"},
             "optimizer.name is 'muon', but it must be 'adamw' while teaching.frozen is True",
         ),
+        (
+            {"teaching.slope_share": 0.5, "teaching.bias_steps": 0},
+            "teaching.slope_share is 0.5, but it must be 1.0 while teaching.bias_steps is 0, sinc",
+        ),
+        ({"teaching.slope_share": 0.0}, "teaching.slope_share is 0.0, but it must be positive"),
         ({"teaching.distill": 2.0}, "teaching.distill is 2.0, but it must be from 0 to 1"),
         (
             {

@@ -82,9 +82,16 @@ def test_a_softmax_run_is_taught(tmp_path, monkeypatch):
     rows = taught.table(lines)
     assert [row[:2] for row in rows] == [
         ["0", "`softmax`, as it was"],
-        *(["0.000128M", "`sharp_steady`"], ["0.000128M", "`softmax`"]),
-        *(["0.000256M", "`sharp_steady`"], ["0.000256M", "`softmax`"]),
+        *(["0.000128M", "`softmax`"], ["0.000128M", "`sharp_steady`"]),
+        *(["0.000256M", "`softmax`"], ["0.000256M", "`sharp_steady`"]),
     ]
+    assert [float(row[6] or 0) for row in rows] == [
+        *(0, 0, pytest.approx(lines[1]["val"] - lines[0]["val"], abs=5e-4)),
+        *(0, pytest.approx(lines[3]["val"] - lines[2]["val"], abs=5e-4)),
+    ]
+    for line in lines:
+        line["settings"]["teaching"]["slope_share"] = 0.25
+    assert taught.table(lines)[2][1] == "`sharp_steady`, slopes times 0.25"
     assert all(len(row) == len(taught.HEAD.split(" | ")) for row in rows)
 
 

@@ -80,6 +80,7 @@ class Shell:
             f"--config={config}:{self.folder / 'text'}",
             f"--workdir={self.folder / name}",
             f"--config.training.steps={STEPS}",
+            "--config.model.attention.implementation=xla_chunked",  # as without tiny's setting
             *overrides,
         )
 

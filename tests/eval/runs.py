@@ -18,6 +18,7 @@ from tests.training import tiny
 def make_run(folder, **changes):
     """Returns the folder of a run of `tests.training.tiny`, after step 1."""
     config = tiny.get_config(tiny.write_text(folder / "text"))
+    config.model.attention.implementation = None  # what a model has that comes from an export
     config.update_from_flattened_dict(changes)
     experiment = from_config_dict(config)
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])

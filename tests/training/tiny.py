@@ -31,6 +31,8 @@ def get_config(source="") -> ml_collections.ConfigDict:
     config.model.compute_dtype = "float32"
     config.model.attention.num_heads = 2
     config.model.attention.bias_width = 8
+    # The quickest to trace; which backend a run has by itself is for others to test.
+    config.model.attention.implementation = "xla"
     config.data.source = str(source)
     config.data.vocab_size = 280
     config.data.sequence_length = 16

@@ -178,7 +178,7 @@ def test_the_scaling_of_angles_reaches_queries_and_keys(qk_norm):
     attention = {"rope_scaling": "linear", "rope_factor": 3.0, "qk_norm": qk_norm}
     config, plain = make_config(attention=attention), make_config(attention={"qk_norm": qk_norm})
     params = _params(config)
-    out = Attention(config).apply({"params": params}, X, 3 * POSITIONS)
+    out = jax.jit(Attention(config).apply)({"params": params}, X, 3 * POSITIONS)
     np.testing.assert_allclose(out, _apply(plain, params), rtol=1e-4, atol=1e-5)
     assert not np.allclose(out, _apply(config, params))
     llama = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_length": 9, "rope_high": 8.0}

@@ -7,7 +7,6 @@ versions, and what the environment says to JAX and XLA. Only steps of one proces
 
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import pickle
@@ -15,12 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import get_ident
-from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from jax._src import compiler
 from jax.experimental import serialize_executable
 
 import lazyattn
@@ -113,35 +109,13 @@ def _key(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> st
 def _read(path: Path, mesh: jax.sharding.Mesh, abstract: TrainState, batch: Batch) -> Made:
     program, names, said = pickle.loads(path.read_bytes())
     os.utime(path)
-    into: Any = jax.tree.structure(((abstract, batch), {}))
+    into = jax.tree.structure(((abstract, batch), {}))
     out = jax.tree.structure((abstract, dict.fromkeys(names, 0)))
     devices = list(mesh.devices.flat)
-    client = devices[0].client
-    try:
-        compiled = serialize_executable.deserialize_and_load(program, into, out, client, devices)
-    except Exception as error:
-        logging.warning("a kept step is read with options, since it wasn't without: %s", error)
-        load, facts, no_kwargs = _WithOptions(io.BytesIO(program), client, devices).load()
-        compiled = jax.stages.Compiled(
-            load.load(), [], into.unflatten(facts), out, no_kwargs=no_kwargs
-        )
+    compiled = serialize_executable.deserialize_and_load(
+        program, into, out, devices[0].client, devices
+    )
     return TrainStep(compiled, mesh), said
-
-
-class _WithOptions(serialize_executable._JaxPjrtUnpickler):
-    """Reads a program with options of compilation, as JAX's cache does; JAX reads without."""
-
-    def persistent_load(self, pid: Any) -> Any:
-        if pid[0] != "exec":
-            return super().persistent_load(pid)
-        ids = np.array([[device.id for device in self.execution_devices]])
-        options = compiler.get_compile_options(
-            num_replicas=1,
-            num_partitions=ids.size,
-            device_assignment=ids,
-            backend=self.backend,
-        )
-        return self.backend.deserialize_executable(pid[1], self.execution_devices, options)
 
 
 def _write(path: Path, compiled: jax.stages.Compiled, said: list[str]) -> None:

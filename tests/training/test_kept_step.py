@@ -150,14 +150,6 @@ def test_the_oldest_goes_first(made, folder, monkeypatch):
     assert _read_or_make(made, kind="c")[1] == 0 and _read_or_make(made, kind="a")[1] == 1
 
 
-def test_a_program_that_is_not_read_without_options_is_read_with_them(made, folder, monkeypatch):
-    def refuse(*_):
-        raise ValueError("no options")
-
-    monkeypatch.setattr(kept_step.serialize_executable, "deserialize_and_load", refuse)
-    _check_same(made)
-
-
 def test_what_jax_sets_when_it_imports_mosaic_does_not_count(made, folder, monkeypatch):
     assert _read_or_make(made)[1] == 1
     for name in ("CUDA_ROOT", "RUNTIME_LIB_PATH", "NVSHMEM_BC_PATH", "NVSHMEM_SO_PATH"):

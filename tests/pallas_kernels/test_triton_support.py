@@ -129,7 +129,7 @@ def test_all_kernels_compile_within_their_registers(capability, head_dim, packed
     pytest.importorskip("triton")
     # Timed on an H100 rather than chosen by compiling: spilling a little was faster. How much
     # depends on Triton (96 bytes with 3.6, 8 with 3.9).
-    spills = {(90, 128): 96, (80, 128): 28}.get((capability, head_dim), 0)
+    spills = {(90, 128): 96, (80, 128): 36}.get((capability, head_dim), 0)
     _compile(
         f"--capability={capability}",
         f"--head_dim={head_dim}",

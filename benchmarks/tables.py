@@ -149,7 +149,7 @@ def _ratio(row: Row, which: str) -> str:
 def readme() -> str:
     """README's choice of the H200's rows, and attention in a model of the study."""
     words = {
-        ("4x16x4096x64", "learned"): "biases that a model has learned",
+        ("4x16x4096x64", "learned"): "learned biases, random queries and keys",
         ("4x16x4096x64", "alibi"): "ALiBi bias, tau -1",
         ("1x16x16384x64", "alibi"): "the same at length 16,384",
         ("4x16x4096x64", "dense"): "the paper's initialization, nothing to skip",
@@ -198,10 +198,10 @@ def loss() -> str:
     words = {
         "softmax": "softmax",
         "window512": "softmax, 3/4 of the heads with a window of 512",
-        "softmax_alibi": "softmax with the learned bias of `sharp`",
-        "sharp": "`sharp`: the same with Elastic-Softmax",
-        "softmax_alibi_qk_norm_steady": "softmax with the learned bias and QK norm",
-        _CHOSEN: "`sharp_norm`, our default: `sharp` with QK norm",
+        "softmax_alibi": "softmax with a learned bias, slopes at 30 times the rate",
+        "sharp": "the same with Elastic-Softmax",
+        "softmax_alibi_qk_norm_steady": "softmax with a learned bias and QK norm",
+        _CHOSEN: "the same with Elastic-Softmax: `sharp_norm`, our default",
     }
     lines = [json.loads(line) for line in (RESULTS / "study.jsonl").read_text().splitlines()]
     found = {row.group.variant: row for row in rule.apply(lines, main_tokens(lines) or 0).rows}
@@ -210,12 +210,12 @@ def loss() -> str:
         if variant in found:
             row = found[variant]
             means = [row.group.stat(key) for key in ("val_4x", "visited_16384")]
-            longer, visited = ("" if stat is None else f"{stat.mean:.2f}" for stat in means)
+            longer = "" if means[0] is None else f"{means[0].mean:.2f}"
+            visited = "" if means[1] is None else f"{means[1].mean:.0%}"
             ms = "" if row.ms is None else f"{row.ms.mean:.0f}"
-            equal = "" if row.equal is None else f"{row.equal:.2f}"
             seeds = str(len(row.group.lines))
-            rows.append([said, seeds, row.val.text(), ms, equal, longer, visited])
-    head = "| seeds | loss | ms a step | in softmax's time | rows of 16,384 | visited there"
+            rows.append([said, seeds, row.val.text(), ms, longer, visited])
+    head = "| seeds | loss | ms a step | loss at 16,384 | visited there"
     return _table(" " + head, rows)
 
 

@@ -13,12 +13,13 @@ Rows of arrays go by `multihost_utils`.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
@@ -37,6 +38,7 @@ _PATIENCE_MS = 3_600_000
 # Seconds for all processes to come. JAX's own limit ends a process with a native stack trace.
 _ALL_COME = 300
 _LATER = 60
+_times = itertools.count(1)
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -284,6 +286,27 @@ def tell_all(what: str, text: str) -> list[str]:
     with waiting(missing):
         client.wait_at_barrier(f"{prefix}all", _PATIENCE_MS)
     return [found for _, found in sorted(client.key_value_dir_get(prefix))]
+
+
+def together[T](what: str, call: Callable[[], T]) -> T:
+    """Returns what `call` returns here, once it has returned on all processes.
+
+    Each of them calls this. `call` itself must not wait for the others.
+
+    Raises:
+      InputError: on all of them, if it is raised on one.
+    """
+    found: list[T] = []
+    problem = ""
+    try:
+        found.append(call())
+    except InputError as error:
+        problem = str(error)
+    told = tell_all(f"{what} {next(_times)}", problem)
+    process, text = next(((n, each) for n, each in enumerate(told) if each), (0, ""))
+    if text:
+        raise InputError(text if len(set(told)) == 1 else f"On process {process}: {text}")
+    return found[0]
 
 
 def one_at_a_time(arrays: Any) -> Any:

@@ -127,6 +127,36 @@ def test_processes_stop_after_the_same_step(monkeypatch):
     assert [stops(process, 7) for process in (1, 2)] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        (["", ""], None),
+        (["", "data.path is gone."], "On process 1: data.path is gone."),
+        (["data.path is gone.", ""], "On process 0: data.path is gone."),
+        (["data.path is gone."] * 2, "data.path is gone."),
+    ],
+)
+def test_what_one_process_can_not_do_all_refuse(monkeypatch, told, problem):
+    for mine in told:
+
+        def call(mine=mine):
+            if mine:
+                raise InputError(mine)
+            return 7
+
+        def tell_all(what, text, mine=mine):
+            assert text == mine
+            return told
+
+        monkeypatch.setattr(distributed, "tell_all", tell_all)
+        if problem is None:
+            assert distributed.together("data", call) == 7
+            continue
+        with pytest.raises(InputError) as caught:
+            distributed.together("data", call)
+        assert str(caught.value) == problem
+
+
 def test_rows_of_a_share_are_taken_once(monkeypatch):
     def everyone(rows):
         return np.stack([rows + 10 * process for process in range(4)])

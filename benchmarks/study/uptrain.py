@@ -23,7 +23,7 @@ from benchmarks.study.taught import BASE
 from lazyattn.checkpoint.state import TrainState
 from lazyattn.errors import require
 from lazyattn.experiment import ExperimentConfig
-from lazyattn.training.initialize import read_weights
+from lazyattn.training.initialize import find_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,9 @@ class Uptraining(Study):
 
         def start(state: TrainState) -> TrainState:
             from_there = dataclasses.replace(experiment, training=training)
-            params = read_weights(from_there, self._mesh, programs.factory.shardings.params).params
+            params = (
+                find_weights(from_there).read(self._mesh, programs.factory.shardings.params).params
+            )
             # The base itself is measured once, in full; of others the loss says they are the same.
             whole = spec.variant == BASE and spec.tokens == min(self._options.counts)
             line["before"] = measures.measure(programs, params, self._found, whole)

@@ -26,7 +26,7 @@ from lazyattn.distributed import say, tell_all
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.quantity import quantity
-from lazyattn.training.beginning import going_on
+from lazyattn.training.beginning import Beginning, going_on
 from lazyattn.training.claim import claimed
 from lazyattn.training.goodput import device_memory
 from lazyattn.training.hooks import Hooks
@@ -45,7 +45,7 @@ def check(
     """Takes one step of a run, prints what was seen, and leaves the run's folder as it was.
 
     Prepared data stays in the cache. A run that has checkpoints is asked whether it could
-    go on: its settings are compared, and its newest checkpoint is read.
+    go on: its settings and data are compared, and its newest checkpoint is read.
 
     Args:
       experiment: all settings.
@@ -66,7 +66,7 @@ def check(
     for line in _hosts(experiment):
         say(line)
     with claimed(path, keep=False) as workdir:
-        reached = _read_newest(workdir, experiment)
+        reached = _read_newest(workdir, experiment, cache_dir)
         trial = workdir / _TRIAL
         _remove(trial)  # of a check that was killed
         try:
@@ -138,8 +138,12 @@ def _one_step(experiment: ExperimentConfig, *, resumes: bool) -> ExperimentConfi
     return dataclasses.replace(experiment, training=training, teaching=teaching)
 
 
-def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
+def _read_newest(
+    workdir: Path, experiment: ExperimentConfig, cache_dir: str | os.PathLike[str] | None
+) -> int | None:
     """Returns the step that the run would resume after; None: it has no checkpoint.
+
+    Begins as the run would, with its data.
 
     Raises:
       InputError: if it could not.
@@ -156,11 +160,14 @@ def _read_newest(workdir: Path, experiment: ExperimentConfig) -> int | None:
                 f"training.steps is {steps}, but the run in {workdir} is at step {found[0]}"
                 " already: nothing is left to train."
             )
-        going_on(experiment, found[1])
+        experiment, _ = going_on(experiment, found[1])
         mesh = sharding.make_mesh(experiment.mesh)
-        optimizer = make_run_optimizer(experiment)
-        restored = checkpoints.restore(make_state_factory(experiment, mesh, optimizer).abstract)
-        return None if restored is None else int(restored.state.step)
+        factory = make_state_factory(experiment, mesh, make_run_optimizer(experiment))
+        beginning = Beginning(experiment, mesh, factory, checkpoints, found)
+        _, batches = beginning.open_data(cache_dir)
+        with contextlib.closing(batches):
+            beginning.read(batches)
+        return beginning.step
 
 
 def _hosts(experiment: ExperimentConfig) -> list[str]:

@@ -286,6 +286,13 @@ class Checkpoints:
             return number, schema.upgraded(saved, self.folder / str(number))
         return None
 
+    def data_state(self, step: int) -> Any:
+        """Returns where a checkpoint's data stood, as `Restored.data`; None: it can't be read."""
+        try:
+            return self._restore(step, data=ocp.args.JsonRestore())["data"]["iterator"]
+        except Exception:  # `restore` says what is wrong
+            return None
+
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored | None:
         """Returns the newest checkpoint that can be read whole.
 

@@ -248,9 +248,7 @@ def verify(
     """
     manifest = read(folder, name)
     root = anywhere("the data", folder)
-    tokenizer = root / manifest.tokenizer.file
-    if _sha256(tokenizer) != manifest.tokenizer.sha256:
-        raise _changed(tokenizer, "its SHA-256 is another")
+    tokenizer_file(folder, manifest)
     for split in manifest.splits.values():
         for shard in split.shards:
             path = root / shard.file
@@ -260,6 +258,18 @@ def verify(
             if deep and _sha256(path) != shard.sha256:
                 raise _changed(path, "its SHA-256 is another")
     return manifest
+
+
+def tokenizer_file(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
+    """Returns the tokenizer's file in a folder of tokenised shards.
+
+    Raises:
+      InputError: if it is missing or is not what the manifest says.
+    """
+    path = anywhere("the data", folder) / manifest.tokenizer.file
+    if _sha256(path) != manifest.tokenizer.sha256:
+        raise _changed(path, "its SHA-256 is another")
+    return path
 
 
 def require_same_tokenizer(folders: Sequence[str], manifests: Sequence[Manifest]) -> None:

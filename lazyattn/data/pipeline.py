@@ -22,6 +22,7 @@ from lazyattn.data.folders import TrainingData, open_folders
 from lazyattn.data.mixture import DocumentOrder
 from lazyattn.data.prepare.source import prepare_source
 from lazyattn.data.streams import PackingReport, measure_packing
+from lazyattn.data.tokenizer import Tokenizer
 from lazyattn.data.unigram import unigram_entropy
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "BatchIterator",
     "OtherDataError",
     "TrainingData",
+    "known_tokenizer",
     "packing_report",
     "prepare",
     "train_iterator",
@@ -38,6 +40,33 @@ __all__ = [
 
 # Part of the state: raise it whenever the same settings come to give other batches.
 _ORDER = 1
+
+
+def known_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """Returns the tokenizer of the data before any of it is copied or prepared.
+
+    Returns:
+      None if it is trained on the text.
+
+    Raises:
+      InputError: if a folder of shards or the tokenizer is missing, damaged or unusable.
+    """
+    if not config.tokenised:
+        return None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    folders = [folder for folder, _ in config.weighted_paths]
+    manifests = [_manifest(config, folder) for folder in folders]
+    manifest.require_same_tokenizer(folders, manifests)
+    return Tokenizer.load(manifest.tokenizer_file(folders[0], manifests[0]))
+
+
+def _manifest(config: DataConfig, folder: str) -> manifest.Manifest:
+    name = _setting(config)
+    buckets.check_readable(name, folder)
+    return manifest.read(folder, name)
+
+
+def _setting(config: DataConfig) -> str:
+    return "a folder of data.sources" if config.sources else "data.path"
 
 
 def prepare(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None) -> TrainingData:
@@ -52,12 +81,11 @@ def prepare(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None)
       InputError: if the data is missing, damaged or unusable.
     """
     if config.tokenised:
-        name = "a folder of data.sources" if config.sources else "data.path"
         copied = []
         for folder, weight in config.weighted_paths:
-            buckets.check_readable(name, folder)
-            manifest.read(folder, name)  # before anything is copied
-            copied.append((str(copies.here(name, folder, cache_dir=cache_dir)), weight))
+            _manifest(config, folder)  # before anything is copied
+            here = copies.here(_setting(config), folder, cache_dir=cache_dir)
+            copied.append((str(here), weight))
         return open_folders(config, copied)
     return open_folders(config, ((str(prepare_source(config, cache_dir)), 1.0),))
 

@@ -1,17 +1,28 @@
 """Where a run begins: at its newest checkpoint, at the weights of another model, or afresh."""
 
 import dataclasses
+import functools
+import os
 from typing import Any
 
 import jax
 
+from lazyattn import sharding
 from lazyattn.checkpoint.manager import Checkpoints, Restored
 from lazyattn.checkpoint.state import StateFactory, TrainState
 from lazyattn.checkpoint.workdir import check_vocabulary
-from lazyattn.data.pipeline import BatchIterator, TrainingData
+from lazyattn.data.pipeline import (
+    BatchIterator,
+    TrainingData,
+    known_tokenizer,
+    prepare,
+    train_iterator,
+)
+from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.distributed import gather_rows, together
 from lazyattn.experiment import ExperimentConfig, from_config_dict, resumption_changes
 from lazyattn.training import resume_data
-from lazyattn.training.initialize import Weights, check_teaching, read_weights
+from lazyattn.training.initialize import Source, Weights, check_teaching, find_weights
 
 
 def going_on(
@@ -36,10 +47,10 @@ def going_on(
 
 
 class Beginning:
-    """What a run begins with.
+    """What a run begins with. What can be wrong with it is looked at before it is read.
 
     Attributes:
-      step: steps taken before.
+      step: steps taken before, once `read` has returned.
     """
 
     def __init__(
@@ -48,36 +59,91 @@ class Beginning:
         mesh: jax.sharding.Mesh,
         factory: StateFactory,
         checkpoints: Checkpoints,
+        newest: tuple[int, dict[str, Any]] | None,
     ):
-        """Reads the newest checkpoint, or else the weights in `training.init_from`.
+        """Looks at the newest checkpoint, or else at what `training.init_from` names.
+
+        Args:
+          experiment: settings as `going_on` returned them.
+          mesh: the devices.
+          factory: of the state.
+          checkpoints: of the run.
+          newest: step and settings of the newest checkpoint, as the run asked for them.
+
+        Raises:
+          InputError: if no checkpoint can be read, or weights don't fit the settings.
+        """
+        self._experiment, self._mesh = experiment, mesh
+        self._factory, self._checkpoints = factory, checkpoints
+        # Where no settings can be read, nothing else can: `restore` says so.
+        self._restored: Restored | None = (
+            checkpoints.restore(factory.abstract) if newest is None else None
+        )
+        self._source: Source | None = None
+        self._weights: Weights | None = None
+        self._position: tuple[Any, dict[str, Any]] | None = None
+        self.step = 0
+        if newest is not None:
+            self._position = checkpoints.data_state(newest[0]), newest[1]
+        elif experiment.training.init_from is not None:
+            self._source = find_weights(experiment)
+        else:
+            check_teaching(experiment, None)
+
+    def open_data(
+        self, cache_dir: str | os.PathLike[str] | None
+    ) -> tuple[TrainingData, BatchIterator]:
+        """Returns the data, which is the model's, and this process's share of its batches.
+
+        Args:
+          cache_dir: where prepared data is kept; None: the user's cache.
+
+        Raises:
+          InputError: on all processes, if it can't be used on one; if the model has fewer tokens
+            or learned others; if it is not what it was for the checkpoint.
+        """
+        return together("data", lambda: self._open_data(cache_dir))
+
+    def _open_data(
+        self, cache_dir: str | os.PathLike[str] | None
+    ) -> tuple[TrainingData, BatchIterator]:
+        config = self._experiment.data
+        early = known_tokenizer(config)
+        if early is not None:
+            self._check_tokenizer(early)
+        data = prepare(config, cache_dir)
+        self._check_tokenizer(data.tokenizer)
+        share = sharding.batch_share(self._mesh)
+        batches = train_iterator(
+            data,
+            config,
+            process_index=share.index,
+            process_count=share.count,
+            gather=functools.partial(gather_rows, shares=sharding.shares_by_process(self._mesh)),
+        )
+        if self._position is not None and self._position[0] is not None:
+            resume_data.resume(batches, *self._position, self._experiment)
+        return data, batches
+
+    def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        check_vocabulary(tokenizer, self._experiment)
+        if self._source is not None:
+            self._source.check_tokenizer(tokenizer)
+
+    def read(self, batches: BatchIterator) -> None:
+        """Reads the checkpoint or the weights; batches go on where the checkpoint's stood.
 
         Raises:
           InputError: if there are some and they can't be read, or they don't fit the settings.
         """
-        self._experiment = experiment
-        self._factory = factory
-        self._restored: Restored | None = checkpoints.restore(factory.abstract)
-        self._weights: Weights | None = None
-        self.step = 0
-        if self._restored is not None:
-            self.step = int(self._restored.state.step)
-        elif experiment.training.init_from is not None:
-            self._weights = read_weights(experiment, mesh, factory.shardings.params)
-        else:
-            check_teaching(experiment, None)
-
-    def set_data(self, prepared: TrainingData, batches: BatchIterator) -> None:
-        """Makes the batches go on where the checkpoint's stood.
-
-        Raises:
-          InputError: if the data is not what it was, or has another tokenizer than the model.
-        """
+        if self._restored is None:
+            self._restored = self._checkpoints.restore(self._factory.abstract)
         if self._restored is not None:
             saved = self._restored
+            self.step = int(saved.state.step)
             resume_data.resume(batches, saved.data, saved.experiment, self._experiment)
-        check_vocabulary(prepared.tokenizer, self._experiment)
-        if self._weights is not None:
-            self._weights.check_tokenizer(prepared.tokenizer)
+        elif self._source is not None:
+            self._weights = self._source.read(self._mesh, self._factory.shardings.params)
 
     def lines(self, changes: dict[str, tuple[Any, Any]]) -> list[str]:
         """Returns lines on where the run begins; `changes` as `going_on` returned them."""

@@ -1,7 +1,7 @@
 """A run that starts from the weights of another: of a run, of an export or of a hub's model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 from lazyattn import buckets
 from lazyattn.checkpoint.load import load_trained
 from lazyattn.checkpoint.manager import FOLDER, Checkpoints
-from lazyattn.data.tokenizer import Tokenizer
+from lazyattn.checkpoint.workdir import find_tokenizer
+from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
+from lazyattn.distributed import together
 from lazyattn.errors import InputError, bad_value, require
 from lazyattn.experiment import ExperimentConfig, from_config_dict
 from lazyattn.model.config import AttentionConfig, ModelConfig
@@ -35,7 +37,7 @@ from lazyattn.model.parameters import (
 )
 from lazyattn.paths import folder as folder_of
 from lazyattn.pretrained.hub import is_hub
-from lazyattn.pretrained.load import load_model
+from lazyattn.pretrained.load import PARAMS, load_model
 from lazyattn.pretrained.settings import FILE, as_facts, read_settings
 
 _WHERE = "--init_from"
@@ -53,16 +55,38 @@ class Weights:
 
     Attributes:
       params: float32, on the mesh.
-      tokenizer: theirs; None: none came with them.
       said: lines on what they are.
     """
 
     params: Params
-    tokenizer: Tokenizer | None
     said: tuple[str, ...]
 
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A model that was read: its settings, its parameters, and what it is called."""
+
+    model: ModelConfig
+    params: Any
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What `training.init_from` names: looked at, but no weight is read.
+
+    Attributes:
+      experiment: of the run that starts from it.
+      tokenizer: its own; None: none came with it.
+      load: reads the model, on the devices of a mesh.
+    """
+
+    experiment: ExperimentConfig
+    tokenizer: Tokenizer | None
+    load: Callable[[jax.sharding.Mesh], _Read]
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Checks that the data is tokenized as theirs was.
+        """Checks that the data is tokenized as the model's was.
 
         Raises:
           InputError: if it is not: no embedding would mean what it meant.
@@ -73,53 +97,95 @@ class Weights:
                 " give its file as --config.data.tokenizer."
             )
 
+    def read(self, mesh: jax.sharding.Mesh, shardings: Any) -> Weights:
+        """Returns the weights.
 
-def read_weights(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, shardings: Any) -> Weights:
-    """Returns the weights in `training.init_from`.
+        A distance bias of another width or kind comes out as the same function of the distance.
+        Where they have no distance bias or no offset and this run's model has, it starts as if it
+        had none.
+
+        Raises:
+          InputError: if they can't be read, or the model's slopes can't be this run's.
+        """
+        experiment, source = self.experiment, self.load(mesh)
+        model = source.model
+        _check(model, experiment)
+        params = _fitted(source.params, model, experiment, shardings)
+        lines = [f"starting from the weights of {source.name}, with a fresh optimizer"]
+        before, now = (_flat(config) for config in (model, experiment.model))
+        lines += _new_parts(model.attention, experiment.model.attention)
+        lines += _unfinished(experiment)
+        lines += [
+            f"  config.model.{key}: {before[key]!r} there, {value!r} here"
+            for key, value in now.items()
+            if before[key] != value and key not in _SAME
+        ]
+        return Weights(params, tuple(lines))
+
+
+def find_weights(experiment: ExperimentConfig) -> Source:
+    """Looks at what `training.init_from` names, on all processes together.
 
     That is the folder of a run (its newest checkpoint is taken), of one of its checkpoints,
-    `RUN/checkpoints/STEP`, of an export, or of a hub's model. A distance bias of another width
-    or kind comes out as the same function of the distance. Where they have no distance bias or
-    no offset and this run's model has, it starts as if it had none.
+    `RUN/checkpoints/STEP`, of an export, or of a hub's model.
 
     Raises:
       InputError: if there are no weights, or they are not of this model; the first parameter
-        that does not fit is named.
+        that does not fit is named. A model in the authors' naming says what it is only when it
+        is read.
     """
-    buckets.check_readable(_WHERE, str(experiment.training.init_from))
-    folder = folder_of(_WHERE, str(experiment.training.init_from))
-    is_step = folder.parent.name == FOLDER and folder.name.isdecimal()
-    source: Any
-    if is_step or (folder / FOLDER).is_dir():
-        run, step = (folder.parents[1], int(folder.name)) if is_step else (folder, None)
-        source = _of_run(run, step, experiment)
-        model, name = source.experiment.model, f"step {source.step} of {run}"
-    elif (folder / FILE).is_file():
+    folder = together(_WHERE, lambda: _folder(experiment))
+    is_step = _is_step(folder)
+    if not is_step and not (folder / FOLDER).is_dir():
         settings = read_settings(folder / FILE)
-        if is_hub(settings):  # all is known without its tensors
-            _check_shapes(as_facts(settings).model, experiment.model)
-        source = load_model(folder, mesh)
-        model, name = source.config, str(folder)
-    else:
-        raise bad_value(
-            _WHERE,
-            str(experiment.training.init_from),
-            "the folder of a run with a checkpoint, RUN/checkpoints/STEP, an export or a folder of"
-            " a hub's model",
-        )
+        if is_hub(settings) or (folder / PARAMS).is_dir():  # all is known without its tensors
+            _check(as_facts(settings).model, experiment)
+        file = find_tokenizer(folder)
+
+        def read(mesh: jax.sharding.Mesh) -> _Read:
+            model = load_model(folder, mesh)
+            return _Read(model.config, model.params, str(folder))
+
+        return Source(experiment, None if file is None else Tokenizer.load(file), read)
+
+    run, step = (folder.parents[1], int(folder.name)) if is_step else (folder, None)
+    saved = _settings_of_run(run, step, experiment)
+    _check(dataclasses.replace(saved.model, lora_rank=0), experiment)
+
+    def restore(mesh: jax.sharding.Mesh) -> _Read:
+        model = load_trained(run, saved, step)
+        return _Read(model.experiment.model, model.params, f"step {model.step} of {run}")
+
+    file = find_tokenizer(run) or run / FILE_NAMES[0]
+    return Source(experiment, Tokenizer.load(file), restore)
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.parent.name == FOLDER and folder.name.isdecimal()
+
+
+def _folder(experiment: ExperimentConfig) -> Path:
+    """Returns the folder with the weights.
+
+    Raises:
+      InputError: if it has none, or can't be read.
+    """
+    where = str(experiment.training.init_from)
+    buckets.check_readable(_WHERE, where)
+    folder = folder_of(_WHERE, where)
+    if _is_step(folder) or (folder / FOLDER).is_dir() or (folder / FILE).is_file():
+        return folder
+    raise bad_value(
+        _WHERE,
+        where,
+        "the folder of a run with a checkpoint, RUN/checkpoints/STEP, an export or a folder of"
+        " a hub's model",
+    )
+
+
+def _check(model: ModelConfig, experiment: ExperimentConfig) -> None:
     _check_shapes(model, experiment.model)
     check_teaching(experiment, model.attention)
-    params = _fitted(source.params, model, experiment, shardings)
-    lines = [f"starting from the weights of {name}, with a fresh optimizer"]
-    before, now = (_flat(config) for config in (model, experiment.model))
-    lines += _new_parts(model.attention, experiment.model.attention)
-    lines += _unfinished(experiment)
-    lines += [
-        f"  config.model.{key}: {before[key]!r} there, {value!r} here"
-        for key, value in now.items()
-        if before[key] != value and key not in _SAME
-    ]
-    return Weights(params, source.tokenizer, tuple(lines))
 
 
 def check_teaching(experiment: ExperimentConfig, source: AttentionConfig | None) -> None:
@@ -191,8 +257,8 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
     return traverse_util.flatten_dict(plain, sep=".")
 
 
-def _of_run(run: Path, step: int | None, experiment: ExperimentConfig) -> Any:
-    """Returns a run's model on this run's devices."""
+def _settings_of_run(run: Path, step: int | None, experiment: ExperimentConfig) -> ExperimentConfig:
+    """Returns a run's settings, on this run's devices."""
     with Checkpoints(run, read_only=True) as checkpoints:
         if not checkpoints.steps() or (step is not None and step not in checkpoints.steps()):
             raise bad_value(
@@ -201,8 +267,7 @@ def _of_run(run: Path, step: int | None, experiment: ExperimentConfig) -> Any:
         found = checkpoints.newest_experiment(step)
     if found is None:
         raise InputError(f"{_WHERE}: no checkpoint in {run / FOLDER} has settings to be read.")
-    saved = dataclasses.replace(from_config_dict(found[1]), mesh=experiment.mesh)
-    return load_trained(run, saved, step)
+    return dataclasses.replace(from_config_dict(found[1]), mesh=experiment.mesh)
 
 
 def _check_shapes(source: ModelConfig, target: ModelConfig) -> None:

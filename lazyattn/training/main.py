@@ -13,14 +13,8 @@ from lazyattn import sharding
 from lazyattn.checkpoint import workdir as folders
 from lazyattn.checkpoint.manager import Checkpoints, SaveError
 from lazyattn.checkpoint.state import Params, make_state_factory
-from lazyattn.data.pipeline import (
-    BatchIterator,
-    TrainingData,
-    packing_report,
-    prepare,
-    train_iterator,
-)
-from lazyattn.distributed import gather_rows, not_left_waiting, say
+from lazyattn.data.pipeline import TrainingData, packing_report
+from lazyattn.distributed import not_left_waiting, say
 from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model import fp8
@@ -81,28 +75,32 @@ def train(
         checkpoints = stack.enter_context(_checkpoints(workdir, experiment))
 
         # What is wrong with settings and checkpoints comes out before data is prepared.
-        at, saved = checkpoints.newest_experiment() or (0, None)
+        newest = checkpoints.newest_experiment()
+        at, saved = newest or (0, None)
         if at > steps:
             say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
         experiment, changes = going_on(experiment, saved)
         optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
-        beginning = Beginning(experiment, mesh, factory, checkpoints)
+        beginning = Beginning(experiment, mesh, factory, checkpoints, newest)
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)
 
         say(_where_the_data_is(experiment))
-        data = prepare(experiment.data, cache_dir)
-        batches = stack.enter_context(contextlib.closing(_batches(data, experiment, mesh)))
-        beginning.set_data(data, batches)
+        data, batches = beginning.open_data(cache_dir)
+        stack.enter_context(contextlib.closing(batches))
+        if jax.process_index() == 0:
+            folders.keep_tokenizer(workdir, data.tokenizer)
+        beginning.read(batches)
 
         start, shardings = beginning.step, factory.shardings.params
         started = Started(path, workdir, experiment, mesh, shardings, data, start, say)
         sample = stack.enter_context(hooks.sample(started))
         validate, inspect = hooks.validate(started), hooks.inspect(started)
         tasks = hooks.tasks(started)
-        _keep_settings(started)
+        if jax.process_index() == 0 and start < steps:
+            folders.write_experiment(workdir, experiment)
         said = beginning.lines(changes)
         state = beginning.take_state()
         for line in (
@@ -178,28 +176,6 @@ def _log(run: Started, began: float, curves: WeightsAndBiases) -> RunLog:
         flops_per_token=flops_per_token(experiment.model, experiment.data.sequence_length).training,
         began=began,
         curves=(curves,),
-    )
-
-
-def _keep_settings(run: Started) -> None:
-    """Writes down what other modes need, on the first process."""
-    if jax.process_index() == 0:
-        folders.keep_tokenizer(run.workdir, run.data.tokenizer)
-        if run.step < run.experiment.training.steps:
-            folders.write_experiment(run.workdir, run.experiment)
-
-
-def _batches(
-    prepared: TrainingData, experiment: ExperimentConfig, mesh: jax.sharding.Mesh
-) -> BatchIterator:
-    """Returns this process's share of the batches."""
-    share = sharding.batch_share(mesh)
-    return train_iterator(
-        prepared,
-        experiment.data,
-        process_index=share.index,
-        process_count=share.count,
-        gather=functools.partial(gather_rows, shares=sharding.shares_by_process(mesh)),
     )
 
 

@@ -43,16 +43,20 @@ def test_a_new_run(text, cache, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_would_resume(text, cache, tmp_path, capsys):
-    assert tiny.train(tiny.experiment(text, training__steps=2), tmp_path, cache) == 0
-    before = _files(tmp_path)
-    assert check(tiny.experiment(text, training__steps=4), tmp_path, cache) == 0
+def test_a_run_that_would_resume(cache, tmp_path, capsys):
+    text = tiny.write_text(tmp_path / "text")
+    assert tiny.train(tiny.experiment(text, training__steps=2), tmp_path / "run", cache) == 0
+    before = _files(tmp_path / "run")
+    assert check(tiny.experiment(text, training__steps=4), tmp_path / "run", cache) == 0
     assert "--mode=train would resume after step 2;" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"training.steps is 2, but .* is at step 2 already"):
-        check(tiny.experiment(text, training__steps=2), tmp_path, cache)
+        check(tiny.experiment(text, training__steps=2), tmp_path / "run", cache)
     with pytest.raises(InputError, match=r"config.model.width is 32, but the checkpoints .* 16"):
-        check(tiny.experiment(text, model__width=32), tmp_path, cache)
-    assert _files(tmp_path) == before
+        check(tiny.experiment(text, model__width=32), tmp_path / "run", cache)
+    (text / "000.txt").write_text("attention may look at nothing. " * 9)
+    with pytest.raises(InputError, match=r"data.source is .*, but it does not hold what it held"):
+        check(tiny.experiment(text, training__steps=4), tmp_path / "run", cache)
+    assert _files(tmp_path / "run") == before
 
 
 def test_weights_that_a_run_began_with_need_not_be_there(text):

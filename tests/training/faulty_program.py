@@ -59,10 +59,9 @@ def stumble(step):
 
 def poison(step, here):
     """Marks rows of `here`, and makes the loss (on all processes) know the mark."""
-    from lazyattn.training import main as run
-    from lazyattn.training import remat
+    from lazyattn.training import beginning, remat
 
-    make_loss_fn, train_iterator = remat.make_loss_fn, run.train_iterator
+    make_loss_fn, train_iterator = remat.make_loss_fn, beginning.train_iterator
 
     def poisonable(*arguments, **settings):
         loss_fn = make_loss_fn(*arguments, **settings)
@@ -86,7 +85,7 @@ def poison(step, here):
         batches.__class__ = Poisoned
         return batches
 
-    remat.make_loss_fn, run.train_iterator = poisonable, marked
+    remat.make_loss_fn, beginning.train_iterator = poisonable, marked
 
 
 def main(argv):

@@ -143,6 +143,19 @@ def test_sigterm_to_one_before_the_first_step_ends_it_at_once(shell):
     assert _status_of(processes[1], processes[:1])[0] == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("name", ["data.source", "training.init_from"])
+def test_what_one_process_alone_can_not_find(shell, whole, name):
+    here = {"data.source": "text", "training.init_from": "whole"}[name]
+
+    def own(process):
+        return (f"--config.{name}={shell.folder / (here if process == 0 else 'nowhere')}",)
+
+    for err in _ended(shell.start("lacking", 2, FSDP, own=own), 2):
+        assert err.startswith("On process 1: ") and f"{shell.folder / 'nowhere'}'" in err
+        assert err.count("\n") == 1
+    assert not (shell.folder / "lacking").exists()
+
+
 def test_shards_vanish_before_the_eyes_of_one_process(shell):
     name = "vanished"
     mine = write_folder(shell.folder / "shards", train=300, per_shard=2)

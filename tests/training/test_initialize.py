@@ -19,7 +19,7 @@ from lazyattn.model.config import AttentionConfig
 from lazyattn.model.distance_bias import bias_arguments, bias_parameters
 from lazyattn.model.parameters import parameter_shapes
 from lazyattn.pretrained.load import load_model
-from lazyattn.training import main
+from lazyattn.training import beginning, initialize, main
 from lazyattn.training.initialize import converted_bias
 from tests.pretrained import hub_folder
 from tests.training import tiny
@@ -255,18 +255,48 @@ def test_a_longer_context_is_the_same_function(source, text, first_state, capsys
 def test_weights_of_another_model_are_refused(
     source, text, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(main, "prepare", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(beginning, "prepare", lambda *_: pytest.fail("too late"))
     experiment = tiny.experiment(text, **({"training__init_from": str(source)} | changes))
     with pytest.raises(InputError, match=message):
         tiny.train(experiment, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_of_another_tokenizer_are_refused(source, text, cache, tmp_path):
-    folder = shutil.copytree(source, tmp_path / "run")
-    Tokenizer.train(["quite another text"], 262).save(folder / "tokenizer.json")
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if weights are read."""
+    for name in ("load_trained", "load_model"):
+        monkeypatch.setattr(initialize, name, lambda *_: pytest.fail("too late"))
+
+
+@pytest.mark.parametrize("kind", ["run", "hub"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.usefixtures("no_weights")
+def test_weights_of_another_tokenizer_are_not_read(
+    source, text, cache, tmp_path, monkeypatch, kind, known
+):
+    changes = {"training__init_from": str(tmp_path / "from")}
+    if kind == "run":
+        shutil.copytree(source, tmp_path / "from")
+    else:
+        hub_folder.write(tmp_path / "from", HUB, tensors={})
+        changes |= AS_HUB
+    Tokenizer.train(["quite another text"], 262).save(tmp_path / "from" / "tokenizer.json")
+    if known:  # before any data is prepared
+        changes["data__tokenizer"] = str(source / "tokenizer.json")
+        monkeypatch.setattr(beginning, "prepare", lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError, match="--init_from has another tokenizer than this run's data"):
-        tiny.train(tiny.experiment(text, training__init_from=str(folder)), tmp_path / "new", cache)
+        tiny.train(tiny.experiment(text, **changes), tmp_path / "new", cache)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["path", "source", "tokenizer"])
+@pytest.mark.usefixtures("no_weights")
+def test_data_that_is_missing_is_said_before_weights_are_read(source, text, cache, tmp_path, name):
+    changes = {"training__init_from": str(source), f"data__{name}": str(tmp_path / "none")}
+    with pytest.raises(InputError, match=r"none' (cannot be read|must be)|is .*none', but"):
+        tiny.train(tiny.experiment(text, **changes), tmp_path / "new", cache)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

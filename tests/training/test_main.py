@@ -22,6 +22,7 @@ from lazyattn.export.main import export
 from lazyattn.generation.sampling import SamplingConfig
 from lazyattn.sample.main import sample
 from lazyattn.sharding import MeshConfig
+from lazyattn.training import beginning
 from lazyattn.training import main as run
 from lazyattn.training.optimizer import make_optimizer
 from tests.training import tiny
@@ -42,7 +43,7 @@ def nothing_long(monkeypatch):
     def too_late(*_, **__):
         pytest.fail("the mistake was not found before the work began")
 
-    monkeypatch.setattr(run, "prepare", too_late)
+    monkeypatch.setattr(beginning, "prepare", too_late)
     monkeypatch.setattr(run.remat, "make_step", too_late)
 
 
@@ -262,7 +263,7 @@ def test_data_that_can_not_be_read_at_the_first_step_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_texts_are_named(trained, text, cache, tmp_path):
+def test_other_texts_are_named(trained, text, cache, tmp_path, monkeypatch):
     other = shutil.copytree(text, tmp_path / "text")
     folder = shutil.copytree(trained, tmp_path / "run")
     experiment = tiny.experiment(other, training__steps=3)
@@ -270,6 +271,7 @@ def test_other_texts_are_named(trained, text, cache, tmp_path):
     saved.write_text(saved.read_text().replace(str(text), str(other)))
     (other / "000.txt").write_text("attention may look at nothing. " * 9)
     before = _contents(folder)
+    monkeypatch.setattr(Checkpoints, "restore", lambda *_: pytest.fail("too late"))
     message = rf"^config.data.source is '{other}', but it does not hold what it held when the che"
     with pytest.raises(InputError, match=message):
         tiny.train(experiment, folder, cache)

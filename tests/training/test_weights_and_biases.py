@@ -12,7 +12,7 @@ import pytest
 from lazyattn import paths
 from lazyattn.errors import InputError
 from lazyattn.experiment import from_config_dict
-from lazyattn.training import main as run
+from lazyattn.training import beginning
 from lazyattn.training.weights_and_biases import WeightsAndBiases
 from tests.bucket_fake import URL, bucket
 from tests.training import tiny
@@ -88,7 +88,7 @@ def test_without_the_flag_nothing_is_imported(fake, tmp_path):
 
 def test_a_missing_package_is_named_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(beginning, "prepare", lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError, match=r"^--wandb is given, but the package wandb is not inst"):
         tiny.train(_experiment(tmp_path, 2), tmp_path / "run", tmp_path, wandb=True)
     assert not (tmp_path / "run").exists()

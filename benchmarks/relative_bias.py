@@ -21,7 +21,9 @@ PyTorch and JAX share the GPU, hence the variable.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,6 +183,9 @@ def flex_program(which: str, tensors: Any, table: Array) -> tuple[Program, int]:
     # On a CPU this is for tests only, and PyTorch has no backward pass there.
     attend = flex.flex_attention
     if device == "cuda":
+        # jax-triton 0.3 empties it, and PyTorch compiles by Triton, too.
+        if not os.environ.get("TRITON_CACHE_DIR"):
+            os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
         attend = torch.compile(attend, dynamic=False)
     grouped = inputs[0].shape[1] != inputs[1].shape[1]
 

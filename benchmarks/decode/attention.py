@@ -292,9 +292,8 @@ def _pallas(given: dict[str, Any]) -> Array:
     # Its own order of keys, read from the same memory: they are random.
     keys, values = (x.reshape(batch * heads, slots, dim) for x in (cache.keys, cache.values))
     lengths = jnp.repeat(given["lengths"], heads)
-    return mqa(query.reshape(batch * heads, 1, dim), keys, values, kv_seq_len=lengths).reshape(
-        query.shape
-    )
+    out = mqa(query.reshape(batch * heads, 1, dim), keys, values, kv_seq_len=lengths)
+    return out.reshape(query.shape).astype(query.dtype)
 
 
 def torch_run(layers: list[dict[str, Any]], calls: int) -> Callable[[], Any]:

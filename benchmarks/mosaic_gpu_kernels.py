@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import cases, timing
-from pallas_kernels.mosaic_gpu import backend
+from pallas_kernels.mosaic_gpu import backend, backward_dbias, backward_dq
+from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
 from pallas_kernels.problem import Inputs
@@ -98,11 +99,13 @@ def measure(shape: cases.Shape) -> None:
         @jax.jit
         def before(inputs, d_out, plan=plan):
             table = _table(plan, inputs)
-            kernels = backend.Kernels(plan, inputs, table)
-            visits = kernels.visits()
-            _, residuals = kernels.forward(visits, training=True)
-            ranges = kernels.key_ranges(visits, residuals.live)
-            _, rows, *_ = kernels.backward_query(visits, residuals, ranges, d_out)
+            visits = backend.ranges(plan, inputs, table, training=False)
+            _, residuals = backend.forward(plan, inputs, table, visits, training=True)
+            call = Call(plan, inputs, table)
+            ranges = backend.key_ranges(call, visits, residuals.live)
+            _, rows, *_ = backward_dq.backward_dq(
+                call, residuals, visits, ranges.tile_order[0], d_out
+            )
             live = visits.first if residuals.live is None else residuals.live
             return residuals, rows, visits, live, d_out, table
 
@@ -125,16 +128,18 @@ def measure(shape: cases.Shape) -> None:
 
         def run(inputs, saved):
             residuals, rows, visits, _, d_out, table = saved
-            kernels = backend.Kernels(plan, inputs, table)
             if job.kernel in ("inference", "forward"):
-                return kernels.forward(visits, training=job.kernel == "forward")[0]
-            ranges = kernels.key_ranges(visits, residuals.live)
+                training = job.kernel == "forward"
+                return backend.forward(plan, inputs, table, visits, training=training)[0]
+            call = Call(plan, inputs, table)
+            ranges = backend.key_ranges(call, visits, residuals.live)
             if job.kernel == "backward_query":
-                return kernels.backward_query(visits, residuals, ranges, d_out)
+                order = ranges.tile_order[0]
+                return backward_dq.backward_dq(call, residuals, visits, order, d_out)
             if job.kernel in ("backward_key", "backward_value"):
                 # Both, where there are two.
-                return kernels.backward_key(rows, visits, ranges, d_out)
-            return kernels.backward_bias(rows, ranges, d_out)
+                return backend.gradients_of_keys(call, rows, visits, ranges, d_out)
+            return backward_dbias.backward_dbias(call, rows, ranges, d_out)
 
         try:
             program = jax.jit(run).lower(inputs, saved).compile()

@@ -36,7 +36,8 @@ from benchmarks import cases, timing
 from lazyattn import lazy_attention, paths
 from lazyattn.errors import require
 from pallas_kernels import problem
-from pallas_kernels.mosaic_gpu import backend, forward
+from pallas_kernels.mosaic_gpu import backend, backward_dbias, backward_dq, forward
+from pallas_kernels.mosaic_gpu.call import Call
 
 _PLANNERS = ("triton", "xla")
 
@@ -121,36 +122,39 @@ class Planning:
     def __init__(self, planner: str):
         self.planner = planner
 
-    def _kernels(self, tensors: Any, parameters: Any, ids: Array | None) -> backend.Kernels:
+    def _call(self, tensors: Any, parameters: Any, ids: Array | None) -> Call:
         with problem.options(planner=self.planner):
-            call, inputs = cases.call(tensors, parameters, segment_ids=ids)
-        plan, length = backend.plan(call), inputs.query.shape[1]
+            facts, inputs = cases.call(tensors, parameters, segment_ids=ids)
+        plan, length = backend.plan(facts), inputs.query.shape[1]
         table = backend.table(plan, inputs.distance_bias, inputs.distance_slope, length)
-        return backend.Kernels(plan, inputs, table)
+        return Call(plan, inputs, table)
 
     def leftovers(self, tensors: Any, parameters: Any, ids: Array | None) -> tuple[Any, ...]:
         """Returns what the attention kernels leave: live, of_offset, sums, tail_sums."""
-        kernels, d_out = self._kernels(tensors, parameters, ids), tensors[3]
-        visits = kernels.visits()
-        _, residuals = kernels.forward(visits, training=True)
-        ranges = kernels.key_ranges(visits, residuals.live)
-        _, rows, *sums = kernels.backward_query(visits, residuals, ranges, d_out)
-        of_bias = kernels.backward_key(rows, visits, ranges, d_out)[2]
+        call, d_out = self._call(tensors, parameters, ids), tensors[3]
+        arrays = call.plan, call.inputs, call.table
+        visits = backend.ranges(*arrays, training=False)
+        _, residuals = backend.forward(*arrays, visits, training=True)
+        ranges = backend.key_ranges(call, visits, residuals.live)
+        order = ranges.tile_order[0]
+        _, rows, *sums = backward_dq.backward_dq(call, residuals, visits, order, d_out)
+        of_bias = backend.gradients_of_keys(call, rows, visits, ranges, d_out)[2]
         if of_bias is None:
-            of_bias = kernels.backward_bias(rows, ranges, d_out)
+            of_bias = backward_dbias.backward_dbias(call, rows, ranges, d_out)
         return residuals.live, sums[0], of_bias, sums[1]
 
     def once(self, tensors: Any, parameters: Any, ids: Array | None, leftovers: Any) -> Any:
         """Returns all that a training call plans."""
         live, of_offset, sums, tail_sums = leftovers
-        kernels = self._kernels(tensors, parameters, ids)
-        visits, plans = kernels.visits(), backend.planning(kernels.plan)
-        orders = plans.tile_orders(visits.work, kernels.group, [forward.order(kernels, True)])
+        call = self._call(tensors, parameters, ids)
+        visits = backend.ranges(call.plan, call.inputs, call.table, training=False)
+        planner = backend.planner(call.plan)
+        orders = planner.tile_orders(visits.work, call.group, [forward.order(call, True)])
         # As between forward and backward pass, whose orders are made apart.
         visits = lax.optimization_barrier(visits)
-        ranges = kernels.key_ranges(visits, live)
-        gradients = kernels.gradients(1, of_offset, sums, tail_sums)
-        return kernels.table, visits, orders, ranges, gradients
+        ranges = backend.key_ranges(call, visits, live)
+        gradients = backend.gradients_of_parameters(call, 1, of_offset, sums, tail_sums)
+        return call.table, visits, orders, ranges, gradients
 
     def many(self, *args: Any) -> Any:
         """Plans `--repeats` times, each time anew."""

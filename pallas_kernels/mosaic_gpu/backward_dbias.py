@@ -16,7 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import config, launch, memory, pipeline
 from pallas_kernels.mosaic_gpu.call import Call
@@ -24,6 +24,7 @@ from pallas_kernels.mosaic_gpu.kernel_types import Scalar, Scratch, TilesConsume
 from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
 from pallas_kernels.mosaic_gpu.pipeline import Slots
 from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, RowStat
+from pallas_kernels.mosaic_gpu.planning.types import KeyRanges
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # Work tiles wanted, so that uneven ones share out well over the largest GPUs, and query blocks
@@ -42,8 +43,7 @@ def chunks(call: Call) -> int:
 def backward_dbias(
     call: Call,
     rows: Float[Array, "batch heads blocks kinds 64"],
-    ranges: Int[Array, "batch heads chunks distances 3"],
-    tile_order: Int[Array, " work_tiles+1"],
+    ranges: KeyRanges,
     d_out: Float[Array, "batch length heads head_dim"],
 ) -> Float[Array, "batch chunks heads distances 128"]:
     """Launches the kernel.
@@ -51,21 +51,18 @@ def backward_dbias(
     Args:
       call: what it reads.
       rows: what `RowStat` says of each query.
-      ranges: for each distance, a multiple of the warpgroups, the first query block of the
-        chunk that visits the tile there, the first for which it may be live, and the one
-        after the last that visits it; live ones are taken to be those from there on. Where
-        nothing is visited the last is not above the first.
-      tile_order: of the work tiles, see `order` and `scheduler.TileOrder.tile_order`.
+      ranges: has `distances`, as many as a multiple of the warpgroups.
       d_out: gradient of the output.
 
     Returns:
       for each distance the sums of dS over the diagonals of its tiles, the top right corner's
       first, and one 0.
     """
-    kernel = _Kernel(call, rows.shape[3], *ranges.shape[2:4])
+    assert ranges.distances is not None
+    kernel = _Kernel(call, rows.shape[3], *ranges.distances.shape[2:4])
     operands = dict(query=call.query, d_out=d_out, key=call.key, value=call.value)
-    operands |= dict(table=call.table.for_queries, rows=rows, ranges=ranges)
-    operands["tile_order"] = tile_order
+    operands |= dict(table=call.table.for_queries, rows=rows, ranges=ranges.distances)
+    operands["tile_order"] = ranges.tile_order[2]
     return kernel.launch(_WorkTile, operands, kernel.results)["sums"]
 
 

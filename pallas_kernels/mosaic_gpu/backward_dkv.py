@@ -35,7 +35,7 @@ from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scr
 from pallas_kernels.mosaic_gpu.mlir import COLUMN, ROWS, TILE
 from pallas_kernels.mosaic_gpu.pipeline import Slots
 from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, RowStat
-from pallas_kernels.mosaic_gpu.planning.by_xla import KeyRanges
+from pallas_kernels.mosaic_gpu.planning.types import KeyRanges
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 
@@ -71,7 +71,7 @@ def backward_dkv(
         masked = jnp.sum(starts <= keys[:, None], axis=-1, dtype=jnp.int32)
     operands = dict(query=call.query, d_out=d_out, key=call.key, value=call.value)
     operands |= dict(table=call.table.for_keys, tail=call.table.tail, offset=call.offset)
-    operands |= dict(rows=rows, last=ranges.last, live=ranges.last_live, masked=masked)
+    operands |= dict(rows=rows, last=ranges.last, last_live=ranges.last_live, masked=masked)
     found = kernel.launch(WorkTile, operands | {"tile_order": tile_order}, kernel.results)
     if kernel.want_bias:
         axes = (kernel.batch, kernel.blocks, kernel.heads, kernel.distances, BLOCK)
@@ -326,7 +326,7 @@ class WorkTile(launch.WorkTile):
         """Returns how many query tiles are visited, and how many of them may be live."""
         if not self.plan.has_offset:
             return (self.steps("last", head),) * 2
-        live = self.steps("live", head)
+        live = self.steps("last_live", head)
         # dV asks nothing of the dead ones.
         return self.steps("last", head) if "key" in self.kernel.wanted else live, live
 

@@ -42,7 +42,7 @@ from pallas_kernels.mosaic_gpu.kernel_types import Ref, Scalar, Scratch, TilesCo
 from pallas_kernels.mosaic_gpu.mlir import ROWS, TILE
 from pallas_kernels.mosaic_gpu.pipeline import Slots
 from pallas_kernels.mosaic_gpu.plan import BLOCK, MASKED, UNREACHABLE, RowStat, threshold
-from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
+from pallas_kernels.mosaic_gpu.planning.types import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.problem import Residuals
 
@@ -145,26 +145,6 @@ class _Kernel(launch.Kernel):
         return tiles | ({"out": 2 * work_tiles} if self.out_stages else {})
 
 
-class RowStats(NamedTuple):
-    """What is known of 64 queries before their tiles, see `RowStat`.
-
-    Attributes:
-      lse: of the scores.
-      delta: None with an offset.
-      threshold: None without an offset, like the next.
-      offset_scale: factor of tau.
-      segment_start: first key in sight; None unless rows hold several documents.
-      last_segment_start: the last query's; None where `segment_start` is.
-    """
-
-    lse: Array
-    delta: Array | None
-    threshold: Array | None
-    offset_scale: Array | None
-    segment_start: Array | None
-    last_segment_start: Array | None
-
-
 class _Sums(NamedTuple):
     """What is summed over the tiles of 64 queries, per lane.
 
@@ -197,9 +177,18 @@ class WorkTile(launch.WorkTile):
     """64 queries of one head a warpgroup; `tiles_consumed` are tiles of keys, and of values.
 
     Everything is counted in steps from the CTA's last tile of keys backwards.
+
+    Attributes:
+      lse, threshold: what `RowStat` says of each query; `threshold` is None without an offset.
+      known_delta: the same; None with an offset, where it is found on the way.
+      last_segment_start: first key that the last query sees; None unless rows hold several
+        documents or have a window.
     """
 
     kernel: _Kernel
+    threshold: Array | None
+    known_delta: Array | None
+    last_segment_start: Scalar | None
 
     def __init__(self, cta: launch.Cta, number: Scalar, n: Scalar, tiles_consumed: TilesConsumed):
         super().__init__(cta, number, n, tiles_consumed)
@@ -259,9 +248,7 @@ class WorkTile(launch.WorkTile):
         if plan.has_offset:
             self.offset = ref["offset"][h]
         self.queries.consumer_wait(self.n)
-        self.row = self.find_row_stats()
-        if self.row.segment_start is not None:
-            self.segment_start = self.row.segment_start
+        self.find_row_stats()
         self.query, self.d_out = self.own("query"), self.own("d_out")
         if self.release_early:
             self.queries.consumer_release(self.n, loading=True)
@@ -306,7 +293,7 @@ class WorkTile(launch.WorkTile):
             # Rare, so one loop for all.
             sums = loop(TileKind.MASKED, begin, end, sums)
         else:
-            masked = self.first_masked(self.last, self.row.last_segment_start)
+            masked = self.first_masked(self.last, self.last_segment_start)
             sums = bias_table.loops(
                 plan, self.kernel.length, begin, begin, end, loop, sums, masked=masked
             )
@@ -317,8 +304,8 @@ class WorkTile(launch.WorkTile):
         finish = functools.partial(layout.finish_sums, interpret=self.interpret)
         past = [finish(x) for x in sums.past]
         if sums.delta is None:
-            assert self.row.delta is not None
-            delta = self.row.delta
+            assert self.known_delta is not None
+            delta = self.known_delta
         else:
             delta = finish(sums.delta)
             # The mean of the keys times what the tensor cores took for the weights' sum.
@@ -326,7 +313,7 @@ class WorkTile(launch.WorkTile):
             y = self.load_mean_k()
             d_query = d_query - lax.broadcast_in_dim(of_mean, y.shape, [0]) * y
         if not divided:
-            factor = jnp.exp2(-self.row.lse)
+            factor = jnp.exp2(-self.lse)
             d_query = d_query * lax.broadcast_in_dim(factor, d_query.shape, [0])
             past = [x * factor for x in past]
             delta = delta if sums.delta is None else delta * factor
@@ -337,8 +324,8 @@ class WorkTile(launch.WorkTile):
         """Writes the results of the queries that exist, and gives the queries back."""
         ref, b, h = self.ref, self.batch, self.head
         of_offset, past = None, found.past
-        if found.alive is not None and self.row.offset_scale is not None:
-            of_offset = found.alive * self.row.offset_scale
+        if found.alive is not None:
+            of_offset = found.alive * self.offset_scale
             # The forward pass has summed the weights of all tiles there, dead ones too.
             past = tuple(
                 x - found.delta * self.load_row(ref["past"].at[b, h, self.block, n])
@@ -379,25 +366,26 @@ class WorkTile(launch.WorkTile):
         for x in found:
             memory.prefetch(x, self.block0 * BLOCK, self.tuning.rows, interpret=self.interpret)
 
-    def find_row_stats(self) -> RowStats:
-        """Returns what is known of the queries, once the CTA's own operands have arrived."""
+    def find_row_stats(self) -> None:
+        """Finds what is known of the queries, once the CTA's own operands have arrived."""
         ref, plan, b, h = self.ref, self.plan, self.batch, self.head
 
         def row(x: Ref) -> Array:
             return self.load_row(x.at[pl.ds(self.block * BLOCK, BLOCK)])
 
-        lse = row(ref["lse"].at[b, h])
+        self.lse = row(ref["lse"].at[b, h])
         # Rows without mass, whose output is NaN, have no part in any gradient.
-        massless = lse == UNREACHABLE
-        segment_start = last_segment_start = None
+        massless = self.lse == UNREACHABLE
+        self.last_segment_start = self.known_delta = self.threshold = None
         if plan.packed:
-            segment_start = row(ref["segment_start"].at[b])
+            self.segment_start = row(ref["segment_start"].at[b])
             # Documents and windows begin later and later: the last query's masks the most.
-            last_segment_start = ref["segment_start"][b, self.block * BLOCK + BLOCK - 1]
+            self.last_segment_start = ref["segment_start"][b, self.block * BLOCK + BLOCK - 1]
         if plan.has_offset:
-            offset_scale = row(ref["offset_scale"].at[b])
-            limit = jnp.where(massless, UNREACHABLE, threshold(ref["offset"][h], offset_scale))
-            return RowStats(lse, None, limit, offset_scale, segment_start, last_segment_start)
+            self.offset_scale = row(ref["offset_scale"].at[b])
+            limit = threshold(ref["offset"][h], self.offset_scale)
+            self.threshold = jnp.where(massless, UNREACHABLE, limit)
+            return
 
         def tile(x: Ref) -> Array:
             x = x[...] if self.interpret else plgpu.load(x, layout=TILE, optimized=False)
@@ -413,18 +401,17 @@ class WorkTile(launch.WorkTile):
             return product
 
         delta = layout.finish_sums(dot(0) + dot(1), interpret=self.interpret)
-        delta = jnp.where(massless, 0.0, delta)
-        return RowStats(lse, delta, None, None, segment_start, last_segment_start)
+        self.known_delta = jnp.where(massless, 0.0, delta)
 
     def write_row_stats(self, delta: Array, of_offset: Array | None) -> None:
         """Writes down what the other kernels want to know of each query."""
-        b, h, row = self.batch, self.head, self.row
+        b, h = self.batch, self.head
         rows = self.ref["rows"].at[b, h, self.block]
-        rows[RowStat.LSE] = row.lse
+        rows[RowStat.LSE] = self.lse
         rows[RowStat.DELTA] = delta
-        rows[RowStat.THRESHOLD] = delta * 0.0 if row.threshold is None else row.threshold
-        if row.segment_start is not None:
-            rows[RowStat.SEGMENT_START] = row.segment_start.astype(jnp.float32)
+        rows[RowStat.THRESHOLD] = delta * 0.0 if self.threshold is None else self.threshold
+        if self.plan.packed:
+            rows[RowStat.SEGMENT_START] = self.segment_start.astype(jnp.float32)
         if of_offset is not None:
             self.ref["of_offset"][b, h, self.block] = of_offset
 
@@ -447,7 +434,7 @@ class WorkTile(launch.WorkTile):
         return pl.ds((self.block0 + n) * ROWS, ROWS)
 
     def count_steps(self) -> Scalar:
-        """Returns how many key tiles the CTA visits."""
+        """Returns how many key tiles of the CTA's may be live; without an offset all visited."""
         last = jnp.int32(self.kernel.blocks - 1)
         blocks = [lax.min(self.block0 + n, last) for n in range(self.tuning.warpgroups)]
         first = self.ref["live" if self.plan.has_offset else "first"]
@@ -465,7 +452,7 @@ class WorkTile(launch.WorkTile):
         x = x * self.plan.exponent_scale + bias
         if self.plan.packed and kind is TileKind.MASKED:
             x = self.where_in_segment(x, key0, MASKED)
-        return jnp.exp2(x - self.spread(self.row.lse) if divided else x)
+        return jnp.exp2(x - self.spread(self.lse) if divided else x)
 
     def lane_sums(self, x: Array) -> Array:
         """Returns the sum of each row, per lane."""
@@ -476,7 +463,7 @@ class WorkTile(launch.WorkTile):
         if kind is TileKind.TAIL:
             return self.lane_sums(x)
         hidden = key0 == self.query0
-        last_start = self.row.last_segment_start if kind is TileKind.MASKED else None
+        last_start = self.last_segment_start if kind is TileKind.MASKED else None
         if last_start is not None:
             hidden = hidden | (key0 < last_start)
 
@@ -504,7 +491,7 @@ class WorkTile(launch.WorkTile):
     ) -> _Sums:
         """Adds a tile."""
         # Products that begin with a number known only now need no wait of their own.
-        begin = 0.0 * self.row.lse if self.row.delta is None else -self.row.delta
+        begin = 0.0 * self.lse if self.known_delta is None else -self.known_delta
         less = self.spread(begin)
         key0 = (self.last - n) * BLOCK
         bias, _ = self.tile_bias(kind, key0, whole=True)
@@ -522,10 +509,10 @@ class WorkTile(launch.WorkTile):
         tile = plgpu.ACC((ROWS, BLOCK), jnp.float32)
         p, d_weights = pl.run_scoped(products, tile, tile)
         self.values.consumer_release_slot(value_slot)
-        limit = self.row.threshold
+        limit = self.threshold
         if limit is not None:
             if not divided:
-                limit = limit * jnp.exp2(self.row.lse)
+                limit = limit * jnp.exp2(self.lse)
             d_weights = jnp.where(p > self.spread(limit), d_weights, 0.0)
         weighted = p * d_weights
         spare = self.spare()

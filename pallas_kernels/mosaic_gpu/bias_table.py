@@ -33,11 +33,6 @@ class TileKind(enum.Enum):
     MASKED = enum.auto()
 
 
-def exist(plan: Plan, length: int) -> bool:
-    """Returns whether a row of this length has such tiles."""
-    return -(-length // BLOCK) > plan.near_blocks
-
-
 def loops(
     plan: Plan,
     length: int,
@@ -63,7 +58,7 @@ def loops(
     """
     start, stop = pipeline.as_index(start), pipeline.as_index(stop)
     end = stop if masked is None else lax.min(pipeline.as_index(masked), stop)
-    if exist(plan, length):
+    if -(-length // BLOCK) > plan.near_blocks:
         first = pipeline.as_index(diagonal + plan.near_blocks)
         carry = loop(TileKind.NEAR, start, lax.min(first, end), carry)
         carry = loop(TileKind.TAIL, lax.max(first, start), end, carry)
@@ -83,41 +78,26 @@ def tile_bias(
     whole: bool,
     interpret: bool,
 ) -> tuple[Array | float, Array | float]:
-    """Returns the bias of a 64 x 64 tile of any kind, and what is still to be added to it.
+    """Returns the bias of a 64 x 64 tile, and what is still to be added to it.
 
     Loaded before the tile's products are issued: behind them in the queue to memory it would
-    wait for the tensor cores. Arguments are those of `tail_bias`, and `table` in SMEM.
-    """
-    if kind is TileKind.TAIL:
-        return tail_bias(
-            plan, tile_distance, tail, rows_are_keys=rows_are_keys, whole=whole, interpret=interpret
-        )
-    start, rest = plan.bias_of_tile(tile_distance, BLOCK, tail, rows_are_keys=rows_are_keys)
-    plus = rest if whole else 0.0
-    return memory.gather(table, start, BLOCK, interpret=interpret, plus=plus), rest
-
-
-def tail_bias(
-    plan: Plan,
-    tile_distance: Scalar,
-    tail: tuple[Float[Array, ""], Float[Array, ""]],
-    *,
-    rows_are_keys: bool,
-    whole: bool,
-    interpret: bool,
-) -> tuple[Array | float, Array | float]:
-    """Returns a tile's bias and what is still to be added to it, as `Plan.bias_of_tile` does.
-
-    The bias is one number or a tile [64, 64], not above 0 but for what is to be added.
+    wait for the tensor cores. Of a tile past the table it is one number or a tile, not above 0
+    but for what is to be added.
 
     Args:
       plan: the call, and how it is done.
+      table: of the head, in SMEM; not read past the table.
       tile_distance: first query less first key.
       tail: value and slope, see `Plan.table`.
+      kind: of the tile.
       rows_are_keys: of the tile, rather than queries.
       whole: nothing is to be added.
       interpret: for interpret mode.
     """
+    if kind is not TileKind.TAIL:
+        start, rest = plan.bias_of_tile(tile_distance, BLOCK, tail, rows_are_keys=rows_are_keys)
+        plus = rest if whole else 0.0
+        return memory.gather(table, start, BLOCK, interpret=interpret, plus=plus), rest
     value, slope = tail
     if not plan.has_slope:
         return value, 0.0

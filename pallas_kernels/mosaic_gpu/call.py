@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.plan import BLOCK, Plan
-from pallas_kernels.mosaic_gpu.planning.by_xla import Table
+from pallas_kernels.mosaic_gpu.planning.types import Table
 from pallas_kernels.problem import Inputs
 
 

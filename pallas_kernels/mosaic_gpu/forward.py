@@ -38,7 +38,7 @@ from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Scalar, Sc
 from pallas_kernels.mosaic_gpu.mlir import ROWS
 from pallas_kernels.mosaic_gpu.pipeline import Slots
 from pallas_kernels.mosaic_gpu.plan import BLOCK, DEAD_SLACK, LOWEST, MASKED, reachable, threshold
-from pallas_kernels.mosaic_gpu.planning.by_xla import Visits
+from pallas_kernels.mosaic_gpu.planning.types import Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 
 # Weights of `find_mean_k` are computed 2^10 times as large, for float16 has no small numbers.
@@ -135,9 +135,10 @@ class _Forward(launch.Kernel):
             "query_smem": rows,
             "key_smem": self.tiled(tuning.stages),
             "value_smem": self.tiled(tuning.stages),
-            # Of two work tiles, since one warpgroup may be at the next.
-            "words_smem": plgpu.SMEM((2, 4 * tuning.warpgroups), jnp.int32),
-            "bound_barrier": plgpu.Barrier(num_arrivals=tuning.warpgroups),
+            # The first live block that each warp found; of two work tiles, since one warpgroup
+            # may be at the next.
+            "warps_live_smem": plgpu.SMEM((2, 4 * tuning.warpgroups), jnp.int32),
+            "first_live_barrier": plgpu.Barrier(num_arrivals=tuning.warpgroups),
         }
         if tuning.in_registers:
             # Else the queries' own place, which they need to the end.
@@ -181,7 +182,7 @@ class WorkTile(launch.WorkTile):
         self.keys = self.pipelines["key"].after(self.tiles_consumed[0])
         self.values = self.pipelines["value"].after(self.tiles_consumed[1])
         self.queries, self.tables = self.pipelines["query"], self.pipelines["table"]
-        self.words = self.ref["words_smem"].at[lax.rem(self.n, jnp.int32(2))]
+        self.warps_live = self.ref["warps_live_smem"].at[lax.rem(self.n, jnp.int32(2))]
         self.no_overflow = self.ref["no_overflow"].at[self.batch, self.head]
 
     def load_warp(self) -> TilesConsumed:
@@ -230,7 +231,7 @@ class WorkTile(launch.WorkTile):
                 # Tiles on the diagonal are always live: no need to know how many more.
                 load_both(before, 0, diagonal)
 
-            plgpu.barrier_wait(ref["bound_barrier"])
+            plgpu.barrier_wait(ref["first_live_barrier"])
             live = self.live_steps()
             pipeline.fetching(self.plan)(lambda: load_both(before, diagonal, live))
             return self.next_consumed(before + live, live)
@@ -272,14 +273,14 @@ class WorkTile(launch.WorkTile):
 
     def two_sweeps(self, no_overflow: Array) -> tuple[Scalar, Scalar]:
         """Log-sum-exp, then the output; returns how many tiles of keys and values that took."""
-        ref, words = self.ref, self.words
+        ref, words = self.ref, self.warps_live
         keys_consumed = self.sum_sweeps() * self.total_steps
         pipeline.skip(0, self.begin, (self.keys, 0))
         lse, farthest = lax.cond(no_overflow, self.sum_no_overflow, self.sum_any)
         pipeline.skip(self.end, self.total_steps, (self.keys, keys_consumed - self.total_steps))
         memory.store_minimum(farthest, words, self.warpgroup, interpret=self.interpret)
-        plgpu.barrier_arrive(ref["bound_barrier"])
-        plgpu.barrier_wait(ref["bound_barrier"])
+        plgpu.barrier_arrive(ref["first_live_barrier"])
+        plgpu.barrier_wait(ref["first_live_barrier"])
         live_steps = self.live_steps()
         mine = functools.reduce(lax.min, [words[4 * self.warpgroup + n] for n in range(4)])
         end = lax.select(self.exists, self.last - mine + 1, self.begin)
@@ -623,8 +624,8 @@ class WorkTile(launch.WorkTile):
         return self.last - first + 1
 
     def live_steps(self) -> Scalar:
-        """Returns how many of them may be live, once `bound_barrier` is complete."""
-        words = [self.words[n] for n in range(4 * self.tuning.warpgroups)]
+        """Returns how many of them may be live, once `first_live_barrier` is complete."""
+        words = [self.warps_live[n] for n in range(4 * self.tuning.warpgroups)]
         return self.last - functools.reduce(lax.min, words) + 1
 
     def sum_sweeps(self) -> Index:

@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu import (
     dump_names,
     equal_variables,
     layout,
+    memory,
     pipeline,
     scheduler,
     weight_sums,
@@ -25,7 +26,7 @@ from pallas_kernels.mosaic_gpu.bias_table import TileKind
 from pallas_kernels.mosaic_gpu.call import Call
 from pallas_kernels.mosaic_gpu.config import Tuning
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Refs, Scalar, Scratch, TilesConsumed
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, TILE
 from pallas_kernels.mosaic_gpu.pipeline import Pipeline
 from pallas_kernels.mosaic_gpu.plan import BLOCK
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
@@ -133,8 +134,19 @@ class Cta:
         self.pipelines = pipeline.make(ref, kernel.slots(), kernel.tuning.warpgroups, kernel.plan)
 
     def run(self) -> None:
-        """Divides the warpgroups."""
-        pipeline.divide(self.warpgroup, self.kernel.tuning, self.load, self.compute)
+        """Divides the warpgroups: the last one loads, the others compute."""
+        tuning = self.kernel.tuning
+        loads = self.warpgroup == tuning.warpgroups
+
+        @pl.when(loads)
+        def _():
+            plgpu.set_max_registers(tuning.fetch_registers, action="decrease")
+            self.load()
+
+        @pl.when(jnp.logical_not(loads))
+        def _():
+            plgpu.set_max_registers(tuning.registers, action="increase")
+            self.compute()
 
     def each(self, loads: bool) -> tuple[Scalar, TilesConsumed]:
         """Goes through the work tiles; returns how many, and `tiles_consumed` after the last."""
@@ -239,10 +251,15 @@ class WorkTile:
         pipe.copy(slot, self.ref["table"].at[head], self.ref["table_smem"])
 
     def own(self, name: str) -> Callable[[], Ref | Array]:
-        """Returns what gives one of the warpgroup's own operands, see `pipeline.operand`."""
-        return pipeline.operand(
-            self.ref[f"{name}_smem"], self.warpgroup, self.tuning.in_registers, self.interpret
-        )
+        """Returns what gives one of the warpgroup's own operands, the first of a product.
+
+        Called at each step; the tile is in registers, or, as always in interpret mode, in SMEM.
+        """
+        tiles = self.ref[f"{name}_smem"]
+        if self.tuning.in_registers and not self.interpret:
+            tile = plgpu.load(tiles.at[self.warpgroup], layout=TILE, optimized=False)
+            return lambda: tile
+        return lambda: tiles.at[memory.afresh(self.warpgroup, interpret=self.interpret)]
 
     def release_own(self, pipe: Pipeline) -> None:
         """Gives the own operands back where they were needed to the end."""

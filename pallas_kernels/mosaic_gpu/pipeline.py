@@ -12,8 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu import layout, memory
-from pallas_kernels.mosaic_gpu.config import Tuning
+from pallas_kernels.mosaic_gpu import memory
 from pallas_kernels.mosaic_gpu.kernel_types import Carry, Index, Ref, Refs, Scalar, Scratch
 from pallas_kernels.mosaic_gpu.plan import Plan
 
@@ -179,23 +178,6 @@ def make(ref: Refs, slots: dict[str, Slots], warpgroups: int, plan: Plan) -> dic
     return made
 
 
-def divide(
-    warpgroup: Scalar, tuning: Tuning, fetch: Callable[[], None], compute: Callable[[], None]
-) -> None:
-    """Runs `fetch` in the last warpgroup of a CTA and `compute` in the others."""
-    fetches = warpgroup == tuning.warpgroups
-
-    @pl.when(fetches)
-    def _():
-        plgpu.set_max_registers(tuning.fetch_registers, action="decrease")
-        fetch()
-
-    @pl.when(jnp.logical_not(fetches))
-    def _():
-        plgpu.set_max_registers(tuning.registers, action="increase")
-        compute()
-
-
 def skip(start: Index, stop: Index, *numbered: tuple[Pipeline, Index]) -> None:
     """Takes and releases steps start, ..., stop-1 without a look at them.
 
@@ -274,19 +256,6 @@ def fetching(plan: Plan) -> Callable[[Callable[[], None]], None]:
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(body))
 
     return run
-
-
-def operand(
-    tiles: Ref, warpgroup: Scalar, in_registers: bool, interpret: bool
-) -> Callable[[], Ref | Array]:
-    """Returns a function that gives a warpgroup's tile as first operand of matrix products.
-
-    Called at each step; the tile is in registers, or, as always in interpret mode, in SMEM.
-    """
-    if in_registers and not interpret:
-        tile = plgpu.load(tiles.at[warpgroup], layout=layout.TILE, optimized=False)
-        return lambda: tile
-    return lambda: tiles.at[memory.afresh(warpgroup, interpret=interpret)]
 
 
 def begin_with(acc: Ref, x: Float[Array, "64 64"], interpret: bool) -> Array | None:

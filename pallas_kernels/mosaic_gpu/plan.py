@@ -28,12 +28,12 @@ EXPONENT_LIMIT = 100.0
 
 _LANES = 128
 # Entries before b(0) in the table, and after the last: enough for tiles of 64 x 128.
-_LEAD = 128
+LEAD = 128
 _TRAIL = 256
 
 
 class RowStat:
-    """What the backward pass knows of each query: the kinds of an array's third axis.
+    """What the backward pass knows of each query: the kinds of [batch, heads, blocks, kinds, 64].
 
     Attributes:
       LSE: log2-sum-exp2 of its scores less b(0).
@@ -116,12 +116,7 @@ class Plan(Problem):
     @property
     def near(self) -> int:
         """Entries of the table before the ramp that follows it."""
-        return -(-self.reach // _LANES) * _LANES + _LEAD + _TRAIL
-
-    @property
-    def lead(self) -> int:
-        """Entries before b(0)."""
-        return _LEAD
+        return -(-self.reach // _LANES) * _LANES + LEAD + _TRAIL
 
     @property
     def table_rows(self) -> int:
@@ -132,7 +127,6 @@ class Plan(Problem):
         self,
         distance_bias: Float[Array, "heads width"] | None,
         distance_slope: Float[Array, " heads"] | None,
-        heads: int,
     ) -> tuple[
         Float[Array, "heads rows 128"], Float[Array, "heads rows 128"], Float[Array, "heads 2"]
     ]:
@@ -151,11 +145,12 @@ class Plan(Problem):
           And for each head the tail's value at distance `reach` - 1 and its slope; without one,
           its value and 0.
         """
+        heads = self.heads
         if distance_bias is None:
-            values = jnp.zeros((heads, self.near - _LEAD), jnp.float32)
+            values = jnp.zeros((heads, self.near - LEAD), jnp.float32)
             slope = end = jnp.zeros(heads, jnp.float32)
         else:
-            values = bias_lib.expand(distance_bias, distance_slope, self.near - _LEAD)
+            values = bias_lib.expand(distance_bias, distance_slope, self.near - LEAD)
             values = LOG2_E * (values - reference(distance_bias)[:, None])
             if distance_slope is None:
                 slope, end = jnp.zeros(heads, jnp.float32), values[:, -1]
@@ -167,7 +162,7 @@ class Plan(Problem):
         else:
             ramp = jnp.broadcast_to(values[:, -1:], (heads, _TRAIL))
         rising = jnp.concatenate(
-            [jnp.full((heads, _LEAD), MASKED, jnp.float32), values, ramp], axis=1
+            [jnp.full((heads, LEAD), MASKED, jnp.float32), values, ramp], axis=1
         )
         # What was at n is now at the length less n.
         falling = jnp.roll(rising[:, ::-1], 1, axis=1)
@@ -201,7 +196,7 @@ class Plan(Problem):
         """
         past = tile_distance - keys - (self.reach - 1)
         in_tail = past >= 0
-        start = lax.select(in_tail, jnp.int32(self.near + keys), tile_distance + _LEAD)
+        start = lax.select(in_tail, jnp.int32(self.near + keys), tile_distance + LEAD)
         if not rows_are_keys:
             start = self.near + _TRAIL - start
         if not self.has_slope:

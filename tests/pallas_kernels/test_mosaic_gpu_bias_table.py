@@ -50,8 +50,15 @@ def test_bias_is_the_tail_s(rows_are_keys, whole):
     plan = _plan(width)
     tile_distance = jnp.int32(BLOCK * plan.near_blocks)
     tail = (jnp.float32(value * LOG2_E), jnp.float32(slope * LOG2_E))
-    tile, rest = bias_table.tail_bias(
-        plan, tile_distance, tail, rows_are_keys=rows_are_keys, whole=whole, interpret=True
+    tile, rest = bias_table.tile_bias(
+        plan,
+        None,
+        tile_distance,
+        tail,
+        TileKind.TAIL,
+        rows_are_keys=rows_are_keys,
+        whole=whole,
+        interpret=True,
     )
     r, c = np.mgrid[:BLOCK, :BLOCK]
     distance = int(tile_distance) + (c - r if rows_are_keys else r - c)
@@ -64,7 +71,14 @@ def test_bias_is_the_tail_s(rows_are_keys, whole):
 def test_bias_without_a_slope_is_one_number():
     tail = (jnp.float32(-1.5), jnp.float32(0.0))
     plan = _plan(100, has_slope=False)
-    bias, rest = bias_table.tail_bias(
-        plan, jnp.int32(256), tail, rows_are_keys=False, whole=True, interpret=True
+    bias, rest = bias_table.tile_bias(
+        plan,
+        None,
+        jnp.int32(256),
+        tail,
+        TileKind.TAIL,
+        rows_are_keys=False,
+        whole=True,
+        interpret=True,
     )
     assert bias == -1.5 and rest == 0

@@ -46,7 +46,7 @@ def _plan(case, args, skip_mass):
         has_offset=args.get("offset") is not None,
     )
     plan = Plan(**call.facts(), tunings=config.tunings(64, 0))
-    return plan, length, heads
+    return plan, length
 
 
 def _inputs(query, key, segment_start, distance_bias, distance_slope, offset):
@@ -81,9 +81,9 @@ def _same(ours, expected, tolerance=0.0):
 )
 def test_tables_and_visits(case, skip_mass):
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
-    plan, length, heads = _plan(case, args, skip_mass)
+    plan, length = _plan(case, args, skip_mass)
     parameters = [args.get(name) for name in ("distance_bias", "distance_slope", "offset")]
-    ours, expected = _both("table", plan, *parameters[:2], heads, length)
+    ours, expected = _both("table", plan, *parameters[:2], length)
     for name in ("for_queries", "for_keys", "tail"):
         _same(getattr(ours, name), getattr(expected, name), 2e-6)
     segment_start = jnp.zeros(args["query"].shape[:2], jnp.int32)
@@ -109,14 +109,14 @@ def test_a_block_visits_what_any_of_its_queries_sees():
     """Not what its first one sees: where chunks are filled up, queries before see less."""
     case = oracle.Case("", (1, 300, 2, 1, 64), 64, documents=(300,))
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
-    plan, _, _ = _plan(case, args, 0.0)
+    plan, _ = _plan(case, args, 0.0)
     place = jnp.arange(300, dtype=jnp.int32)
     segment_start = jnp.where(place < 200, place, jnp.maximum(place - 150, 0))[None]
     parameters = [args[name] for name in ("distance_bias", "offset")]
     bias, offset = parameters
     call = _inputs(args["query"], args["key"], segment_start, bias, None, offset)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
-        table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 2, 300))()
+        table = jax.jit(lambda: by_triton.table(plan, parameters[0], None, 300))()
         found = jax.jit(lambda: by_triton.visits(plan, call, table))()
     assert found.first[0, 0].tolist() == [0, 1, 2, 0, 1]
     _same(found.first, _visits_by_xla(plan, call, table).first)
@@ -125,16 +125,16 @@ def test_a_block_visits_what_any_of_its_queries_sees():
 def test_a_number_that_is_none_is_visited():
     case = CASES[0]
     args = {name: jnp.asarray(x) for name, x in oracle.inputs(case).items()}
-    plan, length, heads = _plan(case, args, 1e-4)
+    plan, length = _plan(case, args, 1e-4)
     parameters = [args[name] for name in ("distance_bias", "distance_slope", "offset")]
     key = args["key"].at[0, 70, 0, 3].set(jnp.nan)
     call = _inputs(args["query"], key, jnp.zeros((2, length), jnp.int32), *parameters)
     broken = parameters[0].at[1, 99].set(jnp.nan)
     with interpreter.interpreted(interpreter.blocks(64, 64)):
-        table = jax.jit(lambda: by_triton.table(plan, *parameters[:2], heads, length))()
+        table = jax.jit(lambda: by_triton.table(plan, *parameters[:2], length))()
         found = jax.jit(lambda: by_triton.visits(plan, call, table))()
         norms = jax.jit(lambda: by_triton.norms(plan, call, table))()
-        table = jax.jit(lambda: by_triton.table(plan, broken, parameters[1], heads, length))()
+        table = jax.jit(lambda: by_triton.table(plan, broken, parameters[1], length))()
     # A GPU's maxima leave NaN out, unlike the interpreter's: so there must be none.
     assert not np.isnan(norms).any() and np.isinf(norms[0, 1, :, 1]).all()
     largest = table.maxima[:, : -(-length // 64)]

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, Plan
-from pallas_kernels.mosaic_gpu.planning.by_xla import Gradients, KeyRanges, Table, Visits
-from pallas_kernels.mosaic_gpu.planning.static import Static
+from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, LEAD, Plan
+from pallas_kernels.mosaic_gpu.planning.static import ROWS, Static
+from pallas_kernels.mosaic_gpu.planning.types import KeyRanges, ParameterGradients, Table, Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.problem import Inputs, current_options
 from pallas_kernels.triton import call
-from pallas_kernels.triton.config import Block, power_of_two
+from pallas_kernels.triton.config import Block, padded_head_dim, power_of_two
 
 # Blocks x blocks of a program's bounds.
 _TILE = 4096
@@ -50,13 +50,12 @@ def table(
     plan: Plan,
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
-    heads: int,
     length: int,
 ) -> Table:
     """Returns the bias in the kernels' form, and what `visits` wants of it."""
     if distance_bias is None:
-        return Table(*plan.table(None, None, heads), None)
-    blocks, rows = -(-length // BLOCK), plan.table_rows
+        return Table(*plan.table(None, None), None)
+    heads, blocks, rows = plan.heads, -(-length // BLOCK), plan.table_rows
     static = dict(
         length=length,
         heads=heads,
@@ -65,10 +64,11 @@ def table(
         reach=plan.reach,
         near=plan.near,
         entries=rows * 64,
-        lead=plan.lead,
+        lead=LEAD,
+        maxima_row=_maxima_row(blocks),
         has_slope=distance_slope is not None,
     )
-    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, blocks + 2 * BLOCK)]
+    shapes = [(heads, rows, 128), (heads, rows, 128), (heads, 2), (heads, _maxima_row(blocks))]
     slope = jnp.zeros(heads, jnp.float32) if distance_slope is None else distance_slope
     return Table(*_launch("lazy_table", (heads, 2), static, shapes, distance_bias, slope))
 
@@ -110,17 +110,20 @@ def norms(plan: Plan, inputs: Inputs, table: Table) -> Float[Array, "batch 3 hea
 def _of_call(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Returns what is static of a call."""
     _, length, heads, head_dim = inputs.query.shape
-    bias = inputs.distance_bias
+    bias, blocks = inputs.distance_bias, -(-length // BLOCK)
     return dict(
         length=length,
         heads=heads,
         group=heads // inputs.key.shape[2],
         head_dim=head_dim,
-        blocks=-(-length // BLOCK),
+        head_dim_padded=padded_head_dim(head_dim),
+        blocks=blocks,
+        maxima_row=_maxima_row(blocks),
         width=0 if bias is None else bias.shape[1],
         has_offset=inputs.offset is not None,
         packed=plan.packed,
         scale=plan.scale,
+        size_of_scale=abs(plan.scale),
         skip_mass=plan.skip_mass,
     )
 
@@ -163,7 +166,9 @@ def key_ranges(
     shapes += [((n + 1,), jnp.int32) for n in (*work_tiles, 0)[:3]]
     static = _ranked(work, group, orders)
     static |= dict(heads=heads, group=group, blocks=blocks, at_once=at_once)
-    static |= dict(distances=distances, filled=max(filled, 1), parts=parts if distances else 0)
+    parts_asked = parts if distances else 0
+    static |= dict(distances=distances, filled=max(filled, 1), parts=parts_asked)
+    static["part"] = -(-blocks // max(parts_asked, 1))
     grid = (max(-(-blocks // at_once), parts), heads, batch)
     last, last_live, found, *found_orders = _launch(
         "lazy_key_ranges", grid, static, shapes, first, live, work
@@ -181,15 +186,16 @@ def gradients(
     *,
     length: int,
     distances: int,
-) -> Gradients:
+) -> ParameterGradients:
     """Returns the gradients of the parameters, from what the kernels leave."""
     given = next(x for x in (of_offset, sums) if x is not None)
     heads = given.shape[1 if of_offset is not None else 2]
-    width = width or 0
+    width, blocks = width or 0, -(-length // BLOCK)
     static = dict(
         length=length,
         heads=heads,
-        blocks=-(-length // BLOCK),
+        blocks=blocks,
+        row_runs=-(-blocks * BLOCK // ROWS),
         width=width,
         has_slope=has_slope,
         has_offset=of_offset is not None,
@@ -208,11 +214,16 @@ def gradients(
     shapes = [(groups, heads, max(width, 1)), (groups, heads), (groups, heads)]
     found = _launch("lazy_gradients", grid, static, shapes, of_offset, sums, tail_sums)
     d_bias, d_slope, d_offset = found
-    return Gradients(
+    return ParameterGradients(
         d_bias if width else None,
         d_slope if has_slope else None,
         None if of_offset is None else d_offset,
     )
+
+
+def _maxima_row(blocks: int) -> int:
+    """Returns the numbers of a head that `lazy_table` leaves for the visits: see `Table.maxima`."""
+    return blocks + 2 * BLOCK
 
 
 def _blocks_at_once(blocks: int) -> int:

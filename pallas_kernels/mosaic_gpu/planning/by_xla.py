@@ -1,82 +1,27 @@
 """The planning of a call in plain JAX; see `by_triton` for the same in few launches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu.plan import BLOCK, EXPONENT_LIMIT, LOG2_E, Plan, reference
+from pallas_kernels.mosaic_gpu.planning.types import KeyRanges, ParameterGradients, Table, Visits
 from pallas_kernels.mosaic_gpu.scheduler import TileOrder
 from pallas_kernels.problem import Inputs
 from pallas_kernels.visit import TileSizes, ranges_by_norms, tile_norms
-
-
-class Table(NamedTuple):
-    """The distance bias in the kernels' form; see `Plan.table`.
-
-    Attributes:
-      for_queries, for_keys: tables of every head, for tiles whose rows are queries or keys.
-      tail: value and slope of what follows.
-      maxima: for `visits`, largest b(x) of each distance of tiles, and then the means of b(x)
-        from each near distance on; None where that asks the bias itself.
-    """
-
-    for_queries: Float[Array, "heads rows 128"]
-    for_keys: Float[Array, "heads rows 128"]
-    tail: Float[Array, "heads 2"]
-    maxima: Float[Array, "heads numbers"] | None
-
-
-class Visits(NamedTuple):
-    """What is known before the forward pass.
-
-    Attributes:
-      first: first block of keys that each block of queries visits.
-      no_overflow: whether no score of a head, less b(0), is large either way: 1 or 0.
-      work: tiles visited, in parts whose sum counts.
-    """
-
-    first: Int[Array, "batch heads blocks"]
-    no_overflow: Int[Array, "batch heads"]
-    work: Int[Array, "batch heads parts"]
-
-
-class KeyRanges(NamedTuple):
-    """What the backward pass knows of its tiles, seen from the keys and the distances.
-
-    Attributes:
-      last, last_live: last block of queries that visits each block of keys, and last for which
-        it may be live.
-      distances: see `distance_ranges`; None without a bias.
-      tile_order: of work tiles, for each order that was asked for.
-    """
-
-    last: Int[Array, "batch heads blocks"]
-    last_live: Int[Array, "batch heads blocks"]
-    distances: Int[Array, "batch heads parts filled 3"] | None
-    tile_order: list[Int[Array, " work_tiles+1"]]
-
-
-class Gradients(NamedTuple):
-    """Gradients of the parameters, of each group of the batch; None for those not given."""
-
-    distance_bias: Float[Array, "groups heads width"] | None
-    distance_slope: Float[Array, "groups heads"] | None
-    offset: Float[Array, "groups heads"] | None
 
 
 def table(
     plan: Plan,
     distance_bias: Float[Array, "heads width"] | None,
     distance_slope: Float[Array, " heads"] | None,
-    heads: int,
     length: int,
 ) -> Table:
-    """Returns the bias in the kernels' form."""
+    """Returns the bias in the kernels' form, of a row of this length."""
     del length
-    return Table(*plan.table(distance_bias, distance_slope, heads), None)
+    return Table(*plan.table(distance_bias, distance_slope), None)
 
 
 def visits(plan: Plan, inputs: Inputs, table: Table) -> Visits:
@@ -162,7 +107,12 @@ def distance_ranges(
     filled: int,
     parts: int,
 ) -> Int[Array, "batch heads parts filled 3"]:
-    """Returns what `backward_bias` wants to know of each distance and run of queries."""
+    """Returns what `backward_dbias` wants to know of each distance and run of queries.
+
+    The first query block of the run that visits the tile there, the first for which it may be
+    live, and the one after the last that visits it; live ones are taken to be those from there on.
+    Where nothing is visited the last is not above the first.
+    """
     blocks = first.shape[-1]
     block = jnp.arange(blocks, dtype=jnp.int32)
     distance = jnp.arange(filled, dtype=jnp.int32)[:, None]
@@ -190,7 +140,7 @@ def gradients(
     *,
     length: int,
     distances: int,
-) -> Gradients:
+) -> ParameterGradients:
     """Returns the gradients of the parameters, from what the kernels leave.
 
     Args:
@@ -224,4 +174,4 @@ def gradients(
         d_bias, d_slope = bias_lib.adjoint(
             near[:, :, :reached], width, has_slope=has_slope, past=past
         )
-    return Gradients(d_bias, d_slope, d_offset)
+    return ParameterGradients(d_bias, d_slope, d_offset)

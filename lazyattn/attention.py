@@ -455,7 +455,7 @@ def _fused(name: str, support: ModuleType, *platforms: str) -> Implementation:
     return Implementation(name, unsupported, functools.partial(_run_backend, name), platforms)
 
 
-# Best first. A kernel joins by an entry here; callers never name one.
+# Best first. A kernel joins by an entry here; callers need not name one.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (

@@ -147,7 +147,8 @@ def _row(report: Report, tried: int) -> dict[str, Any]:
 
 
 HEAD = (
-    "| model | chips | mesh, microbatches | GB: state + rest of a device's | TFLOP | HBM GB"
+    "| model | chips | mesh, microbatches | GB a device: parameters and optimizer + temporaries"
+    ", of its memory | TFLOP | HBM GB"
     " | sent GB | compute / HBM / network ms | step ms | MFU | compiled in |"
 )
 

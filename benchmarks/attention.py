@@ -161,8 +161,8 @@ def _design(
     tunings = config.tunings(head_dim, width, offset)
     return offset, shares.Design(
         mean_key=True,
-        bias_apart=tunings.backward_bias is not None,
-        value_apart=tunings.backward_value is not None,
+        bias_apart=tunings.backward_dbias is not None,
+        value_apart=tunings.backward_dv is not None,
     )
 
 

@@ -26,10 +26,10 @@ from pallas_kernels.problem import Inputs
 KERNELS = (
     "inference",
     "forward",
-    "backward_query",
-    "backward_key",
-    "backward_value",
-    "backward_bias",
+    "backward_dq",
+    "backward_dkv",
+    "backward_dv",
+    "backward_dbias",
 )
 
 _SHAPES = flags.DEFINE_list("shapes", ["4x16x4096x64"], "As for attention.py.")
@@ -57,7 +57,7 @@ def candidates(kernel: str, head_dim: int, chosen: Any) -> Iterator[Any]:
         for groups, stages in ((2, 3), (3, 3), (3, 4)):
             tuning = Tuning(warpgroups=groups, stages=stages, in_registers=small)
             found += [tuning, dataclasses.replace(tuning, ahead=True)]
-    elif kernel == "backward_bias":
+    elif kernel == "backward_dbias":
         found += [Tuning(stages=4 if small else 2), Tuning(warpgroups=3, stages=3)]
     else:
         for groups, stages, registers in ((2, 4, True), (2, 2, False), (3, 3, False)):
@@ -133,10 +133,10 @@ def measure(shape: cases.Shape) -> None:
                 return backend.forward(plan, inputs, table, visits, training=training)[0]
             call = Call(plan, inputs, table)
             ranges = backend.key_ranges(call, visits, residuals.live)
-            if job.kernel == "backward_query":
+            if job.kernel == "backward_dq":
                 order = ranges.tile_order[0]
                 return backward_dq.backward_dq(call, residuals, visits, order, d_out)
-            if job.kernel in ("backward_key", "backward_value"):
+            if job.kernel in ("backward_dkv", "backward_dv"):
                 # Both, where there are two.
                 return backend.gradients_of_keys(call, rows, visits, ranges, d_out)
             return backward_dbias.backward_dbias(call, rows, ranges, d_out)

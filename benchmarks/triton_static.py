@@ -249,5 +249,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("group", 1, "Query heads a key head.")
     flags.DEFINE_enum("implementation", "triton", ["triton", "mosaic_gpu"], "Whose kernels.")
     flags.DEFINE_integer("spills", 0, "Bytes a thread may spill.")
-    flags.DEFINE_list("only", [], "Kernels, e.g. forward,backward_key; none: all.")
+    flags.DEFINE_list("only", [], "Kernels, e.g. forward,backward_dkv; none: all.")
     app.run(main)

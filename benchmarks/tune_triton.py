@@ -52,7 +52,7 @@ def candidates(kernel: str, itemsize: int, head_dim: int) -> list[Row]:
             rows = [(128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3)]
             rows += [(128, 128, 8, 2), (128, 32, 8, 3)]
         rows += [(64, 32, 4, 3), (64, 32, 4, 2)]
-    elif kernel == "backward_key":
+    elif kernel == "backward_dkv":
         rows = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 64, 4, 2)]
         rows += [(32, 128, 8, 3)]
         if head_dim == 128:
@@ -77,18 +77,18 @@ def candidates(kernel: str, itemsize: int, head_dim: int) -> list[Row]:
 def _allowed(kernel: str, row: Row, chosen: dict[str, Row]) -> bool:
     """Returns whether a row goes with those chosen before it."""
     queries, keys = row[:2]
-    if kernel == "backward_query":
+    if kernel == "backward_dq":
         return chosen["forward"][0] % queries == 0 and queries % keys == 0
-    if kernel == "backward_bias":
-        return row[:2] == chosen["backward_query"][:2]
+    if kernel == "backward_dbias":
+        return row[:2] == chosen["backward_dq"][:2]
     return True
 
 
 def _blocks(chosen: dict[str, Row], kernel: str, row: Row) -> config.Blocks:
     """Returns the blocks chosen so far with one more; small ones for the rest."""
     rows = {name: (16, 16, 4, 1) for name in KERNELS} | chosen | {kernel: row}
-    if kernel != "backward_bias" and (kernel == "backward_query" or "backward_bias" not in chosen):
-        rows["backward_bias"] = rows["backward_query"]
+    if kernel != "backward_dbias" and (kernel == "backward_dq" or "backward_dbias" not in chosen):
+        rows["backward_dbias"] = rows["backward_dq"]
     return config.Blocks(**{name: config.Block(*row) for name, row in rows.items()})
 
 
@@ -153,7 +153,7 @@ def _saved(case: Case, kernel: str, chosen: dict[str, Row]) -> Any:
         table = _table(plan, inputs)
         first = backend.ranges(plan, inputs, table, training=True)
         _, residuals = forward(plan, inputs, table, first, training=True)
-        if kernel == "backward_query":
+        if kernel == "backward_dq":
             return first, residuals, d_out
         _, row_stats, *_ = backward_dq(plan, inputs, table, first, residuals, d_out)
         return first, residuals, row_stats, d_out
@@ -169,9 +169,9 @@ def measure(
     saved = [_saved(case, kernel, chosen) if backward else None for case in every]
 
     def compile_one(row: Row, case: Case, before: Any) -> Callable[[], Any] | None:
-        known = {name: value for name, value in chosen.items() if name != "backward_bias"}
-        if kernel == "backward_bias":
-            known["backward_query"] = (*row[:2], 4, 1)
+        known = {name: value for name, value in chosen.items() if name != "backward_dbias"}
+        if kernel == "backward_dbias":
+            known["backward_dq"] = (*row[:2], 4, 1)
         plan = dataclasses.replace(case.plan, blocks=_blocks(known, kernel, row))
         training = kernel == "forward"
 
@@ -179,9 +179,9 @@ def measure(
             table = _table(plan, inputs)
             if not backward:
                 return forward(plan, inputs, table, before, training=training)
-            if kernel == "backward_query":
+            if kernel == "backward_dq":
                 return backward_dq(plan, inputs, table, *before)
-            if kernel == "backward_key":
+            if kernel == "backward_dkv":
                 return backward_dkv(plan, inputs, table, *before)
             return backward_dbias(plan, inputs, table, *before, groups=1)
 
@@ -239,21 +239,21 @@ def choose_measured(
         chosen[kernel] = min(times, key=times.__getitem__)
         save(chosen)
     # These two have tiles of the same size.
-    query_times = fastest("backward_query", tried("backward_query"))
-    chosen["backward_query"] = min(query_times, key=query_times.__getitem__)
+    query_times = fastest("backward_dq", tried("backward_dq"))
+    chosen["backward_dq"] = min(query_times, key=query_times.__getitem__)
     sizes = {row[:2] for row in query_times}
-    bias_rows = [row for row in tried("backward_bias") if row[:2] in sizes]
-    bias_times = measure("backward_bias", bias_rows, chosen, every)
+    bias_rows = [row for row in tried("backward_dbias") if row[:2] in sizes]
+    bias_times = measure("backward_dbias", bias_rows, chosen, every)
     pairs = {
         (one, other): query_times[one] + bias_times[other]
         for one in query_times
         for other in bias_times
         if one[:2] == other[:2]
     }
-    chosen["backward_query"], chosen["backward_bias"] = min(pairs, key=pairs.__getitem__)
+    chosen["backward_dq"], chosen["backward_dbias"] = min(pairs, key=pairs.__getitem__)
     save(chosen)
-    times = fastest("backward_key", tried("backward_key"))
-    chosen["backward_key"] = min(times, key=times.__getitem__)
+    times = fastest("backward_dkv", tried("backward_dkv"))
+    chosen["backward_dkv"] = min(times, key=times.__getitem__)
     return chosen
 
 

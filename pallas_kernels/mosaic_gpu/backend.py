@@ -120,7 +120,7 @@ def key_ranges(call: Call, visits: Visits, live: Array | None) -> KeyRanges:
     `live` is that of the residuals.
     """
     orders = [backward_dq.order(call), backward_dkv.order(call)]
-    tuning, distances, filled, parts = call.plan.tunings.backward_bias, 0, 0, 0
+    tuning, distances, filled, parts = call.plan.tunings.backward_dbias, 0, 0, 0
     if call.plan.width and tuning is not None:
         distances = call.plan.distances(call.blocks)
         # Those that only fill up the warpgroups have nothing to do.
@@ -141,7 +141,7 @@ def gradients_of_keys(
     def run(wanted: tuple[str, ...], tile_order: Array) -> dict[str, Array]:
         return backward_dkv.backward_dkv(call, wanted, rows, ranges, tile_order, d_out)
 
-    if call.plan.tunings.backward_value is None:
+    if call.plan.tunings.backward_dv is None:
         found = run(("key", "value"), ranges.tile_order[1])
     else:
         orders = [backward_dkv.order(call)]

@@ -73,7 +73,7 @@ def order(call: Call, chunks: int, distances: int) -> TileOrder:
 
 
 def _tuning(call: Call) -> config.Tuning:
-    tuning = call.plan.tunings.backward_bias
+    tuning = call.plan.tunings.backward_dbias
     assert tuning is not None, "dK's kernel finds the gradient of the bias."
     return tuning
 
@@ -88,7 +88,7 @@ class _Kernel(launch.Kernel):
       results: types of what the kernel returns, by name.
     """
 
-    name = "lazy_backward_bias"
+    name = "lazy_backward_dbias"
 
     def __init__(self, call: Call, kinds: int, chunks: int, distances: int):
         tuning = _tuning(call)
@@ -115,9 +115,9 @@ class _Kernel(launch.Kernel):
     def slots(self) -> dict[str, Slots]:
         """Returns the slots of each pipeline: of queries and d_out, of keys and values."""
         query, key = Slots(self.tuning.stages, copies=3), Slots(self.key_stages, copies=2)
-        return {"query": query, "key": key, "table": Slots(self.tables)}
+        return {"query": query, "key": key, "table": Slots(self.table_slots)}
 
-    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+    def consumed(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""
         return {"query": tiles_consumed[0], "key": tiles_consumed[1], "table": work_tiles}
 

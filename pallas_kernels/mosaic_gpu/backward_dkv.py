@@ -81,7 +81,7 @@ def backward_dkv(
 
 def order(call: Call) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
-    rows, kv_heads = call.plan.tunings.backward_key.rows, call.heads // call.group
+    rows, kv_heads = call.plan.tunings.backward_dkv.rows, call.heads // call.group
     return TileOrder.of_keys(call.batch, kv_heads, call.group, call.length, rows, call.head_dim)
 
 
@@ -96,17 +96,17 @@ class _Kernel(launch.Kernel):
       results: types of what the kernel returns, by name.
     """
 
-    name = "lazy_backward_key"
+    name = "lazy_backward_dkv"
 
     def __init__(self, call: Call, wanted: tuple[str, ...], kinds: int):
         plan, tunings = call.plan, call.plan.tunings
-        tuning = tunings.backward_key
-        if wanted == ("value",) and tunings.backward_value is not None:
-            tuning, self.name = tunings.backward_value, "lazy_backward_value"
+        tuning = tunings.backward_dkv
+        if wanted == ("value",) and tunings.backward_dv is not None:
+            tuning, self.name = tunings.backward_dv, "lazy_backward_dv"
         self.wanted, self.kinds = wanted, kinds
         # dV asks nothing of the values.
         self.operands = ("key", "value") if "key" in wanted else ("key",)
-        self.want_bias = plan.width > 0 and tunings.backward_bias is None and len(wanted) == 2
+        self.want_bias = plan.width > 0 and tunings.backward_dbias is None and len(wanted) == 2
         width = plan.width if self.want_bias else 0
         used = config.key_tiles(tuning, call.head_dim, width, len(self.operands))
         super().__init__(call, tuning, order(call), used)
@@ -137,9 +137,9 @@ class _Kernel(launch.Kernel):
         """Returns the slots of each pipeline."""
         stages, own = self.tuning.stages, len(self.operands) * self.tuning.warpgroups
         tiles = {"query": Slots(stages, copies=2), "d_out": Slots(stages)}
-        return tiles | {"key": Slots(1, copies=own), "table": Slots(self.tables)}
+        return tiles | {"key": Slots(1, copies=own), "table": Slots(self.table_slots)}
 
-    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+    def consumed(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""
         queries, d_outs = tiles_consumed
         tables = work_tiles * self.group
@@ -224,7 +224,7 @@ class WorkTile(launch.WorkTile):
             after = lax.fori_loop(0, kernel.group, step, self.tiles_consumed)
             return tuple(acc[...] for acc in accs), after
 
-        gradients, after = pl.run_scoped(all_heads, *(kernel.sums for _ in kernel.wanted))
+        gradients, after = pl.run_scoped(all_heads, *(kernel.sum_type for _ in kernel.wanted))
         self.store(gradients)
         return after
 

@@ -85,7 +85,7 @@ def backward_dq(
 
 def order(call: Call) -> TileOrder:
     """Returns the order of the kernel's work tiles."""
-    rows = call.plan.tunings.backward_query.rows
+    rows = call.plan.tunings.backward_dq.rows
     return TileOrder.of_queries(
         call.batch, call.heads, call.group, call.length, rows, call.head_dim
     )
@@ -100,10 +100,10 @@ class _Kernel(launch.Kernel):
       results: types of what the kernel returns, by name.
     """
 
-    name = "lazy_backward_query"
+    name = "lazy_backward_dq"
 
     def __init__(self, call: Call):
-        plan, tuning = call.plan, call.plan.tunings.backward_query
+        plan, tuning = call.plan, call.plan.tunings.backward_dq
         used, self.out_stages = config.query_tiles(tuning, call.head_dim, plan.has_offset)
         super().__init__(call, tuning, order(call), used)
         self.want_tail = plan.has_tail(self.length)
@@ -134,11 +134,11 @@ class _Kernel(launch.Kernel):
     def slots(self) -> dict[str, Slots]:
         """Returns the slots of each pipeline."""
         tiles, warpgroups = Slots(self.tuning.stages), self.tuning.warpgroups
-        query, table = Slots(1, copies=2 * warpgroups), Slots(self.tables)
+        query, table = Slots(1, copies=2 * warpgroups), Slots(self.table_slots)
         slots = {"key": tiles, "value": tiles, "query": query, "table": table}
         return slots | ({"out": Slots(self.out_stages, warpgroups)} if self.out_stages else {})
 
-    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+    def consumed(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""
         keys, values = tiles_consumed
         tiles = {"key": keys, "value": values, "query": work_tiles, "table": work_tiles}
@@ -255,7 +255,7 @@ class WorkTile(launch.WorkTile):
         self.table = ref["table_smem"].at[self.tables.consumer_wait(self.n)]
 
         pipeline.skip(0, self.begin, *self.both)
-        accs = [kernel.sums]
+        accs = [kernel.sum_type]
         accs += [weight_sums.ACC] if plan.has_offset else []
 
         def sum_tiles(divided: bool) -> _Found:

@@ -53,18 +53,18 @@ class Tunings:
     Attributes:
       inference: forward pass without residuals.
       forward: forward pass with residuals.
-      backward_query: dQ.
-      backward_key: dK and dV.
-      backward_bias: gradient of the bias table; None: dK's kernel finds it on its way.
-      backward_value: dV; None: dK's kernel finds it.
+      backward_dq: dQ.
+      backward_dkv: dK and dV.
+      backward_dbias: gradient of the bias table; None: dK's kernel finds it on its way.
+      backward_dv: dV; None: dK's kernel finds it.
     """
 
     inference: Tuning
     forward: Tuning
-    backward_query: Tuning = Tuning(stages=3)
-    backward_key: Tuning = Tuning(stages=3)
-    backward_bias: Tuning | None = Tuning(stages=4)
-    backward_value: Tuning | None = None
+    backward_dq: Tuning = Tuning(stages=3)
+    backward_dkv: Tuning = Tuning(stages=3)
+    backward_dbias: Tuning | None = Tuning(stages=4)
+    backward_dv: Tuning | None = None
 
 
 # By head size.
@@ -72,32 +72,32 @@ _TUNINGS = {
     64: Tunings(
         inference=Tuning(warpgroups=3, stages=4, ahead=True),
         forward=Tuning(warpgroups=3, stages=4, ahead=True),
-        backward_query=Tuning(stages=4),
-        backward_key=Tuning(stages=3, ahead=True),
-        backward_bias=Tuning(warpgroups=3, stages=3),
+        backward_dq=Tuning(stages=4),
+        backward_dkv=Tuning(stages=3, ahead=True),
+        backward_dbias=Tuning(warpgroups=3, stages=3),
     ),
     96: Tunings(
         inference=Tuning(warpgroups=3, stages=4, ahead=True),
         forward=Tuning(warpgroups=3, stages=3, in_registers=False, ahead=True),
-        backward_query=Tuning(stages=3, in_registers=False),
-        backward_key=Tuning(stages=3, in_registers=False),
-        backward_bias=Tuning(warpgroups=3),
+        backward_dq=Tuning(stages=3, in_registers=False),
+        backward_dkv=Tuning(stages=3, in_registers=False),
+        backward_dbias=Tuning(warpgroups=3),
     ),
     128: Tunings(
         inference=Tuning(warpgroups=3, stages=4, in_registers=False, ahead=True),
         forward=Tuning(warpgroups=3, stages=4, in_registers=False),
-        backward_query=Tuning(stages=3, in_registers=False, ahead=True),
-        backward_key=Tuning(stages=3, in_registers=False),
-        backward_bias=Tuning(warpgroups=3),
+        backward_dq=Tuning(stages=3, in_registers=False, ahead=True),
+        backward_dkv=Tuning(stages=3, in_registers=False),
+        backward_dbias=Tuning(warpgroups=3),
     ),
     # dK and dV of 64 keys would be 256 registers a thread.
     256: Tunings(
         inference=Tuning(in_registers=False),
         forward=Tuning(in_registers=False),
-        backward_query=Tuning(stages=1, in_registers=False),
-        backward_key=Tuning(stages=1, in_registers=False),
-        backward_value=Tuning(in_registers=False),
-        backward_bias=Tuning(stages=1),
+        backward_dq=Tuning(stages=1, in_registers=False),
+        backward_dkv=Tuning(stages=1, in_registers=False),
+        backward_dv=Tuning(in_registers=False),
+        backward_dbias=Tuning(stages=1),
     ),
 }
 # Head sizes above this one have no softmax of their own, see `is_elastic`, and no smaller tunings
@@ -105,7 +105,7 @@ _TUNINGS = {
 _MAX_HEAD_DIM_OF_SOFTMAX = 128
 # By head size, what is otherwise without an offset.
 _SOFTMAX: dict[int, dict[str, Tuning]] = {
-    64: {"backward_query": Tuning(stages=3)},
+    64: {"backward_dq": Tuning(stages=3)},
     96: {"forward": Tuning(stages=3, ahead=True)},
     128: {"forward": Tuning(stages=3, in_registers=False, ahead=True)},
 }
@@ -154,7 +154,7 @@ def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
     if with_bias is not None and width > 0:
         tiles = key_tiles(with_bias, head_dim, width)
         if tiles + _table_bytes(width) <= _SHARED_MEMORY:
-            found = dataclasses.replace(found, backward_key=with_bias, backward_bias=None)
+            found = dataclasses.replace(found, backward_dkv=with_bias, backward_dbias=None)
     if width > _widest_table(found, head_dim, has_offset):
         found = _smaller(found, head_dim)
     if not has_offset:
@@ -162,13 +162,13 @@ def tunings(head_dim: int, width: int, has_offset: bool = True) -> Tunings:
         # operand is and never brings that back: `benchmarks.machine_code` finds it out.
         in_smem = {
             name: dataclasses.replace(getattr(found, name), in_registers=False)
-            for name in ("backward_query", "backward_key")
+            for name in ("backward_dq", "backward_dkv")
         }
         found = dataclasses.replace(found, **in_smem)
     return found
 
 
-def tables(tiles: int, table_rows: int) -> int:
+def table_slots(tiles: int, table_rows: int) -> int:
     """Returns how many bias tables a kernel has room for beside so many bytes of tiles: 2, or 1.
 
     With two, the next work tile's is fetched while one is in use.
@@ -251,8 +251,8 @@ def _smaller(found: Tunings, head_dim: int) -> Tunings:
         name: dataclasses.replace(getattr(found, name), stages=3)
         for name in ("inference", "forward")
     }
-    fewer["backward_query"] = dataclasses.replace(found.backward_query, warpgroups=2)
-    return dataclasses.replace(found, backward_bias=Tuning(), **fewer)
+    fewer["backward_dq"] = dataclasses.replace(found.backward_dq, warpgroups=2)
+    return dataclasses.replace(found, backward_dbias=Tuning(), **fewer)
 
 
 def _widest_table(found: Tunings, head_dim: int, has_offset: bool) -> int:
@@ -260,13 +260,13 @@ def _widest_table(found: Tunings, head_dim: int, has_offset: bool) -> int:
         forward_tiles(found.inference, head_dim, 1),
         # Out, and without an offset its rounding.
         forward_tiles(found.forward, head_dim, 1 if has_offset else 2),
-        query_tiles(found.backward_query, head_dim, has_offset)[0],
-        key_tiles(found.backward_key, head_dim),
+        query_tiles(found.backward_dq, head_dim, has_offset)[0],
+        key_tiles(found.backward_dkv, head_dim),
     ]
-    if found.backward_value is not None:
-        used.append(key_tiles(found.backward_value, head_dim, own=1))
-    if found.backward_bias is not None:
-        used.append(bias_tiles(found.backward_bias, head_dim))
+    if found.backward_dv is not None:
+        used.append(key_tiles(found.backward_dv, head_dim, own=1))
+    if found.backward_dbias is not None:
+        used.append(bias_tiles(found.backward_dbias, head_dim))
     return ((_SHARED_MEMORY - max(used)) // 8 - _AROUND_TABLE) // 128 * 128
 
 

@@ -154,9 +154,9 @@ class _Forward(launch.Kernel):
     def slots(self) -> dict[str, Slots]:
         """Returns the slots of each pipeline."""
         tiles, query = Slots(self.tuning.stages), Slots(1, copies=self.tuning.warpgroups)
-        return {"key": tiles, "value": tiles, "query": query, "table": Slots(self.tables)}
+        return {"key": tiles, "value": tiles, "query": query, "table": Slots(self.table_slots)}
 
-    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+    def consumed(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed."""
         keys, values = tiles_consumed
         return {"key": keys, "value": values, "query": work_tiles, "table": work_tiles}
@@ -290,7 +290,7 @@ class WorkTile(launch.WorkTile):
 
         def sweep(no_overflow: bool) -> Array:
             add = functools.partial(self.add_values, lse, end, both, no_overflow)
-            return pl.run_scoped(add, self.kernel.sums)
+            return pl.run_scoped(add, self.kernel.sum_type)
 
         if self.kernel.one_sweep:
             # Here only where scores are large.
@@ -314,7 +314,7 @@ class WorkTile(launch.WorkTile):
     def sum_no_overflow(self) -> tuple[Array, Array]:
         """First sweep without a maximum: log2 of the sums, first live block per lane."""
         if self.kernel.keys_at_once:
-            return pl.run_scoped(self.sum_exponentials, self.kernel.sums, weight_sums.ACC)
+            return pl.run_scoped(self.sum_exponentials, self.kernel.sum_type, weight_sums.ACC)
         lse, farthest = self.sum_exponentials()
         if self.kernel.want_keys:
             self.find_mean_k(lse)
@@ -421,7 +421,7 @@ class WorkTile(launch.WorkTile):
             past = self.steps(self.end, step, self.no_past(), again, by_distance=False)
             mean_k.store(self, accs, past)
 
-        pl.run_scoped(run, self.kernel.sums, weight_sums.ACC)
+        pl.run_scoped(run, self.kernel.sum_type, weight_sums.ACC)
 
     def no_past(self) -> tuple[Array, ...]:
         """Returns sums over tiles past the table before the first, or () if none are wanted."""
@@ -477,7 +477,7 @@ class WorkTile(launch.WorkTile):
             return acc[...], total
 
         pipeline.skip(0, self.begin, *both)
-        out, total = pl.run_scoped(run, self.kernel.sums)
+        out, total = pl.run_scoped(run, self.kernel.sum_type)
         pipeline.skip(self.end, self.total_steps, *both)
         self.tables.consumer_release(self.n)
         total = layout.finish_sums(total, interpret=self.interpret)

@@ -39,21 +39,21 @@ class Kernel:
       call: its sizes count.
       tuning: warpgroups and stages.
       order: of the work tiles.
-      tiles: bytes of SMEM that the kernel's tiles take, see `config`.
+      tile_bytes: of SMEM that the kernel's tiles take, see `config`.
     """
 
     name: str
 
-    def __init__(self, call: Call, tuning: Tuning, order: TileOrder, tiles: int):
+    def __init__(self, call: Call, tuning: Tuning, order: TileOrder, tile_bytes: int):
         self.plan, self.tuning, self.order = call.plan, tuning, order
         self.interpret = call.plan.interpret is not None
         self.batch, self.length, self.heads = call.batch, call.length, call.heads
         self.head_dim, self.group, self.blocks = call.head_dim, call.group, call.blocks
         self.dtype = call.query.dtype
         self.table_shape = call.table.for_queries.shape[1:]
-        self.tables = config.tables(tiles, self.table_shape[0])
+        self.table_slots = config.table_slots(tile_bytes, self.table_shape[0])
         # Sums of 64 rows by columns of the head size.
-        self.sums = plgpu.ACC((ROWS, self.head_dim), jnp.float32)
+        self.sum_type = plgpu.ACC((ROWS, self.head_dim), jnp.float32)
 
     def scratch(self) -> Scratch:
         """Returns the types of SMEM buffers, but for those that all kernels have."""
@@ -67,7 +67,7 @@ class Kernel:
         """Returns the type of so many blocks of queries, keys or the like in SMEM."""
         return pipeline.tiled((count, BLOCK, self.head_dim), self.dtype)
 
-    def tiles(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
+    def consumed(self, work_tiles: Scalar, tiles_consumed: TilesConsumed) -> dict[str, Scalar]:
         """Returns how many tiles of each pipeline a CTA consumed.
 
         Args:
@@ -96,7 +96,7 @@ class Kernel:
 
         body.__name__ = self.name
         scratch = self.scratch() | scheduler.scratch()
-        scratch["table_smem"] = plgpu.SMEM((self.tables, *self.table_shape), jnp.float32)
+        scratch["table_smem"] = plgpu.SMEM((self.table_slots, *self.table_shape), jnp.float32)
         for name, slots in self.slots().items():
             scratch |= pipeline.barriers(name, slots, self.tuning.warpgroups)
         if self.interpret:
@@ -162,7 +162,7 @@ class Cta:
         """Fetches all that the work tiles read."""
         if "ones_smem" in self.ref:
             weight_sums.fetch(self.kernel.plan, self.ref)
-        for name, tiles in self.kernel.tiles(*self.each(True)).items():
+        for name, tiles in self.kernel.consumed(*self.each(True)).items():
             self.pipelines[name].close(tiles)
 
     def compute(self) -> None:

@@ -76,7 +76,7 @@ def _add_scores_gradient(
 
 
 @triton.jit
-def lazy_backward_bias(
+def lazy_backward_dbias(
     query_ptr, key_ptr, value_ptr, table_ptr, segment_start_ptr,
     first_ptr, live_ptr, lse_ptr, delta_ptr, threshold_ptr, d_out_ptr,
     d_bias_ptr,
@@ -171,7 +171,7 @@ def backward_dbias(
       the gradient of b(x), over tiles with a distance inside the table, for each of `groups`
       parts of the batch.
     """
-    block = plan.blocks.backward_bias
+    block = plan.blocks.backward_dbias
     static: Static = plan.static(block)
     batch, heads, tiles = inputs.query.shape[0], static.heads, static.query_tiles
     ratio = block.queries // block.keys
@@ -182,7 +182,7 @@ def backward_dbias(
     shape = (parts, heads, distances, block.queries, block.keys)
     live = residuals.live
     (sums,) = launch(
-        lazy_backward_bias,
+        lazy_backward_dbias,
         (
             *(inputs.query, inputs.key, inputs.value),
             *(table.values, plan.segment_start(inputs)),

@@ -88,7 +88,7 @@ def _last_query(first, column_stop, static: tl.constexpr):
 
 
 @triton.jit
-def lazy_backward_key(
+def lazy_backward_dkv(
     query_ptr, key_ptr, value_ptr, table_ptr, slope_ptr, segment_start_ptr,
     first_ptr, live_ptr, lse_ptr, delta_ptr, threshold_ptr, d_out_ptr,
     d_key_ptr, d_value_ptr,
@@ -174,12 +174,12 @@ def backward_dkv(
     Float[Array, "batch length kv_heads head_dim"], Float[Array, "batch length kv_heads head_dim"]
 ]:
     """Launches the kernel; returns d_key and d_value."""
-    block = plan.blocks.backward_key
+    block = plan.blocks.backward_dkv
     static = plan.static(block)
     key, live = inputs.key, residuals.live
     gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
     d_key, d_value = launch(
-        lazy_backward_key,
+        lazy_backward_dkv,
         (
             *(inputs.query, key, inputs.value),
             *(*plan.bias(table), plan.segment_start(inputs)),

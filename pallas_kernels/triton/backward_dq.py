@@ -81,7 +81,7 @@ def _add_query_gradient(
 
 
 @triton.jit
-def lazy_backward_query(
+def lazy_backward_dq(
     query_ptr, key_ptr, value_ptr,
     table_ptr, slope_ptr, offset_ptr, offset_scale_ptr, segment_start_ptr,
     first_ptr, live_ptr, lse_ptr, out_ptr, live_v_mean_ptr, rounding_ptr, d_out_ptr,
@@ -208,13 +208,13 @@ def backward_dq(
       d_query; what the other kernels want; the parts of the offset's gradient; the sums of dS,
       and of dS times the distance past the table's end, over the tiles past it.
     """
-    block = plan.blocks.backward_query
+    block = plan.blocks.backward_dq
     static = plan.static(block)
     batch, length, heads, _ = inputs.query.shape
     tiles = static.query_tiles
     rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     d_query, delta, threshold, d_offset, past = launch(
-        lazy_backward_query,
+        lazy_backward_dq,
         (
             *plan.arrays(inputs, table),
             *(first, first if residuals.live is None else residuals.live, residuals.lse),

@@ -5,7 +5,7 @@ benchmarks/tune_triton.py.
 """
 
 TABLE = """
-GPU   bytes head  inference       forward         backward_query  backward_key    backward_bias
+GPU   bytes head  inference       forward         backward_dq     backward_dkv    backward_dbias
 sm_80     2   32   64  64  4  3    64  64  4  3    64  64  4  3    64  64  4  2    64  64  4  3
 sm_80     2   64   64  64  4  3    64  64  4  3    64  64  4  3    32  64  4  3    64  64  4  3
 sm_80     2  128  128  64  8  3    64  32  4  3    64  32  4  3    32  64  4  2    64  32  4  3

@@ -36,22 +36,22 @@ class Blocks:
     Attributes:
       inference: forward pass without residuals.
       forward: forward pass with residuals; a multiple of the backward blocks' queries.
-      backward_query: dQ.
-      backward_key: dK and dV.
-      backward_bias: gradient of the bias table; its tiles are those of
-        `backward_query`, and its queries a multiple of its keys.
+      backward_dq: dQ.
+      backward_dkv: dK and dV.
+      backward_dbias: gradient of the bias table; its tiles are those of
+        `backward_dq`, and its queries a multiple of its keys.
     """
 
     inference: Block
     forward: Block
-    backward_query: Block
-    backward_key: Block
-    backward_bias: Block
+    backward_dq: Block
+    backward_dkv: Block
+    backward_dbias: Block
 
     def __post_init__(self):
-        assert self.forward.queries % self.backward_query.queries == 0
-        assert self.backward_bias.tiles == self.backward_query.tiles
-        assert self.backward_bias.queries % self.backward_bias.keys == 0
+        assert self.forward.queries % self.backward_dq.queries == 0
+        assert self.backward_dbias.tiles == self.backward_dq.tiles
+        assert self.backward_dbias.queries % self.backward_dbias.keys == 0
 
     @property
     def largest(self) -> int:

@@ -43,7 +43,7 @@ class Static(Problem):
       training: the forward pass leaves residuals.
       keep_rounding: among them what rounding took from the outputs.
       packed_compare: the GPU compares two bfloat16 numbers at a time.
-      distances, chunks, batches: see `backward_dbias.lazy_backward_bias`.
+      distances, chunks, batches: see `backward_dbias.lazy_backward_dbias`.
     """
 
     queries: int

@@ -110,4 +110,4 @@ def test_hopper_kernels_keep_their_operands(head_dim, offset, packed, width, tmp
             stdout=file, stderr=subprocess.STDOUT, check=True, timeout=600,
         )  # fmt: skip
     assert machine_code.main([str(path)]) == 0, capsys.readouterr().out
-    assert "lazy_backward_key" in capsys.readouterr().out
+    assert "lazy_backward_dkv" in capsys.readouterr().out

@@ -51,7 +51,7 @@ CASES = {
 def check_gradient_of_the_bias_apart() -> None:
     """Tables too wide for dK's kernel have a kernel of their own; here for a narrow one."""
     chosen = config.tunings(64, 0)
-    assert chosen.backward_bias is not None
+    assert chosen.backward_dbias is not None
     with mock.patch.object(config, "tunings", lambda *_: chosen):
         oracle.check_half_precision("mosaic_gpu", CASES["sparse"], "bfloat16", factor=1.2)
 

@@ -80,8 +80,8 @@ def test_widest_tables_are_as_documented():
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_tiles_fit_with_the_usual_table(head_dim):
-    assert config.tunings(head_dim, 1024).backward_bias is None
-    assert config.tunings(head_dim, 2048).backward_bias is not None
+    assert config.tunings(head_dim, 1024).backward_dbias is None
+    assert config.tunings(head_dim, 2048).backward_dbias is not None
     assert config.padded_head_dim(head_dim) == config.padded_head_dim(head_dim - 1) == head_dim
 
 
@@ -165,8 +165,8 @@ def test_asked_for_by_name_without_a_gpu():
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_softmax_keeps_what_a_loop_reads_in_memory(head_dim):
     tunings = config.tunings(head_dim, 1024, has_offset=False)
-    assert not tunings.backward_query.in_registers
-    assert not tunings.backward_key.in_registers
+    assert not tunings.backward_dq.in_registers
+    assert not tunings.backward_dkv.in_registers
 
 
 def test_registers_are_only_traded():

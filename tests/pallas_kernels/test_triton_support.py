@@ -107,7 +107,7 @@ def _compile(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "kernel"),
-    [(80, "inference"), pytest.param(90, "backward_bias", marks=pytest.mark.slow)],
+    [(80, "inference"), pytest.param(90, "backward_dbias", marks=pytest.mark.slow)],
 )
 def test_compiles_without_spilling(capability, kernel):
     pytest.importorskip("triton")

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from benchmarks import hopper_target
 from lazyattn import lazy_attention, paths
-from pallas_kernels import gpu
+from pallas_kernels import target
 from pallas_kernels.mosaic_gpu import backend
 
 assert backend  # What it imports sets MOSAIC_GPU_CUDA_ROOT, which --cuda_root replaces.
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         out = lazy_attention(**args, segment_ids=ids, **settings)
         return jnp.sum(out.astype(jnp.float32))
 
-    with gpu.pretend_capability(90):
+    with target.compile_for("sm90"):
         lowered = jax.jit(jax.value_and_grad(loss)).lower(args)
     print(lowered.compile().memory_analysis())
 

@@ -62,7 +62,7 @@ class Compiler:
         Returns:
           the compiled executable, and the seconds it took.
         """
-        from pallas_kernels.tpu.support import pretend_generation
+        from pallas_kernels import target
 
         for file in self.dumps.iterdir():
             file.unlink()
@@ -74,7 +74,7 @@ class Compiler:
         start = time.perf_counter()
         # Pallas asks the mesh what it lowers for.
         with (
-            pretend_generation(generation),
+            target.compile_for(generation),
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
         ):
             lowered = jax.jit(function).lower(*placed)

@@ -26,7 +26,7 @@ from absl import app, flags
 from jaxtyping import Array
 
 from lazyattn import lazy_attention
-from pallas_kernels import gpu, problem
+from pallas_kernels import problem, target
 from pallas_kernels.triton import config, plan
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
@@ -90,7 +90,7 @@ def captured(capability: int, blocks: config.Blocks | None) -> Iterator[list[Lau
     if blocks is not None:
         config.blocks = lambda *_: blocks
     try:
-        with gpu.pretend_capability(capability), problem.options(launch_triton=capture):
+        with target.compile_for(f"sm{capability}"), problem.options(launch_triton=capture):
             yield launches
     finally:
         config.blocks = table

@@ -1,15 +1,8 @@
 """Which NVIDIA GPU there is."""
 
-from contextlib import AbstractContextManager
-
 import jax
 
 from pallas_kernels import target
-
-
-def pretend_capability(capability: int) -> AbstractContextManager[None]:
-    """Takes the GPU to be of this compute capability, to lower for it without one."""
-    return target.compile_for(f"sm{capability}")
 
 
 def compute_capability() -> int | None:

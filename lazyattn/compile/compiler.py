@@ -13,6 +13,7 @@ from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.training.remat import abstract_batch, step_of
 from lazyattn.training.teaching import make_run_optimizer
+from pallas_kernels import target
 from pallas_kernels.tpu import support
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -134,7 +135,7 @@ def _lower(
 def _pretended(generation: str) -> Iterator[None]:
     # Tracings made for this machine must not be taken for that one.
     jax.clear_caches()
-    with support.pretend_generation(generation):
+    with target.compile_for(generation):
         yield
     jax.clear_caches()
 

@@ -1,7 +1,6 @@
 """What these kernels can do, decided without compiling anything."""
 
 import re
-from contextlib import AbstractContextManager
 
 import jax
 
@@ -9,19 +8,11 @@ from pallas_kernels import target
 from pallas_kernels.problem import Problem
 from pallas_kernels.tpu import config
 
-GENERATIONS = target.TPU_GENERATIONS
-
 MAX_HEAD_DIM = 256
 
 
-def pretend_generation(generation: str) -> AbstractContextManager[None]:
-    """Takes the device to be a TPU of this generation, to compile for it without one."""
-    assert generation in GENERATIONS
-    return target.compile_for(generation)
-
-
 def generation() -> str | None:
-    """Returns the generation of the TPU in use, one of `GENERATIONS`; None: none of them."""
+    """Returns the generation of the TPU in use, of `target.TPU_GENERATIONS`; None: no such."""
     named = target.named()
     if named is not None:
         return named.generation

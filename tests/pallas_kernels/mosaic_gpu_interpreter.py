@@ -8,7 +8,7 @@ from unittest import mock
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu, problem
+from pallas_kernels import problem, target
 from pallas_kernels.mosaic_gpu import config
 from tests import oracle
 from tests.pallas_kernels import kernel_suite as suite
@@ -80,7 +80,7 @@ CHECKS = {
 def main() -> None:
     """Checks the named cases, output and gradients."""
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    with gpu.pretend_capability(90), problem.options(interpret=interpret):
+    with target.compile_for("sm90"), problem.options(interpret=interpret):
         for name in sys.argv[1:]:
             if name in CHECKS:
                 CHECKS[name]()

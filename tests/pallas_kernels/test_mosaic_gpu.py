@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lazyattn import InputError, attention, lazy_attention
-from pallas_kernels import gpu
+from pallas_kernels import target
 from pallas_kernels.mosaic_gpu import config
 from tests import oracle
 
 
 @contextlib.contextmanager
 def hopper():
-    with gpu.pretend_capability(90):
+    with target.compile_for("sm90"):
         yield
 
 
@@ -136,7 +136,7 @@ def test_lowers_under_strict_settings_and_64_bits():
 
 def _refusal(capability, case, **changes):
     args, settings = _arrays(case)
-    with gpu.pretend_capability(capability), pytest.raises(InputError) as error:
+    with target.compile_for(f"sm{capability}"), pytest.raises(InputError) as error:
         lazy_attention(**(args | settings | changes), implementation="mosaic_gpu")
     return str(error.value)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import constraints
 
 from lazyattn import lazy_attention
-from pallas_kernels import compile_ahead, gpu
+from pallas_kernels import compile_ahead, target
 from pallas_kernels.mosaic_gpu import compile_ahead as of_mosaic
 from pallas_kernels.mosaic_gpu import equal_variables
 
@@ -24,7 +24,7 @@ def test_layers_that_call_alike_share_one_lowering():
             x = lazy_attention(x, x, x, distance_bias=table, implementation="mosaic_gpu")
         return x
 
-    with gpu.pretend_capability(90):
+    with target.compile_for("sm90"):
         lowered = jax.jit(three_layers).trace(shape, table).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
@@ -38,7 +38,7 @@ def test_a_kernel_is_the_same_whatever_was_lowered_before():
         def once(query):
             return lazy_attention(query, query, query, implementation="mosaic_gpu")
 
-        with gpu.pretend_capability(90):
+        with target.compile_for("sm90"):
             lowered = jax.jit(once).trace(shape).lower(lowering_platforms=("cuda",))
         return _HASH.findall(lowered.as_text())
 
@@ -63,7 +63,7 @@ def test_kernels_are_compiled_ahead_once_each(monkeypatch):
         traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    with gpu.pretend_capability(90):
+    with target.compile_for("sm90"):
         whole = text(jax.grad(loss), shape)
     compile_ahead._pool().submit(int).result()
     # A layer's forward pass and both of its backward kernels, however many layers there are.

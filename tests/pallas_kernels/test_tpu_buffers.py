@@ -3,15 +3,15 @@
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import target
 from pallas_kernels.tpu import backend, config
 from pallas_kernels.tpu.buffers import ALONE, HALF, Layout, half_of, strips
-from pallas_kernels.tpu.support import pretend_generation
 from tests.pallas_kernels.problems import problem
 
 
 def _plan(dtype):
     call = problem(length=4096, heads=1, head_dim=128, dtype=jnp.dtype(dtype).name)
-    with pretend_generation("v5p"):
+    with target.compile_for("v5p"):
         return backend.plan(call)
 
 

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import cases, tpu_static
 from lazyattn import InputError, attention, lazy_attention
 from lazyattn.compile.libtpu import library
+from pallas_kernels import target
 from pallas_kernels.tpu import config, support
 from pallas_kernels.visit import TileSizes
 from tests import oracle
@@ -22,7 +23,7 @@ ARGS = oracle.inputs(oracle.Case("small"))
 
 
 def _refusal(generation, **changes):
-    with support.pretend_generation(generation), pytest.raises(InputError) as error:
+    with target.compile_for(generation), pytest.raises(InputError) as error:
         lazy_attention(**(ARGS | changes), implementation="tpu")
     return str(error.value)
 
@@ -51,7 +52,7 @@ def test_what_is_refused_by_name():
 
 def test_memory_is_checked_before_anything_is_compiled():
     def reason(shape, generation="v4", dtype="bfloat16"):
-        with support.pretend_generation(generation):
+        with target.compile_for(generation):
             batch, length, heads, dim = shape
             sizes = dict(length=length, heads=heads, head_dim=dim, value_dim=dim, dtype=dtype)
             return support.unsupported(problem(**sizes), batch)
@@ -78,7 +79,7 @@ def test_generations_by_device_kind():
     assert {kind: support.generation_of(kind) for kind in kinds} == kinds
 
 
-@pytest.mark.parametrize("generation", support.GENERATIONS)
+@pytest.mark.parametrize("generation", target.TPU_GENERATIONS)
 def test_table_has_every_head_size(generation):
     for itemsize in (2, 4):
         for head_dim in (1, 64, 80, 128, 192, 256):
@@ -99,7 +100,7 @@ def test_is_the_default_on_a_tpu(monkeypatch):
 
     original = attention.choose
     monkeypatch.setattr(attention, "choose", choose)
-    with support.pretend_generation("v5e"), pytest.raises(InterruptedError):
+    with target.compile_for("v5e"), pytest.raises(InterruptedError):
         lazy_attention(**ARGS)
     assert names == ["tpu"]
 
@@ -115,7 +116,7 @@ def test_lowers_under_scan_remat_and_vmap():
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer), args["query"], None, length=2)[0])
 
     arrays = {name: jnp.stack([x, x]) for name, x in ARGS.items()}
-    with support.pretend_generation("v5e"):
+    with target.compile_for("v5e"):
         jax.eval_shape(jax.grad(lambda args: jnp.sum(jax.vmap(loss)(args))), arrays)
 
 
@@ -136,7 +137,7 @@ def test_compiles_for_one_tpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", support.GENERATIONS)
+@pytest.mark.parametrize("generation", target.TPU_GENERATIONS)
 def test_compiles_for_every_tpu(generation):
     _run(
         "benchmarks.tpu_static",

@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 
 from lazyattn import InputError, attention, lazy_attention
-from pallas_kernels import gpu
+from pallas_kernels import target
 from pallas_kernels.triton import blocks, config, support
 from tests import oracle
 
@@ -19,7 +19,7 @@ ARGS = oracle.inputs(oracle.Case("small"))
 
 
 def _refusal(capability, **changes):
-    with gpu.pretend_capability(capability), pytest.raises(InputError) as error:
+    with target.compile_for(f"sm{capability}"), pytest.raises(InputError) as error:
         lazy_attention(**(ARGS | changes), implementation="triton")
     return str(error.value)
 
@@ -63,7 +63,7 @@ def _chosen(monkeypatch, capability, **changes):
         with pytest.raises(InterruptedError):
             lazy_attention(**(ARGS | changes))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with gpu.pretend_capability(capability):
+    with target.compile_for(f"sm{capability}"):
         return attention.choose(calls[0]).name
 
 

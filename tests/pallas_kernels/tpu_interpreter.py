@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # races: nothing public
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import problem
-from pallas_kernels.tpu import config, support
+from pallas_kernels import problem, target
+from pallas_kernels.tpu import config
 from pallas_kernels.visit import TileSizes
 
 
@@ -50,7 +50,7 @@ def interpreted(
         if tiles_a_step is not None:
             steps = unittest.mock.patch.object(config, "tiles_a_step", lambda *_: tiles_a_step)
             stack.enter_context(steps)
-        stack.enter_context(support.pretend_generation(generation))
+        stack.enter_context(target.compile_for(generation))
         stack.enter_context(problem.options(interpret=parameters))
         try:
             yield

@@ -22,7 +22,7 @@ import triton.experimental.gluon
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pallas_kernels import gpu, problem
+from pallas_kernels import problem, target
 from pallas_kernels.decode import triton as decode
 from pallas_kernels.decode import triton_append
 from pallas_kernels.mosaic_gpu.planning import gradients, key_ranges, order, table, visits
@@ -148,7 +148,7 @@ def interpreted(blocks: config.Blocks) -> Iterator[None]:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpretedFunction.__call__ = _call_nested
     try:
-        with gpu.pretend_capability(90), problem.options(launch_triton=_launch):
+        with target.compile_for("sm90"), problem.options(launch_triton=_launch):
             yield
     finally:
         for owner, name, value in saved:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lazyattn import InputError, decode_attention
-from pallas_kernels import gpu
+from pallas_kernels import target
 
 CACHE = np.zeros((1, 40, 2, 16), np.float32)
 ARGS = {
@@ -20,7 +20,7 @@ ARGS = {
 
 
 def _refusal(capability, **changes):
-    with gpu.pretend_capability(capability), pytest.raises(InputError) as error:
+    with target.compile_for(f"sm{capability}"), pytest.raises(InputError) as error:
         decode_attention(**(ARGS | changes), implementation="triton")
     return str(error.value)
 

@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu import (
     dump_names,
     equal_variables,
     layout,
+    layouts_once,
     memory,
     pipeline,
     scheduler,
@@ -105,6 +106,7 @@ class Kernel:
         dump_names.make_stable()
         compile_ahead.switch_on()
         equal_variables.keep_order()
+        layouts_once.remember()
         found = plgpu.kernel(
             body,
             out_type=tuple(results.values()),

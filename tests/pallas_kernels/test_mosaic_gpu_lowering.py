@@ -1,15 +1,17 @@
 """Layers that call the op alike share its kernels."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import constraints
+import pytest
+from jax.experimental.mosaic.gpu import constraints, fragmented_array
 
 from lazyattn import lazy_attention
 from pallas_kernels import compile_ahead, target
 from pallas_kernels.mosaic_gpu import compile_ahead as of_mosaic
-from pallas_kernels.mosaic_gpu import equal_variables
+from pallas_kernels.mosaic_gpu import equal_variables, layouts_once
 
 _HASH = re.compile(r'kernel_hash = "[^"]*"')
 
@@ -63,9 +65,9 @@ def test_kernels_are_compiled_ahead_once_each(monkeypatch):
         traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    with target.compile_for("sm90"):
+    with target.compile_for("sm90"), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(compile_ahead, "_pool", lambda: pool)
         whole = text(jax.grad(loss), shape)
-    compile_ahead._pool().submit(int).result()
     # A layer's forward pass and both of its backward kernels, however many layers there are.
     assert len(begun) == len(set(_HASH.findall(whole))) == 3
     for kernel, arguments in begun:
@@ -86,3 +88,23 @@ def test_equal_variables_are_those_that_jax_finds():
     }
     # In an order of the constraints, not of a set.
     assert found[a] == [b, d, c]
+
+
+def test_layouts_that_are_remembered_are_those_of_jax(monkeypatch):
+    tiling, layout = fragmented_array.Tiling, fragmented_array.TiledLayout
+    for kind, names in ((tiling, ("canonicalize", "tile_shape")), (layout, ("canonicalize",))):
+        for name in names:
+            function = getattr(kind, name)
+            monkeypatch.setattr(kind, name, getattr(function, "__wrapped__", function))
+    long = tiling(((64, 8), (16, 8), (8, 8), (1, 2)))
+    whole = layout(long, (-8,), (-4, -3), -1, _check_canonical=False)
+
+    def found():
+        return [long.canonicalize(), whole.canonicalize(), long.tile_shape((128, 128))]
+
+    expected = found()
+    layouts_once.remember.__wrapped__()
+    assert found() == found() == expected
+    assert long.tile_shape([128, 128]) == expected[-1]
+    with pytest.raises(ValueError, match="does not apply"):
+        long.tile_shape((100, 100))

@@ -195,9 +195,11 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
     durations = _durations()
     found: dict[str, Any] = {"start_s": time.time() - began}
     begin = time.perf_counter()
-    compiled = train_step.compiled_step(run.attention, experiment, mesh)
+    attention = train_step.KINDS[run.attention]
+    factory = train_step.state_factory(train_step.with_attention(experiment, **attention), mesh)
+    compiled = train_step.compiled_step(run.attention, experiment, mesh, factory)
     found |= {"compile_s": time.perf_counter() - begin, **durations}
-    state = train_step.initial_state(run.attention, experiment, mesh)
+    state = factory.create()
     random = np.random.default_rng(1)
     batches = [train_step.random_batch(experiment, mesh, random) for _ in range(4)]
     state, metrics = jax.block_until_ready(compiled(state, batches[0]))

@@ -134,22 +134,43 @@ def state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stat
     return make_state_factory(experiment, mesh, optimizer)
 
 
-def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the trainer's step with a kind of attention, compiled: state, batch -> both."""
-    step = lowered_step(kind, experiment, mesh)
+def compiled_step(
+    kind: str,
+    experiment: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    factory: StateFactory | None = None,
+) -> Any:
+    """Returns the trainer's step with a kind of attention, compiled: state, batch -> both.
+
+    Args:
+      kind: the attention.
+      experiment: has any.
+      mesh: where it runs.
+      factory: of its state, if there is one already; what makes a state is compiled beside.
+    """
+    step = lowered_step(kind, experiment, mesh, factory)
     return step if isinstance(step, jax.stages.Compiled) else step.compile()
 
 
-def lowered_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+def lowered_step(
+    kind: str,
+    experiment: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    factory: StateFactory | None = None,
+) -> Any:
     """Returns the trainer's step, ready to be compiled; compiled, if its remat is "auto"."""
     experiment = with_attention(experiment, **KINDS[kind])
-    factory = state_factory(experiment, mesh)
+    begun = factory is not None
+    factory = factory or state_factory(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
         make = functools.partial(
             remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
         )
-        step, said = kept_step.read_or_make(make, experiment, mesh, factory.abstract, kind=kind)
+        kept = kept_step.KeptStep(experiment, mesh, factory.abstract, kind=kind)
+        if begun:
+            factory.begin()
+        step, said = kept.or_made(make)
         for line in said:
             print(line, file=sys.stderr, flush=True)
         if isinstance(step.jitted, jax.stages.Compiled):

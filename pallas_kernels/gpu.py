@@ -1,5 +1,7 @@
 """Which NVIDIA GPU there is."""
 
+import importlib
+
 import jax
 
 from pallas_kernels import target
@@ -16,3 +18,12 @@ def compute_capability() -> int | None:
         return None
     major, minor = str(capability).split(".")
     return 10 * int(major) + int(minor)
+
+
+def import_runtime() -> None:
+    """Imports what compiled programs need, as whoever traces one does.
+
+    A program that is read from disk is linked with Mosaic's runtime. Where that lies JAX tells it
+    by a variable of the environment, when Mosaic is imported.
+    """
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import flax.struct
 import jax
@@ -123,6 +124,16 @@ class StateFactory:
             self.shardings,
         )
         self._create = create
+        self._begun: Future[jax.stages.Compiled] | None = None
+
+    def begin(self) -> None:
+        """Begins to compile what makes a fresh state, on a thread, for `create` later."""
+        # Processes of one program must compile in one order.
+        if self._begun is None and jax.process_count() == 1:
+            lowered = jax.jit(self._create, out_shardings=self.shardings).lower()
+            pool = ThreadPoolExecutor(1, "initial_state")
+            self._begun = pool.submit(lowered.compile)
+            pool.shutdown(wait=False)
 
     def create(self, params: Params | None = None) -> TrainState:
         """Returns the initial state, each shard made where it belongs.
@@ -130,6 +141,9 @@ class StateFactory:
         Args:
           params: to start from, on their devices, which are consumed; None: fresh ones.
         """
+        begun, self._begun = self._begun, None
+        if params is None and begun is not None:
+            return begun.result()()
         if params is None:
             return jax.jit(self._create, out_shardings=self.shardings)()
         return jax.jit(self._create, out_shardings=self.shardings, donate_argnums=0)(params)

@@ -162,6 +162,11 @@ class Beginning:
             ),
         ]
 
+    def begin_state(self) -> None:
+        """Begins to compile what makes the state, if that is what `take_state` will do."""
+        if self._restored is None and self._weights is None:
+            self._factory.begin()
+
     def take_state(self) -> TrainState:
         """Returns the state, once: nothing is kept of it here."""
         restored, weights = self._restored, self._weights

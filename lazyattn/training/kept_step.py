@@ -12,8 +12,10 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import get_ident
+from typing import Any
 
 import jax
 from absl import logging
@@ -28,6 +30,7 @@ from lazyattn.experiment import ExperimentConfig
 from lazyattn.model.objective import Batch
 from lazyattn.training.remat import abstract_batch
 from lazyattn.training.step import TrainStep
+from pallas_kernels import gpu
 
 # Steps in the folder; the one used longest ago goes first.
 _NUMBER = 8
@@ -44,54 +47,76 @@ jax.monitoring.register_event_listener(
 Made = tuple[TrainStep, list[str]]
 
 
-def read_or_make(
-    make: Callable[[], Made],
-    experiment: ExperimentConfig,
-    mesh: jax.sharding.Mesh,
-    abstract: TrainState,
-    *,
-    kind: str = "",
-) -> Made:
-    """Returns the step and lines about it: those that were kept, or those of `make`.
+class KeptStep:
+    """The step that was kept for such a run, read on a thread while other work goes on."""
 
-    Args:
-      make: makes them.
-      experiment: what the step is made from, as the next.
-      mesh: where it runs.
-      abstract: the state, with shardings.
-      kind: what else tells the step from others.
-    """
-    folder = compile_cache.steps_folder()
-    if folder is None or jax.process_count() > 1:
-        return make()
-    path = folder / _key(experiment, mesh, kind)
-    batch = abstract_batch(experiment, mesh)
-    if path.exists():
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        mesh: jax.sharding.Mesh,
+        abstract: TrainState,
+        *,
+        kind: str = "",
+    ):
+        """Begins to read.
+
+        Args:
+          experiment: what the step is made from, as the next.
+          mesh: where it runs.
+          abstract: the state, with shardings.
+          kind: what else tells the step from others.
+        """
+        self._mesh, self._state = mesh, abstract
+        self._batch = abstract_batch(experiment, mesh)
+        self._folder = compile_cache.steps_folder() if jax.process_count() == 1 else None
+        if self._folder is None:
+            return
+        facts = _facts(experiment, mesh, kind)
+        self._pool = ThreadPoolExecutor(1, "kept_step")
+        self._found = self._pool.submit(self._find, self._folder, facts)
+
+    def or_made(self, make: Callable[[], Made]) -> Made:
+        """Returns the step and lines about it: those that were kept, or those of `make`.
+
+        Args:
+          make: makes them.
+        """
+        if self._folder is None:
+            return make()
+        path, found = self._found.result()
+        self._pool.shutdown()
+        if found is not None:
+            return found
+        _hits.clear()
+        step, said = make()
+        if not isinstance(step.jitted, jax.stages.Compiled):
+            step = TrainStep(step.lower(self._state, self._batch).compile(), self._mesh)
+        # A CPU's program that was read lacks functions when it is written again and read once
+        # more; other devices' were not tried.
+        if get_ident() not in _hits:
+            _write(path, step.jitted, said)
+        return step, said
+
+    def _find(self, folder: Path, facts: dict[str, Any]) -> tuple[Path, Made | None]:
+        path = folder / _name(facts)
+        if not path.exists():
+            return path, None
         try:
-            return _read(path, mesh, abstract, batch)
+            return path, _read(path, self._mesh, self._state, self._batch)
         except Exception as error:  # Cut short, or of a machine like this one by name alone.
             logging.warning("a kept step could not be read: %s", error)
             path.unlink(missing_ok=True)
-    _hits.clear()
-    step, said = make()
-    if not isinstance(step.jitted, jax.stages.Compiled):
-        step = TrainStep(step.lower(abstract, batch).compile(), mesh)
-    # A CPU's program that was read lacks functions when it is written again and read once more;
-    # other devices' were not tried.
-    if get_ident() not in _hits:
-        _write(path, step.jitted, said)
-    return step, said
+            return path, None
 
 
-def _key(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> str:
-    """Returns a name for all that the step is made from."""
+def _facts(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> dict[str, Any]:
+    """Returns what a step is made from, besides source and versions."""
     devices = list(mesh.devices.flat)
-    facts = {
+    return {
         "kind": kind,
         "experiment": experiment.to_dict(),
         "mesh": [dict(mesh.shape), [(device.id, device.device_kind) for device in devices]],
         "platform": [devices[0].client.platform_version, sys.version],
-        "versions": sorted((d.name, d.version) for d in importlib.metadata.distributions()),
         "environment": {
             name: value
             for name, value in os.environ.items()
@@ -99,7 +124,13 @@ def _key(experiment: ExperimentConfig, mesh: jax.sharding.Mesh, kind: str) -> st
         },
         "jax": {k: v for k, v in jax.config.values.items() if "cache" not in k},
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
+
+
+def _name(facts: dict[str, Any]) -> str:
+    """Returns a name for all that a step is made from."""
+    versions = sorted((d.name, d.version) for d in importlib.metadata.distributions())
+    whole = {**facts, "versions": versions}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=repr).encode())
     for package in (lazyattn, pallas_kernels):
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())
@@ -112,6 +143,8 @@ def _read(path: Path, mesh: jax.sharding.Mesh, abstract: TrainState, batch: Batc
     into = jax.tree.structure(((abstract, batch), {}))
     out = jax.tree.structure((abstract, dict.fromkeys(names, 0)))
     devices = list(mesh.devices.flat)
+    if devices[0].platform == "gpu":
+        gpu.import_runtime()
     compiled = serialize_executable.deserialize_and_load(
         program, into, out, devices[0].client, devices
     )

@@ -19,13 +19,13 @@ from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model import fp8
 from lazyattn.model.accounting import flops_per_token, parameter_counts
-from lazyattn.patience import waiting
 from lazyattn.quantity import quantity
-from lazyattn.training import balance, kept_step, remat
+from lazyattn.training import balance, remat
 from lazyattn.training.beginning import Beginning, going_on
 from lazyattn.training.claim import claimed
 from lazyattn.training.hooks import Finished, Hooks, Started
 from lazyattn.training.interrupt import StopSignal
+from lazyattn.training.kept_step import KeptStep
 from lazyattn.training.log import RunLog
 from lazyattn.training.loop import NonFiniteError, Run, fit
 from lazyattn.training.profile import StepProfile
@@ -78,13 +78,15 @@ def train(
         # What is wrong with settings and checkpoints comes out before data is prepared.
         newest = checkpoints.newest_experiment()
         at, saved = newest or (0, None)
-        experiment, changes = going_on(experiment, saved)
         if at > steps:
             say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
+        experiment, changes = going_on(experiment, saved)
         optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
         beginning = Beginning(experiment, mesh, factory, checkpoints, newest)
+        begin_to_read = functools.partial(KeptStep, experiment, mesh, factory.abstract)
+        kept = begin_to_read() if at < steps else None
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)
 
@@ -102,26 +104,28 @@ def train(
         tasks = hooks.tasks(started)
         if jax.process_index() == 0 and start < steps:
             folders.write_experiment(workdir, experiment)
-        said = beginning.lines(changes)
-        state = beginning.take_state()
         for line in (
             *_describe(experiment, mesh, factory.abstract.params, data),
-            *said,
-            *balance.describe(experiment.model, mesh, length, state.params),
+            *beginning.lines(changes),
         ):
             say(line)
 
-        record: dict[str, Any] = {}
-        spent: list[str] = []
+        # What makes the state is compiled beside the step.
+        beginning.begin_state()
+        policy: list[str] = []
         if start < steps:
             log = stack.enter_context(_log(started, began, curves))
             make = functools.partial(
                 remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
-            with waiting(lambda: "" if jax.process_index() else "the step to be compiled"):
-                step_fn, policy = kept_step.read_or_make(make, experiment, mesh, factory.abstract)
-            for line in policy:
-                say(line)
+            step_fn, policy = (kept or begin_to_read()).or_made(make)
+        state = beginning.take_state()
+        for line in (*balance.describe(experiment.model, mesh, length, state.params), *policy):
+            say(line)
+
+        record: dict[str, Any] = {}
+        spent: list[str] = []
+        if start < steps:
             run = Run(
                 config=experiment.training,
                 experiment=experiment.to_dict(),
@@ -193,8 +197,6 @@ def _describe(
         kind += ", decaying bias" if decay else f", {attention.bias_init} bias table"
     if attention.has_offset:
         kind += f", offset {attention.offset_init:g}"
-    if experiment.training.quantization != "none":
-        kind += f", products in {experiment.training.quantization}"
     counts = prepared.counts
     devices = {name: size for name, size in mesh.shape.items() if size > 1}
     return [

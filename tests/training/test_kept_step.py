@@ -1,7 +1,6 @@
 """A step that is read from disk: the same one, and only where it is the same."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -78,11 +77,16 @@ def folder(tmp_path):
 
 
 def _read_or_make(made, **settings):
-    experiment, mesh, factory, make, count = made
+    *_, make, count = made
     before = len(count)
-    step, said = kept_step.read_or_make(make, experiment, mesh, factory.abstract, **settings)
+    step, said = _kept(made, **settings).or_made(make)
     assert said == ["a line"]
     return step, len(count) - before
+
+
+def _kept(made, **settings):
+    experiment, mesh, factory, *_ = made
+    return kept_step.KeptStep(experiment, mesh, factory.abstract, **settings)
 
 
 def _check_same(made):
@@ -127,12 +131,15 @@ def test_a_step_is_kept(made, folder):
 
 def test_what_makes_another_step(made, monkeypatch):
     experiment, mesh, *_ = made
-    key = functools.partial(kept_step._key, experiment, mesh, "")
+
+    def key(experiment=experiment):
+        return kept_step._name(kept_step._facts(experiment, mesh, ""))
+
     before = key()
     assert before == key()
     optimizer = dataclasses.replace(experiment.optimizer, learning_rate=0.5)
     changed = dataclasses.replace(experiment, optimizer=optimizer)
-    assert kept_step._key(changed, mesh, "") != before
+    assert key(changed) != before
     monkeypatch.setenv("XLA_FLAGS", "--xla_anything")
     assert key() != before
     monkeypatch.undo()
@@ -159,19 +166,41 @@ def test_what_jax_sets_when_it_imports_mosaic_does_not_count(made, folder, monke
     assert _read_or_make(made)[1] == 1
 
 
+def test_mosaic_is_there_when_a_gpu_s_step_is_read(made, folder, monkeypatch):
+    assert _read_or_make(made)[1] == 1
+    order = []
+
+    class Gpu:
+        platform = "gpu"
+        client = jax.devices()[0].client
+
+    class Mesh:
+        devices = np.array([Gpu()])
+
+    monkeypatch.setattr(kept_step.gpu, "import_runtime", lambda: order.append("runtime"))
+    monkeypatch.setattr(
+        kept_step.serialize_executable,
+        "deserialize_and_load",
+        lambda *_: order.append("read"),
+    )
+    (path,) = folder.iterdir()
+    kept_step._read(path, Mesh(), made[2].abstract, {})
+    assert order == ["runtime", "read"]
+
+
 def test_without_a_folder_of_ours_nothing_is_kept(made, tmp_path):
     assert _read_or_make(made)[1] == 1 and _read_or_make(made)[1] == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_a_cpu_s_program_that_jax_had_read_is_not_kept(made, folder):
-    experiment, mesh, factory, make, _ = made
+    *_, make, _ = made
 
     def read():
         jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
         return make()
 
-    kept_step.read_or_make(read, experiment, mesh, factory.abstract)
+    _kept(made).or_made(read)
     assert not list(folder.glob("*"))
-    kept_step.read_or_make(make, experiment, mesh, factory.abstract)
+    _kept(made).or_made(make)
     assert len(list(folder.glob("*"))) == 1

@@ -12,7 +12,7 @@ from absl import flags
 
 from lazyattn.allowed import Allowed
 from lazyattn.buckets import bucket_path, check_writable, is_bucket
-from lazyattn.errors import bad_value
+from lazyattn.errors import bad_value, require
 
 # A scheme and a slash: `Path` leaves one of the two in "gs://bucket". No drive letters.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -81,14 +81,19 @@ def results(
       output: of the flag; None: it is not given.
       workdir: the run's folder.
       name: of the folder in it.
-      writes: whether anything will be written; then a bucket is tried.
+      writes: whether anything will be written; then it is tried whether it can be.
 
     Raises:
-      InputError: as `folder`, or if nothing can be written to the bucket.
+      InputError: as `folder`, or if nothing can be written there.
     """
     flag, path, below = ("--output", output, "") if output else ("--workdir", workdir, name)
     if not is_bucket(path):
-        return local_path(flag, path) / below
+        own = local_path(flag, path) / below
+        if writes:
+            there = next(each for each in (own, *own.absolute().parents) if each.exists())
+            can = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+            require(can, "--output", str(own), "a folder that can be written to")
+        return own
     found = bucket_path(flag, path) / below
     if writes:
         check_writable(flag, found)

@@ -179,3 +179,12 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
         assert done.stderr.startswith(f"{name} is '{url}', but it must be a path")
         assert done.stderr.count("\n") == 1
         assert os.listdir(tmp_path) == []
+
+
+def test_results_need_a_folder_that_can_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert paths.results(None, tmp_path, "eval") == tmp_path / "eval"
+    assert paths.results(str(tmp_path / "file"), tmp_path, "eval", writes=False)
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"--output is .* a folder that can be written to"):
+            paths.results(str(bad), tmp_path, "eval")

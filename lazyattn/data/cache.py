@@ -66,7 +66,7 @@ def _build(path: Path, build: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise InputError(
             f"The data cache folder {str(path.parent)!r} cannot be written to ({error.strerror});"
-            " set LAZYATTN_CACHE to a folder that can."
+            " give another by --cache_dir or LAZYATTN_CACHE."
         ) from error
     try:
         ready = work / path.name

@@ -46,6 +46,7 @@ class CacheOptions:
         require(self.dtype in allowed, "--cache_dtype", self.dtype, "compute or int8")
         if self.buckets is not None:
             check_buckets(self.buckets)
+            require(self.kind == "spans", "--cache", self.kind, "spans with --cache_buckets")
 
 
 def check_buckets(buckets: tuple[int, ...]) -> None:

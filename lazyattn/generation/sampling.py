@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lazyattn.allowed import POSITIVE, SHARE, Allowed, at_least, check_settings
+from lazyattn.allowed import POSITIVE, SHARE, Allowed, check_settings
 
 _NOT_NEGATIVE = Allowed(lambda value: value >= 0, "0 or positive")
+# Positions are int32.
+_TOKENS = Allowed(lambda n: 1 <= n <= 2**30, "from 1 to 2**30")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SamplingConfig:
     whole distribution. Ties at the edge are kept.
     """
 
-    max_new_tokens: Annotated[int, at_least(1)] = 64
+    max_new_tokens: Annotated[int, _TOKENS] = 64
     temperature: Annotated[float, _NOT_NEGATIVE] = 1.0
     top_p: Annotated[float, Allowed(lambda p: 0 < p <= 1, "above 0 and at most 1")] = 1.0
     top_k: Annotated[int, _NOT_NEGATIVE] = 0

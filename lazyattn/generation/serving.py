@@ -187,6 +187,8 @@ def check_prompt(longest: int, plan: CachePlan) -> None:
 
 
 def _tokens(tokens: Any, ndim: int, model: PreparedModel, *, least: int = 0) -> Any:
+    kind = type(model).__name__
+    require(isinstance(model, PreparedModel), "model", kind, "what prepare(params, config) returns")
     if not isinstance(tokens, jax.Array):
         tokens = np.asarray(tokens)
     axes = "[batch]" if ndim == 1 else "[batch, length]"

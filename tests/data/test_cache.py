@@ -114,7 +114,7 @@ def test_old_leftovers_are_swept_and_young_ones_spared(tmp_path):
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"^The data cache folder .* \(Not a directory\); set"):
+    with pytest.raises(InputError, match=r"^The data cache folder .* \(Not a directory\); give"):
         cache.entry(tmp_path / "file" / "cache", "name", Builder())
 
 

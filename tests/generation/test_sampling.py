@@ -95,7 +95,7 @@ def test_a_row_s_draw_does_not_depend_on_the_others():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be from 1 to"),
         ({"temperature": -0.1}, "temperature is -0.1, but it must be 0 or positive"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0, but it must be above 0 and at most 1"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lazyattn.errors import InputError
-from lazyattn.generation.cache import check_memory, full_plan, init_cache
+from lazyattn.generation.cache import CacheOptions, check_memory, full_plan, init_cache
 from lazyattn.generation.decode import generate
 from lazyattn.generation.prepared import prepare
 from lazyattn.generation.sampling import SamplingConfig
@@ -213,6 +213,12 @@ def test_greedy_tokens_with_spans_are_those_of_one_pass():
         (lambda m, c: prefill(m, c, TOKENS[:2], [3, 4], [1, 3]), r"rows is \[1, 3\]"),
         (lambda m, c: prefill(m, c, TOKENS[:2], [3, 4], [1]), r"rows' shape is \(1,\), .* \(2,\)"),
         (lambda m, c: extend(m, c, TOKENS[:2], [3, 4]), "rows of tokens is 2, .* must be 3"),
+        (
+            lambda m, c: decode_step(m.params, c, TOKENS[:, 0]),
+            r"model is 'dict', but it must be what prepare\(params, config\) returns",
+        ),
+        (lambda m, c: SamplingConfig(max_new_tokens=10**10), "it must be from 1 to 2..30"),
+        (lambda m, c: CacheOptions("full", buckets=(256,)), "must be spans with --cache_buckets"),
         (lambda m, c: decode_step(m, c, TOKENS[:, :9]), "a step is 9, .* from 1 to 8"),
         (lambda m, c: decode_step(m, c, TOKENS[:2, 0]), "rows of tokens is 2, .* must be 3"),
         (lambda m, c: init_cache(c.plan, 0), "the cache's rows is 0, but it must be at least 1"),

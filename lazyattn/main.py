@@ -20,8 +20,11 @@ Exit status: 0 when done, 1 when training had to stop, a task could not be measu
 Ctrl-C, 143 when stopped by SIGTERM: the same command goes on.
 """
 
+import _thread
 import dataclasses
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -273,7 +276,18 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
+def _interrupt_again(ignored: "sys.UnraisableHookArgs") -> None:
+    """Repeats a Ctrl-C that came while a callback ran, where Python ignores exceptions."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
 def run() -> NoReturn:
     """Runs the program on `sys.argv` and ends the process with its exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # `train.py`, until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     app.run(main, flags_parser=_parse)
     raise AssertionError  # absl has ended the process

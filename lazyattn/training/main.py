@@ -19,6 +19,7 @@ from lazyattn.errors import InputError
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.model import fp8
 from lazyattn.model.accounting import flops_per_token, parameter_counts
+from lazyattn.patience import waiting
 from lazyattn.quantity import quantity
 from lazyattn.training import balance, remat
 from lazyattn.training.beginning import Beginning, going_on
@@ -78,10 +79,10 @@ def train(
         # What is wrong with settings and checkpoints comes out before data is prepared.
         newest = checkpoints.newest_experiment()
         at, saved = newest or (0, None)
+        experiment, changes = going_on(experiment, saved)
         if at > steps:
             say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
-        experiment, changes = going_on(experiment, saved)
         optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
         beginning = Beginning(experiment, mesh, factory, checkpoints, newest)
@@ -118,7 +119,8 @@ def train(
             make = functools.partial(
                 remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
-            step_fn, policy = (kept or begin_to_read()).or_made(make)
+            with waiting(lambda: "" if jax.process_index() else "the step to be compiled"):
+                step_fn, policy = (kept or begin_to_read()).or_made(make)
         state = beginning.take_state()
         for line in (*balance.describe(experiment.model, mesh, length, state.params), *policy):
             say(line)
@@ -197,6 +199,8 @@ def _describe(
         kind += ", decaying bias" if decay else f", {attention.bias_init} bias table"
     if attention.has_offset:
         kind += f", offset {attention.offset_init:g}"
+    if experiment.training.quantization != "none":
+        kind += f", products in {experiment.training.quantization}"
     counts = prepared.counts
     devices = {name: size for name, size in mesh.shape.items() if size > 1}
     return [

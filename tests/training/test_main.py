@@ -230,6 +230,10 @@ def test_fewer_steps_than_were_done_change_nothing(trained, text, cache, capsys)
     assert _contents(trained) == before
     said = "already at step 2, past training.steps = 1: nothing was done\n"
     assert capsys.readouterr().out == said
+    other = tiny.experiment(text, training__steps=1, model__width=8)
+    with pytest.raises(InputError, match=r"model\.width is 8"):
+        tiny.train(other, trained, cache)
+    assert _contents(trained) == before
 
 
 @pytest.mark.parametrize("folder", ["new", "new/below/another", "mine"])

@@ -29,7 +29,7 @@ class AttentionLayer:
 
     The bias is learned as b_h(x) = -exp(theta_h) x + delta_h[min(x, bias_width - 1)], which
     starts as ALiBi and always falls past its table: docs/lazy_attention.md, "A bias that
-    trains". theta wants a learning rate about 30 times the common one.
+    trains". The common learning rate will do for theta, as in our default recipe.
 
     Attributes:
       num_heads: query heads.

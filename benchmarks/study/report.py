@@ -172,6 +172,9 @@ def _head(lines: Sequence[Line], found: dict[str, Group], tokens: int, files: Se
         f" {all_of(lambda line: str(line.get('commit'))[:10])}."
         f" RFCs, kernel code and textbooks, not web text.{round_again}"
         " ± is the standard error over seeds; where there is none, there is one seed."
+        "\n\nSlopes learn at the common rate, the trainer's default, in variants called `steady`"
+        " and at 30 times it (`optimizer.log_slope_factor`) in the others. So the recipe `sharp` is"
+        " `sharp_steady` here, and `sharp_norm` is `sharp_qk_norm_steady`."
     )
 
 

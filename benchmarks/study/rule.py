@@ -184,4 +184,4 @@ def _visited(group: Group, name: str, most: float) -> Check:
     share = group.stat(name)
     if share is None:
         return Check(None, f"{name} not measured")
-    return Check(share.mean <= most, f"{share.mean:.2f}")
+    return Check(share.mean <= most, f"{share.mean:.3f}")

@@ -13,9 +13,10 @@ So those are exempt. The choice goes by name, not by number of axes: with scanne
 layers a norm's scale is a matrix too.
 
 All parameters have one learning rate but theta, the logarithm of a head's slope
-(`distance_log_slope`): its rate is `log_slope_factor` times the common one. A step of Adam
-moves every entry by about the rate, and a span wants to change by factors of 3 to 10 in the
-time in which a weight moves by 0.1.
+(`distance_log_slope`): its rate is `log_slope_factor` times the common one, 1 by default. A
+step of Adam moves every entry by about the rate, so with 30, which older runs had, spans change
+by factors of 3 to 10 in the time in which a weight moves by 0.1. In docs/results.md that
+brings nothing.
 
 | parameters | decay | learning rate |
 |---|---|---|

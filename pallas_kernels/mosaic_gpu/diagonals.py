@@ -21,7 +21,7 @@ from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.config import SKEW_PITCH, SKEW_WORDS, near_words
 from pallas_kernels.mosaic_gpu.kernel_types import Ref, Refs, Scalar, Scratch
-from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE
+from pallas_kernels.mosaic_gpu.mlir import LANES, SCALAR, TILE, Int32
 from pallas_kernels.mosaic_gpu.plan import BLOCK
 
 # Rows of a tile that a warp has.
@@ -63,11 +63,7 @@ class Diagonals:
             zero = mlir.number(0.0)
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
             for at in range(0, SKEW_WORDS, 32):
-                inside = arith.cmpi(
-                    arith.CmpIPredicate.ult, arith.addi(lane, mlir.constant(at)),
-                    mlir.constant(SKEW_WORDS),
-                )  # fmt: skip
-                with mgpu.utils.when(inside):
+                with mgpu.utils.when((lane + at).below(SKEW_WORDS)):
                     llvm.store(zero, _at(base, lane, at))
 
         clear(self.skew, self.warpgroup)
@@ -87,11 +83,9 @@ class Diagonals:
             registers = mlir.registers(x)
             octets = registers.shape[1]
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
-            g, t = (op(lane, mlir.constant(4)) for op in (arith.divui, arith.remui))
+            g, t = lane // 4, lane % 4
             # Diagonal e - g lies in column e - g + 16, where e is from -8 to 63.
-            start = arith.addi(
-                arith.muli(g, mlir.constant(SKEW_PITCH - 1)), arith.muli(t, mlir.constant(2))
-            )
+            start = g * (SKEW_PITCH - 1) + t * 2
             _sync_warp()
             # Entries g, c and g + 8, c + 8 lie on one diagonal and belong to one lane.
             for octet in range(-1, octets):
@@ -116,19 +110,15 @@ class Diagonals:
             zero = mlir.number(0.0)
             base, lane = _of_warp(skew, warpgroup, SKEW_WORDS)
             sums, _ = _of_warp(near, warpgroup, self.entries)
-            column = arith.muli(lane, mlir.constant(4))
-            distance = mlir.scalar(distance)
-            first = arith.addi(arith.muli(distance, mlir.constant(BLOCK)), column)
+            column, distance = lane * 4, mlir.integer(distance)
+            first = distance * BLOCK + column
             _sync_warp()
             rows = [
                 llvm.load(four, _at(base, column, row * SKEW_PITCH), alignment=16)
                 for row in range(8)
             ]
             # The farthest 16 diagonals of the tile before are the nearest of this one.
-            shared = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(_WARP_ROWS)),
-                arith.cmpi(arith.CmpIPredicate.sgt, distance, mlir.constant(0)),
-            )
+            shared = arith.andi(column.below(_WARP_ROWS), distance > 0)
             before = llvm.load(four, _at(sums, first, 0), alignment=16)
             result = []
             for i in range(4):
@@ -160,30 +150,25 @@ class Diagonals:
         def add_warps(_, near, out, warpgroup, row, tiles):
             f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
             zero, thread = mlir.number(0.0), mlir.thread()
-            start = arith.muli(mlir.scalar(warpgroup), mlir.constant(4 * self.entries))
-            sums = mlir.pointer(near, start)
+            sums = mlir.pointer(near, mlir.integer(warpgroup) * (4 * self.entries))
             row = arith.muli(
                 arith.extsi(i64, mlir.scalar(row)),
                 arith.constant(i64, ir.IntegerAttr.get(i64, size)),
             )
-            target = mlir.pointer(out, row)
-            end = arith.muli(mlir.scalar(tiles), mlir.constant(BLOCK))
+            target = mlir.pointer(out, Int32(row))
+            end = mlir.integer(tiles) * BLOCK
             # All warps have added what they have.
             mgpu.utils.warpgroup_barrier()
             for chunk in range(0, size, LANES):
-                x = arith.addi(thread, mlir.constant(chunk))
+                x = thread + chunk
                 parts = []
                 for warp in range(4):
                     lead = _WARP_ROWS * warp
-                    added = arith.cmpi(
-                        arith.CmpIPredicate.slt, arith.addi(x, mlir.constant(lead)), end
-                    )
-                    place = warp * self.entries + lead + _WARP_ROWS
-                    place = arith.addi(x, mlir.constant(place))
-                    place = arith.select(added, place, mlir.constant(0))
-                    parts.append(arith.select(added, llvm.load(f32, _at(sums, place, 0)), zero))
-                inside = arith.cmpi(arith.CmpIPredicate.slt, x, mlir.constant(size))
-                with mgpu.utils.when(inside):
+                    added = x + lead < end
+                    place = x + (warp * self.entries + lead + _WARP_ROWS)
+                    value = llvm.load(f32, _at(sums, place.where(added, 0), 0))
+                    parts.append(arith.select(added, value, zero))
+                with mgpu.utils.when(x < size):
                     llvm.store(mlir.tree(mlir.add, parts), _at(target, thread, chunk))
             # Nothing is added to the next head's before all is read.
             mgpu.utils.warpgroup_barrier()
@@ -194,22 +179,19 @@ class Diagonals:
         )  # fmt: skip
 
 
-def _of_warp(ref: ir.Value, warpgroup: ir.Value, words: int) -> tuple[ir.Value, ir.Value]:
+def _of_warp(ref: ir.Value, warpgroup: ir.Value, words: int) -> tuple[ir.Value, Int32]:
     """Returns where a warp's words of SMEM [warpgroups, 4 words] begin, and this lane."""
     # The compiler can't see that it is the same at every step: what follows from it takes a few
     # instructions, but would take registers through the loop.
-    thread = mlir.afresh(mgpu.utils.thread_idx())
-    lane = arith.remui(thread, mlir.constant(LANES))
-    warp = arith.divui(lane, mlir.constant(32))
-    first = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
-    first = arith.muli(first, mlir.constant(words))
-    return mlir.pointer(ref, first), arith.remui(lane, mlir.constant(32))
+    thread = mlir.afresh(Int32(mgpu.utils.thread_idx())) % LANES
+    warp = thread // 32
+    first = (mlir.integer(warpgroup) * 4 + warp) * words
+    return mlir.pointer(ref, first), thread % 32
 
 
-def _at(base: ir.Value, index: ir.Value, more: int) -> ir.Value:
+def _at(base: ir.Value, index: Int32, more: int) -> ir.Value:
     """Returns a pointer to a number."""
-    f32 = ir.F32Type.get()
-    return mgpu.utils.getelementptr(mgpu.utils.getelementptr(base, [index], f32), [more], f32)
+    return mlir.after(mlir.after(base, index), more)
 
 
 def _sync_warp() -> None:

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, math
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu import mlir
-from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, SCALAR, TILE
+from pallas_kernels.mosaic_gpu.mlir import ROW, ROWS, SCALAR, TILE, Int32
 
 
 def sum_and_bound(
@@ -74,7 +74,7 @@ def lane_sums(
     def reduce(_, x):
         registers = mlir.registers(x)
         _, _, t = mlir.position()
-        first = arith.sitofp(ir.F32Type.get(), arith.muli(t, mlir.constant(2)))
+        first = (t * 2).to_float()
         sums = []
         for half in range(2):
             plain = _sum(registers[half])
@@ -142,8 +142,7 @@ def slanted(
     def build_tile(_, base, slope):
         base, slope = mlir.scalar(base), mlir.scalar(slope)
         row, column = mlir.first_entry()
-        first = arith.sitofp(ir.F32Type.get(), arith.subi(column, row))
-        base = math.fma(slope, first, base)
+        base = math.fma(slope, (column - row).to_float(), base)
         entries: dict[int, ir.Value] = {}
 
         def entry(half, octet, i):
@@ -179,9 +178,9 @@ def where_seen(
     )
     def select(_, x, tile_distance):
         # Were its place known before the loop, a lane would keep it in registers for each entry.
-        row, column = mlir.first_entry(mlir.afresh(mgpu.utils.thread_idx()))
-        less = arith.subi(column, row)
-        start = (arith.addi if rows_are_keys else arith.subi)(mlir.scalar(tile_distance), less)
+        row, column = mlir.first_entry(mlir.afresh(Int32(mgpu.utils.thread_idx())))
+        less, start = column - row, mlir.integer(tile_distance)
+        start = start + less if rows_are_keys else start - less
         other = mlir.number(otherwise)
         registers = mlir.registers(x)
         seen: dict[int, ir.Value] = {}
@@ -189,8 +188,7 @@ def where_seen(
         def chosen(half, octet, i):
             distance = 8 * (octet - half) + i
             if distance not in seen:
-                limit = mlir.constant(-distance if rows_are_keys else distance)
-                seen[distance] = arith.cmpi(arith.CmpIPredicate.sge, start, limit)
+                seen[distance] = start >= (-distance if rows_are_keys else distance)
             return arith.select(seen[distance], mlir.element(registers[half, octet], i), other)
 
         return mlir.tile_of(chosen, x.shape[1])
@@ -211,13 +209,12 @@ def where_from(
     )
     def select(_, x, first):
         _, own = mlir.first_entry()
-        starts = [arith.subi(mlir.element(row, 0), own) for row in first.registers.flat]
+        starts = [Int32(mlir.element(row, 0)) - own for row in first.registers.flat]
         other = mlir.number(otherwise)
         registers = mlir.registers(x)
 
         def chosen(half, octet, i):
-            column = mlir.constant(8 * octet + i)
-            seen = arith.cmpi(arith.CmpIPredicate.sle, starts[half], column)
+            seen = starts[half] <= 8 * octet + i
             return arith.select(seen, mlir.element(registers[half, octet], i), other)
 
         return mlir.tile_of(chosen, x.shape[1])
@@ -233,8 +230,7 @@ def row_index(*, interpret: bool) -> Float[Array, "64"]:
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW))
     def index(_):
         row, _ = mlir.first_entry()
-        rows = (arith.addi(row, mlir.constant(8 * half)) for half in range(2))
-        return mlir.row([arith.sitofp(ir.F32Type.get(), x) for x in rows])
+        return mlir.row([(row + 8 * half).to_float() for half in range(2)])
 
     return index()
 

@@ -18,7 +18,7 @@ from pallas_kernels import bias as bias_lib
 from pallas_kernels.mosaic_gpu import mlir
 from pallas_kernels.mosaic_gpu.config import DIAGONALS_PITCH, DIAGONALS_ROWS
 from pallas_kernels.mosaic_gpu.kernel_types import Index, Ref, Scalar
-from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE
+from pallas_kernels.mosaic_gpu.mlir import LANES, ROW, ROWS, SCALAR, TILE, Int32
 
 # Of the SMEM where rows of a tile lie to be added up askew.
 DIAGONALS_WORDS = DIAGONALS_ROWS * DIAGONALS_PITCH
@@ -61,21 +61,16 @@ def gather(
     )
     def load(_, ref, start, *more):
         row, column = mlir.first_entry()
-        at = arith.subi(column, row)
         # An entry at an odd place begins an aligned pair in the second copy.
-        odd = arith.andi(row, mlir.constant(1))
-        at = arith.addi(at, arith.muli(odd, mlir.constant(entries - 1)))
-        at = arith.addi(at, mlir.scalar(start))
+        at = column - row + (row & 1) * (entries - 1) + mlir.integer(start)
         base = mlir.pointer(ref, at)
-        f32 = ir.F32Type.get()
-        two = ir.VectorType.get((2,), f32)
+        two = ir.VectorType.get((2,), ir.F32Type.get())
         loaded: dict[int, ir.Value] = {}
 
         def build(half, octet):
             distance = 8 * octet - 8 * half
             if distance not in loaded:
-                pointer = mgpu.utils.getelementptr(base, [distance], f32)
-                loaded[distance] = llvm.load(two, pointer, alignment=8)
+                loaded[distance] = llvm.load(two, mlir.after(base, distance), alignment=8)
                 for x in more:
                     both = vector.broadcast(two, mlir.scalar(x))
                     loaded[distance] = arith.addf(loaded[distance], both)
@@ -145,8 +140,8 @@ def load_registers(sources: list[Ref], *, interpret: bool) -> Float[Array, "64 c
 
 def _of_lane(ref: ir.Value, octets: int) -> list[ir.Value]:
     """Returns where this lane's four numbers of each octet of columns lie."""
-    base, f32 = mlir.pointer(ref, arith.muli(mlir.thread(), mlir.constant(4))), ir.F32Type.get()
-    return [mgpu.utils.getelementptr(base, [4 * LANES * n], f32) for n in range(octets)]
+    base = mlir.pointer(ref, mlir.thread() * 4)
+    return [mlir.after(base, 4 * LANES * n) for n in range(octets)]
 
 
 def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> Float[Array, "128"]:
@@ -163,41 +158,29 @@ def sum_diagonals(x: Float[Array, "64 64"], spare: Ref, *, interpret: bool) -> F
         return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout),
     )
     def add_up(_, x, spare):
-        f32 = ir.F32Type.get()
         base = mgpu.utils.memref_ptr(spare)
         warp, g, t = mlir.position()
-
-        def pointer(at):
-            return mgpu.utils.getelementptr(base, [at], f32)
-
         registers = mlir.registers(x)
         # One half of two warps' rows at a time: thread n adds up the diagonal on which
         # row - column is n - 63.
-        two = mlir.constant(2)
-        place = arith.addi(arith.muli(arith.remui(warp, two), mlir.constant(8)), g)
-        first = arith.muli(place, mlir.constant(DIAGONALS_PITCH))
-        first = arith.addi(first, arith.muli(t, mlir.constant(2)))
+        first = (warp % 2 * 8 + g) * DIAGONALS_PITCH + t * 2
         thread, zero = mlir.thread(), mlir.number(0.0)
         sums = []
         for half, pair in np.ndindex(2, 2):
             # All have read what was there before.
             mgpu.utils.warpgroup_barrier()
-            of_pair = mlir.constant(pair)
-            own = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(warp, two), of_pair)
-            with mgpu.utils.when(own):
+            with mgpu.utils.when((warp // 2).equals(pair)):
                 for octet in range(ROWS // 8):
                     for i in range(2):
-                        at = arith.addi(first, mlir.constant(8 * octet + i))
-                        llvm.store(mlir.element(registers[half, octet], i), pointer(at))
+                        at, x = first + (8 * octet + i), mlir.element(registers[half, octet], i)
+                        llvm.store(x, mlir.after(base, at))
             mgpu.utils.warpgroup_barrier()
             for n in range(DIAGONALS_ROWS):
                 row = (2 * pair + n // 8) * 16 + n % 8 + 8 * half
-                column = arith.subi(mlir.constant(row + ROWS - 1), thread)
-                inside = arith.cmpi(arith.CmpIPredicate.ult, column, mlir.constant(ROWS))
-                column = arith.select(inside, column, mlir.constant(0))
-                at = arith.addi(column, mlir.constant(n * DIAGONALS_PITCH))
-                value = llvm.load(f32, pointer(at))
-                sums.append(arith.select(inside, value, zero))
+                column = row + ROWS - 1 - thread
+                inside = column.below(ROWS)
+                at = mlir.after(base, column.where(inside, 0) + n * DIAGONALS_PITCH)
+                sums.append(arith.select(inside, llvm.load(ir.F32Type.get(), at), zero))
         total = mlir.tree(mlir.add, sums)
         return mgpu.FragmentedArray(
             _registers=np.array([mlir.single(total)], dtype=object),
@@ -232,10 +215,8 @@ def store_minimum(x: Int[Array, "64"], words: Ref, warpgroup: Scalar, *, interpr
             has_side_effects=True,
         )
         warp, g, t = mlir.position()
-        at = arith.addi(arith.muli(mlir.scalar(warpgroup), mlir.constant(4)), warp)
-        pointer = mlir.pointer(words, at, i32)
-        first = arith.cmpi(arith.CmpIPredicate.eq, arith.ori(g, t), mlir.constant(0))
-        with mgpu.utils.when(first):
+        pointer = mlir.pointer(words, mlir.integer(warpgroup) * 4 + warp, i32)
+        with mgpu.utils.when((g | t).equals(0)):
             llvm.store(least, pointer)
 
     store(x, words, warpgroup)
@@ -253,11 +234,8 @@ def prefetch(x: Ref, start: Scalar, size: int, *, interpret: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
     def fetch(_, x, start):
         thread = mlir.thread()
-        at = arith.addi(mlir.scalar(start), arith.muli(thread, mlir.constant(32)))
-        wanted = arith.andi(
-            arith.cmpi(arith.CmpIPredicate.slt, thread, mlir.constant(-(-size // 32))),
-            arith.cmpi(arith.CmpIPredicate.slt, at, mlir.constant(length)),
-        )
+        at = mlir.integer(start) + thread * 32
+        wanted = arith.andi(thread < -(-size // 32), at < length)
         pointer = mlir.pointer(x, at)
         with mgpu.utils.when(wanted):
             mlir.run("prefetch.global.L1 [$0];", "l", pointer)
@@ -272,10 +250,9 @@ def prefetch_tile(x: Ref, words: int, *, interpret: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def fetch(_, x):
-        base = mlir.pointer(x, arith.muli(mlir.thread(), mlir.constant(32)))
+        base = mlir.pointer(x, mlir.thread() * 32)
         for at in range(0, words, 32 * LANES):
-            line = mgpu.utils.getelementptr(base, [at], ir.F32Type.get())
-            mlir.run("prefetch.global.L2 [$0];", "l", line)
+            mlir.run("prefetch.global.L2 [$0];", "l", mlir.after(base, at))
 
     fetch(x)
 
@@ -298,31 +275,19 @@ def take_number(numbers: Ref, words: Ref, slot: Scalar, takers: int) -> None:
     def take(_, numbers, words, slot):
         i32 = mlir.i32()
         warp, g, t = mlir.position()
-        lane = arith.ori(g, t)
-        chosen = arith.cmpi(
-            arith.CmpIPredicate.eq,
-            arith.ori(lane, arith.xori(warp, mlir.constant(1))),
-            mlir.constant(0),
-        )
+        chosen = (g | t | warp ^ 1).equals(0)
         source = mgpu.utils.memref_ptr(numbers)
-        counter = mgpu.utils.getelementptr(source, [count], i32)
-        target = mlir.pointer(words, mlir.scalar(slot), i32)
+        counter = mlir.after(source, count, i32)
+        target = mlir.pointer(words, mlir.integer(slot), i32)
         with mgpu.utils.when(chosen):
-            turn = llvm.inline_asm(
-                i32,
-                [counter],
-                "atom.add.relaxed.gpu.u32 $0, [$1], 1;",
-                "=r,l",
-                has_side_effects=True,
-            )
-            last = mlir.constant(count - 1)
-            place = mgpu.utils.getelementptr(source, [arith.minui(turn, last)], i32)
-            left = arith.cmpi(arith.CmpIPredicate.ule, turn, last)
-            number = arith.select(left, llvm.load(i32, place), mlir.constant(count))
-            llvm.store(number, target)
+            take_one = "atom.add.relaxed.gpu.u32 $0, [$1], 1;"
+            turn = Int32(llvm.inline_asm(i32, [counter], take_one, "=r,l", has_side_effects=True))
+            place = Int32(arith.minui(turn.value, mlir.constant(count - 1)))
+            place, left = mlir.after(source, place, i32), turn.up_to(count - 1)
+            number = Int32(llvm.load(i32, place)).where(left, count)
+            llvm.store(number.value, target)
             # Every CTA is told once that nothing is left; the last one puts the counter back.
-            end = mlir.constant(count + takers - 1)
-            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, turn, end)):
+            with mgpu.utils.when(turn.equals(count + takers - 1)):
                 llvm.store(mlir.constant(0), counter)
 
     take(numbers, words, jnp.asarray(slot, jnp.int32))
@@ -363,7 +328,7 @@ def afresh(index: Scalar, *, interpret: bool) -> Scalar:
         arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR)
     )
     def move(_, index):
-        moved = mlir.afresh(mlir.scalar(index))
-        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+        moved = mlir.afresh(mlir.integer(index))
+        return mgpu.FragmentedArray.splat(moved.value, (), is_signed=True)
 
     return move(jnp.asarray(index, jnp.int32))

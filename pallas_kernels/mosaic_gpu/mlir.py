@@ -1,6 +1,7 @@
 """The MLIR of `layout.py` and `memory.py`: where numbers lie in a warpgroup's registers."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
@@ -26,20 +27,65 @@ def constant(value: int) -> ir.Value:
     return mgpu.utils.c(value, i32())
 
 
+def _operator(build: Callable) -> Callable:
+    return lambda x, y: Int32(build(x.value, Int32.of(y)))
+
+
+def _relation(name: str) -> Callable:
+    return lambda x, y: arith.cmpi(getattr(arith.CmpIPredicate, name), x.value, Int32.of(y))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Int32:
+    """A 32-bit integer of a kernel, with Python's operators; those that divide know no sign.
+
+    Relations give an MLIR boolean; `below` and `up_to` know no sign.
+    """
+
+    value: ir.Value
+
+    @staticmethod
+    def of(x: "Int32 | int") -> ir.Value:
+        """Returns the MLIR value of a number that may be known."""
+        return x.value if isinstance(x, Int32) else constant(x)
+
+    __add__, __sub__, __mul__ = map(_operator, (arith.addi, arith.subi, arith.muli))
+    __floordiv__, __mod__ = map(_operator, (arith.divui, arith.remui))
+    __and__, __or__, __xor__ = map(_operator, (arith.andi, arith.ori, arith.xori))
+    __lt__, __le__, __gt__, __ge__ = map(_relation, ("slt", "sle", "sgt", "sge"))
+    equals, below, up_to = map(_relation, ("eq", "ult", "ule"))
+
+    def __rsub__(self, other: int) -> "Int32":
+        return Int32(constant(other)) - self
+
+    def where(self, condition: ir.Value, otherwise: int) -> "Int32":
+        """Returns this number where a boolean is true, else another."""
+        return Int32(arith.select(condition, self.value, constant(otherwise)))
+
+    def to_float(self) -> ir.Value:
+        """Returns the number in float32."""
+        return arith.sitofp(ir.F32Type.get(), self.value)
+
+
 def number(value: float) -> ir.Value:
     """Returns a float32 constant."""
     return mgpu.utils.c(value, ir.F32Type.get())
 
 
-def pointer(ref: ir.Value, at: ir.Value | int, kind: ir.Type | None = None) -> ir.Value:
+def pointer(ref: ir.Value, at: Int32 | int, kind: ir.Type | None = None) -> ir.Value:
     """Returns where a number of a reference lies; `kind` is its type, else float32."""
+    return after(mgpu.utils.memref_ptr(ref), at, kind)
+
+
+def after(pointer: ir.Value, at: Int32 | int, kind: ir.Type | None = None) -> ir.Value:
+    """Returns where the number lies that comes so many numbers after another."""
     kind = ir.F32Type.get() if kind is None else kind
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], kind)
+    return mgpu.utils.getelementptr(pointer, [at.value if isinstance(at, Int32) else at], kind)
 
 
-def thread() -> ir.Value:
+def thread() -> Int32:
     """Returns the index of this thread in its warpgroup."""
-    return arith.remui(mgpu.utils.thread_idx(), constant(LANES))
+    return Int32(mgpu.utils.thread_idx()) % LANES
 
 
 def run(instruction: str, constraints: str, *operands: ir.Value) -> None:
@@ -53,27 +99,32 @@ def scalar(x) -> ir.Value:
     return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
 
 
-def afresh(x: ir.Value) -> ir.Value:
+def integer(x) -> Int32:
+    """Returns what Pallas passes as a scalar int32."""
+    return Int32(scalar(x))
+
+
+def afresh(x: Int32) -> Int32:
     """Returns a 32-bit integer that the compiler takes for another one each time.
 
     What follows from it is then computed in a loop, rather than before it and kept in registers
     that the loop has not.
     """
-    return llvm.inline_asm(i32(), [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+    instruction = "mov.b32 $0, $1;"
+    return Int32(llvm.inline_asm(i32(), [x.value], instruction, "=r,r", has_side_effects=True))
 
 
-def position(thread: ir.Value | None = None) -> tuple[ir.Value, ir.Value, ir.Value]:
+def position(thread: Int32 | None = None) -> tuple[Int32, Int32, Int32]:
     """Returns this or another thread's warp in its warpgroup, its g and its t."""
-    lane = arith.remui(mgpu.utils.thread_idx() if thread is None else thread, constant(LANES))
-    warp = arith.divui(lane, constant(32))
-    lane = arith.remui(lane, constant(32))
-    return warp, arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+    lane = (Int32(mgpu.utils.thread_idx()) if thread is None else thread) % LANES
+    warp, lane = lane // 32, lane % 32
+    return warp, lane // 4, lane % 4
 
 
-def first_entry(thread: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
+def first_entry(thread: Int32 | None = None) -> tuple[Int32, Int32]:
     """Returns row and column of this or another thread's first entry of a tile."""
     warp, g, t = position(thread)
-    return arith.addi(arith.muli(warp, constant(16)), g), arith.muli(t, constant(2))
+    return warp * 16 + g, t * 2
 
 
 def element(x: ir.Value, index: int) -> ir.Value:

@@ -15,7 +15,8 @@ def report_of(module, *arguments, devices=8):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

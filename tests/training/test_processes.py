@@ -46,7 +46,8 @@ class Shell:
             environment |= {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+                f"--xla_force_host_platform_device_count={devices}",
             }
         command = [
             sys.executable,

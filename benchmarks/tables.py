@@ -284,6 +284,45 @@ def steps() -> str:
     return _table(head, lines)
 
 
+def decoding() -> str:
+    """A token's time beside that of a copy: of each case the newest line that has one."""
+    found = {}
+    for path in sorted(RESULTS.glob("*_decode.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            # Lines without jax_triton are of kernels outside of CUDA graphs; a step in few
+            # kernels (`fused`) is gone.
+            if row["ms_attention"] and row.get("jax_triton") and not row.get("fused"):
+                case = (row["implementation"], row["attention"], row["cache"], row["slopes"])
+                found[row["context"], row["batch"], *case] = row
+    lines = []
+
+    def order(item: tuple[tuple[Any, ...], Row]) -> tuple[Any, ...]:
+        context, batch, implementation, attention, *_ = item[0]
+        return context, batch, implementation != "lazyattn", attention != "softmax"
+
+    for (context, batch, *_), row in sorted(found.items(), key=order):
+        cache = f"{row['attention']}, {row['cache']}"
+        if row["implementation"] != "lazyattn":
+            cache += f", by {row['implementation']}"
+        elif row["slopes"] not in ("alibi", "none"):
+            cache += ", trained slopes"
+        cells = [f"{context:,} x {batch}", cache]
+        for share in (row["cache_bytes_share"], row["read_share"]):
+            cells.append(f"{share:.0%}" if share >= 0.1 else f"{share:.1%}")
+        for ms, limit in (("ms_attention", "limit_attention_ms"), ("ms_token", "limit_ms")):
+            time = row[ms]
+            cells.append("" if time is None else _number(time, 1 if time >= 10 else 2))
+            cells.append("" if time is None else f"{time / row[limit]:.2f}")
+        fit = row["largest_batch"]
+        cells.append("" if fit is None else str(fit))
+        lines.append([*cells, f"{row['date']}, {row['commit'][:7]}"])
+    head = (
+        "context x rows | attention, cache | held | read | attention, ms | times a copy | token, ms"
+        " | times a copy | rows that fit | date, commit"
+    )
+    return _table(head, lines)
+
+
 def scaling() -> str:
     """A step on several GPUs."""
     lines = []
@@ -360,7 +399,9 @@ def data() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (attention, readme, loss, uptraining, train_step, steps, scaling, slices, data)
+    for function in (
+        *(attention, readme, loss, uptraining, train_step, steps, decoding, scaling, slices, data),
+    )
 }
 
 

@@ -66,3 +66,33 @@ def test_a_file_says_when_and_how_it_was_made(monkeypatch):
         " --learned=FILE"
     )
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", made["date"])
+
+
+def test_of_a_decoding_case_the_newest_line_with_a_time_stands(tmp_path, monkeypatch):
+    line = {
+        "implementation": "lazyattn",
+        "attention": "lazy",
+        "cache": "spans",
+        "slopes": "alibi",
+        "context": 4096,
+        "batch": 8,
+        "ms_attention": 0.5,
+        "limit_attention_ms": 0.25,
+        "ms_token": None,
+        "limit_ms": None,
+        "cache_bytes_share": 0.073,
+        "read_share": 0.22,
+        "largest_batch": 787,
+        "jax_triton": "0.4.1",
+        "date": "2026-11-30",
+        "commit": "0123456789",
+    }
+    others = [{"ms_attention": 0.7}, {}, {"ms_attention": None}, {"fused": True}]
+    others += [{"jax_triton": ""}, {"slopes": "study x", "commit": "f"}]
+    lines = [json.dumps(line | other) for other in others]
+    (tmp_path / "h_decode.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    first, second = tables.decoding().splitlines()[2:]
+    numbers = "7.3% | 22% | 0.50 | 2.00 |  |  | 787 | 2026-11-30, "
+    assert first == f"| 4,096 x 8 | lazy, spans | {numbers}0123456 |"
+    assert second == f"| 4,096 x 8 | lazy, spans, trained slopes | {numbers}f |"

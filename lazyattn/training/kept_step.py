@@ -78,14 +78,16 @@ class KeptStep:
     def or_made(self, make: Callable[[], Made]) -> Made:
         """Returns the step and lines about it: those that were kept, or those of `make`.
 
+        What was made is written on the thread. The process does not end before that is done.
+
         Args:
           make: makes them.
         """
         if self._folder is None:
             return make()
         path, found = self._found.result()
-        self._pool.shutdown()
         if found is not None:
+            self._pool.shutdown()
             return found
         _hits.clear()
         step, said = make()
@@ -94,7 +96,8 @@ class KeptStep:
         # A CPU's program that was read lacks functions when it is written again and read once
         # more; other devices' were not tried.
         if get_ident() not in _hits:
-            _write(path, step.jitted, said)
+            self._pool.submit(_write, path, step.jitted, said)
+        self._pool.shutdown(wait=False)
         return step, said
 
     def _find(self, folder: Path, facts: dict[str, Any]) -> tuple[Path, Made | None]:

@@ -79,7 +79,7 @@ def folder(tmp_path):
 def _read_or_make(made, **settings):
     *_, make, count = made
     before = len(count)
-    step, said = _kept(made, **settings).or_made(make)
+    step, said = _or_made(_kept(made, **settings), make)
     assert said == ["a line"]
     return step, len(count) - before
 
@@ -87,6 +87,13 @@ def _read_or_make(made, **settings):
 def _kept(made, **settings):
     experiment, mesh, factory, *_ = made
     return kept_step.KeptStep(experiment, mesh, factory.abstract, **settings)
+
+
+def _or_made(kept, make):
+    found = kept.or_made(make)
+    if kept._folder is not None:
+        kept._pool.shutdown()
+    return found
 
 
 def _check_same(made):
@@ -200,7 +207,7 @@ def test_a_cpu_s_program_that_jax_had_read_is_not_kept(made, folder):
         jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
         return make()
 
-    _kept(made).or_made(read)
+    _or_made(_kept(made), read)
     assert not list(folder.glob("*"))
-    _kept(made).or_made(make)
+    _or_made(_kept(made), make)
     assert len(list(folder.glob("*"))) == 1

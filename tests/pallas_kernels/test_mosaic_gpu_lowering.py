@@ -16,6 +16,8 @@ from pallas_kernels.mosaic_gpu import equal_variables, layouts_once
 _HASH = re.compile(r'kernel_hash = "[^"]*"')
 
 
+# What is compiled ahead shows by default that these two hold.
+@pytest.mark.slow
 def test_layers_that_call_alike_share_one_lowering():
     shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((2, 64), jnp.float32)
@@ -31,6 +33,7 @@ def test_layers_that_call_alike_share_one_lowering():
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
+@pytest.mark.slow
 def test_a_kernel_is_the_same_whatever_was_lowered_before():
     shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 

@@ -24,10 +24,9 @@ def test_output_and_gradients(case):
         oracle.check("triton", case)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [1, *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, len(BLOCKS)))],
-)
+# By default the case's chunks have blocks 1.
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
 def test_every_kind_of_tile_with_all_blocks(number):
     with interpreter.interpreted(BLOCKS[number]):
         oracle.check("triton", suite.SPARSE)

@@ -101,6 +101,18 @@ QUICK = {
 }  # fmt: skip
 
 
+# Softmax is decoded by default, and so are groups and int8; not all at once.
+SLOW_CHECKS = {"groups_softmax", "int8_softmax"}
+
+
+def checks() -> list[Any]:
+    """Returns the names of `CHECKS`, some of them marked as slow."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CHECKS else name
+        for name in CHECKS
+    ]
+
+
 def marked(decodes: list[Decode]) -> list[Any]:
     """Returns the cases with all but `QUICK` marked as slow."""
     return [

@@ -39,7 +39,7 @@ def test_output_otherwise_shared_out(decode, interpreted):
     suite.check("triton", decode)
 
 
-@pytest.mark.parametrize("check", suite.CHECKS)
+@pytest.mark.parametrize("check", suite.checks())
 def test_as_every_backend(check, interpreted):
     suite.CHECKS[check]("triton")
 

@@ -9,7 +9,7 @@ from pallas_kernels.decode import append
 from tests.pallas_kernels.decode import append as suite
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_append(dtype):
     with interpreter.interpreted(interpreter.blocks(64, 64)):
         suite.check(dtype)

@@ -14,7 +14,7 @@ def test_output(backend, decode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("check", suite.CHECKS)
+@pytest.mark.parametrize("check", suite.checks())
 def test_as_every_backend(backend, check):
     suite.CHECKS[check](backend)
 

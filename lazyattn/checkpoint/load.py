@@ -71,6 +71,7 @@ def load_trained(
     path: str | os.PathLike[str],
     experiment: ExperimentConfig | None = None,
     step: int | str | None = None,
+    flag: str = "--workdir",
 ) -> TrainedModel:
     """Returns a checkpoint's model, or an export's.
 
@@ -80,20 +81,21 @@ def load_trained(
         its own.
       step: the checkpoint's step; "best": that with the lowest validation loss; None: the
         newest that can be read.
+      flag: which flag names the folder, for messages.
 
     Raises:
       InputError: if there is no checkpoint, none or not that of `step` can be read, or it
         is of another model than `experiment`'s; of an export, if `experiment` or `step` is
         given, or it has no tokenizer.
     """
-    buckets.check_readable("--workdir", path)
-    workdir = folder("--workdir", path)
+    buckets.check_readable(flag, path)
+    workdir = folder(flag, path)
     missing = bad_value(
-        "--workdir", str(path), "the folder of a run with a checkpoint (--mode=train makes one)"
+        flag, str(path), "the folder of a run with a checkpoint (--mode=train makes one)"
     )
     if not (workdir / FOLDER).is_dir():
         if (workdir / PARAMS).is_dir() or any(workdir.glob("*.safetensors")):
-            return _exported(here("--workdir", path), experiment, step)
+            return _exported(here(flag, path), experiment, step)
         raise missing
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if not checkpoints.steps():

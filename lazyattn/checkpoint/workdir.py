@@ -10,6 +10,7 @@ workdir/config.json     the settings of the last start
         .lock           see `lazyattn.training.claim`
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -32,11 +33,13 @@ def open_workdir(path: str | os.PathLike[str]) -> Path:
     """Returns the folder, made if need be.
 
     Raises:
-      InputError: if it is a URL that can't be used, or nothing can be written there.
+      InputError: if it is a URL that can't be used, nothing can be written there, or a model or
+        something else is there.
     """
     workdir = folder("--workdir", path)
     if buckets.is_bucket(workdir):
         buckets.check_writable("--workdir", workdir)
+        _check_ours(workdir, path)
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,29 @@ def open_workdir(path: str | os.PathLike[str]) -> Path:
         raise bad_value(
             "--workdir", str(path), f"a folder that can be written to ({error.strerror})"
         ) from None
+    _check_ours(workdir, path)
     return workdir
+
+
+def _check_ours(workdir: Path, path: str | os.PathLike[str]) -> None:
+    """Refuses a folder whose files a run would overwrite though they are not of one."""
+    there = buckets.names(workdir)
+    if FOLDER in there:
+        return
+    config, foreign = {}, None
+    if CONFIG in there:
+        with contextlib.suppress(ValueError):
+            config = json.loads((workdir / CONFIG).read_text())
+    if "params" in there or any(name.endswith(".safetensors") for name in there):
+        foreign = "a model is"
+    elif CONFIG in there and not (
+        isinstance(config, dict) and {"model", "training"} <= set(config)
+    ):
+        foreign = f"a {CONFIG} of something else is"
+    elif METRICS in there and CONFIG not in there:
+        foreign = f"a {METRICS} of something else is"
+    if foreign:
+        raise bad_value("--workdir", str(path), f"a new folder or a run's, and {foreign} there")
 
 
 def write_experiment(workdir: Path, experiment: ExperimentConfig) -> None:
@@ -90,18 +115,16 @@ def find_tokenizer(workdir: Path) -> Path | None:
     return None
 
 
-def check_tokenizer(path: str | os.PathLike[str]) -> None:
-    """Checks that a run's folder has a tokenizer, before anything long begins.
+def check_tokenizer(path: str | os.PathLike[str], flag: str = "--workdir") -> None:
+    """Checks that the folder of a run, named by `flag`, has a tokenizer, before long work.
 
     Raises:
       InputError: if there are checkpoints but no tokenizer.
     """
-    buckets.check_readable("--workdir", path)
-    workdir = folder("--workdir", path)
+    buckets.check_readable(flag, path)
+    workdir = folder(flag, path)
     if (workdir / FOLDER).is_dir() and find_tokenizer(workdir) is None:
-        raise bad_value(
-            "--workdir", str(path), "a folder with a tokenizer.json beside its checkpoints"
-        )
+        raise bad_value(flag, str(path), "a folder with a tokenizer.json beside its checkpoints")
 
 
 def check_vocabulary(tokenizer: Tokenizer, experiment: ExperimentConfig) -> None:

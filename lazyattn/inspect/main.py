@@ -71,10 +71,10 @@ def inspect(
     folder = results(options.output, path, _FOLDER)
     check_tokenizer(path)
     if options.against is not None:
-        check_tokenizer(options.against)
+        check_tokenizer(options.against, "--against")
     runs = {str(path): load_trained(path, experiment, step)}
     if options.against is not None:
-        runs[str(options.against)] = load_trained(options.against, step=step)
+        runs[str(options.against)] = load_trained(options.against, step=step, flag="--against")
     models = list(runs.values())
     if text is None:
         models[0].require_data("--text")

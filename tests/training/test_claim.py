@@ -71,12 +71,12 @@ def test_what_began_stays(tmp_path):
 
 
 def test_files_of_the_user_stay(tmp_path):
-    (tmp_path / "config.json").write_text("mine")
+    (tmp_path / "mine.json").write_text("mine")
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(InputError), claimed(tmp_path) as workdir:
         (workdir / "tensorboard").mkdir()
         raise InputError("bad")
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "notes"]
+    assert sorted(os.listdir(tmp_path)) == ["mine.json", "notes"]
 
 
 def test_prepare_and_train_have_locks_of_the_same_kind(tmp_path):
@@ -87,14 +87,14 @@ def test_prepare_and_train_have_locks_of_the_same_kind(tmp_path):
 
 def test_a_second_training_in_a_bucket_is_refused_while_the_first_is_at_work(bucket, hasty):
     with claimed(f"{URL}/run") as workdir:
-        (workdir / "metrics.jsonl").write_text("1")
+        (workdir / "notes").write_text("1")
         refused = pytest.raises(
             InputError, match=f"training is at work .*process {os.getpid()} on "
         )
         with refused, claimed(f"{URL}/run"):
             pass
         assert f"bucket/run/{LOCK}" in bucket.store
-    assert list(bucket.store) == ["bucket/run/metrics.jsonl"]
+    assert list(bucket.store) == ["bucket/run/notes"]
 
 
 def test_a_folder_in_a_bucket_that_a_killed_training_left_is_taken_over(bucket, hasty, capfd):

@@ -96,7 +96,7 @@ def test_no_config_at_all():
         ([f"{QUICKSTART}:softmx"], "The attention 'softmx' after the config file's colon is"),
         (["--config=configs/nope.py"], "--config is 'configs/nope.py', but it must be a config fi"),
         (["--config=gs://a/b.py"], "--config is 'gs://a/b.py', but it must be a path on this mach"),
-        (["--config=hub:/no/where"], "The folder behind the config's colon is '/no/where', but it"),
+        (["--config=hub:/no/where"], "The folder behind the colon of --config is '/no/where',"),
         (["--config.training.steps=3"], "config.training.steps is set, but no --config=FILE"),
         ([QUICKSTART, "--worker=w"], "Unknown command line flag 'worker'"),
         ([QUICKSTART, "--seed=x"], "flag --seed=x: "),

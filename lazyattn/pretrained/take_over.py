@@ -34,16 +34,15 @@ def take_over(name: str, attention: str = "softmax") -> ml_collections.ConfigDic
     given = name
     if not Path(name).expanduser().is_dir() and "+" in name:
         given, _, attention = name.partition("+")
-    folder = local_path("The folder behind the config's colon", given)
+    flag = "The folder behind the colon of --config"
+    folder = local_path(flag, given)
     if not given or not folder.is_dir():
-        raise bad_value(
-            "The folder behind the config's colon", given, "the folder of a hub's model"
-        )
+        raise bad_value(flag, given, "that of a hub's model, as in --config=uptrain:FOLDER")
     settings = read_settings(folder / FILE)
     if not hub.is_hub(settings):
         raise InputError(
-            f"{given!r} is no model of the hub; for an export give the settings it was made with,"
-            " and --init_from."
+            f"{flag} is {given!r}, but that is no model of the hub; for a run or an export of ours"
+            " give --config with its own settings and --init_from."
         )
     model = hub.model_config(settings)
     config = defaults()

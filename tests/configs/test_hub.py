@@ -56,7 +56,7 @@ def test_a_model_that_is_taught(folder):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "colon is '', but it must be the folder"), ("/no/where+lazy", "is '/no/where', but")],
+    [("", "of --config is '', but it must be that"), ("/no/where+lazy", "is '/no/where', but")],
 )
 def test_what_is_no_folder(name, message):
     with pytest.raises(InputError, match=message):

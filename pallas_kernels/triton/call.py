@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import compile_ahead, target
 from pallas_kernels.gpu import compute_capability
 from pallas_kernels.problem import Options, current_options
 from pallas_kernels.triton.config import Block
@@ -46,31 +45,9 @@ def launch(
     run = options.launch_triton or _triton_call
     # Those who only look at launches know of no such inputs.
     more = {"in_place": in_place} if in_place else {}
-    if run is _triton_call and not in_place:
-        _begin(kernel, given, wanted, grid, block, static)
     results = vary_alike(*run(kernel, given, wanted, grid, block, static, **more), like=given)
     kept = [*outputs, *(arrays[n] for n in in_place)]
     return [x if y is not None else None for x, y in zip(results, kept, strict=True)]
-
-
-def _begin(
-    kernel: Any,
-    arrays: Sequence[Array],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
-    block: Block,
-    static: Any,
-) -> None:
-    """Begins to compile a kernel for the GPU that is here, while the program is still traced."""
-    if target.named() is not None or jax.default_backend() != "gpu":
-        return
-    given: list[Any] = [*arrays, *outputs]
-    key = (kernel.__name__, *((x.shape, str(x.dtype)) for x in given), grid, block, static)
-
-    def alone(*arrays: Array) -> list[Array]:
-        return _triton_call(kernel, arrays, outputs, grid, block, static)
-
-    compile_ahead.begin(key, alone, arrays, jax.local_devices()[0])
 
 
 def _triton_call(

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import compile_ahead, target
-from pallas_kernels.triton import call
-from pallas_kernels.triton.config import Block
+from pallas_kernels import compile_ahead
 
 
 @pytest.fixture
@@ -61,26 +59,3 @@ def test_of_several_processes_none_begins(compiled, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     _begin("a")
     assert not compiled
-
-
-def test_triton_kernels_are_begun_where_they_will_run(monkeypatch):
-    begun = []
-    monkeypatch.setattr(call.compile_ahead, "begin", lambda key, *_: begun.append(hash(key)))
-
-    def kernel():
-        pass
-
-    def launch(rows, static):
-        outputs = [jax.ShapeDtypeStruct((rows,), jnp.float32)]
-        arrays = [jnp.zeros((rows, 4), jnp.bfloat16)]
-        call._begin(kernel, arrays, outputs, (rows, 1), Block(64, 64, 4, 2), static)
-
-    launch(2, "a")  # There is no GPU.
-    assert not begun
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for rows, static in ((2, "a"), (2, "a"), (3, "a"), (2, "b")):
-        launch(rows, static)
-    assert begun[0] == begun[1] and len(set(begun)) == 3
-    with target.compile_for("sm90"):
-        launch(5, "c")
-    assert len(begun) == 4

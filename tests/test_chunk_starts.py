@@ -117,7 +117,7 @@ def test_what_chunk_starts_may_be():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("start", [-1, 10, 12])
+@pytest.mark.parametrize("start", [-1, 10, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_chunk_outside_the_keys_is_not_attention(start, implementation):
     args = oracle.inputs(oracle.Case("outside", shape=(1, 12, 2, 2, 4)))
     args["query"] = args["query"][:, :6]
@@ -132,7 +132,14 @@ def test_a_chunk_outside_the_keys_is_not_attention(start, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("starts", [(4, 5), (6, 4), (8, 30)])
+@pytest.mark.parametrize(
+    "starts",
+    [
+        (4, 5),
+        pytest.param((6, 4), marks=pytest.mark.slow),
+        pytest.param((8, 30), marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_that_overlap_are_not_attention(starts, implementation):
     args = oracle.inputs(oracle.Case("overlap", shape=(1, 12, 2, 2, 4)))
     args["query"] = args["query"][:, :6]

@@ -88,9 +88,14 @@ def test_when_help_is_asked_for(arguments, asked):
     ("program", "asking"),
     [
         (["train.py"], "--help"),
-        (["train.py"], "-h"),
-        (["-m", "lazyattn.data.prepare"], "--help"),
         (["-m", "lazyattn.data.prepare"], "-h"),
+        *(
+            pytest.param(program, asking, marks=pytest.mark.slow)
+            for program, asking in (
+                (["train.py"], "-h"),
+                (["-m", "lazyattn.data.prepare"], "--help"),
+            )
+        ),
     ],
 )
 def test_it_is_printed_with_status_0(program, asking):

@@ -30,7 +30,8 @@ def test_a_line_has_planning_over_training():
     assert str(line).endswith("| xla | 3 | 0.5000 | 10.000 | 0.050 |")
 
 
-@pytest.mark.parametrize("documents", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [1, 4])
 def test_planning_many_times_finds_what_once_does(documents):
     planning.FLAGS.mark_as_parsed()
     shape = cases.Shape.parse("1x2x512x64")

@@ -15,6 +15,7 @@ def _options(**changes):
     return types.SimpleNamespace(**(small | {"calls": 1, "rounds": 1} | changes))
 
 
+@pytest.mark.slow
 def test_all_compute_the_same():
     names = ["lazyattn", "lazyattn_all", "xla"]
     parts = relative_bias.run_shape(SHAPE, _options(implementations=names))

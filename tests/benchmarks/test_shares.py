@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import cases, shares
 from lazyattn import lazy_attention
@@ -29,6 +30,7 @@ def test_live_tiles_are_those_with_a_weight():
     assert round(float(share) * causal) == live
 
 
+@pytest.mark.slow
 def test_a_window_counts_what_it_sees():
     shape = cases.Shape.parse("1x2x520x16")
     query, key, value, _ = cases.tensors(shape, "float32", seed=0)

@@ -67,6 +67,7 @@ def test_evaluated_as_its_run(run, exports, text, tmp_path, capsys, form):
     assert f"checkpoint       {exports[form]}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sampled_as_its_run(run, exports, capsys):
     said = []
     for path in (run, exports["orbax"]):

@@ -43,7 +43,9 @@ def _times(out, kind, axis):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--topology is not given, but --mode=compile needs one"),
+        pytest.param(
+            [], "--topology is not given, but --mode=compile needs one", marks=pytest.mark.slow
+        ),
         (["--topology=v9:2x2"], "--topology is 'v9', but it must be of one of v4, v5e, v5p, v6e"),
     ],
 )

@@ -68,6 +68,8 @@ def test_from_files_to_batches_and_on_in_worker_processes(folders):
         for expected, found in zip(whole[5:], iterator, strict=False):
             for name in FIELDS:
                 np.testing.assert_array_equal(found[name], expected[name])
+            next(plain)
+        assert iterator.get_state() == plain.get_state()
     finally:
         iterator.close()
         plain.close()

@@ -127,6 +127,7 @@ def test_a_model_that_copies_is_seen_to(trained, tmp_path, monkeypatch):
     assert there == 0 and near > 2 and nowhere > 2
 
 
+@pytest.mark.slow
 def test_retrieval_beside_the_perplexity_of_the_same_text(trained, tmp_path, capsys):
     (tmp_path / "other.txt").write_text(tiny.TEXT * 2)
     options = EvaluationOptions(

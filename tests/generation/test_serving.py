@@ -263,6 +263,7 @@ def test_a_model_is_prepared_once():
     assert half.params["embedding"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_steps_within_a_program_are_those_of_generate():
     config = SPANS["spans"]
     model, new = prepare(_params(config), config), 8

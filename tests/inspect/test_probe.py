@@ -35,7 +35,7 @@ def test_scalars_are_those_of_the_weights():
     assert 0 < found["attention_visited"] <= 1
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_spans_end_where_the_bias_is_far_down(scan):
     attention = AttentionConfig(num_heads=4, bias_width=5, global_share=0.25)
     config = ModelConfig(width=8, num_layers=2, scan_layers=scan, attention=attention)

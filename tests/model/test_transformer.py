@@ -69,7 +69,7 @@ def test_unrolled_and_fully_recomputed_layers_are_the_same_function():
     _assert_same_function(config, unstack_blocks(_expected()[0]), stack_blocks)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_remat_keeps_less_for_the_backward_pass(scan):
     def kept(remat):
         attention = dataclasses.replace(CONFIG.attention, implementation="xla_chunked")

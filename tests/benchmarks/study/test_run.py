@@ -176,6 +176,7 @@ def test_a_cut_run_goes_on_bit_exactly(ready, tmp_path):
     assert resumed.seconds > 0
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_trainers_optimizer(ready):
     made, experiment, course = ready
     state, _ = train.train(made, experiment, course, workdir=None, looks=False)
@@ -204,6 +205,7 @@ def test_steps_are_those_of_the_trainers_optimizer(ready):
     )
 
 
+@pytest.mark.slow
 def test_trial(folder, capsys):
     flags = [f"--set={name}={text}" for name, text in TINY]
     argv = ["x", "trial", f"--data={folder}", "--variants=softmax", "--batch=2", "--length=64"]
@@ -275,6 +277,7 @@ def test_turns_are_waited_for(tmp_path):
         assert mine
 
 
+@pytest.mark.slow
 def test_no_run_is_begun_when_its_turn_comes_too_late(folder, tmp_path, capsys):
     options = _options(
         folder, tmp_path, workdir=tmp_path / "work", turn=tmp_path / "turn", deadline=150.0

@@ -39,7 +39,7 @@ def test_scalars_are_those_of_the_weights():
 def test_spans_end_where_the_bias_is_far_down(scan):
     attention = AttentionConfig(num_heads=4, bias_width=5, global_share=0.25)
     config = ModelConfig(width=8, num_layers=2, scan_layers=scan, attention=attention)
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     found = np.asarray(bias_spans(params, config, 100))
     slopes = initial_slopes(attention)
     expected = [100 if m * 100 <= 8 else int(8 / m) + 1 for m in slopes]

@@ -1,6 +1,7 @@
 """The divergence from a teacher against its definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import pytest
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.distill import divergence
 from lazyattn.model.objective import make_loss_fn
-from lazyattn.model.parameters import init_params
 from lazyattn.model.taken_over import softmax_twin, twin_params
 from lazyattn.model.transformer import Transformer, logits, output_embedding
+from tests.model.tiny import make_params
 from tests.training import toy
 
 VOCAB, WIDTH = 11, 6
@@ -34,11 +35,9 @@ def _expected(hidden, table, teacher_hidden, teacher_table, weights):
 @pytest.mark.parametrize("chunk", [1, 6, 100])
 def test_it_is_its_definition(chunk):
     arrays = _arrays()
-    found, gradients = jax.value_and_grad(
-        lambda h, e: divergence(h, e, *arrays[2:], chunk=chunk), (0, 1)
-    )(*arrays[:2])
-    expected, wanted = jax.value_and_grad(lambda h, e: _expected(h, e, *arrays[2:]), (0, 1))(
-        *arrays[:2]
+    (found, gradients), (expected, wanted) = (
+        jax.jit(jax.value_and_grad(function, (0, 1)))(*arrays)
+        for function in (functools.partial(divergence, chunk=chunk), _expected)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for one, other in zip(gradients, wanted, strict=True):
@@ -51,6 +50,12 @@ def test_nothing_is_lost_where_both_are_the_same():
     np.testing.assert_allclose(found, 0, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probabilities(config, params, inputs, rest):
+    hidden = Transformer(config).apply({"params": params}, inputs, **rest)
+    return jax.nn.log_softmax(logits(hidden, output_embedding(params, config)))
+
+
 def test_the_objective_is_a_mixture():
     attention = AttentionConfig(num_heads=2, bias_width=4)
     config = ModelConfig(
@@ -61,7 +66,7 @@ def test_the_objective_is_a_mixture():
         compute_dtype="float32",
         attention=attention,
     )
-    params, other = (init_params(config, jax.random.key(n)) for n in (0, 1))
+    params, other = (make_params(config, seed) for seed in (0, 1))
     batch, twin = toy.batch(0), softmax_twin(config)
     assert twin == dataclasses.replace(
         config, attention=dataclasses.replace(attention, variant="softmax")
@@ -73,12 +78,7 @@ def test_the_objective_is_a_mixture():
         theirs = twin_params(params) if teacher is None else teacher
         rest = {name: batch[name] for name in ("segment_ids", "positions")}
         ours, follow = (
-            jax.nn.log_softmax(
-                logits(
-                    jax.jit(Transformer(c).apply)({"params": p}, batch["inputs"], **rest),
-                    output_embedding(p, c),
-                )
-            )
+            _log_probabilities(c, p, batch["inputs"], rest)
             for c, p in ((config, params), (twin, theirs))
         )
         apart = jnp.sum(jnp.exp(follow) * (follow - ours), axis=-1)

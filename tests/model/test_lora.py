@@ -11,7 +11,7 @@ import pytest
 from lazyattn.model.config import AttentionConfig, ModelConfig
 from lazyattn.model.lora import is_lora, merged
 from lazyattn.model.objective import make_loss_fn
-from lazyattn.model.parameters import init_params, partition_specs
+from lazyattn.model.parameters import init_params, parameter_shapes, partition_specs
 from lazyattn.model.taken_over import is_new
 from lazyattn.model.transformer import Transformer
 from tests.training import toy
@@ -38,6 +38,9 @@ def _flat(params):
     }
 
 
+_initial = jax.jit(init_params, static_argnums=0)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(config, params):
     return Transformer(config).apply({"params": params}, TOKENS)
@@ -45,12 +48,12 @@ def _apply(config, params):
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG, jax.random.key(0))
+    return _initial(CONFIG, jax.random.key(0))
 
 
 def test_it_starts_as_the_model_without(params):
     own = {path: x for path, x in _flat(params).items() if not is_lora(path[-1])}
-    assert own.keys() == _flat(init_params(PLAIN, jax.random.key(0))).keys()
+    assert own.keys() == _flat(parameter_shapes(PLAIN)).keys()
     assert {path[-1].rsplit("_lora_")[0] for path in _flat(params) if is_lora(path[-1])} == MATRICES
     np.testing.assert_array_equal(_apply(CONFIG, params), _apply(PLAIN, params))
     assert jax.tree.structure(partition_specs(CONFIG)) == jax.tree.structure(params)
@@ -59,7 +62,7 @@ def test_it_starts_as_the_model_without(params):
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_merged_it_is_the_same_function(scan):
     config = dataclasses.replace(CONFIG, scan_layers=scan)
-    params = init_params(config, jax.random.key(0))
+    params = _initial(config, jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 0.1 if path[-1].key.endswith("_lora_b") else x, params
     )

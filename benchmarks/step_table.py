@@ -195,9 +195,7 @@ def _ours(run: Run, began: float, *, warm: bool, parts: bool) -> dict[str, Any]:
     durations = _durations()
     found: dict[str, Any] = {"start_s": time.time() - began}
     begin = time.perf_counter()
-    attention = train_step.KINDS[run.attention]
-    factory = train_step.state_factory(train_step.with_attention(experiment, **attention), mesh)
-    compiled = train_step.compiled_step(run.attention, experiment, mesh, factory)
+    compiled, factory = train_step.compiled_beside_state(run.attention, experiment, mesh)
     found |= {"compile_s": time.perf_counter() - begin, **durations}
     state = factory.create()
     random = np.random.default_rng(1)

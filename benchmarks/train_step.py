@@ -134,48 +134,48 @@ def state_factory(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stat
     return make_state_factory(experiment, mesh, optimizer)
 
 
-def compiled_step(
-    kind: str,
-    experiment: ExperimentConfig,
-    mesh: jax.sharding.Mesh,
-    factory: StateFactory | None = None,
-) -> Any:
-    """Returns the trainer's step with a kind of attention, compiled: state, batch -> both.
+def compiled_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the trainer's step with a kind of attention, compiled: state, batch -> both."""
+    return _compiled(lowered_step(kind, experiment, mesh))
 
-    Args:
-      kind: the attention.
-      experiment: has any.
-      mesh: where it runs.
-      factory: of its state, if there is one already; what makes a state is compiled beside.
-    """
-    step = lowered_step(kind, experiment, mesh, factory)
+
+def compiled_beside_state(
+    kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh
+) -> tuple[Any, StateFactory]:
+    """Returns the same, and a factory whose `create` was compiled beside, as the trainer does."""
+    step, factory = _step(kind, experiment, mesh, begin_state=True)
+    return _compiled(step), factory
+
+
+def lowered_step(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the trainer's step, ready to be compiled; compiled, if it was kept or had to be."""
+    return _step(kind, experiment, mesh, begin_state=False)[0]
+
+
+def _compiled(step: Any) -> Any:
     return step if isinstance(step, jax.stages.Compiled) else step.compile()
 
 
-def lowered_step(
-    kind: str,
-    experiment: ExperimentConfig,
-    mesh: jax.sharding.Mesh,
-    factory: StateFactory | None = None,
-) -> Any:
-    """Returns the trainer's step, ready to be compiled; compiled, if its remat is "auto"."""
+def _step(
+    kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh, *, begin_state: bool
+) -> tuple[Any, StateFactory]:
     experiment = with_attention(experiment, **KINDS[kind])
-    begun = factory is not None
-    factory = factory or state_factory(experiment, mesh)
+    kept = kept_step.KeptStep(experiment, mesh, kind=kind)
+    factory = state_factory(experiment, mesh)
+    if begin_state:
+        factory.begin()
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with softmax_by_jax.instead_of_ours() if kind == "cudnn" else contextlib.nullcontext():
         make = functools.partial(
             remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
         )
-        kept = kept_step.KeptStep(experiment, mesh, factory.abstract, kind=kind)
-        if begun:
-            factory.begin()
-        step, said = kept.or_made(make)
+        step, said = kept.or_made(make, factory.abstract)
         for line in said:
             print(line, file=sys.stderr, flush=True)
         if isinstance(step.jitted, jax.stages.Compiled):
-            return step.jitted
-        return step.lower(factory.abstract, remat.abstract_batch(experiment, mesh))
+            return step.jitted, factory
+        batch = remat.abstract_batch(experiment, mesh)
+        return step.lower(factory.abstract, batch), factory
 
 
 def initial_state(kind: str, experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> TrainState:

@@ -54,7 +54,6 @@ class KeptStep:
         self,
         experiment: ExperimentConfig,
         mesh: jax.sharding.Mesh,
-        abstract: TrainState,
         *,
         kind: str = "",
     ):
@@ -63,10 +62,9 @@ class KeptStep:
         Args:
           experiment: what the step is made from, as the next.
           mesh: where it runs.
-          abstract: the state, with shardings.
           kind: what else tells the step from others.
         """
-        self._mesh, self._state = mesh, abstract
+        self._mesh = mesh
         self._batch = abstract_batch(experiment, mesh)
         self._folder = compile_cache.steps_folder() if jax.process_count() == 1 else None
         if self._folder is None:
@@ -75,13 +73,14 @@ class KeptStep:
         self._pool = ThreadPoolExecutor(1, "kept_step")
         self._found = self._pool.submit(self._find, self._folder, facts)
 
-    def or_made(self, make: Callable[[], Made]) -> Made:
+    def or_made(self, make: Callable[[], Made], abstract: TrainState) -> Made:
         """Returns the step and lines about it: those that were kept, or those of `make`.
 
         What was made is written on the thread. The process does not end before that is done.
 
         Args:
           make: makes them.
+          abstract: the state, with shardings.
         """
         if self._folder is None:
             return make()
@@ -92,7 +91,7 @@ class KeptStep:
         _hits.clear()
         step, said = make()
         if not isinstance(step.jitted, jax.stages.Compiled):
-            step = TrainStep(step.lower(self._state, self._batch).compile(), self._mesh)
+            step = TrainStep(step.lower(abstract, self._batch).compile(), self._mesh)
         # A CPU's program that was read lacks functions when it is written again and read once
         # more; other devices' were not tried.
         if get_ident() not in _hits:
@@ -105,7 +104,7 @@ class KeptStep:
         if not path.exists():
             return path, None
         try:
-            return path, _read(path, self._mesh, self._state, self._batch)
+            return path, _read(path, self._mesh, self._batch)
         except Exception as error:  # Cut short, or of a machine like this one by name alone.
             logging.warning("a kept step could not be read: %s", error)
             path.unlink(missing_ok=True)
@@ -140,11 +139,11 @@ def _name(facts: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, mesh: jax.sharding.Mesh, abstract: TrainState, batch: Batch) -> Made:
-    program, names, said = pickle.loads(path.read_bytes())
+def _read(path: Path, mesh: jax.sharding.Mesh, batch: Batch) -> Made:
+    program, results, said = pickle.loads(path.read_bytes())
     os.utime(path)
-    into = jax.tree.structure(((abstract, batch), {}))
-    out = jax.tree.structure((abstract, dict.fromkeys(names, 0)))
+    state, _ = results
+    into, out = jax.tree.structure(((state, batch), {})), jax.tree.structure(results)
     devices = list(mesh.devices.flat)
     if devices[0].platform == "gpu":
         gpu.import_runtime()
@@ -157,9 +156,10 @@ def _read(path: Path, mesh: jax.sharding.Mesh, abstract: TrainState, batch: Batc
 def _write(path: Path, compiled: jax.stages.Compiled, said: list[str]) -> None:
     try:
         program, _, out = serialize_executable.serialize(compiled)
-        _, metrics = jax.tree.unflatten(out, range(out.num_leaves))
+        # A structure can't be pickled, but what has it can: state and metrics.
+        results = jax.tree.unflatten(out, range(out.num_leaves))
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_whole(path, pickle.dumps((program, sorted(metrics), said)))
+        write_whole(path, pickle.dumps((program, results, said)))
         kept = sorted(path.parent.glob("[!.]*"), key=lambda each: each.stat().st_mtime)
         for old in kept[:-_NUMBER]:
             old.unlink(missing_ok=True)

@@ -80,14 +80,13 @@ def train(
         newest = checkpoints.newest_experiment()
         at, saved = newest or (0, None)
         experiment, changes = going_on(experiment, saved)
+        kept = KeptStep(experiment, mesh) if at < steps else None
         if at > steps:
             say(f"already at step {at}, past training.steps = {steps}: nothing was done")
             return 0
         optimizer = make_run_optimizer(experiment)
         factory = make_state_factory(experiment, mesh, optimizer)
         beginning = Beginning(experiment, mesh, factory, checkpoints, newest)
-        begin_to_read = functools.partial(KeptStep, experiment, mesh, factory.abstract)
-        kept = begin_to_read() if at < steps else None
         curves = WeightsAndBiases(workdir, experiment.to_dict(), enabled=wandb)
         stack.enter_context(curves)
 
@@ -120,7 +119,8 @@ def train(
                 remat.make_step, experiment, mesh, optimizer, factory.shardings, factory.abstract
             )
             with waiting(lambda: "" if jax.process_index() else "the step to be compiled"):
-                step_fn, policy = (kept or begin_to_read()).or_made(make)
+                kept = kept or KeptStep(experiment, mesh)
+            step_fn, policy = kept.or_made(make, factory.abstract)
         state = beginning.take_state()
         for line in (*balance.describe(experiment.model, mesh, length, state.params), *policy):
             say(line)

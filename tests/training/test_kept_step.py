@@ -79,18 +79,18 @@ def folder(tmp_path):
 def _read_or_make(made, **settings):
     *_, make, count = made
     before = len(count)
-    step, said = _or_made(_kept(made, **settings), make)
+    step, said = _or_made(_kept(made, **settings), made, make)
     assert said == ["a line"]
     return step, len(count) - before
 
 
 def _kept(made, **settings):
-    experiment, mesh, factory, *_ = made
-    return kept_step.KeptStep(experiment, mesh, factory.abstract, **settings)
+    experiment, mesh, *_ = made
+    return kept_step.KeptStep(experiment, mesh, **settings)
 
 
-def _or_made(kept, make):
-    found = kept.or_made(make)
+def _or_made(kept, made, make):
+    found = kept.or_made(make, made[2].abstract)
     if kept._folder is not None:
         kept._pool.shutdown()
     return found
@@ -191,7 +191,7 @@ def test_mosaic_is_there_when_a_gpu_s_step_is_read(made, folder, monkeypatch):
         lambda *_: order.append("read"),
     )
     (path,) = folder.iterdir()
-    kept_step._read(path, Mesh(), made[2].abstract, {})
+    kept_step._read(path, Mesh(), {})
     assert order == ["runtime", "read"]
 
 
@@ -207,7 +207,7 @@ def test_a_cpu_s_program_that_jax_had_read_is_not_kept(made, folder):
         jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
         return make()
 
-    _or_made(_kept(made), read)
+    _or_made(_kept(made), made, read)
     assert not list(folder.glob("*"))
-    _or_made(_kept(made), make)
+    _or_made(_kept(made), made, make)
     assert len(list(folder.glob("*"))) == 1

@@ -65,7 +65,7 @@ def test_what_asks_for_something_is_done():
         ({"temperature": "warm"}, "temperature of x is 'warm', but it must be a number"),
         ({"do_sample": True, "top_k": 1.5}, "top_k of x is 1.5, but it must be a whole number"),
         ({"do_sample": True, "top_p": 2}, "generation setting of x is wrong: top_p is 2.0, but it"),
-        ({"max_gen_toks": 0}, "setting of x is wrong: max_new_tokens is 0, but it must be at leas"),
+        ({"max_gen_toks": 0}, "setting of x is wrong: max_new_tokens is 0, but it must be from 1 "),
         ({"until": 3}, "until of x is 3, but it must be a text or a list of texts"),
         ({"until": ["a", 3]}, "until of x is ..a., 3., but it must be a text or a list of texts"),
         ({"seed": "x"}, "seed of x is 'x', but it must be a number"),

@@ -17,8 +17,9 @@ def _parse(*arguments):
 
 def test_what_to_hold():
     assert _parse() == CacheOptions("spans", "compute", None)
-    given = _parse("--cache=full", "--cache_dtype=int8", "--cache_buckets=128,1000")
-    assert given == CacheOptions("full", "int8", (128, 1000))
+    given = _parse("--cache=spans", "--cache_dtype=int8", "--cache_buckets=128,1000")
+    assert given == CacheOptions("spans", "int8", (128, 1000))
+    assert _parse("--cache=full") == CacheOptions("full", "compute", None)
     assert _parse("--cache_buckets=").buckets == ()
 
 
@@ -26,6 +27,7 @@ def test_what_to_hold():
     ("flag", "message"),
     [
         ("--cache=half", "--cache is 'half', but it must be spans or full"),
+        ("--cache=full --cache_buckets=128", "--cache is 'full', but it must be spans with"),
         ("--cache_dtype=int4", "--cache_dtype is 'int4', but it must be compute or int8"),
         ("--cache_buckets=128,many", "--cache_buckets is '128,many', but it must be whole numbers"),
         ("--cache_buckets=512,128", r"\(--cache_buckets\) are \[512, 128\], .* and rising"),
@@ -33,4 +35,4 @@ def test_what_to_hold():
 )
 def test_bad_flags(flag, message):
     with pytest.raises(InputError, match=message):
-        _parse(flag)
+        _parse(*flag.split())

@@ -1,3 +1,5 @@
+import pytest
+
 from benchmarks import compile_table
 
 
@@ -9,6 +11,7 @@ def test_slices():
             assert compile_table.slice_of(chip, chips).chips == chips
 
 
+@pytest.mark.slow
 def test_a_row():
     where = compile_table.slice_of("h100", 16)
     row = compile_table.try_out("lazy_340m_10b", where)

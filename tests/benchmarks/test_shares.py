@@ -6,6 +6,7 @@ from benchmarks import cases, shares
 from lazyattn import lazy_attention
 
 
+@pytest.mark.slow
 def test_live_tiles_are_those_with_a_weight():
     shape = cases.Shape.parse("2x4x300x16x2")
     query, key, value, _ = cases.tensors(shape, "float32", seed=0)

@@ -150,6 +150,7 @@ def test_rows_end_at_the_end_of_sequence_token_however_padded(padding):
         np.testing.assert_array_equal(row, wanted + [0] * (6 - len(wanted)))
 
 
+@pytest.mark.slow
 def test_a_token_that_is_penalized_enough_never_comes_twice():
     # Nothing but the row's own tokens counts, so the padding's id may come.
     sampling = dataclasses.replace(GREEDY, max_new_tokens=12, repetition_penalty=1e6)

@@ -79,6 +79,7 @@ def check(found, mesh):
     assert not gathered_activations(found, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_collectives_are_those_meant(report, name):
     check(report[name], cases.MESHES[name])
@@ -91,6 +92,7 @@ def test_collectives_of_every_mesh_are_those_meant():
             check(found, cases.MESHES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gathered", "fetched"])
 def test_whole_keys_and_values_are_not_kept_between_passes(report, how):
     # Query, key, value, output and the sum of live values, of a device's own part; whole rows
@@ -98,6 +100,7 @@ def test_whole_keys_and_values_are_not_kept_between_passes(report, how):
     assert 5 <= report["kept"][how] < 6.5
 
 
+@pytest.mark.slow
 def test_gathered_activations_would_be_found(report):
     assert len(gathered_activations(report["careless"], cases.MESHES["data"])) == 1
 

@@ -170,6 +170,7 @@ def _report(tmp_path, lines):
     return main([*argv, f"--pictures={tmp_path / 'docs' / 'pictures'}"]), page
 
 
+@pytest.mark.slow
 def test_the_page_and_its_pictures(tmp_path):
     long = line("sharp", 0, 320_000_000, val=2.7, epochs=2.0)
     failed = line("paper", 0, error="non-finite: 10 steps in a row")

@@ -156,6 +156,7 @@ def ready(folder):
     compiler.close()
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_bit_exactly(ready, tmp_path):
     made, experiment, course = ready
     whole, history = train.train(made, experiment, course, workdir=None, looks=False)

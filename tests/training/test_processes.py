@@ -156,10 +156,11 @@ def test_one_process_kills_all_and_all_go_on_exactly(shell, whole):
     assert shell.losses("killed") == shell.losses("whole")
 
 
-def test_the_program_that_kills_on_gpus_does_so_on_simulated_devices(shell):
+@pytest.mark.parametrize("mesh", ["fsdp:2", "tensor:2", "sequence:2"])
+def test_the_program_that_kills_on_gpus_does_so_on_simulated_devices(shell, mesh):
     from tests.training.killed_program import killed_and_resumed
 
-    found = killed_and_resumed(shell, "fsdp:2", 2, every=8, seconds=300, overrides=[])
+    found = killed_and_resumed(shell, mesh, 2, every=8, seconds=300, overrides=[])
     assert found["same"] and found["resumed_after"] >= 8
     assert found["compared"] == found["killed_after"] - found["resumed_after"] >= 1
 

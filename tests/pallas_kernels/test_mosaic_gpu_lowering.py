@@ -51,6 +51,7 @@ def test_a_kernel_is_the_same_whatever_was_lowered_before():
     assert len(first) == 1 and hashes() == first
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_ahead_once_each(monkeypatch):
     begun = []
     monkeypatch.setattr(compile_ahead, "_begun", set())

@@ -24,6 +24,7 @@ def _lines(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_says_something_and_learns_the_same(tmp_path, capsys):
     text, cache = tiny.write_text(tmp_path / "text"), tmp_path / "cache"
     often = {"training__sample_every": 2, "training__sample_prompt": "attention may"}

@@ -22,6 +22,7 @@ from lazyattn.data.tokenizer import FILE_NAMES, Tokenizer
 from lazyattn.errors import InputError, bad_value
 from lazyattn.experiment import ExperimentConfig
 from lazyattn.paths import folder
+from lazyattn.pretrained.load import PARAMS
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -62,7 +63,7 @@ def _check_ours(workdir: Path, path: str | os.PathLike[str]) -> None:
     if CONFIG in there:
         with contextlib.suppress(ValueError):
             config = json.loads((workdir / CONFIG).read_text())
-    if "params" in there or any(name.endswith(".safetensors") for name in there):
+    if PARAMS in there or any(name.endswith(".safetensors") for name in there):
         foreign = "a model is"
     elif CONFIG in there and not (
         isinstance(config, dict) and {"model", "training"} <= set(config)

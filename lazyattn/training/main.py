@@ -120,7 +120,7 @@ def train(
             )
             with waiting(lambda: "" if jax.process_index() else "the step to be compiled"):
                 kept = kept or KeptStep(experiment, mesh)
-            step_fn, policy = kept.or_made(make, factory.abstract)
+                step_fn, policy = kept.or_made(make, factory.abstract)
         state = beginning.take_state()
         for line in (*balance.describe(experiment.model, mesh, length, state.params), *policy):
             say(line)
